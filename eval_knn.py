@@ -1,0 +1,203 @@
+"""Evaluate frozen features with a weighted k-nearest-neighbour classifier.
+
+    python eval_knn.py --pretrained_weights runs/vit_small/checkpoint.pth --data_path /data/imagenet
+
+Architecture, patch size and image size come from the checkpoint. The classifier is that of Wu et
+al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018),
+https://arxiv.org/abs/1805.01978. `torchrun` shares the feature extraction among GPUs.
+
+Shapes: N training images, M test images, D features, k neighbours.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+import utils
+from utils import DefaultInt, DefaultStr, UserError, bool_flag
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags; a parent for other parsers, hence without `--help` of its own."""
+    parser = utils.ArgumentParser("Evaluation with weighted k-NN on ImageNet", add_help=False)
+    parser.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process and forward pass")
+    parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, help="numbers of neighbours; 20 is usually best")
+    parser.add_argument("--temperature", default=0.07, type=float, help="of the vote: a neighbour weighs exp(similarity / temperature)")
+    parser.add_argument("--pretrained_weights", default="", help="a checkpoint; or a baseline by name: random (a network as --arch says) or pixels (no network)")
+    parser.add_argument("--use_cuda", default=True, type=bool_flag, help="use the GPU, where there is one; turn off if features do not fit into its memory")
+    parser.add_argument("--arch", default=DefaultStr("vit_small"), help="architecture; the checkpoint knows its own")
+    parser.add_argument("--patch_size", default=DefaultInt(16), type=int, help="patch size; the checkpoint knows its own")
+    parser.add_argument("--image_size", default=DefaultInt(224), type=int, help="pixels per side; the global crops' size of the checkpoint unless given")
+    parser.add_argument("--checkpoint_key", default="teacher", help="teacher or student; the teacher is better")
+    parser.add_argument("--dump_features", default=None, help="folder to save the features in")
+    parser.add_argument("--load_features", default=None, help="folder of features saved before: skips their computation")
+    parser.add_argument("--num_workers", default=10, type=int, help="data-loading workers per process")
+    parser.add_argument("--dist_url", default="env://", help="rendezvous of the process group, as in torch.distributed")
+    parser.add_argument("--local_rank", "--local-rank", default=0, type=int, help="accepted and ignored; the launcher's environment decides")
+    parser.add_argument("--data_path", default="", help="folder with train/ and val/ of class folders; with --dataset, the folder that holds the dataset")
+    parser.add_argument("--dataset", default="", help="a torchvision dataset by class name, e.g. FashionMNIST")
+    parser.add_argument("--download", action="store_true", help="let --dataset fetch what is missing")
+    parser.add_argument("--demo", action="store_true", help="evaluate on the drawn shapes of main_dino.py --demo")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return utils.ArgumentParser(
+        description=__doc__.splitlines()[0], parents=[get_args_parser()]
+    ).parse_args(argv)
+
+
+@torch.inference_mode()
+def extract_features(
+    model: nn.Module,
+    images: Dataset,
+    image_size: int,
+    device: torch.device,
+    batch_size: int = 128,
+    num_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """L2-normalised features (N, D) and labels (N,) of all images, on every rank, in their order."""
+    dataset = utils.EvalImages(images, utils.eval_transform(image_size))
+    sampler = DistributedSampler(
+        dataset, utils.get_world_size(), utils.get_rank(), shuffle=False
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    model.to(device).eval()
+    features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=device)
+    for batch, label, index in loader:
+        feature = F.normalize(model(batch.to(device, non_blocking=True)), dim=1)
+        if features is None:
+            features = feature.new_zeros(len(dataset), feature.shape[1])
+        # The sampler repeats images to fill the last batch; a repetition overwrites itself.
+        index = utils.all_gather(index.to(device))
+        features[index] = utils.all_gather(feature)
+        labels[index] = utils.all_gather(label.to(device))
+    return features, labels
+
+
+def knn_accuracies(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int],
+    T: float,
+    num_classes: int,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 in percent for each k, by one search for the most neighbours.
+
+    Features are L2-normalised, (N, D) and (M, D). A neighbour's vote weighs exp(cosine / T).
+    """
+    correct = {k: torch.zeros(2, dtype=torch.long, device=test_features.device) for k in ks}
+    rows = max(1, 2**25 // len(train_features))  # at most 128 MiB of similarities at a time
+    for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
+        similarity, neighbour = (chunk @ train_features.T).topk(max(ks), dim=1)  # (rows, k)
+        vote, label = (similarity / T).exp(), train_labels[neighbour]
+        for k in ks:
+            votes = vote.new_zeros(len(chunk), num_classes).scatter_add_(1, label[:, :k], vote[:, :k])
+            ranking = votes.sort(dim=1, descending=True).indices
+            hit = ranking == target[:, None]
+            correct[k] += torch.stack([hit[:, :1].sum(), hit[:, : min(5, k)].sum()])
+    return {k: tuple(100.0 * n / len(test_labels) for n in c.tolist()) for k, c in correct.items()}
+
+
+def knn_classifier(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int,
+    T: float,
+    num_classes: int = 1000,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent of the weighted k-NN classifier."""
+    data = train_features, train_labels, test_features, test_labels
+    return knn_accuracies(*data, [k], T, num_classes)[k]
+
+
+FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
+
+
+def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
+    """Save train and test features and labels in the published code's files."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, tensor in zip(FEATURE_FILES, tensors, strict=True):
+        torch.save(tensor.cpu(), Path(folder) / name)
+
+
+def load_features(folder: str, device: torch.device) -> list[Tensor]:
+    """What `dump_features` saved. Raises UserError."""
+    tensors = [utils.load_file(Path(folder) / name) for name in FEATURE_FILES]
+    train, train_labels, test, test_labels = tensors
+    if len(train) != len(train_labels) or len(test) != len(test_labels):
+        raise UserError("features and labels differ in number", f"--load_features {folder}", "dump anew")
+    return [tensor.to(device) for tensor in tensors]
+
+
+def compute_features(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+    """Train and test features and labels, from images and weights named by the flags."""
+    data = args.data_path, args.dataset, args.download, args.demo
+    train, test = (utils.open_labelled_images(split, *data) for split in ("train", "val"))
+    if getattr(train, "classes", None) != getattr(test, "classes", None):
+        differ = sorted(set(train.classes) ^ set(test.classes))
+        names = ", ".join(map(str, differ[:5]))
+        raise UserError(f"train and val differ in classes: {names}", "--data_path", "make them agree")
+
+    if args.pretrained_weights == "pixels":
+        model, trained = nn.Flatten(), {}
+    else:
+        model, _, trained = utils.load_backbone(
+            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size
+        )
+    image_size = args.image_size
+    if isinstance(image_size, DefaultInt):
+        image_size = trained.get("global_crops_size", image_size)
+    tensors: list[Tensor] = []
+    for images in (train, test):
+        tensors += extract_features(
+            model, images, image_size, device, args.batch_size_per_gpu, args.num_workers
+        )
+    return tensors
+
+
+def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
+    """Compute or load features, classify, print a line for each k; {k: (top1, top5)}."""
+    device = utils.init_distributed_mode(args.dist_url, args.use_cuda)
+    if min(args.nb_knn) < 1:
+        raise UserError("must be at least 1", f"--nb_knn {min(args.nb_knn)}", "raise it")
+    if args.load_features:
+        tensors = load_features(args.load_features, device)
+    else:
+        tensors = compute_features(args, device)
+    if not utils.is_main_process():
+        return {}
+    if args.dump_features:
+        dump_features(args.dump_features, tensors)
+    train_features, train_labels, test_features, test_labels = tensors
+    most = len(train_features)
+    ks = list(dict.fromkeys(min(k, most) for k in args.nb_knn))
+    if max(args.nb_knn) > most:
+        utils.log(f"note: --nb_knn limited to the {most} training images")
+    num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    accuracies = knn_accuracies(
+        train_features, train_labels, test_features, test_labels, ks, args.temperature, num_classes
+    )
+    for k, (top1, top5) in accuracies.items():
+        utils.log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+    return accuracies
+
+
+if __name__ == "__main__":
+    utils.run_script(main, parse_args())

@@ -1,0 +1,460 @@
+"""Train DINO: self-distillation with no labels (Caron et al., 2021).
+
+    python main_dino.py --demo                                          # minutes on a CPU
+    torchrun --nproc_per_node=8 main_dino.py --arch vit_small \\
+        --data_path /data/imagenet/train --output_dir runs/vit_small    # one node, 8 GPUs
+    srun python main_dino.py ...                                        # in a SLURM job
+
+A run continues from `checkpoint.pth` in its `--output_dir` when there is one.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import utils
+from utils import (
+    DataAugmentationDINO,
+    DefaultInt,
+    DINOHead,
+    DINOLoss,
+    MultiCropWrapper,
+    UserError,
+    bool_flag,
+)
+
+# What `--demo` sets where the user does not say otherwise: the recipe for a tiny network and
+# tiny images, on a CPU, in minutes.
+DEMO = dict()
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All training flags; a parent for other parsers, hence without `--help` of its own."""
+    parser = utils.ArgumentParser("DINO", add_help=False)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", default="vit_small", help="vit_nano, vit_tiny, vit_small, vit_base, or any torchvision classifier or timm model by name")
+    group.add_argument("--patch_size", default=16, type=int, help="pixels per patch side of our ViTs; smaller patches learn better features and cost more time and memory; for timm models the name says it")
+    group.add_argument("--out_dim", default=65536, type=int, help="number of prototypes; fewer do for small datasets")
+    group.add_argument("--norm_last_layer", default=True, type=bool_flag, help="keep the prototypes at unit length: more stable; off can be better for ViT-S, not for ViT-B")
+    group.add_argument("--momentum_teacher", default=0.996, type=float, help="first value of the teacher's EMA momentum, which rises to 1; raise it for small batches (e.g. 0.9995 at 256)")
+    group.add_argument("--use_bn_in_head", default=False, type=bool_flag, help="batch norm in the projection head: helps a small network over a collapse at the start")
+    group.add_argument("--head_hidden_dim", default=2048, type=int, help="width of the projection head's MLP")
+    group.add_argument("--head_bottleneck_dim", default=256, type=int, help="width of the head's output before the prototypes")
+
+    group = parser.add_argument_group("teacher temperature")
+    group.add_argument("--warmup_teacher_temp", default=0.04, type=float, help="first value; lower it when the loss does not fall at the start")
+    group.add_argument("--teacher_temp", default=0.04, type=float, help="value after the warm-up; above 0.07 training tends to be unstable")
+    group.add_argument("--warmup_teacher_temp_epochs", default=DefaultInt(0), type=int, help="epochs of linear warm-up (the paper's long runs: 30)")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--use_fp16", default=True, type=bool_flag, help="float16 autocast with loss scaling on CUDA; turn off if the loss becomes NaN; --precision overrides it")
+    group.add_argument("--precision", default=None, choices=["fp32", "bf16", "fp16"], help="autocast precision on any device; without it, fp16 on CUDA as --use_fp16 says, else fp32")
+    group.add_argument("--weight_decay", default=0.04, type=float, help="first value; weights only, not biases and norms")
+    group.add_argument("--weight_decay_end", default=0.4, type=float, help="last value, reached along a cosine; a larger one helps ViTs")
+    group.add_argument("--clip_grad", default=3.0, type=float, help="largest norm of each parameter's gradient; 0 turns clipping off")
+    group.add_argument("--batch_size_per_gpu", default=64, type=int, help="images per process and step")
+    group.add_argument("--epochs", default=100, type=int, help="passes over the data")
+    group.add_argument("--max_steps", default=0, type=int, help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
+    group.add_argument("--freeze_last_layer", default=1, type=int, help="epochs in which the prototypes stay fixed; raise it if the loss does not fall")
+    group.add_argument("--lr", default=0.0005, type=float, help="peak learning rate for 256 images a step; scaled linearly with the batch of all processes")
+    group.add_argument("--warmup_epochs", default=DefaultInt(10), type=int, help="epochs of linear warm-up of the learning rate")
+    group.add_argument("--min_lr", default=1e-6, type=float, help="last learning rate, reached along a cosine")
+    group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"], help="adamw for ViTs, sgd or lars for convnets")
+    group.add_argument("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+
+    group = parser.add_argument_group("crops")
+    group.add_argument("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, metavar=("MIN", "MAX"), help="share of the image's area; (0.14, 1) without local crops")
+    group.add_argument("--local_crops_number", default=8, type=int, help="small views per image, for the student only; 0 turns multi-crop off")
+    group.add_argument("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, metavar=("MIN", "MAX"), help="share of the image's area")
+    group.add_argument("--global_crops_size", default=224, type=int, help="pixels per side of a global view")
+    group.add_argument("--local_crops_size", default=96, type=int, help="pixels per side of a local view")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="", help="folder of images, with or without class folders; with --dataset, the folder that holds the dataset")
+    group.add_argument("--dataset", default="", help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
+    group.add_argument("--download", action="store_true", help="let --dataset fetch what is missing")
+    group.add_argument("--demo", action="store_true", help="train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes")
+    group.add_argument("--num_workers", default=10, type=int, help="data-loading workers per process")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default=".", help="folder for checkpoints and log.txt; a run continues from the checkpoint in it")
+    group.add_argument("--saveckp_freq", default=20, type=int, help="keep a numbered checkpoint every so many epochs; 0: never")
+    group.add_argument("--seed", default=0, type=int, help="decides weights, order, views and drop path")
+    group.add_argument("--dist_url", default="env://", help="rendezvous of the process group, as in torch.distributed")
+    group.add_argument("--local_rank", "--local-rank", default=0, type=int, help="accepted and ignored; the launcher's environment decides")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; under `--demo`, flags not given take the demo's values."""
+    parser = utils.ArgumentParser(
+        description=__doc__.splitlines()[0], parents=[get_args_parser()], conflict_handler="resolve"
+    )
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks before anything is built
+# ---------------------------------------------------------------------------------------------
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Settle what the flags leave open; UserError for values that contradict each other."""
+    for name in ("batch_size_per_gpu", "epochs", "out_dim", "patch_size", "global_crops_size",
+                 "local_crops_size", "head_hidden_dim", "head_bottleneck_dim"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
+    for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
+                 "saveckp_freq", "max_steps", "seed", "clip_grad", "freeze_last_layer"):  # fmt: skip
+        if getattr(args, name) < 0:
+            raise UserError("must not be negative", f"--{name} {getattr(args, name)}", "raise it")
+    for name in ("warmup_teacher_temp", "teacher_temp"):
+        if not getattr(args, name) > 0:
+            raise UserError("must be above 0", f"--{name} {getattr(args, name)}", "try 0.04")
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            raise UserError("must be 0 < MIN <= MAX <= 1", f"--{name} {low} {high}", "mend it")
+    for name in ("momentum_teacher", "drop_path_rate"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError("must be between 0 and 1", f"--{name} {getattr(args, name)}", "mend it")
+
+    if args.arch in utils.VITS:
+        sizes = {"global_crops_size": args.global_crops_size}
+        if args.local_crops_number:
+            sizes["local_crops_size"] = args.local_crops_size
+        for name, size in sizes.items():
+            if size % args.patch_size:
+                below = size - size % args.patch_size
+                fix = f"try {below or args.patch_size} or {below + args.patch_size}"
+                raise UserError(f"does not divide by --patch_size {args.patch_size}", f"--{name} {size}", fix)
+
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        value = getattr(args, name)
+        if value > args.epochs and not isinstance(value, DefaultInt):
+            raise UserError(f"longer than --epochs {args.epochs}", f"--{name} {value}", "shorten it")
+        if value > args.epochs:
+            utils.log(f"warning: --{name} shortened from its default {value} to --epochs {args.epochs}")
+        setattr(args, name, min(int(value), args.epochs))
+
+
+def check_batch(num_images: int, batch_size: int) -> None:
+    """UserError if the images do not fill one batch of all processes."""
+    if num_images < batch_size:
+        raise UserError(
+            f"a batch of {batch_size} over all processes is larger than the dataset of {num_images}",
+            "--batch_size_per_gpu", "lower it",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Builders
+# ---------------------------------------------------------------------------------------------
+
+
+def build_networks(
+    arch: str,
+    patch_size: int,
+    crop_sizes: list[int],
+    drop_path_rate: float,
+    out_dim: int,
+    use_bn_in_head: bool,
+    norm_last_layer: bool,
+    head_hidden_dim: int,
+    head_bottleneck_dim: int,
+) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """Student and teacher with the same weights; the teacher has no drop path and no gradient."""
+    student, teacher = (
+        utils.build_backbone(arch, patch_size, crop_sizes[0], rate) for rate in (drop_path_rate, 0.0)
+    )
+    utils.check_crop_sizes(teacher[0], arch, teacher[1], crop_sizes)
+    student, teacher = (
+        MultiCropWrapper(
+            backbone,
+            DINOHead(
+                embed_dim,
+                out_dim,
+                use_bn=use_bn_in_head,
+                norm_last_layer=norm_last_layer,
+                hidden_dim=head_hidden_dim,
+                bottleneck_dim=head_bottleneck_dim,
+            ),
+        )
+        for backbone, embed_dim in (student, teacher)
+    )
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher.requires_grad_(False)
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap the student so that ranks start from the same weights and average their gradients."""
+    if utils.get_world_size() == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def synchronize_batchnorms(model: nn.Module, device: torch.device) -> nn.Module:
+    """Batch statistics over all ranks, where the model has batch norms and torch can."""
+    if utils.get_world_size() == 1 or not utils.has_batchnorms(model):
+        return model
+    if device.type == "cpu":
+        utils.log("warning: batch norms see each process's own images: torch synchronises them on GPUs only")
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer by name; learning rate and weight decay come from the schedules."""
+    groups = utils.get_params_groups(model)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return utils.LARS(groups)
+
+
+def build_schedules(args: argparse.Namespace, steps_per_epoch: int, batch_size: int) -> dict:
+    """Learning rate, weight decay and teacher momentum, one value per global step."""
+    cosine = utils.cosine_scheduler
+    return {
+        "lr": cosine(
+            args.lr * batch_size / 256, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs
+        ),
+        "wd": cosine(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
+        "momentum": cosine(args.momentum_teacher, 1.0, args.epochs, steps_per_epoch),
+    }
+
+
+def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype:
+    """The precision of the forward passes; float32 means no autocast."""
+    precision = precision or ("fp16" if use_fp16 and device.type == "cuda" else "fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+def train_dino(args: argparse.Namespace) -> None:
+    """Set up the pieces, resume if there is something to resume, train, log and save."""
+    check_args(args)
+    device = utils.init_distributed_mode(args.dist_url)
+    utils.fix_random_seeds(args.seed)
+
+    # ---- data
+    images = utils.open_training_images(args.data_path, args.dataset, args.download, args.demo)
+    batch_size = args.batch_size_per_gpu * utils.get_world_size()
+    check_batch(len(images), batch_size)
+    augmentation = DataAugmentationDINO(
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+        args.global_crops_size,
+        args.local_crops_size,
+    )
+    dataset = utils.TrainingViews(images, augmentation, args.seed)
+    sampler = utils.EpochSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed)
+    loader = DataLoader(
+        dataset,
+        batch_size=args.batch_size_per_gpu,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        drop_last=True,
+        generator=torch.Generator(),  # its own, so that loading does not move the global stream
+    )
+    steps_per_epoch = sampler.num_samples // args.batch_size_per_gpu
+
+    # ---- student and teacher
+    crop_sizes = [args.global_crops_size] + [args.local_crops_size] * bool(args.local_crops_number)
+    student, teacher = build_networks(
+        args.arch,
+        args.patch_size,
+        crop_sizes,
+        args.drop_path_rate,
+        args.out_dim,
+        args.use_bn_in_head,
+        args.norm_last_layer,
+        args.head_hidden_dim,
+        args.head_bottleneck_dim,
+    )
+    student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
+    student_alone, student = student, distribute(student, device)
+    teacher.load_state_dict(student_alone.state_dict())  # the ranks now agree on the student
+
+    # ---- loss, optimizer, schedules
+    dino_loss = DINOLoss(
+        args.out_dim,
+        args.local_crops_number + 2,
+        args.warmup_teacher_temp,
+        args.teacher_temp,
+        args.warmup_teacher_temp_epochs,
+        args.epochs,
+    ).to(device)
+    optimizer = build_optimizer(args.optimizer, student_alone)
+    dtype = autocast_dtype(args.precision, args.use_fp16, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    schedules = build_schedules(args, steps_per_epoch, batch_size)
+
+    # ---- resume
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pieces = {
+        "student": student_alone,
+        "teacher": teacher,
+        "optimizer": optimizer,
+        "dino_loss": dino_loss,
+        "fp16_scaler": scaler,
+    }
+    step = resume(output_dir / "checkpoint.pth", pieces, steps_per_epoch)
+    last_step = min(args.max_steps or math.inf, args.epochs * steps_per_epoch)
+
+    # ---- train
+    utils.log(
+        f"training {args.arch} on {len(images)} images, {utils.get_world_size()} process(es) on "
+        f"{device.type}, {str(dtype).removeprefix('torch.')}, from step {step} to {last_step}"
+    )
+    guard = utils.RunGuard(
+        args.out_dim, max(10, len(images) // 100), functools.partial(utils.sample_name, images)
+    )
+    while step < last_step:
+        epoch = step // steps_per_epoch
+        epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
+        sampler.set_epoch(epoch)
+        sampler.start = step % steps_per_epoch * args.batch_size_per_gpu
+        guard.start_epoch()
+        logger = utils.MetricLogger(f"epoch {epoch}", batch_size, last_step - epoch_end)
+        batches = itertools.islice(loader, epoch_end - step)
+        train_one_epoch(
+            student,
+            teacher,
+            dino_loss,
+            logger.log_every(batches, epoch_end - step),
+            optimizer,
+            scaler,
+            schedules,
+            step,
+            epoch,
+            device,
+            dtype,
+            args.clip_grad,
+            args.freeze_last_layer,
+            args.seed,
+            guard,
+            logger,
+        )
+        step = epoch_end
+        if utils.is_main_process():
+            state = {name: piece.state_dict() for name, piece in pieces.items()}
+            state |= {"epoch": step // steps_per_epoch, "step": step, "args": vars(args)}
+            utils.save_checkpoint(state, output_dir / "checkpoint.pth")
+            whole_epoch = step % steps_per_epoch == 0
+            if whole_epoch and args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                utils.save_checkpoint(state, output_dir / f"checkpoint{epoch:04}.pth")
+            record = {f"train_{name}": value for name, value in logger.averages().items()}
+            record |= {"epoch": epoch, "step": step, "unreadable": guard.unreadable}
+            utils.append_json_line(output_dir / "log.txt", record)
+
+
+def train_one_epoch(
+    student: nn.Module,
+    teacher: nn.Module,
+    dino_loss: DINOLoss,
+    batches: Iterable[tuple[list[Tensor], Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    schedules: dict[str, np.ndarray],
+    step: int,
+    epoch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    clip_grad: float,
+    freeze_last_layer: int,
+    seed: int,
+    guard: utils.RunGuard,
+    logger: utils.MetricLogger,
+) -> None:
+    """Algorithm 1 of the paper, from global step `step` to the end of `batches`.
+
+    A batch is V uint8 views (B, 3, H, W), and (B,) indices of images that had to be replaced.
+    """
+    for step, (views, unreadable) in enumerate(batches, step):
+        # schedules and random numbers (drop path) of this step
+        lr, wd, momentum = (float(schedules[name][step]) for name in ("lr", "wd", "momentum"))
+        utils.set_schedules(optimizer, lr, wd)
+        utils.fix_random_seeds(seed, utils.get_rank(), step)
+
+        # forward: the teacher sees the global views, the student all
+        views = [utils.normalize(view.to(device, non_blocking=True)) for view in views]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            teacher_output = teacher(views[:2])
+            student_output = student(views)
+        loss = dino_loss(student_output, teacher_output, epoch)
+
+        # backward, then the check: on a GPU, the host waits while the gradients are computed
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        metrics = guard.check(step, loss, dino_loss.stats, unreadable)
+
+        # student
+        scaler.unscale_(optimizer)
+        if clip_grad:
+            utils.clip_gradients(student, clip_grad)
+        utils.cancel_gradients_last_layer(epoch, student, freeze_last_layer)
+        scaler.step(optimizer)
+        scaler.update()
+
+        # teacher
+        utils.update_teacher(student, teacher, momentum)
+
+        # log
+        logger.update(**metrics, lr=lr, wd=wd, momentum=momentum)
+
+
+def resume(path: Path, pieces: dict, steps_per_epoch: int) -> int:
+    """Continue from `path` if it exists: load its state into the pieces, return its global step."""
+    if not path.exists():
+        return 0
+    checkpoint = utils.load_checkpoint(path)
+    missing = [name for name in (*pieces, "epoch") if name not in checkpoint]
+    if missing:
+        raise UserError(f"checkpoint lacks {', '.join(missing)}", str(path), "give another --output_dir")
+    for name, piece in pieces.items():
+        if isinstance(piece, nn.Module):
+            utils.load_strictly(piece, checkpoint[name], f"{path}: {name}")
+        elif checkpoint[name] is not None:
+            piece.load_state_dict(checkpoint[name])
+    step = checkpoint.get("step", checkpoint["epoch"] * steps_per_epoch)
+    utils.log(f"resuming {path} at step {step}")
+    return step
+
+
+# ---------------------------------------------------------------------------------------------
+# Demo
+# ---------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train; under `--demo`, show what was learned."""
+    train_dino(args)
+    if args.demo and utils.is_main_process():
+        report_demo(args)
+
+
+if __name__ == "__main__":
+    utils.run_script(main, parse_args())

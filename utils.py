@@ -1,0 +1,1165 @@
+"""What the scripts share, in the order in which data flows through training:
+
+augmentation - data - networks - loss - schedules - optimisation - checkpoints - distributed -
+logging - run.
+
+Shapes: B images, V views, C x H x W pixels, D backbone width, K prototypes (`out_dim`).
+"Paper" is Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021),
+https://arxiv.org/abs/2104.14294.
+"""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor, nn
+from torch.utils.data import Dataset, DistributedSampler
+from torchvision import transforms
+from tqdm import tqdm
+
+from vision_transformer import VITS
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation (paper, Section 3.2; colour and blur are those of BYOL)
+#
+# Each random transform takes the image and a source of randomness with the methods of
+# `random.Random`, so that one seed decides all views of an image.
+# ---------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@functools.cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and deviation in grey levels, (3, 1, 1) each, copied to the device once."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean.to(device), std.to(device)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 images (..., 3, H, W) -> float32 with ImageNet's mean and deviation, where they are."""
+    mean, std = _pixel_statistics(images.device)
+    return (images.float() - mean) / std
+
+
+class RandomResizedCrop:
+    """A crop of random area and aspect ratio, resized to `size` x `size` pixels (bicubic)."""
+
+    def __init__(self, size: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)):
+        self.size, self.scale, self.ratio = size, scale, ratio
+
+    def draw(self, width: int, height: int, rng) -> tuple[int, int, int, int]:
+        """Top, left, height and width; as in torchvision, ten tries and then the centre."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(low, high))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        top, left, h, w = self.draw(*image.size, rng)
+        box = (left, top, left + w, top + h)
+        return image.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+
+class HorizontalFlip:
+    """Mirror the image, with probability `p`."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        return TF.hflip(image) if rng.random() < self.p else image
+
+
+class ColorJitter:
+    """With probability `p`, change brightness, contrast, saturation and hue in random order."""
+
+    def __init__(self, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
+        self.p = p
+        self.ranges = (
+            (TF.adjust_brightness, 1 - brightness, 1 + brightness),
+            (TF.adjust_contrast, 1 - contrast, 1 + contrast),
+            (TF.adjust_saturation, 1 - saturation, 1 + saturation),
+            (TF.adjust_hue, -hue, hue),
+        )
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        if rng.random() < self.p:
+            for adjust, low, high in rng.sample(self.ranges, len(self.ranges)):
+                image = adjust(image, rng.uniform(low, high))
+        return image
+
+
+class Grayscale:
+    """Drop the colour, with probability `p`."""
+
+    def __init__(self, p: float = 0.2):
+        self.p = p
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        return TF.rgb_to_grayscale(image, 3) if rng.random() < self.p else image
+
+
+class GaussianBlur:
+    """With probability `p`, blur with a radius (in pixels) drawn from the given range."""
+
+    def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
+        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        if rng.random() >= self.p:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(self.radius_min, self.radius_max)))
+
+
+class Solarization:
+    """Invert the pixels above half brightness, with probability `p`."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        return TF.solarize(image, 128) if rng.random() < self.p else image
+
+
+class DataAugmentationDINO:
+    """The views of one image: 2 global ones, then `local_crops_number` local ones.
+
+    Scales are (smallest, largest) shares of the image's area. Blur and solarisation differ
+    between the views as in the paper: one global view is always blurred, the other seldom and
+    sometimes solarised.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: Sequence[float],
+        local_crops_scale: Sequence[float],
+        local_crops_number: int,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+    ):
+        def pipeline(size, scale, blur_p, solarize_p):
+            return (
+                RandomResizedCrop(size, scale),
+                HorizontalFlip(),
+                ColorJitter(),
+                Grayscale(),
+                GaussianBlur(blur_p),
+                Solarization(solarize_p),
+            )
+
+        self.pipelines = [
+            pipeline(global_crops_size, global_crops_scale, blur_p=1.0, solarize_p=0.0),
+            pipeline(global_crops_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
+        ]
+        local = pipeline(local_crops_size, local_crops_scale, blur_p=0.5, solarize_p=0.0)
+        self.pipelines += [local] * local_crops_number
+
+    def uint8_views(self, image: Image.Image, rng=random) -> list[Tensor]:
+        """An RGB image -> V views, uint8 (3, H, W): a quarter of the bytes to ship."""
+        views = []
+        for pipeline in self.pipelines:
+            view = image
+            for transform in pipeline:
+                view = transform(view, rng)
+            views.append(TF.pil_to_tensor(view))
+        return views
+
+    def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
+        """An RGB image -> V normalised views, float32 (3, H, W)."""
+        return [normalize(view) for view in self.uint8_views(image, rng)]
+
+
+def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
+    """Resize to 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, size, size)."""
+    return transforms.Compose(
+        [
+            transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+            normalize,
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class ImageFiles(Dataset):
+    """All image files below a folder, sorted; training looks at no labels."""
+
+    def __init__(self, root: str | Path):
+        is_image = torchvision.datasets.folder.is_image_file
+        self.paths = [
+            os.path.join(folder, name)
+            for folder, _, names in sorted(os.walk(root, followlinks=True))
+            for name in sorted(names)
+            if is_image(name)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return torchvision.datasets.folder.pil_loader(self.paths[index]), 0
+
+
+def open_training_images(
+    data_path: str, dataset: str = "", download: bool = False, demo: bool = False
+) -> Dataset:
+    """Images to train on: a folder, a torchvision dataset by name, or the demo's shapes.
+
+    Items are (PIL image, label); the label is not looked at. Raises UserError.
+    """
+    if demo:
+        return Shapes("train")
+    if dataset:
+        return _torchvision_dataset(dataset, data_path, "train", download)
+    root = _existing_folder(data_path)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        raise UserError(
+            "folder has train/ and val/", f"--data_path {root}", f"give --data_path {root / 'train'}"
+        )
+    images = ImageFiles(root)
+    if not len(images):
+        raise UserError("no images found", f"--data_path {root}", "give a folder of image files")
+    return images
+
+
+def open_labelled_images(
+    split: str, data_path: str, dataset: str = "", download: bool = False, demo: bool = False
+) -> Dataset:
+    """The "train" or "val" images to evaluate on, with `.classes`. Raises UserError."""
+    if demo:
+        return Shapes(split)
+    if dataset:
+        return _torchvision_dataset(dataset, data_path, split, download)
+    root = _existing_folder(data_path) / split
+    if not root.is_dir():
+        raise UserError(f"no folder {split}/", f"--data_path {data_path}", "make train/ and val/")
+    try:
+        return torchvision.datasets.ImageFolder(str(root))
+    except FileNotFoundError as error:  # no class folders, or one that is empty
+        raise UserError(str(error).splitlines()[0], str(root), "give each class images") from None
+
+
+def _existing_folder(data_path: str) -> Path:
+    if not data_path:
+        raise UserError(
+            "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
+        )
+    root = Path(data_path).expanduser()
+    if not root.is_dir():
+        raise UserError("no such folder", f"--data_path {root}", "check the path")
+    return root
+
+
+def _torchvision_dataset(name: str, root: str, split: str, download: bool) -> Dataset:
+    """A torchvision dataset by class name; its own name for the held-out part is found out."""
+    known = torchvision.datasets.__all__
+    if name not in known:
+        raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
+    if not root:
+        raise UserError("no folder given", "--data_path", f"name the folder that holds {name}")
+    make = getattr(torchvision.datasets, name)
+    with main_process_first():  # only one unpacks or downloads
+        for archive in Path(root, name, "raw").glob("*-ubyte.gz"):  # MNIST's layout, not yet unpacked
+            if not archive.with_suffix("").exists():
+                torchvision.datasets.utils.extract_archive(str(archive))
+        return _open_split(make, name, root, split, download)
+
+
+def _open_split(make: Callable, name: str, root: str, split: str, download: bool) -> Dataset:
+    # MNIST and its like hide their arguments behind **kwargs of a parent.
+    takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
+    kwargs = {"download": True} if download and "download" in takes else {}
+    if "train" in takes:
+        choices = [{"train": split == "train"}]
+    elif "split" in takes:
+        names = {"train": ["train", "trainval"], "val": ["val", "valid", "test"]}[split]
+        choices = [{"split": n} for n in names]
+    else:
+        raise UserError("dataset has no train/val split", f"--dataset {name}", "use a folder instead")
+    for choice in choices:
+        try:
+            return make(root, **choice, **kwargs)
+        except ValueError as error:  # this dataset calls its split by another name
+            reason = error
+        except (RuntimeError, OSError) as error:
+            fix = "check the folder, or add --download" if not download else "check the network"
+            raise UserError(str(error).splitlines()[0], f"--dataset {name}", fix) from None
+    raise UserError(f"no {split} split: {reason}", f"--dataset {name}", "use a folder instead")
+
+
+def sample_name(dataset: Dataset, index: int) -> str:
+    """What to call a sample in a message: its file, if it has one."""
+    if isinstance(dataset, ImageFiles):
+        return dataset.paths[index]
+    if isinstance(dataset, torchvision.datasets.ImageFolder):
+        return dataset.samples[index][0]
+    return f"image {index}"
+
+
+class TrainingViews(Dataset):
+    """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
+
+    An image that cannot be read is replaced by the next one that can; its index comes along (-1
+    when all went well), so that the training can name and count it.
+    """
+
+    def __init__(self, images: Dataset, augmentation: DataAugmentationDINO, seed: int):
+        self.images, self.augmentation, self.seed = images, augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], int]:
+        epoch, index = item
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        unreadable = -1
+        for candidate in itertools.islice(itertools.cycle(range(len(self))), index, None):
+            try:
+                image = self.images[candidate][0].convert("RGB")
+                break
+            except UNREADABLE as error:
+                if unreadable >= 0 and candidate == index:
+                    raise UserError("no image can be read", sample_name(self.images, index)) from error
+                unreadable = index
+        return self.augmentation.uint8_views(image, rng), unreadable
+
+
+class EvalImages(Dataset):
+    """Transformed images with label and index; one that cannot be read is a UserError."""
+
+    def __init__(self, images: Dataset, transform: Callable):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        try:
+            image, label = self.images[index]
+            return self.transform(image.convert("RGB")), int(label), index
+        except UNREADABLE as error:
+            name = sample_name(self.images, index)
+            raise UserError(f"cannot read image: {error}", name, "repair or remove it") from None
+        except TypeError:
+            raise UserError("labels are not class numbers", "--dataset", "use another") from None
+
+
+class EpochSampler(DistributedSampler):
+    """This rank's (epoch, index) pairs in an order set by seed and epoch; can start mid-epoch."""
+
+    start = 0  # samples of this rank to skip, in the epoch in which a run resumes
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, i) for i in itertools.islice(super().__iter__(), self.start, None))
+
+    def __len__(self) -> int:
+        return self.num_samples - self.start
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint with the known names most like `name`."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else "check the name"
+
+
+def build_backbone(
+    arch: str, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0
+) -> tuple[nn.Module, int]:
+    """A backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
+
+    The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
+    `patch_size` and `img_size` (of the position embedding) shape our ViTs only; elsewhere the
+    name says it. Returns the model and D. Raises UserError for an unknown name.
+    """
+    if arch in VITS:
+        model = VITS[arch](patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+        return model, model.embed_dim
+    if arch in torchvision.models.list_models(module=torchvision.models):
+        return _torchvision_backbone(arch)
+    import timm  # half a second, so only when it is needed
+
+    if not timm.is_model(arch):
+        known = [*VITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+        raise UserError("unknown architecture", f"--arch {arch}", nearest(arch, known))
+    kwargs = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
+    while True:
+        try:
+            model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+            return model, model.num_features
+        except TypeError as error:  # most convnets know neither argument
+            unknown = [name for name in kwargs if f"'{name}'" in str(error)]
+            if not unknown:
+                raise
+            del kwargs[unknown[0]]
+
+
+def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
+    auxiliary = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(arch, weights=None, **auxiliary)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError("architecture has no linear classifier to drop", f"--arch {arch}")
+    parent, _, name = linear[-1].rpartition(".")
+    embed_dim = model.get_submodule(linear[-1]).in_features
+    setattr(model.get_submodule(parent), name, nn.Identity())
+    return model, embed_dim
+
+
+def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[int]) -> None:
+    """See that the backbone maps images of each size to (B, D). Raises UserError."""
+    training = backbone.training
+    backbone.eval()
+    for size in sorted(set(sizes)):
+        fix = "choose other crop sizes or another --arch"
+        try:
+            with torch.no_grad():
+                shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
+        except Exception as error:  # whatever a foreign model raises on a size it cannot take
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{arch} takes no {size}-pixel crops: {reason}", "--arch", fix) from None
+        if shape != (2, embed_dim):
+            raise UserError(f"{arch} gives {shape[1:]} per image, not a vector", "--arch", fix)
+    backbone.train(training)
+
+
+def has_batchnorms(model: nn.Module) -> bool:
+    """Whether any module normalises over the batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+class MultiCropWrapper(nn.Module):
+    """A backbone and a head over views of several sizes.
+
+    Views of one size go through the backbone together, all features through the head together:
+    V views (B, 3, H, W) -> (V * B, K), in the order of the views.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        for classifier in ("fc", "head"):
+            if hasattr(backbone, classifier):
+                setattr(backbone, classifier, nn.Identity())
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: Tensor | Sequence[Tensor]) -> Tensor:
+        if isinstance(views, Tensor):
+            views = [views]
+        sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
+        return self.head(torch.cat([self.backbone(torch.cat(list(group))) for _, group in sizes]))
+
+
+class WeightNormLinear(nn.Module):
+    """x -> x W^T with W = g v / |v| row by row.
+
+    As `torch.nn.utils.weight_norm` makes it, whose parameter names it keeps, without that
+    function's hooks: they are deprecated and cannot be deep-copied.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """Projection to K prototypes: (B, in_dim) -> (B, out_dim) (paper, Section 3.2).
+
+    An MLP of `nlayers` layers, L2 normalisation, a weight-normalised linear layer. With
+    `norm_last_layer` the prototypes keep unit length, which makes training more stable.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_dim
+        for _ in range(max(nlayers, 1) - 1):
+            layers.append(nn.Linear(width, hidden_dim))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+            width = hidden_dim
+        layers.append(nn.Linear(width, bottleneck_dim))
+        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+        for module in self.mlp.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between teacher and student over all pairs of different views.
+
+    The teacher's outputs are centred, which keeps one prototype from winning always, and
+    sharpened by a low temperature, which keeps the outputs from becoming uniform (paper,
+    Section 3.1). The temperature warms up linearly over the first epochs.
+
+    After each call, `stats` holds what tells a collapse, (3,), on the device: the teacher's
+    entropy, the entropy of its mean over the batch, and KL(teacher || student), in nats.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ):
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.ncrops = ncrops
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        self.stats = torch.zeros(3)
+        warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        constant = np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)
+        self.teacher_temp_schedule = np.concatenate([warmup, constant])
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
+        """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
+        temp = float(self.teacher_temp_schedule[epoch])
+        with torch.autocast(student_output.device.type, enabled=False):
+            student_logp = F.log_softmax(student_output.float() / self.student_temp, dim=-1)
+            student_logp = student_logp.unflatten(0, (self.ncrops, -1))  # (V, B, K)
+            with torch.no_grad():
+                teacher_logits = (teacher_output.float() - self.center) / temp
+                teacher_p = teacher_logits.softmax(dim=-1).unflatten(0, (2, -1))  # (2, B, K)
+
+            # Summed over the other views of each teacher view: all but the same view.
+            others = student_logp.sum(dim=0) - student_logp[:2]  # (2, B, K)
+            loss = -(teacher_p * others).sum(dim=-1).mean() / (self.ncrops - 1)
+
+            with torch.no_grad():
+                entropy = _entropy(teacher_p).mean()
+                batch_entropy = _entropy(teacher_p.mean(dim=(0, 1)))
+                self.stats = torch.stack([entropy, batch_entropy, loss - entropy])
+                self.update_center(teacher_output.float())
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """EMA of the teacher's mean output (2*B, K) over the batches of all ranks."""
+        batch_center = all_reduce_mean(teacher_output.mean(dim=0, keepdim=True))
+        self.center.lerp_(batch_center, 1 - self.center_momentum)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension."""
+    return torch.special.entr(p).sum(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedules
+# ---------------------------------------------------------------------------------------------
+
+
+def cosine_scheduler(
+    base_value: float,
+    final_value: float,
+    epochs: int,
+    niter_per_ep: int,
+    warmup_epochs: int = 0,
+    start_warmup_value: float = 0,
+) -> np.ndarray:
+    """One value per global step: a linear warm-up, then half a cosine down (or up) to the final.
+
+    Raises ValueError when the warm-up is longer than the training.
+    """
+    if warmup_epochs > epochs:
+        raise ValueError(f"a warm-up of {warmup_epochs} epochs does not fit into {epochs}")
+    warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
+    steps = (epochs - warmup_epochs) * niter_per_ep
+    cosine = 1 + np.cos(np.pi * np.arange(steps) / max(steps, 1))
+    return np.concatenate([warmup, final_value + 0.5 * (base_value - final_value) * cosine])
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------
+
+
+def get_params_groups(model: nn.Module) -> list[dict]:
+    """Trained parameters in two groups: weights, which decay; biases and norms, which do not."""
+    decayed, plain = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (plain if name.endswith(".bias") or param.ndim == 1 else decayed).append(param)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """This step's learning rate, and the weight decay of the group that decays."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, clip: float) -> Tensor:
+    """Scale each parameter's gradient, by itself, to a norm of at most `clip`.
+
+    Returns the norms before, one per gradient, on the device: nothing waits for them.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    torch._foreach_mul_(grads, list((clip / (norms + 1e-6)).clamp(max=1).unbind()))
+    return norms
+
+
+def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:
+    """In the first `freeze_last_layer` epochs, leave the head's last layer as it is."""
+    if epoch < freeze_last_layer:
+        for name, param in model.named_parameters():
+            if "last_layer" in name:
+                param.grad = None
+
+
+@torch.no_grad()
+def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """EMA: teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter."""
+    teacher_params, student_params = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_mul_(teacher_params, momentum)
+    torch._foreach_add_(teacher_params, student_params, alpha=1 - momentum)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling, for large batches of convnets: You et al. (2017),
+    https://arxiv.org/abs/1708.03888. Biases and norms (1-D) are neither decayed nor adapted.
+    """
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                update = param.grad
+                if param.ndim != 1:
+                    update = update.add(param, alpha=group["weight_decay"])
+                    ratio = group["eta"] * param.norm() / update.norm()
+                    # A zero norm of either gives 0, infinity or NaN: then do not adapt.
+                    update = update * ratio.where(ratio.isfinite() & (ratio > 0), 1.0)
+                state = self.state[param]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(param)
+                state["mu"].mul_(group["momentum"]).add_(update)
+                param.add_(state["mu"], alpha=-group["lr"])
+        return loss
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(state: dict, path: str | Path) -> None:
+    """Write by way of a temporary file, so that `path` is at every moment whole or absent."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_file(path: str | Path):
+    """`torch.load` to the CPU that runs no code from the file. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError("no such file", str(path), "check the path")
+    try:
+        # The published checkpoints carry their arguments as a pickled Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a garbled pickle can raise nearly anything
+        if "weights_only" in str(error) and "Unsupported" in str(error):
+            raise UserError("file wants to run code", str(path), "refused; use another file") from None
+        raise UserError("file is damaged or of another kind", str(path), "use another file") from None
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of ours or of the published code; `args` becomes a plain dict.
+
+    Keys lose the `module.` that DataParallel adds. Raises UserError.
+    """
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError("not a checkpoint", str(path), "use one written by main_dino.py")
+    if isinstance(checkpoint.get("args"), argparse.Namespace):
+        checkpoint["args"] = vars(checkpoint["args"])
+    for key, value in checkpoint.items():
+        if isinstance(value, dict) and any(str(name).startswith("module.") for name in value):
+            checkpoint[key] = {name.removeprefix("module."): v for name, v in value.items()}
+    return checkpoint
+
+
+def load_strictly(module: nn.Module, state: dict, source: str) -> None:
+    """`load_state_dict` that names what does not fit in one line. Raises UserError."""
+    own = module.state_dict()
+    problems = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "misshapen": [k for k in own if k in state and own[k].shape != state[k].shape],
+    }
+    found = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise UserError("weights do not fit: " + ", ".join(found), source, "check --arch and the file")
+    module.load_state_dict(state)
+
+
+def load_pretrained_weights(model: nn.Module, checkpoint: dict, checkpoint_key: str, source: str) -> None:
+    """Load the backbone of `checkpoint[checkpoint_key]`; nothing may be missing or left over.
+
+    `source` names the checkpoint in messages. Raises UserError.
+    """
+    state = checkpoint.get(checkpoint_key)
+    if not isinstance(state, dict):
+        keys = ", ".join(str(k) for k, v in checkpoint.items() if isinstance(v, dict))
+        raise UserError(f"no {checkpoint_key!r} in checkpoint", source, f"--checkpoint_key: {keys}")
+    prefix = "backbone."
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    load_strictly(model, state, source)
+
+
+def load_backbone(
+    weights: str, checkpoint_key: str, arch: str, patch_size: int
+) -> tuple[nn.Module, int, dict]:
+    """A frozen backbone with the weights of a checkpoint, or random ones for the name "random".
+
+    Architecture and patch size come from the checkpoint where the flags are at their defaults.
+    Returns the backbone, its width D and the checkpoint's training arguments ({} for random).
+    Raises UserError, also where a flag contradicts the checkpoint.
+    """
+    if not weights:
+        raise UserError("no weights given", "--pretrained_weights", "name a checkpoint, or random")
+    checkpoint = {} if weights == "random" else load_checkpoint(weights)
+    trained = checkpoint.get("args") or {}
+    arch = _settle("arch", arch, trained)
+    patch_size = _settle("patch_size", patch_size, trained)
+    model, embed_dim = build_backbone(arch, patch_size, trained.get("global_crops_size", 224))
+    if checkpoint:
+        load_pretrained_weights(model, checkpoint, checkpoint_key, weights)
+    return model.eval().requires_grad_(False), embed_dim, trained
+
+
+def _settle(name: str, flag, trained: dict):
+    """A flag's value, or the checkpoint's where the user did not set it. Raises UserError."""
+    value = trained.get(name, flag)
+    if isinstance(flag, DefaultInt | DefaultStr) or VITS.get(value, value) == VITS.get(flag, flag):
+        return value
+    raise UserError(f"checkpoint was trained with {value}", f"--{name} {flag}", "leave the flag out")
+
+
+# ---------------------------------------------------------------------------------------------
+# Distributed
+# ---------------------------------------------------------------------------------------------
+
+
+def launched_as() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's environment, SLURM's, or for one process.
+
+    SLURM counts only inside a step started by `srun`: in the batch script itself, the other tasks
+    do not exist.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def _slurm_rendezvous() -> None:
+    """Set MASTER_ADDR and MASTER_PORT as torchrun would: first host of the step, a port per job."""
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    os.environ.setdefault("MASTER_ADDR", hosts.stdout.split()[0])
+    step = 97 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
+
+
+def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> torch.device:
+    """Choose this process's device, and join the group if there are several processes."""
+    rank, world_size, local_rank = launched_as()
+    if use_cuda and torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif use_cuda and world_size == 1 and torch.backends.mps.is_available():
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if world_size > 1 and not dist.is_initialized():
+        if "RANK" not in os.environ and dist_url == "env://":
+            _slurm_rendezvous()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+    return device
+
+
+def get_rank() -> int:
+    """This process's number, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """How many processes train together, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process logs and saves."""
+    return get_rank() == 0
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """The main process runs the block, then the others do."""
+    if get_world_size() > 1 and not is_main_process():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if get_world_size() > 1 and is_main_process():
+            dist.barrier()
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over the ranks, in place; the tensor itself without a group."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= get_world_size()
+    return tensor
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Tensors of the same shape from all ranks, concatenated along the first dimension."""
+    if get_world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Logging
+# ---------------------------------------------------------------------------------------------
+
+
+def log(message: str) -> None:
+    """Print once, from the main process, above a progress bar if there is one."""
+    if is_main_process():
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+class SmoothedValue:
+    """A series: its mean over the last `window` values and over all."""
+
+    def __init__(self, window: int = 20):
+        self.recent: deque[float] = deque(maxlen=window)
+        self.total, self.count = 0.0, 0
+
+    def update(self, value: float) -> None:
+        self.recent.append(value)
+        self.total += value
+        self.count += 1
+
+    @property
+    def avg(self) -> float:
+        return sum(self.recent) / max(len(self.recent), 1)
+
+    @property
+    def global_avg(self) -> float:
+        return self.total / max(self.count, 1)
+
+
+class MetricLogger:
+    """Shows an epoch while it runs: a progress bar on a terminal, else a line every 10 steps."""
+
+    def __init__(self, header: str, images_per_step: int, steps_after: int = 0, print_freq: int = 10):
+        """`images_per_step` counts all ranks; `steps_after`, for the ETA, follow this epoch."""
+        self.header, self.images_per_step = header, images_per_step
+        self.steps_after, self.print_freq = steps_after, print_freq
+        self.meters: dict[str, SmoothedValue] = {}
+        self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
+
+    def update(self, **values: float) -> None:
+        """Add one step's value to each named series."""
+        for name, value in values.items():
+            self.meters.setdefault(name, SmoothedValue()).update(value)
+
+    def averages(self) -> dict[str, float]:
+        """Each series' mean over the epoch, and its images/s."""
+        speed = self.images_per_step / self.step_time.global_avg if self.step_time.total else 0.0
+        return {n: m.global_avg for n, m in self.meters.items()} | {"images_per_second": speed}
+
+    def log_every(self, batches: Iterable, length: int) -> Iterator:
+        """Yield the batches; time them and show the meters in between."""
+        digits = len(str(length))
+        show_bar = is_main_process() and sys.stderr.isatty()
+        with tqdm(total=length, desc=self.header, leave=False, disable=not show_bar) as bar:
+            asked = time.perf_counter()
+            for step, batch in enumerate(batches, 1):
+                got = time.perf_counter()
+                yield batch
+                done = time.perf_counter()
+                self.data_time.update(got - asked)
+                self.step_time.update(done - asked)
+                asked = done
+                bar.update()
+                if show_bar:
+                    bar.set_postfix_str(self.status(length - step), refresh=False)
+                elif step % self.print_freq == 0 or step == length:
+                    log(f"{self.header} [{step:{digits}d}/{length}] {self.status(length - step)}")
+
+    def status(self, steps_left: int) -> str:
+        """Meters, speed, share of time spent waiting for data, time left, peak GPU memory."""
+        seconds = max(self.step_time.avg, 1e-9)
+        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps_left + self.steps_after)))
+        days = int(seconds * (steps_left + self.steps_after) // 86400)
+        parts = [f"{name} {meter.avg:.4g}" for name, meter in self.meters.items()]
+        parts += [
+            f"{self.images_per_step / seconds:.0f} img/s",
+            f"data {self.data_time.avg / seconds:.0%}",
+            f"eta {f'{days}d ' if days else ''}{eta}",
+        ]
+        if torch.cuda.is_available():
+            parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+        return "  ".join(parts)
+
+
+class RunGuard:
+    """Looks at every step's numbers: ends a run that cannot go on, names one that has collapsed.
+
+    Uniform collapse: the teacher's outputs are flat, the loss sits at ln K. Constant collapse:
+    they are peaked, but the same for every image, so that the entropy of their mean over the
+    batch is no larger than their own (paper, Section 5.3 and Figure 7). Either is named once,
+    when it has lasted for `patience` steps.
+    """
+
+    ADVICE = {
+        "uniform collapse": "try --use_bn_in_head true, a lower --teacher_temp or another --lr",
+        "constant collapse": "try a higher --teacher_temp, a lower --lr or a higher --momentum_teacher",
+    }
+
+    def __init__(
+        self,
+        out_dim: int,
+        unreadable_limit: int,
+        name_of: Callable[[int], str] = str,
+        patience: int = 200,
+    ):
+        """`name_of` an index is the image's name; `unreadable_limit` holds for one epoch."""
+        self.max_entropy = math.log(out_dim)
+        self.unreadable_limit, self.name_of, self.patience = unreadable_limit, name_of, patience
+        self.lasted = dict.fromkeys(self.ADVICE, 0)
+        self.named: set[int] = set()
+        self.unreadable = 0
+
+    def start_epoch(self) -> None:
+        """Count unreadable images anew."""
+        self.unreadable = 0
+
+    def check(self, step: int, loss: Tensor, stats: Tensor, unreadable: Tensor) -> dict[str, float]:
+        """The step's numbers as means over ranks; the one place where the host waits for the device.
+
+        `stats` as in DINOLoss; `unreadable` (B,) holds indices of replaced images, else -1.
+        Raises TrainingError, on all ranks together, for a loss that is not finite.
+        """
+        failed = [index for index in unreadable.tolist() if index >= 0]
+        for index in sorted(set(failed) - self.named):
+            print(f"warning: cannot read {self.name_of(index)}: another image takes its place", flush=True)
+        self.named.update(failed)
+
+        count = stats.new_tensor([len(failed)]) if failed else torch.zeros_like(stats[:1])
+        numbers = torch.cat([loss.detach().reshape(1).float(), stats, count])
+        loss, entropy, batch_entropy, kl, mean_failed = all_reduce_mean(numbers).tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"loss is {loss}", f"step {step}",
+                "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.3",
+            )  # fmt: skip
+        self.unreadable += round(mean_failed * get_world_size())
+        if self.unreadable > self.unreadable_limit:
+            raise UserError(
+                f"{self.unreadable} images of this epoch cannot be read", "--data_path", "mend the data"
+            )
+        self.watch_collapse(loss, entropy, batch_entropy)
+        return {"loss": loss, "entropy": entropy, "spread": batch_entropy - entropy, "kl": kl}
+
+    def watch_collapse(self, loss: float, entropy: float, batch_entropy: float) -> None:
+        """Warn when one of the two collapses has lasted long enough."""
+        flat = entropy > 0.999 * self.max_entropy
+        found = {
+            "uniform collapse": flat and abs(loss - self.max_entropy) < 1e-3 * self.max_entropy,
+            "constant collapse": not flat and batch_entropy - entropy < 1e-3 * self.max_entropy,
+        }
+        for name, present in found.items():
+            self.lasted[name] = self.lasted[name] + 1 if present else 0
+            if self.lasted[name] == self.patience:
+                log(
+                    f"warning: {name}: for {self.patience} steps the teacher's outputs were "
+                    f"{'flat' if flat else 'the same for every image'} (loss {loss:.4f}, ln out_dim "
+                    f"{self.max_entropy:.4f}, teacher entropy {entropy:.4f}): {self.ADVICE[name]}"
+                )
+
+
+def append_json_line(path: str | Path, record: dict) -> None:
+    """Add one line of JSON to a log file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend. Printed as `error: <what> (<where>): <fix>`, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, where: str = "", fix: str = ""):
+        super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
+
+
+class TrainingError(UserError):
+    """Training cannot go on as asked; what was saved stays. Exit code 1."""
+
+    exit_code = 1
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Full flag names only, defaults in the help, and errors in one line from one process."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        exit_with(UserError(message, "", "see --help"))
+
+
+class DefaultInt(int):
+    """A flag's default, told from the same number given by the user."""
+
+
+class DefaultStr(str):
+    """A flag's default, told from the same word given by the user."""
+
+
+def bool_flag(value: str) -> bool:
+    """`true`, `on`, `1` or `false`, `off`, `0`."""
+    words = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+    if value.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
+    return words[value.lower()]
+
+
+def fix_random_seeds(*entropy: int) -> None:
+    """Seed Python, NumPy and torch on every device from a few numbers, e.g. (seed, rank, step)."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def exit_with(error: UserError):
+    """End the process; the first rank says why."""
+    if launched_as()[0] == 0:
+        # An error from a data-loading worker comes with that worker's traceback before it.
+        line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def run_script(main: Callable, args: argparse.Namespace) -> None:
+    """Call `main(args)`; end in one clear line when the user can mend what went wrong."""
+    try:
+        main(args)
+    except UserError as error:
+        exit_with(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

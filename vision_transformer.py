@@ -1,0 +1,221 @@
+"""Vision Transformers as DINO trains them: no classifier, any image size.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), https://arxiv.org/abs/2010.11929;
+the sizes are those of Touvron et al., "DeiT" (2021), https://arxiv.org/abs/2012.12877.
+Parameter names are timm's (`blocks.0.attn.qkv.weight`), so weights travel both ways.
+
+Shapes: B images, C channels, H x W pixels, P patch, N = 1 + (H/P)(W/P) tokens, D width, h heads.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
+    # None: fused wherever that is faster, which is everywhere but on the CPU
+    # (there it is no faster in float32 and slower in bfloat16).
+    fused: bool | None = None
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, h, N, D/h)."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention of each token (row) over all tokens: (B, h, N, N), rows sum to 1."""
+        return (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        fused = x.device.type != "cpu" if self.fused is None else self.fused
+        if fused:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = self.weights(q, k) @ v
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, h, N, D/h) -> (B, N, D)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with stochastic depth on both branches: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, drop_path, norm_layer):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = norm_layer(dim)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
+        )
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each: (B, C, H, W) -> (B, N - 1, D)."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """Vision Transformer; `forward` gives the CLS token after the last norm, (B, D).
+
+    `img_size` sets the grid of the learned position embedding; other sizes, square or not,
+    interpolate it. Height and width must be divisible by `patch_size`, else ValueError.
+    `drop_path_rate` grows linearly from 0 in the first block to its value in the last.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        drop_path_rate: float = 0.0,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        img_size = img_size if isinstance(img_size, int) else img_size[0]
+        self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim)
+        )
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, norm_layer)
+            for rate in torch.linspace(0, drop_path_rate, depth).tolist()
+        )
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(self._init_linear)
+
+    @staticmethod
+    def _init_linear(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
+        """Position embedding for an image of height x width pixels: (1, N, D)."""
+        patch, D = self.patch_embed.patch_size, self.pos_embed.shape[-1]
+        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
+        rows, cols = height // patch, width // patch
+        if (rows, cols) == (side, side):
+            return self.pos_embed
+        # The + 0.1 kept the published code's output size from rounding down. It also moves the
+        # sampling points, and the published weights were trained with that.
+        scale = ((rows + 0.1) / side, (cols + 0.1) / side)
+        grid = self.pos_embed[:, 1:].reshape(1, side, side, D).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, rows, cols)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def prepare_tokens(self, x: Tensor) -> Tensor:
+        """Images to tokens: (B, C, H, W) -> (B, N, D), CLS first."""
+        B, _, H, W = x.shape
+        patch = self.patch_embed.patch_size
+        if H % patch or W % patch:
+            raise ValueError(f"a {H}x{W} image does not divide into patches of {patch}")
+        tokens = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(x)], dim=1)
+        return tokens + self.interpolate_pos_encoding(H, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D)."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention of the last block: (B, h, N, N)."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        q, k, _ = last.attn.project(last.norm1(x))
+        return last.attn.weights(q, k)
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Tokens after each of the last `n` blocks, normed: n times (B, N, D)."""
+        x = self.prepare_tokens(x)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return [self.norm(out) for out in outputs[-n:]]
+
+
+def _vit(width: int, depth: int, heads: int, patch_size: int, **kwargs) -> VisionTransformer:
+    settings = dict(
+        patch_size=patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    return VisionTransformer(**(settings | kwargs))
+
+
+def vit_nano(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """1.2 M parameters, ours: for the demo, for tests and for small images."""
+    return _vit(128, 6, 4, patch_size, **kwargs)
+
+
+def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """5.5 M parameters."""
+    return _vit(192, 12, 3, patch_size, **kwargs)
+
+
+def vit_small(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """21.7 M parameters."""
+    return _vit(384, 12, 6, patch_size, **kwargs)
+
+
+def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """85.8 M parameters."""
+    return _vit(768, 12, 12, patch_size, **kwargs)
+
+
+VITS = {
+    "vit_nano": vit_nano,
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "deit_tiny": vit_tiny,  # the published code's names for the same networks
+    "deit_small": vit_small,
+}
