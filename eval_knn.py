@@ -25,32 +25,54 @@ from utils import DefaultInt, DefaultStr, UserError, bool_flag
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags; a parent for other parsers, hence without `--help` of its own."""
     parser = utils.ArgumentParser("Evaluation with weighted k-NN on ImageNet", add_help=False)
-    parser.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process and forward pass")
-    parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, help="numbers of neighbours; 20 is usually best")
-    parser.add_argument("--temperature", default=0.07, type=float, help="of the vote: a neighbour weighs exp(similarity / temperature)")
-    parser.add_argument("--pretrained_weights", default="", help="a checkpoint; or a baseline by name: random (a network as --arch says) or pixels (no network)")
-    parser.add_argument("--use_cuda", default=True, type=bool_flag, help="use the GPU, where there is one; turn off if features do not fit into its memory")
-    parser.add_argument("--arch", default=DefaultStr("vit_small"), help="architecture; the checkpoint knows its own")
-    parser.add_argument("--patch_size", default=DefaultInt(16), type=int, help="patch size; the checkpoint knows its own")
-    parser.add_argument("--image_size", default=DefaultInt(224), type=int, help="pixels per side; the global crops' size of the checkpoint unless given")
-    parser.add_argument("--checkpoint_key", default="teacher", help="teacher or student; the teacher is better")
+    # fmt: off
+    parser.add_argument("--batch_size_per_gpu", default=128, type=int,
+        help="images per process and forward pass")
+    parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int,
+        help="numbers of neighbours; 20 is usually best")
+    parser.add_argument("--temperature", default=0.07, type=float,
+        help="of the vote: a neighbour weighs exp(similarity / temperature)")
+    parser.add_argument("--pretrained_weights", default="",
+        help="a checkpoint; or a baseline by name: random (a network as --arch says) or "
+             "pixels (no network)")
+    parser.add_argument("--use_cuda", default=True, type=bool_flag,
+        help="use the GPU, where there is one; turn off if features do not fit into its "
+             "memory")
+    parser.add_argument("--arch", default=DefaultStr("vit_small"),
+        help="architecture; the checkpoint knows its own")
+    parser.add_argument("--patch_size", default=DefaultInt(16), type=int,
+        help="patch size; the checkpoint knows its own")
+    parser.add_argument("--image_size", default=DefaultInt(224), type=int,
+        help="pixels per side; the global crops' size of the checkpoint unless given")
+    parser.add_argument("--checkpoint_key", default="teacher",
+        help="teacher or student; the teacher is better")
     parser.add_argument("--dump_features", default=None, help="folder to save the features in")
-    parser.add_argument("--load_features", default=None, help="folder of features saved before: skips their computation")
-    parser.add_argument("--num_workers", default=10, type=int, help="data-loading workers per process")
-    parser.add_argument("--dist_url", default="env://", help="rendezvous of the process group, as in torch.distributed")
-    parser.add_argument("--local_rank", "--local-rank", default=0, type=int, help="accepted and ignored; the launcher's environment decides")
-    parser.add_argument("--data_path", default="", help="folder with train/ and val/ of class folders; with --dataset, the folder that holds the dataset")
-    parser.add_argument("--dataset", default="", help="a torchvision dataset by class name, e.g. FashionMNIST")
-    parser.add_argument("--download", action="store_true", help="let --dataset fetch what is missing")
-    parser.add_argument("--demo", action="store_true", help="evaluate on the drawn shapes of main_dino.py --demo")
+    parser.add_argument("--load_features", default=None,
+        help="folder of features saved before: skips their computation")
+    parser.add_argument("--num_workers", default=10, type=int,
+        help="data-loading workers per process")
+    parser.add_argument("--dist_url", default="env://",
+        help="rendezvous of the process group, as in torch.distributed")
+    parser.add_argument("--local_rank", "--local-rank", default=0, type=int,
+        help="accepted and ignored; the launcher's environment decides")
+    parser.add_argument("--data_path", default="",
+        help="folder with train/ and val/ of class folders; with --dataset, the folder that "
+             "holds the dataset")
+    parser.add_argument("--dataset", default="",
+        help="a torchvision dataset by class name, e.g. FashionMNIST")
+    parser.add_argument("--download", action="store_true",
+        help="let --dataset fetch what is missing")
+    parser.add_argument("--demo", action="store_true",
+        help="evaluate on the drawn shapes of main_dino.py --demo")
+    # fmt: on
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    return utils.ArgumentParser(
-        description=__doc__.splitlines()[0], parents=[get_args_parser()]
-    ).parse_args(argv)
+    return utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]).parse_args(
+        argv
+    )
 
 
 @torch.inference_mode()
@@ -64,9 +86,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised features (N, D) and labels (N,) of all images, on every rank, in their order."""
     dataset = utils.EvalImages(images, utils.eval_transform(image_size))
-    sampler = DistributedSampler(
-        dataset, utils.get_world_size(), utils.get_rank(), shuffle=False
-    )
+    sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), shuffle=False)
     loader = DataLoader(
         dataset,
         batch_size,

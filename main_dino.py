@@ -11,17 +11,22 @@ A run continues from `checkpoint.pth` in its `--output_dir` when there is one.
 import argparse
 import functools
 import itertools
+import json
 import math
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import utils
+from eval_knn import extract_features, knn_classifier
 from utils import (
     DataAugmentationDINO,
     DefaultInt,
@@ -41,57 +46,110 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All training flags; a parent for other parsers, hence without `--help` of its own."""
     parser = utils.ArgumentParser("DINO", add_help=False)
 
+    # fmt: off
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", default="vit_small", help="vit_nano, vit_tiny, vit_small, vit_base, or any torchvision classifier or timm model by name")
-    group.add_argument("--patch_size", default=16, type=int, help="pixels per patch side of our ViTs; smaller patches learn better features and cost more time and memory; for timm models the name says it")
-    group.add_argument("--out_dim", default=65536, type=int, help="number of prototypes; fewer do for small datasets")
-    group.add_argument("--norm_last_layer", default=True, type=bool_flag, help="keep the prototypes at unit length: more stable; off can be better for ViT-S, not for ViT-B")
-    group.add_argument("--momentum_teacher", default=0.996, type=float, help="first value of the teacher's EMA momentum, which rises to 1; raise it for small batches (e.g. 0.9995 at 256)")
-    group.add_argument("--use_bn_in_head", default=False, type=bool_flag, help="batch norm in the projection head: helps a small network over a collapse at the start")
-    group.add_argument("--head_hidden_dim", default=2048, type=int, help="width of the projection head's MLP")
-    group.add_argument("--head_bottleneck_dim", default=256, type=int, help="width of the head's output before the prototypes")
+    group.add_argument("--arch", default="vit_small",
+        help="vit_nano, vit_tiny, vit_small, vit_base, or any torchvision classifier or timm "
+             "model by name")
+    group.add_argument("--patch_size", default=16, type=int,
+        help="pixels per patch side of our ViTs; smaller patches learn better features and "
+             "cost more time and memory; for timm models the name says it")
+    group.add_argument("--out_dim", default=65536, type=int,
+        help="number of prototypes; fewer do for small datasets")
+    group.add_argument("--norm_last_layer", default=True, type=bool_flag,
+        help="keep the prototypes at unit length: more stable; off can be better for ViT-S, "
+             "not for ViT-B")
+    group.add_argument("--momentum_teacher", default=0.996, type=float,
+        help="first value of the teacher's EMA momentum, which rises to 1; raise it for "
+             "small batches (e.g. 0.9995 at 256)")
+    group.add_argument("--use_bn_in_head", default=False, type=bool_flag,
+        help="batch norm in the projection head: helps a small network over a collapse at "
+             "the start")
+    group.add_argument("--head_hidden_dim", default=2048, type=int,
+        help="width of the projection head's MLP")
+    group.add_argument("--head_bottleneck_dim", default=256, type=int,
+        help="width of the head's output before the prototypes")
 
     group = parser.add_argument_group("teacher temperature")
-    group.add_argument("--warmup_teacher_temp", default=0.04, type=float, help="first value; lower it when the loss does not fall at the start")
-    group.add_argument("--teacher_temp", default=0.04, type=float, help="value after the warm-up; above 0.07 training tends to be unstable")
-    group.add_argument("--warmup_teacher_temp_epochs", default=DefaultInt(0), type=int, help="epochs of linear warm-up (the paper's long runs: 30)")
+    group.add_argument("--warmup_teacher_temp", default=0.04, type=float,
+        help="first value; lower it when the loss does not fall at the start")
+    group.add_argument("--teacher_temp", default=0.04, type=float,
+        help="value after the warm-up; above 0.07 training tends to be unstable")
+    group.add_argument("--warmup_teacher_temp_epochs", default=DefaultInt(0), type=int,
+        help="epochs of linear warm-up (the paper's long runs: 30)")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--use_fp16", default=True, type=bool_flag, help="float16 autocast with loss scaling on CUDA; turn off if the loss becomes NaN; --precision overrides it")
-    group.add_argument("--precision", default=None, choices=["fp32", "bf16", "fp16"], help="autocast precision on any device; without it, fp16 on CUDA as --use_fp16 says, else fp32")
-    group.add_argument("--weight_decay", default=0.04, type=float, help="first value; weights only, not biases and norms")
-    group.add_argument("--weight_decay_end", default=0.4, type=float, help="last value, reached along a cosine; a larger one helps ViTs")
-    group.add_argument("--clip_grad", default=3.0, type=float, help="largest norm of each parameter's gradient; 0 turns clipping off")
-    group.add_argument("--batch_size_per_gpu", default=64, type=int, help="images per process and step")
+    group.add_argument("--use_fp16", default=True, type=bool_flag,
+        help="float16 autocast with loss scaling on CUDA; turn off if the loss becomes NaN; "
+             "--precision overrides it")
+    group.add_argument("--precision", default=None, choices=["fp32", "bf16", "fp16"],
+        help="autocast precision on any device; without it, fp16 on CUDA as --use_fp16 says, "
+             "else fp32")
+    group.add_argument("--weight_decay", default=0.04, type=float,
+        help="first value; weights only, not biases and norms")
+    group.add_argument("--weight_decay_end", default=0.4, type=float,
+        help="last value, reached along a cosine; a larger one helps ViTs")
+    group.add_argument("--clip_grad", default=3.0, type=float,
+        help="largest norm of each parameter's gradient; 0 turns clipping off")
+    group.add_argument("--batch_size_per_gpu", default=64, type=int,
+        help="images per process and step")
     group.add_argument("--epochs", default=100, type=int, help="passes over the data")
-    group.add_argument("--max_steps", default=0, type=int, help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
-    group.add_argument("--freeze_last_layer", default=1, type=int, help="epochs in which the prototypes stay fixed; raise it if the loss does not fall")
-    group.add_argument("--lr", default=0.0005, type=float, help="peak learning rate for 256 images a step; scaled linearly with the batch of all processes")
-    group.add_argument("--warmup_epochs", default=DefaultInt(10), type=int, help="epochs of linear warm-up of the learning rate")
-    group.add_argument("--min_lr", default=1e-6, type=float, help="last learning rate, reached along a cosine")
-    group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"], help="adamw for ViTs, sgd or lars for convnets")
-    group.add_argument("--drop_path_rate", default=0.1, type=float, help="stochastic depth of the student's last block")
+    group.add_argument("--max_steps", default=0, type=int,
+        help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
+    group.add_argument("--freeze_last_layer", default=1, type=int,
+        help="epochs in which the prototypes stay fixed; raise it if the loss does not fall")
+    group.add_argument("--lr", default=0.0005, type=float,
+        help="peak learning rate for 256 images a step; scaled linearly with the batch of "
+             "all processes")
+    group.add_argument("--warmup_epochs", default=DefaultInt(10), type=int,
+        help="epochs of linear warm-up of the learning rate")
+    group.add_argument("--min_lr", default=1e-6, type=float,
+        help="last learning rate, reached along a cosine")
+    group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
+        help="adamw for ViTs, sgd or lars for convnets")
+    group.add_argument("--drop_path_rate", default=0.1, type=float,
+        help="stochastic depth of the student's last block")
 
     group = parser.add_argument_group("crops")
-    group.add_argument("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, metavar=("MIN", "MAX"), help="share of the image's area; (0.14, 1) without local crops")
-    group.add_argument("--local_crops_number", default=8, type=int, help="small views per image, for the student only; 0 turns multi-crop off")
-    group.add_argument("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, metavar=("MIN", "MAX"), help="share of the image's area")
-    group.add_argument("--global_crops_size", default=224, type=int, help="pixels per side of a global view")
-    group.add_argument("--local_crops_size", default=96, type=int, help="pixels per side of a local view")
+    group.add_argument("--global_crops_scale", default=(0.4, 1.0),
+        type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="share of the image's area; (0.14, 1) without local crops")
+    group.add_argument("--local_crops_number", default=8, type=int,
+        help="small views per image, for the student only; 0 turns multi-crop off")
+    group.add_argument("--local_crops_scale", default=(0.05, 0.4),
+        type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="share of the image's area")
+    group.add_argument("--global_crops_size", default=224, type=int,
+        help="pixels per side of a global view")
+    group.add_argument("--local_crops_size", default=96, type=int,
+        help="pixels per side of a local view")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="", help="folder of images, with or without class folders; with --dataset, the folder that holds the dataset")
-    group.add_argument("--dataset", default="", help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
-    group.add_argument("--download", action="store_true", help="let --dataset fetch what is missing")
-    group.add_argument("--demo", action="store_true", help="train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes")
-    group.add_argument("--num_workers", default=10, type=int, help="data-loading workers per process")
+    group.add_argument("--data_path", default="",
+        help="folder of images, with or without class folders; with --dataset, the folder "
+             "that holds the dataset")
+    group.add_argument("--dataset", default="",
+        help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
+    group.add_argument("--download", action="store_true",
+        help="let --dataset fetch what is missing")
+    group.add_argument("--demo", action="store_true",
+        help="train a small network on drawn shapes, evaluate it and save pictures: no data, "
+             "no GPU, minutes")
+    group.add_argument("--num_workers", default=10, type=int,
+        help="data-loading workers per process")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default=".", help="folder for checkpoints and log.txt; a run continues from the checkpoint in it")
-    group.add_argument("--saveckp_freq", default=20, type=int, help="keep a numbered checkpoint every so many epochs; 0: never")
-    group.add_argument("--seed", default=0, type=int, help="decides weights, order, views and drop path")
-    group.add_argument("--dist_url", default="env://", help="rendezvous of the process group, as in torch.distributed")
-    group.add_argument("--local_rank", "--local-rank", default=0, type=int, help="accepted and ignored; the launcher's environment decides")
+    group.add_argument("--output_dir", default=".",
+        help="folder for checkpoints and log.txt; a run continues from the checkpoint in it")
+    group.add_argument("--saveckp_freq", default=20, type=int,
+        help="keep a numbered checkpoint every so many epochs; 0: never")
+    group.add_argument("--seed", default=0, type=int,
+        help="decides weights, order, views and drop path")
+    group.add_argument("--dist_url", default="env://",
+        help="rendezvous of the process group, as in torch.distributed")
+    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
+        help="accepted and ignored; the launcher's environment decides")
+    # fmt: on
     return parser
 
 
@@ -162,6 +220,17 @@ def check_batch(num_images: int, batch_size: int) -> None:
 # ---------------------------------------------------------------------------------------------
 # Builders
 # ---------------------------------------------------------------------------------------------
+
+
+def build_augmentation(args: argparse.Namespace) -> DataAugmentationDINO:
+    """The views of an image, as the crop flags say."""
+    return DataAugmentationDINO(
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+        args.global_crops_size,
+        args.local_crops_size,
+    )
 
 
 def build_networks(
@@ -259,14 +328,7 @@ def train_dino(args: argparse.Namespace) -> None:
     images = utils.open_training_images(args.data_path, args.dataset, args.download, args.demo)
     batch_size = args.batch_size_per_gpu * utils.get_world_size()
     check_batch(len(images), batch_size)
-    augmentation = DataAugmentationDINO(
-        args.global_crops_scale,
-        args.local_crops_scale,
-        args.local_crops_number,
-        args.global_crops_size,
-        args.local_crops_size,
-    )
-    dataset = utils.TrainingViews(images, augmentation, args.seed)
+    dataset = utils.TrainingViews(images, build_augmentation(args), args.seed)
     sampler = utils.EpochSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed)
     loader = DataLoader(
         dataset,
@@ -379,7 +441,7 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     schedules: dict[str, np.ndarray],
-    step: int,
+    first_step: int,
     epoch: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -389,11 +451,11 @@ def train_one_epoch(
     guard: utils.RunGuard,
     logger: utils.MetricLogger,
 ) -> None:
-    """Algorithm 1 of the paper, from global step `step` to the end of `batches`.
+    """Algorithm 1 of the paper, from global step `first_step` to the end of `batches`.
 
     A batch is V uint8 views (B, 3, H, W), and (B,) indices of images that had to be replaced.
     """
-    for step, (views, unreadable) in enumerate(batches, step):
+    for step, (views, unreadable) in enumerate(batches, first_step):
         # schedules and random numbers (drop path) of this step
         lr, wd, momentum = (float(schedules[name][step]) for name in ("lr", "wd", "momentum"))
         utils.set_schedules(optimizer, lr, wd)
@@ -447,6 +509,70 @@ def resume(path: Path, pieces: dict, steps_per_epoch: int) -> int:
 # ---------------------------------------------------------------------------------------------
 # Demo
 # ---------------------------------------------------------------------------------------------
+
+
+def report_demo(args: argparse.Namespace) -> None:
+    """Print k-NN accuracy before and after training; save pictures of the views and the loss."""
+    output_dir = Path(args.output_dir)
+    device = utils.init_distributed_mode(args.dist_url)
+    utils.fix_random_seeds(args.seed)  # the weights that training started from
+    untrained = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size)[0]
+    networks = {"raw pixels": nn.Flatten(), "random initialisation": untrained}
+    for key in ("student", "teacher"):
+        weights = str(output_dir / "checkpoint.pth")
+        networks[f"trained {key}"], *_ = utils.load_backbone(weights, key, args.arch, args.patch_size)
+
+    utils.log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
+    train, val = (utils.open_labelled_images(split, "", demo=True) for split in ("train", "val"))
+    for name, network in networks.items():
+        data = []
+        for images in (train, val):
+            data += extract_features(
+                network, images, args.global_crops_size, device, num_workers=args.num_workers
+            )
+        top1, _ = knn_classifier(*data, k=20, T=0.07, num_classes=len(train.classes))
+        utils.log(f"  {name:22} {top1:5.1f} %")
+
+    draw_views(val[0][0], build_augmentation(args)).save(output_dir / "views.png")
+    with open(output_dir / "log.txt") as file:
+        losses = [json.loads(line)["train_loss"] for line in file]
+    draw_curve(losses, "loss by epoch").save(output_dir / "loss.png")
+    utils.log(f"pictures: {output_dir / 'views.png'}, {output_dir / 'loss.png'}")
+
+
+def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, side: int = 128) -> Image.Image:
+    """The image and one draw of its views, side by side."""
+    views = [TF.to_pil_image(view) for view in augmentation.uint8_views(image, random.Random(0))]
+    largest = max(view.width for view in [image, *views])
+    sheet = Image.new("RGB", ((side + 8) * (1 + len(views)) + 8, side + 16), "white")
+    for column, view in enumerate([image, *views]):
+        size = round(side * view.width / largest)
+        tile = view.resize((size, size), Image.Resampling.NEAREST)
+        sheet.paste(tile, (8 + column * (side + 8), 8 + (side - size) // 2))
+    return sheet
+
+
+def draw_curve(values: list[float], title: str, width: int = 480, height: int = 240) -> Image.Image:
+    """A line through the values, with their range written beside it."""
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    low, high = min(values), max(values)
+    left, top, right, bottom = 60, 30, width - 20, height - 30
+    points = [
+        (
+            left + (right - left) * i / max(len(values) - 1, 1),
+            bottom - (bottom - top) * (value - low) / max(high - low, 1e-9),
+        )
+        for i, value in enumerate(values)
+    ]
+    pen.rectangle((left, top, right, bottom), outline="lightgray")
+    pen.line(points, fill="royalblue", width=2)
+    pen.text((left, 10), title, fill="black")
+    pen.text((10, top - 5), f"{high:.3f}", fill="black")
+    pen.text((10, bottom - 8), f"{low:.3f}", fill="black")
+    pen.text((left, bottom + 8), "1", fill="black")
+    pen.text((right - 12, bottom + 8), str(len(values)), fill="black")
+    return sheet
 
 
 def main(args: argparse.Namespace) -> None:

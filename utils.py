@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.utils.data import Dataset, DistributedSampler
 from torchvision import transforms

@@ -1,0 +1,72 @@
+"""Shared fixtures: small images on disk, small flags, and real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The smallest network and crops that still exercise every part.
+TINY = (
+    "--arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 "
+    "--local_crops_number 2 --out_dim 64 --head_hidden_dim 32 --head_bottleneck_dim 16 "
+    "--batch_size_per_gpu 4 --num_workers 0 --epochs 2 --warmup_epochs 1 --precision fp32"
+).split()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tests are many small operations; threads would only fight for the cores."""
+    torch.set_num_threads(1)
+
+
+def save_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:03}.png")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """Twenty images in a folder without classes."""
+    folder = tmp_path_factory.mktemp("images")
+    save_images(folder / "nested", 12, seed=1)
+    save_images(folder, 8, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """train/ and val/ with three classes."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for seed, name in enumerate("abc"):
+        save_images(folder / "train" / name, 5, seed=seed)
+        save_images(folder / "val" / name, 3, seed=10 + seed)
+    return folder
+
+
+def run(*command: str, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+    """A real process in the project's folder, with one thread and a bound on its time."""
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def torchrun(processes: int, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    return run(*launcher, *command, check=check)

@@ -1,0 +1,726 @@
+"""One section per section of utils.py, in its order."""
+
+import argparse
+import copy
+import gzip
+import math
+import os
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import utils
+from tests.conftest import save_images
+from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, TrainingError, UserError
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation
+# ---------------------------------------------------------------------------------------------
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (60, 45)) -> Image.Image:
+    """A smooth colourful image."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def draw_views(image: Image.Image, draws: int, **kwargs) -> list[torch.Tensor]:
+    """For each kind of view (global 1, global 2, local), `draws` of them: (draws, 3, H, W)."""
+    settings = dict(
+        global_crops_scale=(1, 1),
+        local_crops_scale=(1, 1),
+        local_crops_number=1,
+        global_crops_size=image.width,
+        local_crops_size=image.width,
+    )
+    augment = DataAugmentationDINO(**(settings | kwargs))
+    draws = [augment.uint8_views(image, random.Random(seed)) for seed in range(draws)]
+    return [torch.stack(views) for views in zip(*draws, strict=True)]
+
+
+def is_close_share(share: float, p: float, draws: int) -> bool:
+    """Within four standard errors of a probability."""
+    return abs(share - p) <= 4 * math.sqrt(p * (1 - p) / draws)
+
+
+def test_views_have_the_published_number_order_and_sizes():
+    views = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 8)(picture())
+    assert [tuple(v.shape) for v in views] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 8
+    assert all(v.dtype == torch.float32 for v in views)
+
+
+def test_solarise_one_fifth_of_the_second_view_only():
+    white = Image.new("RGB", (16, 16), "white")  # jitter leaves it above 128, solarising does not
+    shares = [(v.float().mean((1, 2, 3)) < 128).float().mean().item() for v in draw_views(white, 600)]
+    assert shares[0] == 0 and shares[2] == 0 and is_close_share(shares[1], 0.2, 600)
+
+
+def test_blur_always_sometimes_half_the_time():
+    noise = np.random.default_rng(0).choice([64, 192], (16, 16)).astype(np.uint8)
+    image = Image.fromarray(noise).convert("RGB")  # two grey levels, more once blurred
+    shares = []
+    for views in draw_views(image, 600):
+        blurred = [view.unique().numel() > 2 for view in views]
+        shares.append(sum(blurred) / 600)
+    # A radius below about 0.3 pixels, a tenth of the range, leaves no trace in 8 bits.
+    seen = shares[0]
+    assert seen > 0.8
+    assert is_close_share(shares[1], 0.1 * seen, 600) and is_close_share(shares[2], 0.5 * seen, 600)
+
+
+def test_flip_half_the_views():
+    halves = Image.fromarray(np.repeat([[0] * 8 + [200] * 8], 16, axis=0).astype(np.uint8)).convert("RGB")
+    for views in draw_views(halves, 400, local_crops_number=1)[::2]:  # unsolarised
+        flipped = views[..., :4].float().mean((1, 2, 3)) > views[..., -4:].float().mean((1, 2, 3))
+        assert is_close_share(flipped.float().mean().item(), 0.5, 400)
+
+
+def test_grey_one_view_in_five():
+    for views in draw_views(Image.new("RGB", (8, 8), (200, 60, 40)), 600):
+        grey = (views[:, 0] == views[:, 1]).flatten(1).all(1) & (views[:, 1] == views[:, 2]).flatten(1).all(1)
+        assert is_close_share(grey.float().mean().item(), 0.2, 600)
+
+
+def test_jitter_four_views_in_five_within_its_ranges():
+    grey = Image.new("RGB", (8, 8), (120, 120, 120))  # only brightness moves a grey image
+    levels = draw_views(grey, 800)[0].float().mean((1, 2, 3))
+    assert is_close_share((levels != 120).float().mean().item(), 0.8, 800)
+    assert 0.6 * 120 - 1 <= levels.min() <= 80 and 160 <= levels.max() <= 1.4 * 120 + 1
+
+
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
+def test_crops_are_distributed_as_torchvisions(scale):
+    width, height, draws = 500, 375, 3000
+    crop, rng = utils.RandomResizedCrop(224, scale), random.Random(0)
+    ours = torch.tensor([crop.draw(width, height, rng) for _ in range(draws)]).double()
+    image = torch.empty(3, height, width)
+    torch.manual_seed(0)
+    draw = transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([draw(image, scale, (3 / 4, 4 / 3)) for _ in range(draws)]).double()
+    shares = ours[:, 2] * ours[:, 3] / (width * height)
+    assert scale[0] * 0.98 <= shares.min() and shares.max() <= min(1, scale[1] * 1.02)
+    assert two_sample_z(ours, theirs) < 4  # top, left, height, width
+    assert two_sample_z(ours**2, theirs**2) < 4
+    other = torch.tensor([crop.draw(width, height, rng) for _ in range(draws)]).double() * 1.1
+    assert two_sample_z(other, theirs) > 4  # the test would see a scale that is 10 % off
+
+
+def two_sample_z(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of column means, in standard errors."""
+    error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+    return ((a.mean(0) - b.mean(0)).abs() / error.clamp(min=1e-12)).max().item()
+
+
+def torchvision_recipe(blur_p: float, solarize_p: float, gray_p: float = 0.2):
+    """One kind of view, composed from torchvision's transforms as the paper says."""
+
+    def blur(image):
+        if torch.rand(()) >= blur_p:
+            return image
+        radius = torch.empty(()).uniform_(0.1, 2).item()
+        return image.filter(utils.ImageFilter.GaussianBlur(radius))
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(32, (0.4, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            transforms.RandomGrayscale(gray_p),
+            blur,
+            transforms.RandomSolarize(128, solarize_p),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def pixel_statistics(views: torch.Tensor) -> torch.Tensor:
+    """Per view: mean and deviation of each channel, colourfulness, sharpness, left - right."""
+    x = views.float()
+    return torch.cat(
+        [
+            x.mean((2, 3)),
+            x.std((2, 3)),
+            (x[:, 0] - x[:, 2]).abs().mean((1, 2))[:, None],
+            x.diff(dim=3).abs().mean((1, 2, 3))[:, None],
+            (x[..., :16].mean((1, 2, 3)) - x[..., 16:].mean((1, 2, 3)))[:, None],
+        ],
+        dim=1,
+    )
+
+
+def test_views_are_distributed_as_torchvisions():
+    image, draws = picture(size=(64, 48)), 1500
+    ours = draw_views(
+        image, draws, global_crops_scale=(0.4, 1), global_crops_size=32, local_crops_scale=(0.4, 1),
+        local_crops_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    recipes = [(1.0, 0.0), (0.1, 0.2), (0.5, 0.0)]
+    for views, (blur_p, solarize_p) in zip(ours, recipes, strict=True):
+        recipe = torchvision_recipe(blur_p, solarize_p)
+        theirs = pixel_statistics(torch.stack([recipe(image) for _ in range(draws)]))
+        assert two_sample_z(pixel_statistics(views), theirs) < 4.5
+        wrong = torchvision_recipe(blur_p, solarize_p, gray_p=0.4)
+        control = pixel_statistics(torch.stack([wrong(image) for _ in range(draws)]))
+        assert two_sample_z(pixel_statistics(views), control) > 4.5
+
+
+def test_normalisation_and_evaluation_transform_equal_torchvisions():
+    image = picture(size=(80, 60))
+    reference = transforms.Compose(
+        [
+            transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(utils.IMAGENET_MEAN, utils.IMAGENET_STD),
+        ]
+    )
+    torch.testing.assert_close(utils.eval_transform(224)(image), reference(image), rtol=0, atol=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------
+
+
+def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path):
+    found = utils.open_training_images(str(images))
+    assert len(found) == 20 and found.paths == sorted(found.paths, key=lambda p: (os.path.dirname(p), p))
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="no images found"):
+        utils.open_training_images(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"data_path": ""}, "--demo"),
+        ({"data_path": "/nowhere"}, "no such folder"),
+        ({"data_path": "/tmp", "dataset": "FashionMINST"}, "did you mean FashionMNIST"),
+        ({"data_path": "", "dataset": "FashionMNIST"}, "--data_path"),
+        ({"data_path": "/nowhere", "dataset": "FashionMNIST"}, "--download"),
+    ],
+)
+def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
+    with pytest.raises(UserError, match=message) as error:
+        utils.open_training_images(**kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_training_on_a_folder_with_train_and_val_would_mix_them(labelled):
+    with pytest.raises(UserError, match="/train"):
+        utils.open_training_images(str(labelled))
+    assert len(utils.open_training_images(str(labelled / "train"))) == 15
+    assert utils.open_labelled_images("val", str(labelled)).classes == ["a", "b", "c"]
+    with pytest.raises(UserError, match="no folder val"):
+        utils.open_labelled_images("val", str(labelled / "train"))
+
+
+def write_fashion_mnist(root, train: int, test: int) -> None:
+    """Gzipped idx files with random grey images, named as torchvision's."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("t10k", test)):
+        pixels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
+        with gzip.open(raw / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">IIII", 0x803, n, 28, 28) + pixels)
+        with gzip.open(raw / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">II", 0x801, n) + bytes(i % 10 for i in range(n)))
+
+
+def test_torchvision_dataset_by_name_from_gzipped_files(tmp_path):
+    write_fashion_mnist(tmp_path, 30, 20)
+    train = utils.open_training_images(str(tmp_path), "FashionMNIST")
+    val = utils.open_labelled_images("val", str(tmp_path), "FashionMNIST")
+    assert (len(train), len(val)) == (30, 20) and train.classes == val.classes
+    views, unreadable = utils.TrainingViews(train, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14), 0)[
+        0, 3
+    ]
+    assert views[0].shape == (3, 28, 28) and unreadable == -1
+
+
+def small_views(images, seed: int = 0) -> utils.TrainingViews:
+    augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 2, 16, 8)
+    return utils.TrainingViews(utils.ImageFiles(images), augmentation, seed)
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(images):
+    dataset = small_views(images)
+    first = dataset[3, 7][0]
+    random.seed(99), torch.manual_seed(99)
+    assert all(torch.equal(a, b) for a, b in zip(first, dataset[3, 7][0], strict=True))
+    for other in (dataset[4, 7], dataset[3, 8], small_views(images, seed=1)[3, 7]):
+        assert not torch.equal(first[0], other[0][0])
+
+
+def test_views_and_the_global_random_stream_do_not_touch_each_other(images):
+    states = random.getstate(), torch.get_rng_state()
+    small_views(images)[0, 0]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(images):
+    dataset = small_views(images)
+    batches = []
+    for workers in (0, 2):
+        sampler = utils.EpochSampler(dataset, 1, 0, seed=5)
+        sampler.set_epoch(2)
+        loader = DataLoader(dataset, 4, sampler=sampler, num_workers=workers)
+        batches.append([view for views, _ in loader for view in views])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_sampler_splits_an_epoch_among_ranks_and_starts_anywhere(images):
+    dataset = small_views(images)
+    samplers = [utils.EpochSampler(dataset, 2, rank, seed=5) for rank in range(2)]
+    for sampler in samplers:
+        sampler.set_epoch(3)
+    whole = [list(sampler) for sampler in samplers]
+    assert sorted(whole[0] + whole[1]) == [(3, i) for i in range(20)]
+    samplers[0].start = 4
+    assert list(samplers[0]) == whole[0][4:] and len(samplers[0]) == 6
+
+
+def test_unreadable_images_are_replaced_and_named(tmp_path):
+    save_images(tmp_path, 4)
+    (tmp_path / "001.png").write_bytes(b"not an image")
+    whole = (tmp_path / "002.png").read_bytes()
+    (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
+    dataset = small_views(tmp_path)
+    assert [dataset[0, i][1] for i in range(4)] == [-1, 1, 2, -1]
+    assert len(dataset[0, 1][0]) == 4
+    evaluation = utils.EvalImages(utils.ImageFiles(tmp_path), utils.eval_transform(16))
+    with pytest.raises(UserError, match="002.png"):
+        evaluation[2]
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no image can be read"):
+        dataset[0, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "sizes"),
+    [
+        ("vit_nano", 128, (224, 96)),
+        ("resnet18", 512, (64, 32)),
+        ("convnext_tiny", 768, (64, 32)),
+        ("mobilenet_v3_small", 1024, (64, 32)),
+        ("xcit_nano_12_p16_224", 128, (64, 32)),
+        ("vit_tiny_patch16_224", 192, (224, 96)),
+        ("resnet10t", 512, (64, 32)),
+    ],
+)
+def test_backbones_by_name_take_both_crop_sizes(arch, dim, sizes):
+    model, embed_dim = utils.build_backbone(arch, 16, sizes[0], drop_path_rate=0.1)
+    utils.check_crop_sizes(model, arch, embed_dim, sizes)
+    assert embed_dim == dim and model.training
+    wrapper = MultiCropWrapper(model, DINOHead(dim, 32, hidden_dim=16, bottleneck_dim=8))
+    wrapper([torch.randn(2, 3, size, size) for size in sizes]).sum().backward()
+    unused = [n for n, p in wrapper.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []  # else DistributedDataParallel would wait for ever
+
+
+def test_unknown_and_unfit_backbones_are_named():
+    with pytest.raises(UserError, match="did you mean .*resnet50"):
+        utils.build_backbone("resnet5o")
+    with pytest.raises(UserError, match="no linear classifier"):
+        utils.build_backbone("squeezenet1_0")
+    model, dim = utils.build_backbone("vit_b_32")
+    with pytest.raises(UserError, match="vit_b_32 takes no 96-pixel crops"):
+        utils.check_crop_sizes(model, "vit_b_32", dim, [224, 96])
+
+
+def test_multicrop_equals_separate_passes():
+    model = MultiCropWrapper(utils.build_backbone("vit_nano", 8, 32)[0], DINOHead(128, 32)).eval()
+    views = [torch.randn(3, 3, size, size) for size in (32, 32, 16, 16, 16)]
+    with torch.no_grad():
+        apart = torch.cat([model.head(model.backbone(view)) for view in views])
+        torch.testing.assert_close(model(views), apart)
+        torch.testing.assert_close(model(views[0]), apart[:3])
+
+
+def test_head_has_unit_prototypes_and_can_be_copied():
+    head = DINOHead(12, 40, hidden_dim=16, bottleneck_dim=8)
+    with torch.no_grad():
+        rows = head.last_layer(torch.eye(8)).T  # the effective weight, (K, bottleneck)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(40))
+    assert not head.last_layer.weight_g.requires_grad
+    assert DINOHead(12, 40, norm_last_layer=False).last_layer.weight_g.requires_grad
+    again = copy.deepcopy(head)
+    assert set(again.state_dict()) >= {"last_layer.weight_g", "last_layer.weight_v", "mlp.0.weight"}
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(head(x), again(x))
+
+
+@pytest.mark.parametrize("use_bn", [True, False])
+@pytest.mark.parametrize("nlayers", [1, 2, 3])
+def test_head_layers(use_bn, nlayers):
+    head = DINOHead(12, 40, use_bn=use_bn, nlayers=nlayers, hidden_dim=16, bottleneck_dim=8)
+    kinds = [type(m).__name__ for m in head.mlp.modules()]
+    assert kinds.count("Linear") == nlayers and kinds.count("GELU") == nlayers - 1
+    assert kinds.count("BatchNorm1d") == (nlayers - 1) * use_bn
+    assert utils.has_batchnorms(head) == (use_bn and nlayers > 1)
+    assert head(torch.randn(4, 12)).shape == (4, 40)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    views=st.integers(2, 6), batch=st.integers(1, 5), k=st.integers(2, 40), seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 4),
+)  # fmt: skip
+def test_loss_is_the_mean_cross_entropy_over_pairs_of_different_views(views, batch, k, seed, epoch):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(views * batch, k, generator=generator, dtype=torch.float64).float().requires_grad_()
+    teacher = torch.randn(2 * batch, k, generator=generator)
+    loss_fn = DINOLoss(k, views, 0.02, 0.07, 3, 5)
+    loss_fn.center.copy_(torch.randn(1, k, generator=generator))
+    center = loss_fn.center.clone()
+    temp = [0.02, 0.045, 0.07, 0.07, 0.07][epoch]
+
+    targets = ((teacher - center) / temp).softmax(-1).chunk(2)
+    terms = [
+        -(q * F.log_softmax(s / 0.1, -1)).sum(-1).mean()
+        for i, q in enumerate(targets)
+        for v, s in enumerate(student.chunk(views))
+        if v != i
+    ]
+    expected = sum(terms) / len(terms)
+    loss = loss_fn(student, teacher, epoch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    got, want = (torch.autograd.grad(value, student)[0] for value in (loss, expected))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss_fn.center, 0.9 * center + 0.1 * teacher.mean(0, keepdim=True))
+
+    entropy = -(torch.cat(targets) * torch.cat(targets).clamp(min=1e-30).log()).sum(-1).mean()
+    torch.testing.assert_close(loss_fn.stats[0], entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_fn.stats[2], loss.detach() - entropy, rtol=1e-3, atol=1e-4)
+
+
+def test_loss_sends_no_gradient_to_the_teacher():
+    teacher = torch.randn(4, 8, requires_grad=True)
+    DINOLoss(8, 2, 0.04, 0.04, 0, 1)(torch.randn(4, 8, requires_grad=True), teacher, 0).backward()
+    assert teacher.grad is None
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedules
+# ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    base=st.floats(-10, 10), final=st.floats(-10, 10), epochs=st.integers(1, 20), steps=st.integers(1, 30),
+    warmup=st.integers(0, 20),
+)  # fmt: skip
+def test_cosine_schedule_at_its_ends(base, final, epochs, steps, warmup):
+    if warmup > epochs:
+        with pytest.raises(ValueError, match="warm-up"):
+            utils.cosine_scheduler(base, final, epochs, steps, warmup)
+        return
+    values = utils.cosine_scheduler(base, final, epochs, steps, warmup)
+    assert len(values) == epochs * steps
+    assert values.min() >= min(base, final, 0) - 1e-9 and values.max() <= max(base, final, 0) + 1e-9
+    if 0 < warmup * steps < epochs * steps:
+        assert values[0] == 0 or warmup * steps == 1
+        assert values[warmup * steps] == pytest.approx(base)
+    if warmup == 0:
+        assert values[0] == pytest.approx(base)
+        assert abs(values[-1] - final) <= abs(base - final) * (math.pi / (epochs * steps)) ** 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------
+
+
+def test_biases_and_norms_do_not_decay():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), DINOHead(4, 8, hidden_dim=5, bottleneck_dim=6))
+    decayed, plain = utils.get_params_groups(model)
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in plain["params"])
+    assert plain["weight_decay"] == 0 and "weight_decay" not in decayed
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(decayed["params"]) + len(plain["params"]) == len(trained)
+    optimizer = torch.optim.AdamW([decayed, plain])
+    utils.set_schedules(optimizer, 0.5, 0.3)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.3), (0.5, 0.0)]
+
+
+def test_clipping_is_per_parameter():
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.full((2, 2), 5.0)  # norm 10
+    model.bias.grad = torch.tensor([0.3, 0.4])  # norm 0.5
+    norms = utils.clip_gradients(model, 2.0)
+    torch.testing.assert_close(norms, torch.tensor([10.0, 0.5]))
+    torch.testing.assert_close(model.weight.grad.norm(), torch.tensor(2.0))
+    torch.testing.assert_close(model.bias.grad, torch.tensor([0.3, 0.4]))
+
+
+def test_last_layer_is_frozen_after_clipping_in_the_first_epochs():
+    head = DINOHead(4, 8, hidden_dim=5, bottleneck_dim=6)
+    for epoch, frozen in ((0, True), (1, True), (2, False)):
+        head(torch.randn(3, 4)).sum().backward()
+        utils.cancel_gradients_last_layer(epoch, head, freeze_last_layer=2)
+        assert (head.last_layer.weight_v.grad is None) == frozen
+        assert head.mlp[0].weight.grad is not None
+
+
+def test_teacher_is_the_average_of_students():
+    student, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = [0.75 * t + 0.25 * s for s, t in zip(student.parameters(), teacher.parameters(), strict=True)]
+    utils.update_teacher(student, teacher, 0.75)
+    for want, got in zip(expected, teacher.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_lars_adapts_weights_and_leaves_biases_alone():
+    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([1.0]))
+    zero = nn.Parameter(torch.zeros(1, 2))
+    optimizer = utils.LARS([weight, bias, zero], lr=0.1, weight_decay=0.5, momentum=0.9, eta=0.01)
+    weight.grad, bias.grad, zero.grad = torch.tensor([[0.5, 0.0]]), torch.tensor([2.0]), torch.ones(1, 2)
+    optimizer.step()
+    update = torch.tensor([[0.5 + 1.5, 2.0]])  # gradient + decay
+    ratio = 0.01 * 5.0 / update.norm()
+    torch.testing.assert_close(weight.detach(), torch.tensor([[3.0, 4.0]]) - 0.1 * ratio * update)
+    torch.testing.assert_close(bias.detach(), torch.tensor([1.0 - 0.1 * 2.0]))
+    torch.testing.assert_close(zero.detach(), torch.full((1, 2), -0.1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_file_that_wants_to_run_code_is_refused(tmp_path):
+    torch.save({"student": Payload(tmp_path / "owned")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="wants to run code"):
+        utils.load_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_damaged_missing_and_foreign_files_are_named(tmp_path):
+    torch.save({"student": {}}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, message in (
+        ("gone", "no such file"), ("short", "damaged"), ("empty", "damaged"), ("list", "not a checkpoint"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message) as error:
+            utils.load_checkpoint(tmp_path / f"{name}.pth")
+        assert f"{name}.pth" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_published_files_carry_a_namespace_and_a_module_prefix(tmp_path):
+    state = {"teacher": {"module.backbone.w": torch.ones(1)}, "args": argparse.Namespace(arch="vit_small")}
+    torch.save(state, tmp_path / "published.pth")
+    checkpoint = utils.load_checkpoint(tmp_path / "published.pth")
+    assert checkpoint["args"] == {"arch": "vit_small"} and list(checkpoint["teacher"]) == ["backbone.w"]
+
+
+def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    utils.save_checkpoint({"epoch": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        utils.save_checkpoint({"epoch": lambda: None}, path)
+    assert utils.load_checkpoint(path) == {"epoch": 1}
+
+
+def test_weights_load_right_or_not_at_all():
+    model = utils.build_backbone("vit_nano", 8, 32)[0]
+    state = {f"backbone.{k}": v for k, v in model.state_dict().items()} | {"head.mlp.0.bias": torch.ones(1)}
+    other = utils.build_backbone("vit_nano", 8, 32)[0]
+    utils.load_pretrained_weights(other, {"teacher": state}, "teacher", "file")
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+    del state["backbone.norm.bias"]
+    state["backbone.extra"] = torch.ones(1)
+    state["backbone.cls_token"] = torch.ones(1, 1, 7)
+    with pytest.raises(UserError, match=r"1 missing \(norm.bias\), 1 unexpected \(extra\), 1 misshapen"):
+        utils.load_pretrained_weights(other, {"teacher": state}, "teacher", "file")
+    with pytest.raises(UserError, match="no 'student' in checkpoint .*teacher"):
+        utils.load_pretrained_weights(other, {"teacher": state}, "student", "file")
+
+
+def test_flags_that_contradict_the_checkpoint_are_an_error(tmp_path):
+    model = utils.build_backbone("vit_nano", 8, 32)[0]
+    state = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    args = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32}
+    path = str(tmp_path / "checkpoint.pth")
+    utils.save_checkpoint({"teacher": state, "args": args}, path)
+    arch, patch = utils.DefaultStr("vit_small"), utils.DefaultInt(16)
+    loaded, dim, trained = utils.load_backbone(path, "teacher", arch, patch)
+    assert dim == 128 and trained == args and not loaded.training
+    with pytest.raises(UserError, match=r"trained with vit_nano \(--arch vit_small\)"):
+        utils.load_backbone(path, "teacher", "vit_small", patch)
+    with pytest.raises(UserError, match=r"trained with 8 \(--patch_size 16\)"):
+        utils.load_backbone(path, "teacher", arch, 16)
+    with pytest.raises(UserError, match="no weights given"):
+        utils.load_backbone("", "teacher", arch, patch)
+
+
+# ---------------------------------------------------------------------------------------------
+# Distributed
+# ---------------------------------------------------------------------------------------------
+
+SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, (3, 4, 1)),
+        (SLURM | {"SLURM_PROCID": "0"}, (0, 1, 0)),  # in the batch script, outside any srun
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2", "RANK": "1", "WORLD_SIZE": "16"}, (1, 16, 0)),
+    ],
+)
+def test_launchers(monkeypatch, env, expected):
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert utils.launched_as() == expected
+
+
+def test_reductions_do_nothing_outside_a_group():
+    x = torch.arange(3.0)
+    assert utils.all_reduce_mean(x) is x and utils.all_gather(x) is x
+    assert (utils.get_rank(), utils.get_world_size(), utils.is_main_process()) == (0, 1, True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Logging
+# ---------------------------------------------------------------------------------------------
+
+
+def test_smoothed_value():
+    series = utils.SmoothedValue(window=2)
+    for value in (1.0, 2.0, 6.0):
+        series.update(value)
+    assert series.avg == 4 and series.global_avg == 3
+
+
+def test_a_line_every_ten_steps(capsys):
+    logger = utils.MetricLogger("epoch 0", images_per_step=4, steps_after=5)
+    for value in logger.log_every(range(25), 25):
+        logger.update(loss=value)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in lines] == ["epoch 0 [10/25", "epoch 0 [20/25", "epoch 0 [25/25"]
+    assert all(word in lines[0] for word in ("loss 4.5", "img/s", "data ", "eta "))
+    assert logger.averages()["loss"] == 12
+
+
+NONE_UNREADABLE = torch.full((8,), -1)
+
+
+def guard_after(teacher: torch.Tensor, student: torch.Tensor, steps: int, patience: int = 5):
+    """A guard that has watched `steps` steps of the real loss on these outputs."""
+    guard = utils.RunGuard(teacher.shape[1], unreadable_limit=10, patience=patience)
+    loss_fn = DINOLoss(teacher.shape[1], 2, 0.04, 0.04, 0, 1)
+    for step in range(steps):
+        loss = loss_fn(student, teacher, 0)
+        guard.check(step, loss, loss_fn.stats, NONE_UNREADABLE)
+    return guard
+
+
+def test_uniform_collapse_is_named_once_with_flags_to_try(capsys):
+    guard_after(torch.zeros(16, 64), torch.zeros(16, 64), 20)
+    out = capsys.readouterr().out
+    assert out.count("uniform collapse") == 1 and "--use_bn_in_head" in out and "4.1589" in out
+
+
+def test_constant_collapse_is_named(capsys):
+    loss_fn = utils.RunGuard(64, 10, patience=5)
+    peaked = F.one_hot(torch.zeros(16, dtype=torch.long), 64).float() * 10
+    loss = DINOLoss(64, 2, 0.04, 0.04, 0, 1)
+    for step in range(6):
+        loss.center.zero_()  # a centre that does not follow
+        loss_fn.check(step, loss(peaked, peaked, 0), loss.stats, NONE_UNREADABLE)
+    out = capsys.readouterr().out
+    assert out.count("constant collapse") == 1 and "uniform" not in out
+
+
+def test_outputs_that_differ_between_images_are_no_collapse(capsys):
+    torch.manual_seed(0)
+    guard_after(torch.randn(16, 64), torch.randn(16, 64), 20)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(value):
+    guard = utils.RunGuard(64, 10)
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) \(step 7\): try --use_fp16 false"):
+        guard.check(7, torch.tensor(value), torch.zeros(3), NONE_UNREADABLE)
+    assert TrainingError.exit_code == 1 and UserError.exit_code == 2
+
+
+def test_unreadable_images_are_named_once_and_counted(capsys):
+    guard = utils.RunGuard(64, unreadable_limit=3, name_of="image {}".format)
+    good = torch.tensor(1.0), torch.zeros(3)
+    guard.check(0, *good, torch.tensor([-1, 5, -1, 6]))
+    guard.check(1, *good, torch.tensor([5, -1, -1, -1]))
+    assert guard.unreadable == 3
+    out = capsys.readouterr().out
+    assert out.count("image 5") == 1 and out.count("image 6") == 1
+    with pytest.raises(UserError, match="4 images"):
+        guard.check(2, *good, torch.tensor([7]))
+    guard.start_epoch()
+    guard.check(3, *good, torch.tensor([7]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------
+
+
+def test_bool_flag():
+    assert [utils.bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
+    with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
+        utils.bool_flag("maybe")
+
+
+def test_seeds_decide_every_generator():
+    def draw(*entropy):
+        utils.fix_random_seeds(*entropy)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert draw(0, 1, 2) != draw(0, 2, 1)
+
+
+def test_torchvision_is_what_the_requirements_say():
+    assert torchvision.__version__  # the pair of torch and torchvision imports

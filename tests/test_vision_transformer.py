@@ -1,0 +1,85 @@
+import pytest
+import timm
+import torch
+
+from vision_transformer import VITS, Attention, vit_base, vit_nano, vit_small, vit_tiny
+
+
+@pytest.mark.parametrize(
+    ("make", "width", "heads", "millions"),
+    [(vit_tiny, 192, 3, 5.5), (vit_small, 384, 6, 21.7), (vit_base, 768, 12, 85.8)],
+)
+def test_sizes_are_the_papers(make, width, heads, millions):
+    with torch.device("meta"):
+        model = make()
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (width, 12, heads)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert model.norm.eps == 1e-6 and model.blocks[0].attn.qkv.bias is not None
+
+
+def test_published_aliases():
+    assert VITS["deit_small"] is vit_small and VITS["deit_tiny"] is vit_tiny
+
+
+def test_same_network_and_names_as_timm():
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    ours = vit_tiny().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (48, 24), (24, 48)])
+def test_any_size_that_the_patch_divides(size):
+    model = vit_nano(8, img_size=32).eval()
+    x = torch.randn(2, 3, *size)
+    tokens = 1 + (size[0] // 8) * (size[1] // 8)
+    with torch.no_grad():
+        assert model(x).shape == (2, 128)
+        attention = model.get_last_selfattention(x)
+        assert attention.shape == (2, 4, tokens, tokens)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, tokens))
+        layers = model.get_intermediate_layers(x, 3)
+        assert [tuple(layer.shape) for layer in layers] == [(2, tokens, 128)] * 3
+        torch.testing.assert_close(layers[-1][:, 0], model(x))
+
+
+def test_a_size_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match="30x32 image does not divide into patches of 8"):
+        vit_nano(8)(torch.zeros(1, 3, 30, 32))
+
+
+def test_position_embedding_is_exact_at_its_own_size_and_oriented_elsewhere():
+    model = vit_nano(8, img_size=32)
+    assert model.interpolate_pos_encoding(32, 32) is model.pos_embed
+    with torch.no_grad():  # an embedding that only grows from top to bottom
+        rows = torch.arange(4.0).repeat_interleave(4)
+        model.pos_embed[0, 1:] = rows[:, None]
+        grid = model.interpolate_pos_encoding(64, 16)[0, 1:, 0].reshape(8, 2)
+    assert (grid.diff(dim=0)[1:-1] > 0).all()
+    torch.testing.assert_close(grid[:, 0], grid[:, 1])
+
+
+def test_fused_attention_is_the_same_attention():
+    model = vit_nano(8, img_size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    outputs, maps = [], []
+    for fused in (False, True):
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.fused = fused
+        with torch.no_grad():
+            outputs.append(model(x))
+            maps.append(model.get_last_selfattention(x))
+    torch.testing.assert_close(*outputs)
+    assert torch.equal(*maps)
+
+
+def test_drop_path_grows_with_depth_and_acts_in_training_only():
+    model = vit_nano(8, img_size=32, drop_path_rate=0.5)
+    assert [b.drop_path.p for b in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    x = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
