@@ -64,6 +64,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="let --dataset fetch what is missing")
     parser.add_argument("--demo", action="store_true",
         help="evaluate on the drawn shapes of main_dino.py --demo")
+    parser.add_argument("--seed", default=0, type=int,
+        help="decides the weights of --pretrained_weights random")
     # fmt: on
     return parser
 
@@ -195,6 +197,7 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> list[Ten
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """Compute or load features, classify, print a line for each k; {k: (top1, top5)}."""
     device = utils.init_distributed_mode(args.dist_url, args.use_cuda)
+    utils.fix_random_seeds(args.seed)
     if min(args.nb_knn) < 1:
         raise UserError("must be at least 1", f"--nb_knn {min(args.nb_knn)}", "raise it")
     if args.load_features:

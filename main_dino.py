@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,9 +38,42 @@ from utils import (
     bool_flag,
 )
 
-# What `--demo` sets where the user does not say otherwise: the recipe for a tiny network and
-# tiny images, on a CPU, in minutes.
-DEMO = dict()
+
+def demo_defaults() -> dict:
+    """What `--demo` sets where the user does not say otherwise.
+
+    The recipe for a tiny network and tiny images, in minutes on a CPU.
+    """
+    fast_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dict(
+        arch="vit_nano",
+        patch_size=16,
+        out_dim=64,
+        use_bn_in_head=True,
+        head_hidden_dim=512,
+        head_bottleneck_dim=128,
+        momentum_teacher=0.98,
+        warmup_teacher_temp=0.02,
+        teacher_temp=0.02,
+        precision="bf16" if fast_bf16 else "fp32",
+        weight_decay=0.04,
+        weight_decay_end=0.04,
+        batch_size_per_gpu=32,
+        epochs=8,
+        freeze_last_layer=0,
+        lr=0.008,
+        warmup_epochs=1,
+        min_lr=1e-5,
+        drop_path_rate=0.0,
+        local_crops_number=4,
+        local_crops_scale=(0.15, 0.4),
+        global_crops_size=64,
+        local_crops_size=32,
+        num_workers=1,
+        cpu_threads=max(1, (os.cpu_count() or 2) - 1),  # one core draws the images
+        output_dir="demo_run",
+        saveckp_freq=0,
+    )
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -143,6 +177,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder for checkpoints and log.txt; a run continues from the checkpoint in it")
     group.add_argument("--saveckp_freq", default=20, type=int,
         help="keep a numbered checkpoint every so many epochs; 0: never")
+    group.add_argument("--cpu_threads", default=0, type=int,
+        help="threads that compute on a CPU; 0: as torch decides; fewer leave cores to the workers")
     group.add_argument("--seed", default=0, type=int,
         help="decides weights, order, views and drop path")
     group.add_argument("--dist_url", default="env://",
@@ -159,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], parents=[get_args_parser()], conflict_handler="resolve"
     )
     if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**demo_defaults())
     return parser.parse_args(argv)
 
 
@@ -175,7 +211,7 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
-                 "saveckp_freq", "max_steps", "seed", "clip_grad", "freeze_last_layer"):  # fmt: skip
+                 "saveckp_freq", "max_steps", "cpu_threads", "seed", "clip_grad", "freeze_last_layer"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError("must not be negative", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("warmup_teacher_temp", "teacher_temp"):
@@ -323,6 +359,8 @@ def train_dino(args: argparse.Namespace) -> None:
     check_args(args)
     device = utils.init_distributed_mode(args.dist_url)
     utils.fix_random_seeds(args.seed)
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
 
     # ---- data
     images = utils.open_training_images(args.data_path, args.dataset, args.download, args.demo)

@@ -1,0 +1,92 @@
+"""The demo's images: one textured polygon over a smooth colour field; the texture is the class.
+
+Drawn from the split and the index alone, so there is nothing to download and no end to them.
+Place, size, outline, rotation, phase, polarity and colours say nothing about the class: raw pixels
+tell little, and neither does a network that has learned to look at colour or position.
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
+
+
+class Shapes(Dataset):
+    """Endless labelled images, each with the exact mask of its object.
+
+    Item i is (RGB image of `size` x `size` pixels, class number). Splits never share an image.
+    """
+
+    classes = (
+        "broad stripes", "stripes", "fine stripes", "broad checks", "checks", "fine checks",
+        "blobs", "fine blobs",
+    )  # fmt: skip
+
+    def __init__(self, split: str, length: int, size: int = 64):
+        self.split = ("train", "val").index(split)
+        self.length, self.size = length, size
+        self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        pixels, label, _ = self.draw(index)
+        return Image.fromarray(pixels), label
+
+    def mask(self, index: int) -> np.ndarray:
+        """Where the object of image `index` is: (H, W), bool."""
+        return self.draw(index)[2]
+
+    def draw(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Pixels (H, W, 3) uint8, class number, and mask (H, W)."""
+        rng = np.random.default_rng([self.split, index])
+        label = int(rng.integers(len(self.classes)))
+        center = self.size * rng.uniform(0.4, 0.6, 2)
+        cover = self._polygon(rng, center)[..., None]
+        tone = self._texture(rng, self.classes[label], center)[..., None]
+        tone -= (cover * tone).sum() / cover.sum()  # brightness says nothing about the class
+        contrast = rng.uniform(0.25, 0.4) * rng.choice([-1, 1])
+        object_ = 0.5 + contrast * tone + 0.1 * self._field(rng, 4) + 0.3 * self._field(rng, 4, 3)
+        ground = 0.5 + 0.6 * self._field(rng, 5) + 0.3 * self._field(rng, 5, 3)
+        pixels = (cover * object_ + (1 - cover) * ground).clip(0, 1) * 255
+        return pixels.astype(np.uint8), label, cover[..., 0] > 0.5
+
+    def _polygon(self, rng: np.random.Generator, center: np.ndarray) -> np.ndarray:
+        """Share of each pixel that a random regular polygon covers: (H, W) in [0, 1]."""
+        corners = int(rng.integers(3, 8))
+        radius = self.size * rng.uniform(0.38, 0.5) * (1.15 if corners == 3 else 1)
+        angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(corners) / corners
+        outline = center + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        mask = Image.new("L", (2 * self.size, 2 * self.size))
+        ImageDraw.Draw(mask).polygon([tuple(point) for point in 2 * outline], fill=255)
+        return np.asarray(mask.resize((self.size, self.size), Image.Resampling.BOX), np.float32) / 255
+
+    def _texture(self, rng: np.random.Generator, name: str, center: np.ndarray) -> np.ndarray:
+        """A two-tone pattern, rotated, shifted and gently warped: (H, W) in [-1, 1]."""
+        scale = {"broad": 0.36, "fine": 0.1}.get(name.split()[0], 0.19)
+        period = self.size * scale * rng.uniform(0.9, 1.1)
+        angle, (phase_u, phase_v) = rng.uniform(0, 2 * np.pi), rng.uniform(0, 1, 2)
+        x, y = self.x - center[0], self.y - center[1]
+        warp = 0.4 * self._field(rng, 5, 2)
+        u = (x * np.cos(angle) + y * np.sin(angle)) / period + warp[..., 0]
+        v = (y * np.cos(angle) - x * np.sin(angle)) / period + warp[..., 1]
+
+        def wave(position, phase):
+            return np.sin(2 * np.pi * (position + phase))
+
+        if name.endswith("stripes"):
+            tone = 2 * wave(u, phase_u)
+        elif name.endswith("checks"):
+            tone = 3 * wave(u, phase_u) * wave(v, phase_v)
+        else:
+            tone = 4 * self._field(rng, 24 if "fine" in name else 9)[..., 0]
+        return tone.clip(-1, 1)
+
+    def _field(self, rng: np.random.Generator, cells: int, channels: int = 1) -> np.ndarray:
+        """Smooth noise with a mean of about 0: (H, W, channels), mostly in [-1, 1]."""
+        coarse = rng.uniform(-1, 1, (channels, cells, cells)).astype(np.float32)
+        coarse -= coarse.mean(axis=(1, 2), keepdims=True)
+        size = (self.size, self.size)
+        return np.stack(
+            [np.asarray(Image.fromarray(c).resize(size, Image.Resampling.BICUBIC)) for c in coarse], axis=-1
+        )

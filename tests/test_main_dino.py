@@ -1,0 +1,296 @@
+import json
+import math
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import main_dino
+import utils
+from tests.conftest import TINY, run, save_images, torchrun
+from utils import UserError
+
+PUBLISHED = {
+    "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
+    "momentum_teacher": 0.996, "use_bn_in_head": False, "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0, "use_fp16": True, "weight_decay": 0.04,
+    "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64, "epochs": 100,
+    "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw",
+    "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0), "local_crops_number": 8,
+    "local_crops_scale": (0.05, 0.4), "output_dir": ".", "saveckp_freq": 20, "seed": 0,
+    "num_workers": 10, "dist_url": "env://", "local_rank": 0,
+}  # fmt: skip
+
+
+def train(*flags: str) -> None:
+    main_dino.train_dino(main_dino.parse_args([*TINY, *map(str, flags)]))
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+# ---- flags
+
+
+def test_published_flags_and_defaults():
+    args = vars(main_dino.parse_args([]))
+    assert {name: args[name] for name in PUBLISHED} == PUBLISHED
+    assert (args["global_crops_size"], args["local_crops_size"]) == (224, 96)
+
+
+def test_recorded_arguments_replay():
+    argv = []
+    for name, value in PUBLISHED.items():
+        values = value if isinstance(value, tuple) else (value,)
+        argv += [f"--{name}", *map(str, values)]
+    replayed = vars(main_dino.parse_args(argv))
+    assert {
+        n: tuple(v) if isinstance(v, list) else v for n, v in replayed.items() if n in PUBLISHED
+    } == PUBLISHED
+    assert main_dino.parse_args(["--local-rank", "3"]).local_rank == 3
+
+
+def test_help_is_whole_and_does_not_import_timm():
+    code = (
+        "import sys, main_dino\n"
+        "try: main_dino.parse_args(['--help'])\n"
+        "except SystemExit: assert 'timm' not in sys.modules"
+    )
+    out = run("-c", code).stdout
+    assert all(f"--{name}" in out for name in PUBLISHED)
+    flags = [action for action in main_dino.get_args_parser()._actions if action.option_strings]
+    assert all(action.help for action in flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs ten", "--epochs: invalid int value: 'ten'"),
+        ("--epoch 3", "unrecognized arguments: --epoch"),
+        ("--norm_last_layer maybe", "neither true nor false"),
+        ("--precision int8", "--precision"),
+        ("", "--demo"),
+        ("--data_path /nowhere", "no such folder"),
+        ("--data_path tests/data", "no images found"),
+        ("--data_path {images} --batch_size_per_gpu 21", "a batch of 21 .* larger than the dataset of 20"),
+        ("--data_path {images} --local_crops_size 100", r"--local_crops_size 100\): try 96 or 104"),
+        ("--data_path {images} --epochs 5 --warmup_epochs 9", "--warmup_epochs 9"),
+        ("--data_path {images} --epochs 5 --warmup_teacher_temp_epochs 9", "--warmup_teacher_temp_epochs 9"),
+        ("--data_path {images} --global_crops_scale 0.9 0.4", "0 < MIN <= MAX <= 1"),
+        ("--data_path {images} --local_crops_number -1", "must not be negative"),
+        ("--data_path {images} --teacher_temp 0", "above 0"),
+        ("--data_path {images} --arch vit_smal", "did you mean vit_small"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(images, tmp_path, capsys, flags, message):
+    argv = [*TINY, "--output_dir", str(tmp_path / "out"), *flags.format(images=images).split()]
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(main_dino.main, main_dino.parse_args(argv))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+def test_the_process_ends_with_the_line_and_code_2():
+    result = run("main_dino.py", "--data_path", "/nowhere", check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: no such folder (--data_path /nowhere): check the path\n"
+
+
+def test_all_ranks_end_and_one_speaks():
+    result = torchrun(2, "main_dino.py", "--data_path", "/nowhere", check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("error: no such folder") == 1
+
+
+def test_warmups_left_at_their_defaults_are_shortened(capsys):
+    args = main_dino.parse_args(["--epochs", "3"])
+    main_dino.check_args(args)
+    assert args.warmup_epochs == 3 and type(args.warmup_epochs) is int
+    assert "warning: --warmup_epochs shortened from its default 10" in capsys.readouterr().out
+
+
+# ---- the pieces
+
+
+def test_teacher_is_a_frozen_copy_without_drop_path():
+    student, teacher = main_dino.build_networks("vit_nano", 8, [32, 16], 0.5, 64, True, False, 32, 16)
+    torch.testing.assert_close(teacher.state_dict(), student.state_dict())
+    assert not any(p.requires_grad for p in teacher.parameters()) and teacher.training
+    assert student.backbone.blocks[-1].drop_path.p == 0.5
+    assert all(block.drop_path.p == 0 for block in teacher.backbone.blocks)
+
+
+def test_learning_rate_scales_with_the_batch():
+    args = main_dino.parse_args(["--epochs", "20"])
+    schedules = main_dino.build_schedules(args, 5, 1024)
+    assert {len(values) for values in schedules.values()} == {100}
+    assert schedules["lr"].max() == pytest.approx(0.0005 * 4) and schedules["lr"][0] == 0
+    assert schedules["wd"][0] == pytest.approx(0.04)
+    assert schedules["momentum"][0] == pytest.approx(0.996)
+
+
+@pytest.mark.parametrize(
+    ("precision", "use_fp16", "device", "dtype"),
+    [
+        (None, True, "cuda", torch.float16), (None, True, "cpu", torch.float32),
+        (None, False, "cuda", torch.float32), ("bf16", True, "cuda", torch.bfloat16),
+        ("fp32", True, "cuda", torch.float32), ("bf16", True, "cpu", torch.bfloat16),
+        (None, True, "mps", torch.float32),
+    ],
+)  # fmt: skip
+def test_precision(precision, use_fp16, device, dtype):
+    assert main_dino.autocast_dtype(precision, use_fp16, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_optimizers_take_the_schedule(name):
+    model = torch.nn.Linear(2, 2)
+    optimizer = main_dino.build_optimizer(name, model)
+    utils.set_schedules(optimizer, 0.1, 0.0)
+    before = model.weight.clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.weight)
+
+
+# ---- real runs
+
+
+def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
+    train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1)
+    names = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    keys = {"student", "teacher", "optimizer", "epoch", "step", "args", "dino_loss", "fp16_scaler"}
+    assert set(checkpoint) == keys
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 10)
+    assert checkpoint["args"]["arch"] == "vit_nano" and type(checkpoint["args"]) is dict
+    assert checkpoint["dino_loss"]["center"].shape == (1, 64)
+    records = log_of(tmp_path)
+    assert [record["epoch"] for record in records] == [0, 1]
+    expected = {
+        "train_loss",
+        "train_lr",
+        "train_wd",
+        "train_entropy",
+        "train_kl",
+        "train_spread",
+        "unreadable",
+    }
+    assert expected <= set(records[0]) and all(math.isfinite(record["train_loss"]) for record in records)
+
+
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(images, tmp_path, stop):
+    flags = ["--data_path", images, "--drop_path_rate", 0.3, "--use_bn_in_head", "true"]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    train(*flags, "--output_dir", tmp_path / "parts", "--max_steps", stop)
+    assert utils.load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["step"] == stop
+    train(*flags, "--output_dir", tmp_path / "parts")
+    whole, parts = (utils.load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("whole", "parts"))
+    for part in ("student", "teacher", "dino_loss"):
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+
+
+def test_a_finished_run_has_nothing_left_to_do(images, tmp_path, capsys):
+    for _ in range(2):
+        train("--data_path", images, "--output_dir", tmp_path)
+    assert len(log_of(tmp_path)) == 2
+    assert "resuming" in capsys.readouterr().out
+
+
+def test_resuming_another_network_is_refused(images, tmp_path):
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1)
+    with pytest.raises(UserError, match=r"weights do not fit: .*misshapen .*student"):
+        train("--data_path", images, "--output_dir", tmp_path, "--out_dim", 32)
+
+
+def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path):
+    flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
+    train(*flags, "--output_dir", tmp_path / "one", "--max_steps", 4)
+    halves = [*flags, "--output_dir", tmp_path / "two", "--batch_size_per_gpu", 2, "--max_steps", 4]
+    torchrun(2, "main_dino.py", *TINY, *map(str, halves))
+    one, two = (utils.load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("one", "two"))
+    torch.testing.assert_close(two["dino_loss"]["center"], one["dino_loss"]["center"], rtol=1e-4, atol=1e-6)
+    assert log_of(tmp_path / "two")[0]["train_loss"] == pytest.approx(
+        log_of(tmp_path / "one")[0]["train_loss"], rel=1e-5
+    )
+    # The momentum of SGD is a sum of the averaged gradients.
+    pairs = zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True)
+    for a, b in pairs:
+        a, b = a["momentum_buffer"], b["momentum_buffer"]
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7
+    for name, value in one["student"].items():
+        torch.testing.assert_close(two["student"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_path):
+    flags = ["--data_path", str(images), "--output_dir", str(tmp_path)]
+    run("main_dino.py", *TINY, *flags, "--max_steps", "5")
+    good = (tmp_path / "checkpoint.pth").read_bytes()
+    result = run("main_dino.py", *TINY, *flags, "--lr", "1e30", "--clip_grad", "0", check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: loss is nan (step ") and "--lr" in result.stderr
+    assert (tmp_path / "checkpoint.pth").read_bytes() == good
+
+
+def test_unreadable_images_do_not_end_a_run_until_they_are_many(tmp_path, capsys):
+    save_images(tmp_path / "data", 30)
+    for i in range(4):
+        (tmp_path / "data" / f"{i:03}.png").write_bytes(b"broken")
+    train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
+    assert sum(record["unreadable"] for record in log_of(tmp_path / "out")) >= 4
+    assert capsys.readouterr().out.count("cannot read") == 4
+    for i in range(4, 20):
+        (tmp_path / "data" / f"{i:03}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="images of this epoch cannot be read"):
+        train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "other")
+
+
+@pytest.mark.parametrize("flags", [["--arch", "resnet18"], ["--precision", "bf16"], ["--precision", "fp16"],
+                                   ["--local_crops_number", "0"], ["--num_workers", "2"]])  # fmt: skip
+def test_other_backbones_and_settings_train(images, tmp_path, flags):
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 2, *flags)
+    assert math.isfinite(log_of(tmp_path)[0]["train_loss"])
+
+
+def test_one_host_sync_per_step(images, tmp_path, monkeypatch):
+    """Between loading and the next batch, only the guard reads values back from the device."""
+    counts = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.name()
+            if any(word in name for word in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")):
+                counts.append(name)
+            return func(*args, **(kwargs or {}))
+
+    original = main_dino.train_one_epoch
+
+    def counted(*args, **kwargs):
+        with Count():
+            return original(*args, **kwargs)
+
+    monkeypatch.setattr(main_dino, "train_one_epoch", counted)
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 3)
+    assert counts == []  # the guard's `tolist` copies all numbers at once
+
+
+def test_a_tiny_network_learns_to_tell_images_apart(tmp_path):
+    """KL falls and the teacher's outputs spread: the loss is minimised, and not by a collapse."""
+    save_images(tmp_path / "data", 16)
+    train(
+        "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--use_bn_in_head", "true",
+        "--batch_size_per_gpu", 16, "--epochs", 60, "--lr", 0.05, "--warmup_epochs", 5, "--freeze_last_layer", 0,
+        "--momentum_teacher", 0.9,
+    )  # fmt: skip
+    records = log_of(tmp_path / "out")
+    first, last = records[2], records[-1]
+    assert last["train_loss"] < first["train_loss"] - 0.2
+    assert last["train_spread"] > 0.3
+
