@@ -211,7 +211,8 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
-                 "saveckp_freq", "max_steps", "cpu_threads", "seed", "clip_grad", "freeze_last_layer"):  # fmt: skip
+                 "saveckp_freq", "max_steps", "cpu_threads", "seed", "clip_grad",
+                 "freeze_last_layer"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError("must not be negative", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("warmup_teacher_temp", "teacher_temp"):

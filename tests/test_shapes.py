@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from shapes import Shapes
+
+
+def test_images_depend_on_split_and_index_alone():
+    first, again, other = Shapes("train", 10), Shapes("train", 99), Shapes("val", 10)
+    image, label = first[3]
+    assert image.mode == "RGB" and image.size == (64, 64) and 0 <= label < len(Shapes.classes)
+    assert image.tobytes() == again[3][0].tobytes() and image.tobytes() != other[3][0].tobytes()
+    assert len(first) == 10 and len(Shapes.classes) == 8
+
+
+def test_classes_are_balanced():
+    shapes = Shapes("train", 800)
+    counts = np.bincount([shapes[i][1] for i in range(800)], minlength=8)
+    assert counts.min() > 60 and counts.max() < 140
+
+
+def test_the_mask_is_the_object():
+    """Redrawn with another texture, place and outline being the same, only the mask changes."""
+
+    class Flat(Shapes):
+        def _texture(self, rng, name, center):
+            tone = super()._texture(rng, name, center)  # draws the same numbers
+            return np.where(self.x > self.size / 2, 1.0, -1.0) if self.flat else tone
+
+    shapes = Flat("val", 20)
+    for i in range(20):
+        shapes.flat = False
+        pixels, _, mask = shapes.draw(i)
+        shapes.flat = True
+        changed = (shapes.draw(i)[0] != pixels).any(axis=-1)
+        inside = np.asarray(Image.fromarray(mask).resize((64, 64)))
+        grown = np.zeros_like(inside)  # by one pixel: the edge is covered in part
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                grown |= np.roll(inside, (dy, dx), (0, 1))
+        assert not (changed & ~grown).any()
+        assert changed[inside].mean() > 0.9
+        assert 0.15 < mask.mean() < 0.8
+
+
+def test_brightness_says_nothing_about_the_class():
+    shapes = Shapes("train", 400)
+    brightness = [[] for _ in Shapes.classes]
+    for i in range(400):
+        pixels, label, mask = shapes.draw(i)
+        brightness[label].append(pixels[mask].mean())
+    means = [np.mean(values) for values in brightness]
+    assert max(means) - min(means) < 10  # grey levels of 255
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="test"):
+        Shapes("test", 10)
