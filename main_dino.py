@@ -191,9 +191,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; under `--demo`, flags not given take the demo's values."""
-    parser = utils.ArgumentParser(
-        description=__doc__.splitlines()[0], parents=[get_args_parser()], conflict_handler="resolve"
-    )
+    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**demo_defaults())
     return parser.parse_args(argv)
@@ -344,10 +342,10 @@ def build_schedules(args: argparse.Namespace, steps_per_epoch: int, batch_size: 
     }
 
 
-def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype:
-    """The precision of the forward passes; float32 means no autocast."""
+def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype | None:
+    """The precision of the forward passes; None for float32, without autocast."""
     precision = precision or ("fp16" if use_fp16 and device.type == "cuda" else "fp32")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -414,7 +412,10 @@ def train_dino(args: argparse.Namespace) -> None:
 
     # ---- resume
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(error.strerror, f"--output_dir {output_dir}", "choose another") from None
     pieces = {
         "student": student_alone,
         "teacher": teacher,
@@ -428,10 +429,13 @@ def train_dino(args: argparse.Namespace) -> None:
     # ---- train
     utils.log(
         f"training {args.arch} on {len(images)} images, {utils.get_world_size()} process(es) on "
-        f"{device.type}, {str(dtype).removeprefix('torch.')}, from step {step} to {last_step}"
+        f"{device.type}, {dtype or torch.float32}, from step {step} to {last_step}"
     )
     guard = utils.RunGuard(
-        args.out_dim, max(10, len(images) // 100), functools.partial(utils.sample_name, images)
+        args.out_dim,
+        # More than 1 % of an epoch is an error, but fewer than ten never are.
+        unreadable_limit=max(9, len(images) // 100),
+        name_of=functools.partial(utils.sample_name, images),
     )
     while step < last_step:
         epoch = step // steps_per_epoch
@@ -469,7 +473,9 @@ def train_dino(args: argparse.Namespace) -> None:
                 utils.save_checkpoint(state, output_dir / f"checkpoint{epoch:04}.pth")
             record = {f"train_{name}": value for name, value in logger.averages().items()}
             record |= {"epoch": epoch, "step": step, "unreadable": guard.unreadable}
-            utils.append_json_line(output_dir / "log.txt", record)
+            with open(output_dir / "log.txt", "a") as file:
+                file.write(json.dumps(record) + "\n")
+    utils.barrier()  # what was saved is there for every rank
 
 
 def train_one_epoch(
@@ -483,7 +489,7 @@ def train_one_epoch(
     first_step: int,
     epoch: int,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     clip_grad: float,
     freeze_last_layer: int,
     seed: int,
@@ -502,7 +508,7 @@ def train_one_epoch(
 
         # forward: the teacher sees the global views, the student all
         views = [utils.normalize(view.to(device, non_blocking=True)) for view in views]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             teacher_output = teacher(views[:2])
             student_output = student(views)
         loss = dino_loss(student_output, teacher_output, epoch)
@@ -572,6 +578,8 @@ def report_demo(args: argparse.Namespace) -> None:
         top1, _ = knn_classifier(*data, k=20, T=0.07, num_classes=len(train.classes))
         utils.log(f"  {name:22} {top1:5.1f} %")
 
+    if not utils.is_main_process():
+        return
     draw_views(val[0][0], build_augmentation(args)).save(output_dir / "views.png")
     with open(output_dir / "log.txt") as file:
         losses = [json.loads(line)["train_loss"] for line in file]
@@ -617,7 +625,7 @@ def draw_curve(values: list[float], title: str, width: int = 480, height: int = 
 def main(args: argparse.Namespace) -> None:
     """Train; under `--demo`, show what was learned."""
     train_dino(args)
-    if args.demo and utils.is_main_process():
+    if args.demo:
         report_demo(args)
 
 

@@ -22,7 +22,7 @@ class Shapes(Dataset):
     )  # fmt: skip
 
     def __init__(self, split: str, length: int, size: int = 64):
-        self.split = ("train", "val").index(split)
+        self.split = {"train": 0, "val": 1}[split]
         self.length, self.size = length, size
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
 

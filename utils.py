@@ -14,10 +14,10 @@ import difflib
 import functools
 import inspect
 import itertools
-import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -612,7 +612,7 @@ class DINOLoss(nn.Module):
 
 def _entropy(p: Tensor) -> Tensor:
     """Entropy in nats over the last dimension."""
-    return torch.special.entr(p).sum(dim=-1)
+    return -torch.xlogy(p, p).sum(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -849,14 +849,19 @@ def launched_as() -> tuple[int, int, int]:
 
 
 def _slurm_rendezvous() -> None:
-    """Set MASTER_ADDR and MASTER_PORT as torchrun would: first host of the step, a port per job."""
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    os.environ.setdefault("MASTER_ADDR", hosts.stdout.split()[0])
-    step = 97 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
-    os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
+    """Set MASTER_ADDR and MASTER_PORT as torchrun would: the step's first node, a port per step."""
+
+    def scontrol(*arguments: str) -> str:
+        command = ["scontrol", "show", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    env = os.environ
+    first = scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
+    # A node's name need not resolve; its address does.
+    address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
+    env.setdefault("MASTER_ADDR", address)
+    step = 97 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])
+    env.setdefault("MASTER_PORT", str(20000 + step % 20000))
 
 
 def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> torch.device:
@@ -873,7 +878,13 @@ def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> to
         if "RANK" not in os.environ and dist_url == "env://":
             _slurm_rendezvous()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            backend,
+            init_method=dist_url,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
     return device
 
 
@@ -892,16 +903,22 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
 @contextlib.contextmanager
 def main_process_first():
     """The main process runs the block, then the others do."""
-    if get_world_size() > 1 and not is_main_process():
-        dist.barrier()
+    if not is_main_process():
+        barrier()
     try:
         yield
     finally:
-        if get_world_size() > 1 and is_main_process():
-            dist.barrier()
+        if is_main_process():
+            barrier()
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
@@ -1049,7 +1066,7 @@ class RunGuard:
         """
         failed = [index for index in unreadable.tolist() if index >= 0]
         for index in sorted(set(failed) - self.named):
-            print(f"warning: cannot read {self.name_of(index)}: another image takes its place", flush=True)
+            tqdm.write(f"warning: cannot read {self.name_of(index)}: another image takes its place")
         self.named.update(failed)
 
         count = stats.new_tensor([len(failed)]) if failed else torch.zeros_like(stats[:1])
@@ -1083,12 +1100,6 @@ class RunGuard:
                     f"{'flat' if flat else 'the same for every image'} (loss {loss:.4f}, ln out_dim "
                     f"{self.max_entropy:.4f}, teacher entropy {entropy:.4f}): {self.ADVICE[name]}"
                 )
-
-
-def append_json_line(path: str | Path, record: dict) -> None:
-    """Add one line of JSON to a log file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -138,10 +138,10 @@ def test_learning_rate_scales_with_the_batch():
 @pytest.mark.parametrize(
     ("precision", "use_fp16", "device", "dtype"),
     [
-        (None, True, "cuda", torch.float16), (None, True, "cpu", torch.float32),
-        (None, False, "cuda", torch.float32), ("bf16", True, "cuda", torch.bfloat16),
-        ("fp32", True, "cuda", torch.float32), ("bf16", True, "cpu", torch.bfloat16),
-        (None, True, "mps", torch.float32),
+        (None, True, "cuda", torch.float16), (None, True, "cpu", None),
+        (None, False, "cuda", None), ("bf16", True, "cuda", torch.bfloat16),
+        ("fp32", True, "cuda", None), ("bf16", True, "cpu", torch.bfloat16),
+        (None, True, "mps", None),
     ],
 )  # fmt: skip
 def test_precision(precision, use_fp16, device, dtype):
@@ -297,3 +297,9 @@ def test_a_short_demo_learns_and_shows_it(tmp_path):
     again = run("eval_knn.py", "--demo", "--pretrained_weights", weights, "--nb_knn", "20").stdout
     top1 = float(re.search(r"20-NN classifier result: Top1: ([\d.]+)", again)[1])
     assert top1 == pytest.approx(accuracy["trained teacher"], abs=0.051)
+
+
+def test_the_demo_runs_under_torchrun(tmp_path):
+    flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--output_dir", str(tmp_path)
+    out = torchrun(2, "main_dino.py", *flags).stdout
+    assert out.count("trained teacher") == 1 and "2 process(es)" in out

@@ -54,5 +54,5 @@ def test_brightness_says_nothing_about_the_class():
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="test"):
+    with pytest.raises(KeyError, match="test"):
         Shapes("test", 10)
