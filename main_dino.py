@@ -464,13 +464,15 @@ def train_dino(args: argparse.Namespace) -> None:
             logger,
         )
         step = epoch_end
+
         if utils.is_main_process():
             state = {name: piece.state_dict() for name, piece in pieces.items()}
             state |= {"epoch": step // steps_per_epoch, "step": step, "args": vars(args)}
-            utils.save_checkpoint(state, output_dir / "checkpoint.pth")
-            whole_epoch = step % steps_per_epoch == 0
-            if whole_epoch and args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                utils.save_checkpoint(state, output_dir / f"checkpoint{epoch:04}.pth")
+            names = ["checkpoint.pth"]
+            if step % steps_per_epoch == 0 and args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                names.append(f"checkpoint{epoch:04}.pth")
+            for name in names:
+                utils.save_checkpoint(state, output_dir / name)
             record = {f"train_{name}": value for name, value in logger.averages().items()}
             record |= {"epoch": epoch, "step": step, "unreadable": guard.unreadable}
             with open(output_dir / "log.txt", "a") as file:

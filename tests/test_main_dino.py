@@ -1,6 +1,13 @@
+import fcntl
 import json
 import math
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 import torch
@@ -9,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
 import utils
-from tests.conftest import TINY, run, save_images, torchrun
+from tests.conftest import ROOT, TINY, run, save_images, torchrun
 from utils import UserError
 
 PUBLISHED = {
@@ -303,3 +310,23 @@ def test_the_demo_runs_under_torchrun(tmp_path):
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--output_dir", str(tmp_path)
     out = torchrun(2, "main_dino.py", *flags).stdout
     assert out.count("trained teacher") == 1 and "2 process(es)" in out
+
+
+def test_a_terminal_gets_a_live_progress_bar(images, tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    command = [
+        sys.executable,
+        "main_dino.py",
+        *TINY,
+        "--data_path",
+        str(images),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    out, _ = process.communicate(timeout=300)
+    os.close(theirs)
+    shown = os.read(ours, 2**16).decode()
+    assert process.returncode == 0 and "epoch 0 [" not in out
+    assert "epoch 0:   0%" in shown and "img/s" in shown and "5/5" in shown
