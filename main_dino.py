@@ -582,7 +582,7 @@ def report_demo(args: argparse.Namespace) -> None:
 
     if not utils.is_main_process():
         return
-    draw_views(val[0][0], build_augmentation(args)).save(output_dir / "views.png")
+    draw_views(val[1][0], build_augmentation(args)).save(output_dir / "views.png")
     with open(output_dir / "log.txt") as file:
         losses = [json.loads(line)["train_loss"] for line in file]
     draw_curve(losses, "loss by epoch").save(output_dir / "loss.png")
@@ -590,14 +590,19 @@ def report_demo(args: argparse.Namespace) -> None:
 
 
 def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, side: int = 128) -> Image.Image:
-    """The image and one draw of its views, side by side."""
+    """The image and one draw of its views, side by side, the largest of them `side` pixels wide."""
     views = [TF.to_pil_image(view) for view in augmentation.uint8_views(image, random.Random(0))]
-    largest = max(view.width for view in [image, *views])
-    sheet = Image.new("RGB", ((side + 8) * (1 + len(views)) + 8, side + 16), "white")
-    for column, view in enumerate([image, *views]):
-        size = round(side * view.width / largest)
-        tile = view.resize((size, size), Image.Resampling.NEAREST)
-        sheet.paste(tile, (8 + column * (side + 8), 8 + (side - size) // 2))
+    tiles = [image, *views]
+    zoom, gap = side / max(tile.width for tile in tiles), 8
+    tiles = [
+        tile.resize((round(tile.width * zoom), round(tile.height * zoom)), Image.Resampling.NEAREST)
+        for tile in tiles
+    ]
+    sheet = Image.new("RGB", (sum(tile.width + gap for tile in tiles) + gap, side + 2 * gap), "white")
+    left = gap
+    for tile in tiles:
+        sheet.paste(tile, (left, gap + (side - tile.height) // 2))
+        left += tile.width + gap
     return sheet
 
 

@@ -1087,10 +1087,10 @@ class RunGuard:
 
     def watch_collapse(self, loss: float, entropy: float, batch_entropy: float) -> None:
         """Warn when one of the two collapses has lasted long enough."""
-        flat = entropy > 0.999 * self.max_entropy
+        flat, same = entropy > 0.995 * self.max_entropy, 0.005 * self.max_entropy
         found = {
-            "uniform collapse": flat and abs(loss - self.max_entropy) < 1e-3 * self.max_entropy,
-            "constant collapse": not flat and batch_entropy - entropy < 1e-3 * self.max_entropy,
+            "uniform collapse": flat and abs(loss - self.max_entropy) < same,
+            "constant collapse": not flat and batch_entropy - entropy < same,
         }
         for name, present in found.items():
             self.lasted[name] = self.lasted[name] + 1 if present else 0
