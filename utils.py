@@ -868,7 +868,8 @@ def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> to
     """Choose this process's device, and join the group if there are several processes."""
     rank, world_size, local_rank = launched_as()
     if use_cuda and torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        # SLURM may show each task one GPU of its own, which is then number 0.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     elif use_cuda and world_size == 1 and torch.backends.mps.is_available():
         device = torch.device("mps")
@@ -1127,6 +1128,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("usage", "%(prog)s [--flag value ...]")
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
