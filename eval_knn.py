@@ -49,23 +49,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dump_features", default=None, help="folder to save the features in")
     parser.add_argument("--load_features", default=None,
         help="folder of features saved before: skips their computation")
-    parser.add_argument("--num_workers", default=10, type=int,
-        help="data-loading workers per process")
-    parser.add_argument("--dist_url", default="env://",
-        help="rendezvous of the process group, as in torch.distributed")
-    parser.add_argument("--local_rank", "--local-rank", default=0, type=int,
-        help="accepted and ignored; the launcher's environment decides")
-    parser.add_argument("--data_path", default="",
-        help="folder with train/ and val/ of class folders; with --dataset, the folder that "
-             "holds the dataset")
-    parser.add_argument("--dataset", default="",
-        help="a torchvision dataset by class name, e.g. FashionMNIST")
-    parser.add_argument("--download", action="store_true",
-        help="let --dataset fetch what is missing")
-    parser.add_argument("--demo", action="store_true",
-        help="evaluate on the drawn shapes of main_dino.py --demo")
     parser.add_argument("--seed", default=0, type=int,
         help="decides the weights of --pretrained_weights random")
+    utils.add_data_flags(parser, "folder with train/ and val/ of class folders",
+        "evaluate on the drawn shapes of main_dino.py --demo")
+    utils.add_launch_flags(parser)
     # fmt: on
     return parser
 

@@ -158,19 +158,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--local_crops_size", default=96, type=int,
         help="pixels per side of a local view")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="",
-        help="folder of images, with or without class folders; with --dataset, the folder "
-             "that holds the dataset")
-    group.add_argument("--dataset", default="",
-        help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
-    group.add_argument("--download", action="store_true",
-        help="let --dataset fetch what is missing")
-    group.add_argument("--demo", action="store_true",
-        help="train a small network on drawn shapes, evaluate it and save pictures: no data, "
-             "no GPU, minutes")
-    group.add_argument("--num_workers", default=10, type=int,
-        help="data-loading workers per process")
+    utils.add_data_flags(parser, "folder of images, with or without class folders",
+        "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",
@@ -181,10 +170,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="threads that compute on a CPU; 0: as torch decides; fewer leave cores to the workers")
     group.add_argument("--seed", default=0, type=int,
         help="decides weights, order, views and drop path")
-    group.add_argument("--dist_url", default="env://",
-        help="rendezvous of the process group, as in torch.distributed")
-    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
-        help="accepted and ignored; the launcher's environment decides")
+    utils.add_launch_flags(group)
     # fmt: on
     return parser
 
@@ -330,15 +316,23 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return utils.LARS(groups)
 
 
-def build_schedules(args: argparse.Namespace, steps_per_epoch: int, batch_size: int) -> dict:
-    """Learning rate, weight decay and teacher momentum, one value per global step."""
-    cosine = utils.cosine_scheduler
+def build_schedules(
+    lr: tuple[float, float],
+    weight_decay: tuple[float, float],
+    momentum: float,
+    warmup_epochs: int,
+    epochs: int,
+    steps_per_epoch: int,
+) -> dict[str, np.ndarray]:
+    """Learning rate, weight decay and teacher momentum, one value per global step.
+
+    Pairs are (first or peak, last); the momentum rises to 1.
+    """
+    cosine = functools.partial(utils.cosine_scheduler, epochs=epochs, niter_per_ep=steps_per_epoch)
     return {
-        "lr": cosine(
-            args.lr * batch_size / 256, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs
-        ),
-        "wd": cosine(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
-        "momentum": cosine(args.momentum_teacher, 1.0, args.epochs, steps_per_epoch),
+        "lr": cosine(*lr, warmup_epochs=warmup_epochs),
+        "wd": cosine(*weight_decay),
+        "momentum": cosine(momentum, 1.0),
     }
 
 
@@ -408,7 +402,14 @@ def train_dino(args: argparse.Namespace) -> None:
     optimizer = build_optimizer(args.optimizer, student_alone)
     dtype = autocast_dtype(args.precision, args.use_fp16, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    schedules = build_schedules(args, steps_per_epoch, batch_size)
+    schedules = build_schedules(
+        (args.lr * batch_size / 256, args.min_lr),
+        (args.weight_decay, args.weight_decay_end),
+        args.momentum_teacher,
+        args.warmup_epochs,
+        args.epochs,
+        steps_per_epoch,
+    )
 
     # ---- resume
     output_dir = Path(args.output_dir)

@@ -1135,6 +1135,32 @@ class ArgumentParser(argparse.ArgumentParser):
         exit_with(UserError(message, "", "see --help"))
 
 
+def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> None:
+    """The flags that say what the images are; `folder` and `demo` complete their help."""
+    # fmt: off
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="",
+        help=f"{folder}; with --dataset, the folder that holds the dataset")
+    group.add_argument("--dataset", default="",
+        help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
+    group.add_argument("--download", action="store_true",
+        help="let --dataset fetch what is missing")
+    group.add_argument("--demo", action="store_true", help=demo)
+    group.add_argument("--num_workers", default=10, type=int,
+        help="data-loading workers per process")
+    # fmt: on
+
+
+def add_launch_flags(group) -> None:
+    """The flags of the process group."""
+    # fmt: off
+    group.add_argument("--dist_url", default="env://",
+        help="rendezvous of the process group, as in torch.distributed")
+    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
+        help="accepted and ignored; the launcher's environment decides")
+    # fmt: on
+
+
 class DefaultInt(int):
     """A flag's default, told from the same number given by the user."""
 
