@@ -1038,7 +1038,7 @@ class RunGuard:
 
     ADVICE = {
         "uniform collapse": "try --use_bn_in_head true, a lower --teacher_temp or another --lr",
-        "constant collapse": "try a higher --teacher_temp, a lower --lr or a higher --momentum_teacher",
+        "constant collapse": "try --use_bn_in_head true, a higher --teacher_temp or a lower --lr",
     }
 
     def __init__(
