@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import utils
+from checkpoints import load_backbone, load_file
+from data import EvalImages, open_labelled_images
 from utils import DefaultInt, DefaultStr, UserError, bool_flag
 
 
@@ -75,7 +77,7 @@ def extract_features(
     num_workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised features (N, D) and labels (N,) of all images, on every rank, in their order."""
-    dataset = utils.EvalImages(images, utils.eval_transform(image_size))
+    dataset = EvalImages(images, utils.eval_transform(image_size))
     sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), shuffle=False)
     loader = DataLoader(
         dataset,
@@ -149,7 +151,7 @@ def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
 
 def load_features(folder: str, device: torch.device) -> list[Tensor]:
     """What `dump_features` saved. Raises UserError."""
-    tensors = [utils.load_file(Path(folder) / name) for name in FEATURE_FILES]
+    tensors = [load_file(Path(folder) / name) for name in FEATURE_FILES]
     train, train_labels, test, test_labels = tensors
     if len(train) != len(train_labels) or len(test) != len(test_labels):
         raise UserError("features and labels differ in number", f"--load_features {folder}", "dump anew")
@@ -159,7 +161,7 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
 def compute_features(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     """Train and test features and labels, from images and weights named by the flags."""
     data = args.data_path, args.dataset, args.download, args.demo
-    train, test = (utils.open_labelled_images(split, *data) for split in ("train", "val"))
+    train, test = (open_labelled_images(split, *data) for split in ("train", "val"))
     if getattr(train, "classes", None) != getattr(test, "classes", None):
         differ = sorted(set(train.classes) ^ set(test.classes))
         names = ", ".join(map(str, differ[:5]))
@@ -168,7 +170,7 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> list[Ten
     if args.pretrained_weights == "pixels":
         model, trained = nn.Flatten(), {}
     else:
-        model, _, trained = utils.load_backbone(
+        model, _, trained = load_backbone(
             args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size
         )
     image_size = args.image_size

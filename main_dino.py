@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import utils
+from checkpoints import load_backbone, load_checkpoint, load_strictly, save_checkpoint
+from data import EpochSampler, TrainingViews, open_labelled_images, open_training_images, sample_name
 from eval_knn import extract_features, knn_classifier
 from utils import (
     DataAugmentationDINO,
@@ -356,11 +358,11 @@ def train_dino(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.cpu_threads)
 
     # ---- data
-    images = utils.open_training_images(args.data_path, args.dataset, args.download, args.demo)
+    images = open_training_images(args.data_path, args.dataset, args.download, args.demo)
     batch_size = args.batch_size_per_gpu * utils.get_world_size()
     check_batch(len(images), batch_size)
-    dataset = utils.TrainingViews(images, build_augmentation(args), args.seed)
-    sampler = utils.EpochSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed)
+    dataset = TrainingViews(images, build_augmentation(args), args.seed)
+    sampler = EpochSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed)
     loader = DataLoader(
         dataset,
         batch_size=args.batch_size_per_gpu,
@@ -436,7 +438,7 @@ def train_dino(args: argparse.Namespace) -> None:
         args.out_dim,
         # More than 1 % of an epoch is an error, but fewer than ten never are.
         unreadable_limit=max(9, len(images) // 100),
-        name_of=functools.partial(utils.sample_name, images),
+        name_of=functools.partial(sample_name, images),
     )
     while step < last_step:
         epoch = step // steps_per_epoch
@@ -473,7 +475,7 @@ def train_dino(args: argparse.Namespace) -> None:
             if step % steps_per_epoch == 0 and args.saveckp_freq and epoch % args.saveckp_freq == 0:
                 names.append(f"checkpoint{epoch:04}.pth")
             for name in names:
-                utils.save_checkpoint(state, output_dir / name)
+                save_checkpoint(state, output_dir / name)
             record = {f"train_{name}": value for name, value in logger.averages().items()}
             record |= {"epoch": epoch, "step": step, "unreadable": guard.unreadable}
             with open(output_dir / "log.txt", "a") as file:
@@ -540,13 +542,13 @@ def resume(path: Path, pieces: dict, steps_per_epoch: int) -> int:
     """Continue from `path` if it exists: load its state into the pieces, return its global step."""
     if not path.exists():
         return 0
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     missing = [name for name in (*pieces, "epoch") if name not in checkpoint]
     if missing:
         raise UserError(f"checkpoint lacks {', '.join(missing)}", str(path), "give another --output_dir")
     for name, piece in pieces.items():
         if isinstance(piece, nn.Module):
-            utils.load_strictly(piece, checkpoint[name], f"{path}: {name}")
+            load_strictly(piece, checkpoint[name], f"{path}: {name}")
         elif checkpoint[name] is not None:
             piece.load_state_dict(checkpoint[name])
     step = checkpoint.get("step", checkpoint["epoch"] * steps_per_epoch)
@@ -568,10 +570,10 @@ def report_demo(args: argparse.Namespace) -> None:
     networks = {"raw pixels": nn.Flatten(), "random initialisation": untrained}
     for key in ("student", "teacher"):
         weights = str(output_dir / "checkpoint.pth")
-        networks[f"trained {key}"], *_ = utils.load_backbone(weights, key, args.arch, args.patch_size)
+        networks[f"trained {key}"], *_ = load_backbone(weights, key, args.arch, args.patch_size)
 
     utils.log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
-    train, val = (utils.open_labelled_images(split, "", demo=True) for split in ("train", "val"))
+    train, val = (open_labelled_images(split, "", demo=True) for split in ("train", "val"))
     for name, network in networks.items():
         data = []
         for images in (train, val):

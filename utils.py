@@ -1,7 +1,6 @@
 """What the scripts share, in the order in which data flows through training:
 
-augmentation - data - networks - loss - schedules - optimisation - checkpoints - distributed -
-logging - run.
+augmentation - networks - loss - schedules - optimisation - distributed - logging - run.
 
 Shapes: B images, V views, C x H x W pixels, D backbone width, K prototypes (`out_dim`).
 "Paper" is Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021),
@@ -12,7 +11,6 @@ import argparse
 import contextlib
 import difflib
 import functools
-import inspect
 import itertools
 import math
 import os
@@ -23,7 +21,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,11 +30,9 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torch.utils.data import Dataset, DistributedSampler
 from torchvision import transforms
 from tqdm import tqdm
 
-from shapes import Shapes
 from vision_transformer import VITS
 
 # ---------------------------------------------------------------------------------------------
@@ -208,188 +203,6 @@ def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
             normalize,
         ]
     )
-
-
-# ---------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
-class ImageFiles(Dataset):
-    """All image files below a folder, sorted; training looks at no labels."""
-
-    def __init__(self, root: str | Path):
-        is_image = torchvision.datasets.folder.is_image_file
-        self.paths = [
-            os.path.join(folder, name)
-            for folder, _, names in sorted(os.walk(root, followlinks=True))
-            for name in sorted(names)
-            if is_image(name)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return torchvision.datasets.folder.pil_loader(self.paths[index]), 0
-
-
-def open_training_images(
-    data_path: str, dataset: str = "", download: bool = False, demo: bool = False
-) -> Dataset:
-    """Images to train on: a folder, a torchvision dataset by name, or the demo's shapes.
-
-    Items are (PIL image, label); the label is not looked at. Raises UserError.
-    """
-    if demo:
-        return Shapes("train", 8_192)
-    if dataset:
-        return _torchvision_dataset(dataset, data_path, "train", download)
-    root = _existing_folder(data_path)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        raise UserError(
-            "folder has train/ and val/", f"--data_path {root}", f"give --data_path {root / 'train'}"
-        )
-    images = ImageFiles(root)
-    if not len(images):
-        raise UserError("no images found", f"--data_path {root}", "give a folder of image files")
-    return images
-
-
-def open_labelled_images(
-    split: str, data_path: str, dataset: str = "", download: bool = False, demo: bool = False
-) -> Dataset:
-    """The "train" or "val" images to evaluate on, with `.classes`. Raises UserError."""
-    if demo:  # few enough to be evaluated in seconds
-        return Shapes(split, {"train": 4_096, "val": 1_000}[split])
-    if dataset:
-        return _torchvision_dataset(dataset, data_path, split, download)
-    root = _existing_folder(data_path) / split
-    if not root.is_dir():
-        raise UserError(f"no folder {split}/", f"--data_path {data_path}", "make train/ and val/")
-    try:
-        return torchvision.datasets.ImageFolder(str(root))
-    except FileNotFoundError as error:  # no class folders, or one that is empty
-        raise UserError(str(error).splitlines()[0], str(root), "give each class images") from None
-
-
-def _existing_folder(data_path: str) -> Path:
-    if not data_path:
-        raise UserError(
-            "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
-        )
-    root = Path(data_path).expanduser()
-    if not root.is_dir():
-        raise UserError("no such folder", f"--data_path {root}", "check the path")
-    return root
-
-
-def _torchvision_dataset(name: str, root: str, split: str, download: bool) -> Dataset:
-    """A torchvision dataset by class name; its own name for the held-out part is found out."""
-    known = torchvision.datasets.__all__
-    if name not in known:
-        raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
-    if not root:
-        raise UserError("no folder given", "--data_path", f"name the folder that holds {name}")
-    make = getattr(torchvision.datasets, name)
-    with main_process_first():  # only one unpacks or downloads
-        for archive in Path(root, name, "raw").glob("*-ubyte.gz"):  # MNIST's layout, not yet unpacked
-            if not archive.with_suffix("").exists():
-                torchvision.datasets.utils.extract_archive(str(archive))
-        return _open_split(make, name, root, split, download)
-
-
-def _open_split(make: Callable, name: str, root: str, split: str, download: bool) -> Dataset:
-    # MNIST and its like hide their arguments behind **kwargs of a parent.
-    takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
-    kwargs = {"download": True} if download and "download" in takes else {}
-    if "train" in takes:
-        choices = [{"train": split == "train"}]
-    elif "split" in takes:
-        names = {"train": ["train", "trainval"], "val": ["val", "valid", "test"]}[split]
-        choices = [{"split": n} for n in names]
-    else:
-        raise UserError("dataset has no train/val split", f"--dataset {name}", "use a folder instead")
-    for choice in choices:
-        try:
-            return make(root, **choice, **kwargs)
-        except ValueError as error:  # this dataset calls its split by another name
-            reason = error
-        except (RuntimeError, OSError) as error:
-            fix = "check the folder, or add --download" if not download else "check the network"
-            raise UserError(str(error).splitlines()[0], f"--dataset {name}", fix) from None
-    raise UserError(f"no {split} split: {reason}", f"--dataset {name}", "use a folder instead")
-
-
-def sample_name(dataset: Dataset, index: int) -> str:
-    """What to call a sample in a message: its file, if it has one."""
-    if isinstance(dataset, ImageFiles):
-        return dataset.paths[index]
-    if isinstance(dataset, torchvision.datasets.ImageFolder):
-        return dataset.samples[index][0]
-    return f"image {index}"
-
-
-class TrainingViews(Dataset):
-    """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
-
-    An image that cannot be read is replaced by the next one that can; its index comes along (-1
-    when all went well), so that the training can name and count it.
-    """
-
-    def __init__(self, images: Dataset, augmentation: DataAugmentationDINO, seed: int):
-        self.images, self.augmentation, self.seed = images, augmentation, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], int]:
-        epoch, index = item
-        rng = random.Random(f"{self.seed} {epoch} {index}")
-        unreadable = -1
-        for candidate in itertools.islice(itertools.cycle(range(len(self))), index, None):
-            try:
-                image = self.images[candidate][0].convert("RGB")
-                break
-            except UNREADABLE as error:
-                if unreadable >= 0 and candidate == index:
-                    raise UserError("no image can be read", sample_name(self.images, index)) from error
-                unreadable = index
-        return self.augmentation.uint8_views(image, rng), unreadable
-
-
-class EvalImages(Dataset):
-    """Transformed images with label and index; one that cannot be read is a UserError."""
-
-    def __init__(self, images: Dataset, transform: Callable):
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        try:
-            image, label = self.images[index]
-            return self.transform(image.convert("RGB")), int(label), index
-        except UNREADABLE as error:
-            name = sample_name(self.images, index)
-            raise UserError(f"cannot read image: {error}", name, "repair or remove it") from None
-        except TypeError:
-            raise UserError("labels are not class numbers", "--dataset", "use another") from None
-
-
-class EpochSampler(DistributedSampler):
-    """This rank's (epoch, index) pairs in an order set by seed and epoch; can start mid-epoch."""
-
-    start = 0  # samples of this rank to skip, in the epoch in which a run resumes
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, i) for i in itertools.islice(super().__iter__(), self.start, None))
-
-    def __len__(self) -> int:
-        return self.num_samples - self.start
 
 
 # ---------------------------------------------------------------------------------------------
@@ -720,113 +533,6 @@ class LARS(torch.optim.Optimizer):
                 state["mu"].mul_(group["momentum"]).add_(update)
                 param.add_(state["mu"], alpha=-group["lr"])
         return loss
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(state: dict, path: str | Path) -> None:
-    """Write by way of a temporary file, so that `path` is at every moment whole or absent."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load_file(path: str | Path):
-    """`torch.load` to the CPU that runs no code from the file. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError("no such file", str(path), "check the path")
-    try:
-        # The published checkpoints carry their arguments as a pickled Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a garbled pickle can raise nearly anything
-        if "unsupported" in str(error).lower():
-            raise UserError("file wants to run code", str(path), "refused; use another file") from None
-        raise UserError("file is damaged or of another kind", str(path), "use another file") from None
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of ours or of the published code; `args` becomes a plain dict.
-
-    Keys lose the `module.` that DataParallel adds. Raises UserError.
-    """
-    checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict):
-        raise UserError("not a checkpoint", str(path), "use one written by main_dino.py")
-    if isinstance(checkpoint.get("args"), argparse.Namespace):
-        checkpoint["args"] = vars(checkpoint["args"])
-    for key, value in checkpoint.items():
-        if isinstance(value, dict) and any(str(name).startswith("module.") for name in value):
-            checkpoint[key] = {name.removeprefix("module."): v for name, v in value.items()}
-    return checkpoint
-
-
-def load_strictly(module: nn.Module, state: dict, source: str) -> None:
-    """`load_state_dict` that names what does not fit in one line. Raises UserError."""
-    own = module.state_dict()
-    problems = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
-        "misshapen": [k for k in own if k in state and own[k].shape != state[k].shape],
-    }
-    found = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in problems.items()
-        if keys
-    ]
-    if found:
-        raise UserError("weights do not fit: " + ", ".join(found), source, "check --arch and the file")
-    module.load_state_dict(state)
-
-
-def load_pretrained_weights(model: nn.Module, checkpoint: dict, checkpoint_key: str, source: str) -> None:
-    """Load the backbone of `checkpoint[checkpoint_key]`; nothing may be missing or left over.
-
-    `source` names the checkpoint in messages. Raises UserError.
-    """
-    state = checkpoint.get(checkpoint_key)
-    if not isinstance(state, dict):
-        keys = ", ".join(str(k) for k, v in checkpoint.items() if isinstance(v, dict))
-        raise UserError(f"no {checkpoint_key!r} in checkpoint", source, f"--checkpoint_key: {keys}")
-    prefix = "backbone."
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    load_strictly(model, state, source)
-
-
-def load_backbone(
-    weights: str, checkpoint_key: str, arch: str, patch_size: int
-) -> tuple[nn.Module, int, dict]:
-    """A frozen backbone with the weights of a checkpoint, or random ones for the name "random".
-
-    Architecture and patch size come from the checkpoint where the flags are at their defaults.
-    Returns the backbone, its width D and the checkpoint's training arguments ({} for random).
-    Raises UserError, also where a flag contradicts the checkpoint.
-    """
-    if not weights:
-        raise UserError("no weights given", "--pretrained_weights", "name a checkpoint, or random")
-    checkpoint = {} if weights == "random" else load_checkpoint(weights)
-    trained = checkpoint.get("args") or {}
-    arch = _settle("arch", arch, trained)
-    patch_size = _settle("patch_size", patch_size, trained)
-    model, embed_dim = build_backbone(arch, patch_size, trained.get("global_crops_size", 224))
-    if checkpoint:
-        load_pretrained_weights(model, checkpoint, checkpoint_key, weights)
-    return model.eval().requires_grad_(False), embed_dim, trained
-
-
-def _settle(name: str, flag, trained: dict):
-    """A flag's value, or the checkpoint's where the user did not set it. Raises UserError."""
-    value = trained.get(name, flag)
-    if isinstance(flag, DefaultInt | DefaultStr) or VITS.get(value, value) == VITS.get(flag, flag):
-        return value
-    raise UserError(f"checkpoint was trained with {value}", f"--{name} {flag}", "leave the flag out")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import nn
 
 import eval_knn
 import utils
+from data import open_labelled_images
 from tests.conftest import run, save_images, torchrun
 from utils import UserError
 
@@ -51,7 +52,7 @@ def test_all_k_at_once_equal_one_k_at_a_time():
 
 
 def test_features_are_unit_length_and_in_the_order_of_the_images(labelled):
-    images = utils.open_labelled_images("train", str(labelled))
+    images = open_labelled_images("train", str(labelled))
     features, labels = eval_knn.extract_features(nn.Flatten(), images, 16, torch.device("cpu"), batch_size=4)
     assert labels.tolist() == [label for _, label in images.samples]
     torch.testing.assert_close(features.norm(dim=1), torch.ones(15))

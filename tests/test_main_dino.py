@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
 import utils
+from checkpoints import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
 from utils import UserError
 
@@ -173,7 +174,7 @@ def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
     train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1)
     names = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    checkpoint = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     keys = {"student", "teacher", "optimizer", "epoch", "step", "args", "dino_loss", "fp16_scaler"}
     assert set(checkpoint) == keys
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 10)
@@ -200,9 +201,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(images, tmp_path, stop):
     flags = ["--data_path", images, "--drop_path_rate", 0.3, "--use_bn_in_head", "true"]
     train(*flags, "--output_dir", tmp_path / "whole")
     train(*flags, "--output_dir", tmp_path / "parts", "--max_steps", stop)
-    assert utils.load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["step"] == stop
+    assert load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["step"] == stop
     train(*flags, "--output_dir", tmp_path / "parts")
-    whole, parts = (utils.load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("whole", "parts"))
+    whole, parts = (load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("whole", "parts"))
     for part in ("student", "teacher", "dino_loss"):
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
 
@@ -225,7 +226,7 @@ def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path):
     train(*flags, "--output_dir", tmp_path / "one", "--max_steps", 4)
     halves = [*flags, "--output_dir", tmp_path / "two", "--batch_size_per_gpu", 2, "--max_steps", 4]
     torchrun(2, "main_dino.py", *TINY, *map(str, halves))
-    one, two = (utils.load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("one", "two"))
+    one, two = (load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("one", "two"))
     torch.testing.assert_close(two["dino_loss"]["center"], one["dino_loss"]["center"], rtol=1e-4, atol=1e-6)
     assert log_of(tmp_path / "two")[0]["train_loss"] == pytest.approx(
         log_of(tmp_path / "one")[0]["train_loss"], rel=1e-5

@@ -2,11 +2,9 @@
 
 import argparse
 import copy
-import gzip
 import math
 import os
 import random
-import struct
 
 import numpy as np
 import pytest
@@ -17,11 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import utils
-from tests.conftest import save_images
 from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, TrainingError, UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -187,127 +183,6 @@ def test_normalisation_and_evaluation_transform_equal_torchvisions():
         ]
     )
     torch.testing.assert_close(utils.eval_transform(224)(image), reference(image), rtol=0, atol=2e-6)
-
-
-# ---------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------
-
-
-def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path):
-    found = utils.open_training_images(str(images))
-    assert len(found) == 20 and found.paths == sorted(found.paths, key=lambda p: (os.path.dirname(p), p))
-    (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(UserError, match="no images found"):
-        utils.open_training_images(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"data_path": ""}, "--demo"),
-        ({"data_path": "/nowhere"}, "no such folder"),
-        ({"data_path": "/tmp", "dataset": "FashionMINST"}, "did you mean FashionMNIST"),
-        ({"data_path": "", "dataset": "FashionMNIST"}, "--data_path"),
-        ({"data_path": "/nowhere", "dataset": "FashionMNIST"}, "--download"),
-    ],
-)
-def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
-    with pytest.raises(UserError, match=message) as error:
-        utils.open_training_images(**kwargs)
-    assert "\n" not in str(error.value)
-
-
-def test_training_on_a_folder_with_train_and_val_would_mix_them(labelled):
-    with pytest.raises(UserError, match="/train"):
-        utils.open_training_images(str(labelled))
-    assert len(utils.open_training_images(str(labelled / "train"))) == 15
-    assert utils.open_labelled_images("val", str(labelled)).classes == ["a", "b", "c"]
-    with pytest.raises(UserError, match="no folder val"):
-        utils.open_labelled_images("val", str(labelled / "train"))
-
-
-def write_fashion_mnist(root, train: int, test: int) -> None:
-    """Gzipped idx files with random grey images, named as torchvision's."""
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for part, n in (("train", train), ("t10k", test)):
-        pixels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
-        with gzip.open(raw / f"{part}-images-idx3-ubyte.gz", "wb") as file:
-            file.write(struct.pack(">IIII", 0x803, n, 28, 28) + pixels)
-        with gzip.open(raw / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
-            file.write(struct.pack(">II", 0x801, n) + bytes(i % 10 for i in range(n)))
-
-
-def test_torchvision_dataset_by_name_from_gzipped_files(tmp_path):
-    write_fashion_mnist(tmp_path, 30, 20)
-    train = utils.open_training_images(str(tmp_path), "FashionMNIST")
-    val = utils.open_labelled_images("val", str(tmp_path), "FashionMNIST")
-    assert (len(train), len(val)) == (30, 20) and train.classes == val.classes
-    views, unreadable = utils.TrainingViews(train, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14), 0)[
-        0, 3
-    ]
-    assert views[0].shape == (3, 28, 28) and unreadable == -1
-
-
-def small_views(images, seed: int = 0) -> utils.TrainingViews:
-    augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 2, 16, 8)
-    return utils.TrainingViews(utils.ImageFiles(images), augmentation, seed)
-
-
-def test_views_depend_on_seed_epoch_and_index_alone(images):
-    dataset = small_views(images)
-    first = dataset[3, 7][0]
-    random.seed(99), torch.manual_seed(99)
-    assert all(torch.equal(a, b) for a, b in zip(first, dataset[3, 7][0], strict=True))
-    for other in (dataset[4, 7], dataset[3, 8], small_views(images, seed=1)[3, 7]):
-        assert not torch.equal(first[0], other[0][0])
-
-
-def test_views_and_the_global_random_stream_do_not_touch_each_other(images):
-    states = random.getstate(), torch.get_rng_state()
-    small_views(images)[0, 0]
-    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-
-
-def test_batches_do_not_depend_on_the_number_of_workers(images):
-    dataset = small_views(images)
-    batches = []
-    for workers in (0, 2):
-        sampler = utils.EpochSampler(dataset, 1, 0, seed=5)
-        sampler.set_epoch(2)
-        loader = DataLoader(dataset, 4, sampler=sampler, num_workers=workers)
-        batches.append([view for views, _ in loader for view in views])
-    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
-
-
-def test_sampler_splits_an_epoch_among_ranks_and_starts_anywhere(images):
-    dataset = small_views(images)
-    samplers = [utils.EpochSampler(dataset, 2, rank, seed=5) for rank in range(2)]
-    for sampler in samplers:
-        sampler.set_epoch(3)
-    whole = [list(sampler) for sampler in samplers]
-    assert sorted(whole[0] + whole[1]) == [(3, i) for i in range(20)]
-    samplers[0].start = 4
-    assert list(samplers[0]) == whole[0][4:] and len(samplers[0]) == 6
-
-
-def test_unreadable_images_are_replaced_and_named(tmp_path):
-    save_images(tmp_path, 4)
-    (tmp_path / "001.png").write_bytes(b"not an image")
-    whole = (tmp_path / "002.png").read_bytes()
-    (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
-    dataset = small_views(tmp_path)
-    assert [dataset[0, i][1] for i in range(4)] == [-1, 1, 2, -1]
-    assert len(dataset[0, 1][0]) == 4
-    evaluation = utils.EvalImages(utils.ImageFiles(tmp_path), utils.eval_transform(16))
-    with pytest.raises(UserError, match="002.png"):
-        evaluation[2]
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match="no image can be read"):
-        dataset[0, 0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,89 +380,6 @@ def test_lars_adapts_weights_and_leaves_biases_alone():
     torch.testing.assert_close(weight.detach(), torch.tensor([[3.0, 4.0]]) - 0.1 * ratio * update)
     torch.testing.assert_close(bias.detach(), torch.tensor([1.0 - 0.1 * 2.0]))
     torch.testing.assert_close(zero.detach(), torch.full((1, 2), -0.1))
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
-
-
-class Payload:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_file_that_wants_to_run_code_is_refused(tmp_path):
-    torch.save({"student": Payload(tmp_path / "owned")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="wants to run code"):
-        utils.load_checkpoint(tmp_path / "evil.pth")
-    assert not (tmp_path / "owned").exists()
-
-
-def test_damaged_missing_and_foreign_files_are_named(tmp_path):
-    torch.save({"student": {}}, tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
-    (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.pth").write_bytes(b"")
-    torch.save([1, 2], tmp_path / "list.pth")
-    for name, message in (
-        ("gone", "no such file"), ("short", "damaged"), ("empty", "damaged"), ("list", "not a checkpoint"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message) as error:
-            utils.load_checkpoint(tmp_path / f"{name}.pth")
-        assert f"{name}.pth" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_published_files_carry_a_namespace_and_a_module_prefix(tmp_path):
-    state = {"teacher": {"module.backbone.w": torch.ones(1)}, "args": argparse.Namespace(arch="vit_small")}
-    torch.save(state, tmp_path / "published.pth")
-    checkpoint = utils.load_checkpoint(tmp_path / "published.pth")
-    assert checkpoint["args"] == {"arch": "vit_small"} and list(checkpoint["teacher"]) == ["backbone.w"]
-
-
-def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint({"epoch": 1}, path)
-    with pytest.raises(Exception, match="pickle"):
-        utils.save_checkpoint({"epoch": lambda: None}, path)
-    assert utils.load_checkpoint(path) == {"epoch": 1}
-
-
-def test_weights_load_right_or_not_at_all():
-    model = utils.build_backbone("vit_nano", 8, 32)[0]
-    state = {f"backbone.{k}": v for k, v in model.state_dict().items()} | {"head.mlp.0.bias": torch.ones(1)}
-    other = utils.build_backbone("vit_nano", 8, 32)[0]
-    utils.load_pretrained_weights(other, {"teacher": state}, "teacher", "file")
-    torch.testing.assert_close(other.state_dict(), model.state_dict())
-    del state["backbone.norm.bias"]
-    state["backbone.extra"] = torch.ones(1)
-    state["backbone.cls_token"] = torch.ones(1, 1, 7)
-    with pytest.raises(UserError, match=r"1 missing \(norm.bias\), 1 unexpected \(extra\), 1 misshapen"):
-        utils.load_pretrained_weights(other, {"teacher": state}, "teacher", "file")
-    with pytest.raises(UserError, match="no 'student' in checkpoint .*teacher"):
-        utils.load_pretrained_weights(other, {"teacher": state}, "student", "file")
-
-
-def test_flags_that_contradict_the_checkpoint_are_an_error(tmp_path):
-    model = utils.build_backbone("vit_nano", 8, 32)[0]
-    state = {f"backbone.{k}": v for k, v in model.state_dict().items()}
-    args = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32}
-    path = str(tmp_path / "checkpoint.pth")
-    utils.save_checkpoint({"teacher": state, "args": args}, path)
-    arch, patch = utils.DefaultStr("vit_small"), utils.DefaultInt(16)
-    loaded, dim, trained = utils.load_backbone(path, "teacher", arch, patch)
-    assert dim == 128 and trained == args and not loaded.training
-    with pytest.raises(UserError, match=r"trained with vit_nano \(--arch vit_small\)"):
-        utils.load_backbone(path, "teacher", "vit_small", patch)
-    with pytest.raises(UserError, match=r"trained with 8 \(--patch_size 16\)"):
-        utils.load_backbone(path, "teacher", arch, 16)
-    with pytest.raises(UserError, match="no weights given"):
-        utils.load_backbone("", "teacher", arch, patch)
 
 
 # ---------------------------------------------------------------------------------------------

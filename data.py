@@ -1,0 +1,196 @@
+"""The images: opened by path or name, and served as views to train on or whole to evaluate.
+
+Shapes: B images, V views, H x W pixels.
+"""
+
+import inspect
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from shapes import Shapes
+from utils import DataAugmentationDINO, UserError, main_process_first, nearest
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class ImageFiles(Dataset):
+    """All image files below a folder, sorted; training looks at no labels."""
+
+    def __init__(self, root: str | Path):
+        is_image = torchvision.datasets.folder.is_image_file
+        self.paths = [
+            os.path.join(folder, name)
+            for folder, _, names in sorted(os.walk(root, followlinks=True))
+            for name in sorted(names)
+            if is_image(name)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return torchvision.datasets.folder.pil_loader(self.paths[index]), 0
+
+
+def open_training_images(
+    data_path: str, dataset: str = "", download: bool = False, demo: bool = False
+) -> Dataset:
+    """Images to train on: a folder, a torchvision dataset by name, or the demo's shapes.
+
+    Items are (PIL image, label); the label is not looked at. Raises UserError.
+    """
+    if demo:
+        return Shapes("train", 8_192)
+    if dataset:
+        return _torchvision_dataset(dataset, data_path, "train", download)
+    root = _existing_folder(data_path)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        raise UserError(
+            "folder has train/ and val/", f"--data_path {root}", f"give --data_path {root / 'train'}"
+        )
+    images = ImageFiles(root)
+    if not len(images):
+        raise UserError("no images found", f"--data_path {root}", "give a folder of image files")
+    return images
+
+
+def open_labelled_images(
+    split: str, data_path: str, dataset: str = "", download: bool = False, demo: bool = False
+) -> Dataset:
+    """The "train" or "val" images to evaluate on, with `.classes`. Raises UserError."""
+    if demo:  # few enough to be evaluated in seconds
+        return Shapes(split, {"train": 4_096, "val": 1_000}[split])
+    if dataset:
+        return _torchvision_dataset(dataset, data_path, split, download)
+    root = _existing_folder(data_path) / split
+    if not root.is_dir():
+        raise UserError(f"no folder {split}/", f"--data_path {data_path}", "make train/ and val/")
+    try:
+        return torchvision.datasets.ImageFolder(str(root))
+    except FileNotFoundError as error:  # no class folders, or one that is empty
+        raise UserError(str(error).splitlines()[0], str(root), "give each class images") from None
+
+
+def _existing_folder(data_path: str) -> Path:
+    if not data_path:
+        raise UserError(
+            "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
+        )
+    root = Path(data_path).expanduser()
+    if not root.is_dir():
+        raise UserError("no such folder", f"--data_path {root}", "check the path")
+    return root
+
+
+def _torchvision_dataset(name: str, root: str, split: str, download: bool) -> Dataset:
+    """A torchvision dataset by class name; its own name for the held-out part is found out."""
+    known = torchvision.datasets.__all__
+    if name not in known:
+        raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
+    if not root:
+        raise UserError("no folder given", "--data_path", f"name the folder that holds {name}")
+    make = getattr(torchvision.datasets, name)
+    with main_process_first():  # only one unpacks or downloads
+        for archive in Path(root, name, "raw").glob("*-ubyte.gz"):  # MNIST's layout, not yet unpacked
+            if not archive.with_suffix("").exists():
+                torchvision.datasets.utils.extract_archive(str(archive))
+        return _open_split(make, name, root, split, download)
+
+
+def _open_split(make: Callable, name: str, root: str, split: str, download: bool) -> Dataset:
+    # MNIST and its like hide their arguments behind **kwargs of a parent.
+    takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
+    kwargs = {"download": True} if download and "download" in takes else {}
+    if "train" in takes:
+        choices = [{"train": split == "train"}]
+    elif "split" in takes:
+        names = {"train": ["train", "trainval"], "val": ["val", "valid", "test"]}[split]
+        choices = [{"split": n} for n in names]
+    else:
+        raise UserError("dataset has no train/val split", f"--dataset {name}", "use a folder instead")
+    for choice in choices:
+        try:
+            return make(root, **choice, **kwargs)
+        except ValueError as error:  # this dataset calls its split by another name
+            reason = error
+        except (RuntimeError, OSError) as error:
+            fix = "check the folder, or add --download" if not download else "check the network"
+            raise UserError(str(error).splitlines()[0], f"--dataset {name}", fix) from None
+    raise UserError(f"no {split} split: {reason}", f"--dataset {name}", "use a folder instead")
+
+
+def sample_name(dataset: Dataset, index: int) -> str:
+    """What to call a sample in a message: its file, if it has one."""
+    if isinstance(dataset, ImageFiles):
+        return dataset.paths[index]
+    if isinstance(dataset, torchvision.datasets.ImageFolder):
+        return dataset.samples[index][0]
+    return f"image {index}"
+
+
+class TrainingViews(Dataset):
+    """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
+
+    An image that cannot be read is replaced by the next one that can; its index comes along (-1
+    when all went well), so that the training can name and count it.
+    """
+
+    def __init__(self, images: Dataset, augmentation: DataAugmentationDINO, seed: int):
+        self.images, self.augmentation, self.seed = images, augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], int]:
+        epoch, index = item
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        unreadable = -1
+        for candidate in itertools.islice(itertools.cycle(range(len(self))), index, None):
+            try:
+                image = self.images[candidate][0].convert("RGB")
+                break
+            except UNREADABLE as error:
+                if unreadable >= 0 and candidate == index:
+                    raise UserError("no image can be read", sample_name(self.images, index)) from error
+                unreadable = index
+        return self.augmentation.uint8_views(image, rng), unreadable
+
+
+class EvalImages(Dataset):
+    """Transformed images with label and index; one that cannot be read is a UserError."""
+
+    def __init__(self, images: Dataset, transform: Callable):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        try:
+            image, label = self.images[index]
+            return self.transform(image.convert("RGB")), int(label), index
+        except UNREADABLE as error:
+            name = sample_name(self.images, index)
+            raise UserError(f"cannot read image: {error}", name, "repair or remove it") from None
+        except TypeError:
+            raise UserError("labels are not class numbers", "--dataset", "use another") from None
+
+
+class EpochSampler(DistributedSampler):
+    """This rank's (epoch, index) pairs in an order set by seed and epoch; can start mid-epoch."""
+
+    start = 0  # samples of this rank to skip, in the epoch in which a run resumes
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, i) for i in itertools.islice(super().__iter__(), self.start, None))
+
+    def __len__(self) -> int:
+        return self.num_samples - self.start

@@ -1,0 +1,134 @@
+import gzip
+import os
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from data import (
+    EpochSampler,
+    EvalImages,
+    ImageFiles,
+    TrainingViews,
+    open_labelled_images,
+    open_training_images,
+)
+from tests.conftest import save_images
+from utils import DataAugmentationDINO, UserError, eval_transform
+
+
+def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path):
+    found = open_training_images(str(images))
+    assert len(found) == 20 and found.paths == sorted(found.paths, key=lambda p: (os.path.dirname(p), p))
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="no images found"):
+        open_training_images(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"data_path": ""}, "--demo"),
+        ({"data_path": "/nowhere"}, "no such folder"),
+        ({"data_path": "/tmp", "dataset": "FashionMINST"}, "did you mean FashionMNIST"),
+        ({"data_path": "", "dataset": "FashionMNIST"}, "--data_path"),
+        ({"data_path": "/nowhere", "dataset": "FashionMNIST"}, "--download"),
+    ],
+)
+def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
+    with pytest.raises(UserError, match=message) as error:
+        open_training_images(**kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_training_on_a_folder_with_train_and_val_would_mix_them(labelled):
+    with pytest.raises(UserError, match="/train"):
+        open_training_images(str(labelled))
+    assert len(open_training_images(str(labelled / "train"))) == 15
+    assert open_labelled_images("val", str(labelled)).classes == ["a", "b", "c"]
+    with pytest.raises(UserError, match="no folder val"):
+        open_labelled_images("val", str(labelled / "train"))
+
+
+def write_fashion_mnist(root, train: int, test: int) -> None:
+    """Gzipped idx files with random grey images, named as torchvision's."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("t10k", test)):
+        pixels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
+        with gzip.open(raw / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">IIII", 0x803, n, 28, 28) + pixels)
+        with gzip.open(raw / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">II", 0x801, n) + bytes(i % 10 for i in range(n)))
+
+
+def test_torchvision_dataset_by_name_from_gzipped_files(tmp_path):
+    write_fashion_mnist(tmp_path, 30, 20)
+    train = open_training_images(str(tmp_path), "FashionMNIST")
+    val = open_labelled_images("val", str(tmp_path), "FashionMNIST")
+    assert (len(train), len(val)) == (30, 20) and train.classes == val.classes
+    views, unreadable = TrainingViews(train, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14), 0)[0, 3]
+    assert views[0].shape == (3, 28, 28) and unreadable == -1
+
+
+def small_views(images, seed: int = 0) -> TrainingViews:
+    augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 2, 16, 8)
+    return TrainingViews(ImageFiles(images), augmentation, seed)
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(images):
+    dataset = small_views(images)
+    first = dataset[3, 7][0]
+    random.seed(99), torch.manual_seed(99)
+    assert all(torch.equal(a, b) for a, b in zip(first, dataset[3, 7][0], strict=True))
+    for other in (dataset[4, 7], dataset[3, 8], small_views(images, seed=1)[3, 7]):
+        assert not torch.equal(first[0], other[0][0])
+
+
+def test_views_and_the_global_random_stream_do_not_touch_each_other(images):
+    states = random.getstate(), torch.get_rng_state()
+    small_views(images)[0, 0]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(images):
+    dataset = small_views(images)
+    batches = []
+    for workers in (0, 2):
+        sampler = EpochSampler(dataset, 1, 0, seed=5)
+        sampler.set_epoch(2)
+        loader = DataLoader(dataset, 4, sampler=sampler, num_workers=workers)
+        batches.append([view for views, _ in loader for view in views])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_sampler_splits_an_epoch_among_ranks_and_starts_anywhere(images):
+    dataset = small_views(images)
+    samplers = [EpochSampler(dataset, 2, rank, seed=5) for rank in range(2)]
+    for sampler in samplers:
+        sampler.set_epoch(3)
+    whole = [list(sampler) for sampler in samplers]
+    assert sorted(whole[0] + whole[1]) == [(3, i) for i in range(20)]
+    samplers[0].start = 4
+    assert list(samplers[0]) == whole[0][4:] and len(samplers[0]) == 6
+
+
+def test_unreadable_images_are_replaced_and_named(tmp_path):
+    save_images(tmp_path, 4)
+    (tmp_path / "001.png").write_bytes(b"not an image")
+    whole = (tmp_path / "002.png").read_bytes()
+    (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
+    dataset = small_views(tmp_path)
+    assert [dataset[0, i][1] for i in range(4)] == [-1, 1, 2, -1]
+    assert len(dataset[0, 1][0]) == 4
+    evaluation = EvalImages(ImageFiles(tmp_path), eval_transform(16))
+    with pytest.raises(UserError, match="002.png"):
+        evaluation[2]
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no image can be read"):
+        dataset[0, 0]
