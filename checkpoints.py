@@ -1,14 +1,48 @@
-"""Files of weights: written whole or not at all, loaded right or not at all."""
+"""Files of weights: written whole or not at all, loaded right or not at all.
+
+What is read: checkpoints of `main_dino.py`, those published with the paper (full or backbone only),
+state dicts of timm and torchvision models, `.safetensors`; nothing in a file is ever executed.
+"""
 
 import argparse
+import http.client
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from utils import DefaultInt, DefaultStr, UserError, build_backbone
-from vision_transformer import VITS
+from utils import (
+    DefaultInt,
+    DefaultStr,
+    MultiCropWrapper,
+    UserError,
+    build_backbone,
+    canonical,
+    check_crop_sizes,
+    check_divides,
+    log,
+    main_process_first,
+    nearest,
+)
+from vision_transformer import VITS, VisionTransformer
+
+# The models published with the paper: name -> (stem of the files, architecture, patch size).
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/{stem}_pretrain/{stem}_{kind}.pth"
+PUBLISHED = {
+    "dino_vits16": ("dino_deitsmall16", "vit_small", 16),
+    "dino_vits8": ("dino_deitsmall8", "vit_small", 8),
+    "dino_vitb16": ("dino_vitbase16", "vit_base", 16),
+    "dino_vitb8": ("dino_vitbase8", "vit_base", 8),
+    "dino_xcit_small_12_p16": ("dino_xcit_small_12_p16", "xcit_small_12_p16", 16),
+    "dino_xcit_small_12_p8": ("dino_xcit_small_12_p8", "xcit_small_12_p8", 8),
+    "dino_xcit_medium_24_p16": ("dino_xcit_medium_24_p16", "xcit_medium_24_p16", 16),
+    "dino_xcit_medium_24_p8": ("dino_xcit_medium_24_p8", "xcit_medium_24_p8", 8),
+    "dino_resnet50": ("dino_resnet50", "resnet50", 16),
+}
 
 
 def save_checkpoint(state: dict, path: str | Path) -> None:
@@ -23,33 +57,43 @@ def save_checkpoint(state: dict, path: str | Path) -> None:
 
 
 def load_file(path: str | Path):
-    """`torch.load` to the CPU that runs no code from the file. Raises UserError."""
+    """What a `.safetensors` or torch file holds, on the CPU; runs no code from it. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError("no such file", str(path), "check the path")
+        raise UserError("no such file", str(path), nearest(str(path), PUBLISHED))
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file as load_safetensors  # comes with timm
+
+            return load_safetensors(path)
         # The published checkpoints carry their arguments as a pickled Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a garbled pickle can raise nearly anything
-        if "unsupported" in str(error).lower():
+    except Exception as error:  # a garbled file can raise nearly anything
+        if any(sign in str(error) for sign in ("GLOBAL", "Can only", "unrecognized function")):
             raise UserError("file wants to run code", str(path), "refused; use another file") from None
         raise UserError("file is damaged or of another kind", str(path), "use another file") from None
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of ours or of the published code; `args` becomes a plain dict.
+    """A file's dict; `args` becomes a plain dict, keys lose the `module.` that DataParallel adds.
 
-    Keys lose the `module.` that DataParallel adds. Raises UserError.
+    Raises UserError.
     """
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict):
         raise UserError("not a checkpoint", str(path), "use one written by main_dino.py")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
-    for key, value in checkpoint.items():
-        if isinstance(value, dict) and any(str(name).startswith("module.") for name in value):
-            checkpoint[key] = {name.removeprefix("module."): v for name, v in value.items()}
-    return checkpoint
+
+    def plain(state: Mapping) -> dict:
+        return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+    return plain({k: plain(v) if _is_state(v) else v for k, v in checkpoint.items()})
+
+
+def _is_state(value) -> bool:
+    """Whether it is a state dict: nothing but named tensors."""
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
 def load_strictly(module: nn.Module, state: dict, source: str) -> None:
@@ -70,44 +114,162 @@ def load_strictly(module: nn.Module, state: dict, source: str) -> None:
     module.load_state_dict(state)
 
 
-def load_pretrained_weights(model: nn.Module, checkpoint: dict, checkpoint_key: str, source: str) -> None:
-    """Load the backbone of `checkpoint[checkpoint_key]`; nothing may be missing or left over.
+class Weights(NamedTuple):
+    """A backbone's weights, a head's ({} where there are none), and what the file says of them."""
 
-    `source` names the checkpoint in messages. Raises UserError.
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor]
+    trained: dict  # arguments of the training, or what is known of a published model
+    source: str  # for messages
+
+
+def read_weights(weights: str, checkpoint_key: str) -> Weights:
+    """Weights by file, or by the name of a published model, which is downloaded.
+
+    From a training checkpoint, those of `checkpoint_key`, "teacher" or "student". Raises UserError.
     """
-    state = checkpoint.get(checkpoint_key)
-    if not isinstance(state, dict):
-        keys = ", ".join(str(k) for k, v in checkpoint.items() if isinstance(v, dict))
-        raise UserError(f"no {checkpoint_key!r} in checkpoint", source, f"--checkpoint_key: {keys}")
-    prefix = "backbone."
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    load_strictly(model, state, source)
+    if weights in PUBLISHED:
+        _, arch, patch_size = PUBLISHED[weights]
+        state = load_checkpoint(download(weights, "pretrain"))
+        return Weights(state, {}, {"arch": arch, "patch_size": patch_size}, weights)
+    checkpoint = load_checkpoint(weights)
+    states = {name: value for name, value in checkpoint.items() if _is_state(value)}
+    if checkpoint_key in states:
+        state = states[checkpoint_key]
+    elif present := [name for name in ("student", "teacher") if name in states]:
+        raise UserError(f"no {checkpoint_key!r} in file", weights, f"give --checkpoint_key {present[0]}")
+    elif not isinstance(checkpoint_key, DefaultStr):
+        raise UserError(f"no {checkpoint_key!r} in file", weights, "leave --checkpoint_key out")
+    else:  # weights and nothing else, perhaps in a wrapping
+        wrapped = [states[name] for name in ("state_dict", "model") if name in states]
+        state = wrapped[0] if wrapped else checkpoint
+        if not _is_state(state):
+            raise UserError("no weights in file", weights, "use another file")
+    trained = checkpoint.get("args") or {}
+    backbone, head = (
+        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+        for part in ("backbone.", "head.")
+    )
+    if not backbone:  # the backbone only, or with a classifier, which `load_pretrained_weights` drops
+        backbone, head = state, {}
+    return Weights(backbone, head, trained, weights)
+
+
+def download(name: str, kind: str) -> Path:
+    """A published model's file ("pretrain" or "linearweights"), kept in torch.hub's folder.
+
+    Raises UserError.
+    """
+    url = PUBLISHED_URL.format(stem=PUBLISHED[name][0], kind=kind)
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    with main_process_first():  # only one downloads
+        if not path.exists():
+            log(f"downloading {url}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
+                raise UserError(
+                    f"cannot download: {error}", url, "check the network or give a file"
+                ) from None
+    return path
+
+
+def load_pretrained_weights(model: nn.Module, weights: Weights) -> None:
+    """Load a backbone; nothing may be missing or left over but a classifier, which DINO drops.
+
+    Raises UserError.
+    """
+    state = weights.backbone
+    if "cls_attn_blocks.0.attn.qkv.weight" in state:  # XCiT as in its own repository
+        from timm.models.xcit import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(dict(state), model)
+    classifiers = tuple(f"{name}." for name in model.dropped_classifiers)
+    state = {name: value for name, value in state.items() if not name.startswith(classifiers)}
+    load_strictly(model, state, weights.source)
 
 
 def load_backbone(
-    weights: str, checkpoint_key: str, arch: str, patch_size: int
-) -> tuple[nn.Module, int, dict]:
-    """A frozen backbone with the weights of a checkpoint, or random ones for the name "random".
+    weights: str, checkpoint_key: str, arch: str, patch_size: int, image_size: int
+) -> tuple[nn.Module, int]:
+    """A frozen backbone for images of a size: (B, 3, image_size, image_size) -> (B, D).
 
-    Architecture and patch size come from the checkpoint where the flags are at their defaults.
-    Returns the backbone, its width D and the checkpoint's training arguments ({} for random).
-    Raises UserError, also where a flag contradicts the checkpoint.
+    `weights` is a file, the name of a published model, or a baseline: "random" or "pixels", which
+    is no network at all. Architecture, patch and image size come from the weights where the flags
+    are at their defaults. Returns the backbone and the image size. Raises UserError, also where a
+    flag contradicts the weights.
     """
     if not weights:
-        raise UserError("no weights given", "--pretrained_weights", "name a checkpoint, or random")
-    checkpoint = {} if weights == "random" else load_checkpoint(weights)
-    trained = checkpoint.get("args") or {}
-    arch = _settle("arch", arch, trained)
-    patch_size = _settle("patch_size", patch_size, trained)
-    model, embed_dim = build_backbone(arch, patch_size, trained.get("global_crops_size", 224))
-    if checkpoint:
-        load_pretrained_weights(model, checkpoint, checkpoint_key, weights)
-    return model.eval().requires_grad_(False), embed_dim, trained
+        raise UserError(
+            "no weights given", "--pretrained_weights", "name a file, a published model, or random"
+        )
+    if weights == "pixels":
+        return nn.Flatten(), int(image_size)
+    if weights == "random":
+        known, size = None, int(image_size)
+    else:
+        known = read_weights(weights, checkpoint_key)
+        arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
+        if isinstance(image_size, DefaultInt):
+            image_size = size
+    if canonical(arch) in VITS:
+        check_divides("image_size", image_size, patch_size)
+    model, embed_dim = build_backbone(arch, patch_size, size)
+    if known:
+        load_pretrained_weights(model, known)
+    check_crop_sizes(model, arch, embed_dim, [image_size])
+    return model.eval().requires_grad_(False), int(image_size)
 
 
-def _settle(name: str, flag, trained: dict):
-    """A flag's value, or the checkpoint's where the user did not set it. Raises UserError."""
-    value = trained.get(name, flag)
-    if isinstance(flag, DefaultInt | DefaultStr) or VITS.get(value, value) == VITS.get(flag, flag):
+def init_from(student: MultiCropWrapper, weights: str, arch: str, patch_size: int, image_size: int) -> None:
+    """Begin a run with weights by file or name: the backbone's, and the head's where there is one.
+
+    A ViT's position embedding is interpolated to the run's image size. Raises UserError.
+    """
+    known = read_weights(weights, DefaultStr("teacher"))
+    arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
+    backbone, _ = build_backbone(arch, patch_size, size)
+    load_pretrained_weights(backbone, known)
+    state = backbone.state_dict()
+    if isinstance(backbone, VisionTransformer):
+        state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
+    load_strictly(student.backbone, state, weights)
+    if known.head:
+        load_strictly(student.head, known.head, f"{weights}: head")
+
+
+def settle_architecture(
+    weights: Weights, arch: str, patch_size: int, image_size: int
+) -> tuple[str, int, int]:
+    """Architecture, patch size and image size that the weights were trained with.
+
+    Each is what the file records, else what a ViT's shapes tell, else what the flag says. Raises
+    UserError where the user's flag contradicts the file's record.
+    """
+    shapes = _vit_shapes(weights.backbone)
+    arch = _settle("arch", arch, weights.trained, shapes)
+    if canonical(arch) in VITS:  # elsewhere the name says it
+        patch_size = _settle("patch_size", patch_size, weights.trained, shapes)
+    size = shapes.get("image_size") or weights.trained.get("global_crops_size", image_size)
+    return arch, int(patch_size), int(size)
+
+
+def _settle(name: str, flag, recorded: dict, shapes: dict):
+    is_default = isinstance(flag, DefaultInt | DefaultStr)
+    value = recorded.get(name, shapes.get(name, flag) if is_default else flag)
+    if is_default or canonical(str(value)) == canonical(str(flag)):
         return value
-    raise UserError(f"checkpoint was trained with {value}", f"--{name} {flag}", "leave the flag out")
+    raise UserError(f"weights were trained with {value}", f"--{name} {flag}", f"give --{name} {value}")
+
+
+def _vit_shapes(state: dict[str, Tensor]) -> dict:
+    """What the shapes of a ViT's weights tell of it; {} for other networks."""
+    position, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if position is None or patches is None or position.ndim != 3 or patches.ndim != 4:
+        return {}
+    width, patch_size = patches.shape[0], patches.shape[-1]
+    with torch.device("meta"):
+        arch = [name for name, make in VITS.items() if make().embed_dim == width]
+    shapes = {"patch_size": patch_size, "image_size": patch_size * math.isqrt(position.shape[1] - 1)}
+    return shapes | ({"arch": arch[0]} if arch else {})

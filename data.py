@@ -14,24 +14,34 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
+from torchvision.transforms.functional import pil_to_tensor
 
 from shapes import Shapes
-from utils import DataAugmentationDINO, UserError, main_process_first, nearest
+from utils import (
+    DataAugmentationDINO,
+    HorizontalFlip,
+    RandomResizedCrop,
+    UserError,
+    main_process_first,
+    nearest,
+)
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class ImageFiles(Dataset):
-    """All image files below a folder, sorted; training looks at no labels."""
+    """The given image files, and all those below the given folders, sorted; without labels."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, *roots: str | Path):
         is_image = torchvision.datasets.folder.is_image_file
-        self.paths = [
-            os.path.join(folder, name)
-            for folder, _, names in sorted(os.walk(root, followlinks=True))
-            for name in sorted(names)
-            if is_image(name)
-        ]
+        self.paths = []
+        for root in roots:
+            self.paths += [str(root)] if os.path.isfile(root) else [
+                os.path.join(folder, name)
+                for folder, _, names in sorted(os.walk(root, followlinks=True))
+                for name in sorted(names)
+                if is_image(name)
+            ]  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,6 +87,20 @@ def open_labelled_images(
         return torchvision.datasets.ImageFolder(str(root))
     except FileNotFoundError as error:  # no class folders, or one that is empty
         raise UserError(str(error).splitlines()[0], str(root), "give each class images") from None
+
+
+def open_train_and_val(
+    data_path: str, dataset: str = "", download: bool = False, demo: bool = False
+) -> tuple[Dataset, Dataset]:
+    """Both parts of a labelled dataset. Raises UserError, also where their classes differ."""
+    train, val = (
+        open_labelled_images(split, data_path, dataset, download, demo) for split in ("train", "val")
+    )
+    if getattr(train, "classes", None) != getattr(val, "classes", None):
+        differ = sorted(set(train.classes) ^ set(val.classes))
+        names = ", ".join(map(str, differ[:5]))
+        raise UserError(f"train and val differ in classes: {names}", "--data_path", "make them agree")
+    return train, val
 
 
 def _existing_folder(data_path: str) -> Path:
@@ -164,24 +188,52 @@ class TrainingViews(Dataset):
         return self.augmentation.uint8_views(image, rng), unreadable
 
 
-class EvalImages(Dataset):
-    """Transformed images with label and index; one that cannot be read is a UserError."""
+def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
+    """An RGB image and its class number; one that cannot be read is a UserError."""
+    try:
+        image, label = images[index]
+        return image.convert("RGB"), int(label)
+    except UNREADABLE as error:
+        name = sample_name(images, index)
+        raise UserError(f"cannot read image: {error}", name, "repair or remove it") from None
+    except TypeError:
+        raise UserError("labels are not class numbers", "--dataset", "use another") from None
 
-    def __init__(self, images: Dataset, transform: Callable):
+
+class EvalImages(Dataset):
+    """Transformed images with label and index."""
+
+    def __init__(self, images: Dataset, transform: Callable[[Image.Image], Tensor]):
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        try:
-            image, label = self.images[index]
-            return self.transform(image.convert("RGB")), int(label), index
-        except UNREADABLE as error:
-            name = sample_name(self.images, index)
-            raise UserError(f"cannot read image: {error}", name, "repair or remove it") from None
-        except TypeError:
-            raise UserError("labels are not class numbers", "--dataset", "use another") from None
+        image, label = read_labelled(self.images, index)
+        return self.transform(image), label, index
+
+
+class AugmentedImages(Dataset):
+    """Randomly cropped and flipped images with label, as a linear classifier is trained on them.
+
+    Item (epoch, i) is uint8 (3, size, size); it depends on the seed, the epoch and i alone.
+    """
+
+    def __init__(self, images: Dataset, size: int, seed: int):
+        self.images, self.seed = images, seed
+        # torchvision's defaults, which the published evaluation keeps: bilinear, unlike the training's
+        self.crop = RandomResizedCrop(size, (0.08, 1), interpolation=Image.Resampling.BILINEAR)
+        self.flip = HorizontalFlip()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = item
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        image, label = read_labelled(self.images, index)
+        return pil_to_tensor(self.flip(self.crop(image, rng), rng)), label
 
 
 class EpochSampler(DistributedSampler):

@@ -10,18 +10,18 @@ Shapes: N training images, M test images, D features, k neighbours.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import utils
 from checkpoints import load_backbone, load_file
-from data import EvalImages, open_labelled_images
-from utils import DefaultInt, DefaultStr, UserError, bool_flag
+from data import EvalImages, open_train_and_val
+from utils import DefaultInt, UserError, bool_flag
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -34,20 +34,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="numbers of neighbours; 20 is usually best")
     parser.add_argument("--temperature", default=0.07, type=float,
         help="of the vote: a neighbour weighs exp(similarity / temperature)")
-    parser.add_argument("--pretrained_weights", default="",
-        help="a checkpoint; or a baseline by name: random (a network as --arch says) or "
-             "pixels (no network)")
+    utils.add_weights_flags(parser)
+    parser.add_argument("--image_size", default=DefaultInt(224), type=int,
+        help="pixels per side; the global crops' size of the checkpoint unless given")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
         help="use the GPU, where there is one; turn off if features do not fit into its "
              "memory")
-    parser.add_argument("--arch", default=DefaultStr("vit_small"),
-        help="architecture; the checkpoint knows its own")
-    parser.add_argument("--patch_size", default=DefaultInt(16), type=int,
-        help="patch size; the checkpoint knows its own")
-    parser.add_argument("--image_size", default=DefaultInt(224), type=int,
-        help="pixels per side; the global crops' size of the checkpoint unless given")
-    parser.add_argument("--checkpoint_key", default="teacher",
-        help="teacher or student; the teacher is better")
     parser.add_argument("--dump_features", default=None, help="folder to save the features in")
     parser.add_argument("--load_features", default=None,
         help="folder of features saved before: skips their computation")
@@ -67,16 +59,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
 
-@torch.inference_mode()
 def extract_features(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Dataset,
     image_size: int,
     device: torch.device,
     batch_size: int = 128,
     num_workers: int = 0,
+    normalized: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """L2-normalised features (N, D) and labels (N,) of all images, on every rank, in their order."""
+    """Features (N, D) and labels (N,) of all images, on every rank, in the order of the images.
+
+    `model`, on the device, maps images (B, 3, H, W) to (B, D); `normalized` features have length 1.
+    """
     dataset = EvalImages(images, utils.eval_transform(image_size))
     sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), shuffle=False)
     loader = DataLoader(
@@ -86,12 +81,14 @@ def extract_features(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
-    model.to(device).eval()
     features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=device)
     for batch, label, index in loader:
-        feature = F.normalize(model(batch.to(device, non_blocking=True)), dim=1)
+        with torch.inference_mode():
+            feature = model(batch.to(device, non_blocking=True)).float()
+            if normalized:
+                feature = F.normalize(feature, dim=1)
         if features is None:
-            features = feature.new_zeros(len(dataset), feature.shape[1])
+            features = torch.zeros(len(dataset), feature.shape[1], device=device)
         # The sampler repeats images to fill the last batch; a repetition overwrites itself.
         index = utils.all_gather(index.to(device))
         features[index] = utils.all_gather(feature)
@@ -160,22 +157,11 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
 
 def compute_features(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     """Train and test features and labels, from images and weights named by the flags."""
-    data = args.data_path, args.dataset, args.download, args.demo
-    train, test = (open_labelled_images(split, *data) for split in ("train", "val"))
-    if getattr(train, "classes", None) != getattr(test, "classes", None):
-        differ = sorted(set(train.classes) ^ set(test.classes))
-        names = ", ".join(map(str, differ[:5]))
-        raise UserError(f"train and val differ in classes: {names}", "--data_path", "make them agree")
-
-    if args.pretrained_weights == "pixels":
-        model, trained = nn.Flatten(), {}
-    else:
-        model, _, trained = load_backbone(
-            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size
-        )
-    image_size = args.image_size
-    if isinstance(image_size, DefaultInt):
-        image_size = trained.get("global_crops_size", image_size)
+    train, test = open_train_and_val(args.data_path, args.dataset, args.download, args.demo)
+    model, image_size = load_backbone(
+        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
+    )
+    model.to(device)
     tensors: list[Tensor] = []
     for images in (train, test):
         tensors += extract_features(

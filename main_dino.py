@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoints import load_backbone, load_checkpoint, load_strictly, save_checkpoint
+from checkpoints import init_from, load_backbone, load_checkpoint, load_strictly, save_checkpoint
 from data import EpochSampler, TrainingViews, open_labelled_images, open_training_images, sample_name
 from eval_knn import extract_features, knn_classifier
 from utils import (
@@ -118,7 +118,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--use_fp16", default=True, type=bool_flag,
         help="float16 autocast with loss scaling on CUDA; turn off if the loss becomes NaN; "
              "--precision overrides it")
-    group.add_argument("--precision", default=None, choices=["fp32", "bf16", "fp16"],
+    group.add_argument("--precision", default=None, choices=utils.PRECISIONS,
         help="autocast precision on any device; without it, fp16 on CUDA as --use_fp16 says, "
              "else fp32")
     group.add_argument("--weight_decay", default=0.04, type=float,
@@ -166,6 +166,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",
         help="folder for checkpoints and log.txt; a run continues from the checkpoint in it")
+    group.add_argument("--init_from", default="",
+        help="begin a new run with the weights of a file or of a published model by name; a run that "
+             "continues does not look at it")
     group.add_argument("--saveckp_freq", default=20, type=int,
         help="keep a numbered checkpoint every so many epochs; 0: never")
     group.add_argument("--cpu_threads", default=0, type=int,
@@ -217,10 +220,7 @@ def check_args(args: argparse.Namespace) -> None:
         if args.local_crops_number:
             sizes["local_crops_size"] = args.local_crops_size
         for name, size in sizes.items():
-            if size % args.patch_size:
-                below = size - size % args.patch_size
-                fix = f"try {below or args.patch_size} or {below + args.patch_size}"
-                raise UserError(f"does not divide by --patch_size {args.patch_size}", f"--{name} {size}", fix)
+            utils.check_divides(name, size, args.patch_size)
 
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         value = getattr(args, name)
@@ -340,8 +340,7 @@ def build_schedules(
 
 def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype | None:
     """The precision of the forward passes; None for float32, without autocast."""
-    precision = precision or ("fp16" if use_fp16 and device.type == "cuda" else "fp32")
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return utils.PRECISIONS[precision or ("fp16" if use_fp16 and device.type == "cuda" else "fp32")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,6 +387,11 @@ def train_dino(args: argparse.Namespace) -> None:
         args.head_hidden_dim,
         args.head_bottleneck_dim,
     )
+    output_dir = utils.make_folder(args.output_dir)
+    # Weights come from 1. the run to continue, below; 2. --init_from; 3. the random seed.
+    if args.init_from and not (output_dir / "checkpoint.pth").exists():
+        init_from(student, args.init_from, args.arch, args.patch_size, args.global_crops_size)
+        utils.log(f"starting from the weights of {args.init_from}")
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
     student_alone, student = student, distribute(student, device)
     teacher.load_state_dict(student_alone.state_dict())  # the ranks now agree on the student
@@ -414,11 +418,6 @@ def train_dino(args: argparse.Namespace) -> None:
     )
 
     # ---- resume
-    output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(error.strerror, f"--output_dir {output_dir}", "choose another") from None
     pieces = {
         "student": student_alone,
         "teacher": teacher,
@@ -570,15 +569,22 @@ def report_demo(args: argparse.Namespace) -> None:
     networks = {"raw pixels": nn.Flatten(), "random initialisation": untrained}
     for key in ("student", "teacher"):
         weights = str(output_dir / "checkpoint.pth")
-        networks[f"trained {key}"], *_ = load_backbone(weights, key, args.arch, args.patch_size)
+        networks[f"trained {key}"], _ = load_backbone(
+            weights, key, args.arch, args.patch_size, args.global_crops_size
+        )
 
     utils.log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
     train, val = (open_labelled_images(split, "", demo=True) for split in ("train", "val"))
     for name, network in networks.items():
+        network.to(device).eval()
         data = []
         for images in (train, val):
             data += extract_features(
-                network, images, args.global_crops_size, device, num_workers=args.num_workers
+                network.to(device).eval(),
+                images,
+                args.global_crops_size,
+                device,
+                num_workers=args.num_workers,
             )
         top1, _ = knn_classifier(*data, k=20, T=0.07, num_classes=len(train.classes))
         utils.log(f"  {name:22} {top1:5.1f} %")

@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,10 +61,16 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized to `size` x `size` pixels (bicubic)."""
+    """A crop of random area and aspect ratio, resized to `size` x `size` pixels."""
 
-    def __init__(self, size: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)):
-        self.size, self.scale, self.ratio = size, scale, ratio
+    def __init__(
+        self,
+        size: int,
+        scale: Sequence[float],
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: Image.Resampling = Image.Resampling.BICUBIC,
+    ):
+        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
 
     def draw(self, width: int, height: int, rng) -> tuple[int, int, int, int]:
         """Top, left, height and width; as in torchvision, ten tries and then the centre."""
@@ -81,7 +88,7 @@ class RandomResizedCrop:
     def __call__(self, image: Image.Image, rng=random) -> Image.Image:
         top, left, h, w = self.draw(*image.size, rng)
         box = (left, top, left + w, top + h)
-        return image.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return image.crop(box).resize((self.size, self.size), self.interpolation)
 
 
 class HorizontalFlip:
@@ -216,6 +223,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {', '.join(close)}?" if close else "check the name"
 
 
+def canonical(arch: str) -> str:
+    """The one name of a network that the published code calls otherwise; other names as they are."""
+    if arch in VITS:
+        return VITS[arch].__name__  # deit_small -> vit_small
+    return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
+
+
 def build_backbone(
     arch: str, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0
 ) -> tuple[nn.Module, int]:
@@ -223,10 +237,13 @@ def build_backbone(
 
     The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
     `patch_size` and `img_size` (of the position embedding) shape our ViTs only; elsewhere the
-    name says it. Returns the model and D. Raises UserError for an unknown name.
+    name says it. Returns the model, whose `dropped_classifiers` names the layers that it lacks, and
+    D. Raises UserError for an unknown name.
     """
+    arch = canonical(arch)
     if arch in VITS:
         model = VITS[arch](patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+        model.dropped_classifiers = ("head",)
         return model, model.embed_dim
     if arch in torchvision.models.list_models(module=torchvision.models):
         return _torchvision_backbone(arch)
@@ -239,6 +256,8 @@ def build_backbone(
     while True:
         try:
             model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+            names = model.default_cfg["classifier"]  # two for a distilled ViT
+            model.dropped_classifiers = (names,) if isinstance(names, str) else tuple(names)
             return model, model.num_features
         except TypeError as error:  # most convnets know neither argument
             unknown = [name for name in kwargs if f"'{name}'" in str(error)]
@@ -256,7 +275,16 @@ def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
     parent, _, name = linear[-1].rpartition(".")
     embed_dim = model.get_submodule(linear[-1]).in_features
     setattr(model.get_submodule(parent), name, nn.Identity())
+    model.dropped_classifiers = (linear[-1],)
     return model, embed_dim
+
+
+def check_divides(name: str, size: int, patch_size: int) -> None:
+    """See that patches tile an image; `name` is the flag that gave its size. Raises UserError."""
+    if size % patch_size:
+        below = size - size % patch_size
+        fix = f"try {below or patch_size} or {below + patch_size}"
+        raise UserError(f"does not divide by --patch_size {patch_size}", f"--{name} {size}", fix)
 
 
 def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[int]) -> None:
@@ -857,6 +885,22 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> N
     # fmt: on
 
 
+def add_weights_flags(parser: argparse.ArgumentParser, patch_size: int = 16) -> None:
+    """The flags that say which frozen network is looked at."""
+    # fmt: off
+    group = parser.add_argument_group("weights")
+    group.add_argument("--pretrained_weights", default="",
+        help="a checkpoint; or a published model by name (dino_vits16, ...), which is downloaded; or a "
+             "baseline: random (a network as --arch says) or pixels (no network)")
+    group.add_argument("--checkpoint_key", default=DefaultStr("teacher"),
+        help="teacher or student; the teacher is better")
+    group.add_argument("--arch", default=DefaultStr("vit_small"),
+        help="architecture; the checkpoint knows its own")
+    group.add_argument("--patch_size", default=DefaultInt(patch_size), type=int,
+        help="patch size; the checkpoint knows its own")
+    # fmt: on
+
+
 def add_launch_flags(group) -> None:
     """The flags of the process group."""
     # fmt: off
@@ -865,6 +909,10 @@ def add_launch_flags(group) -> None:
     group.add_argument("--local_rank", "--local-rank", default=0, type=int,
         help="accepted and ignored; the launcher's environment decides")
     # fmt: on
+
+
+# Autocast's type by the name a flag gives it; None: no autocast.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DefaultInt(int):
@@ -889,6 +937,15 @@ def fix_random_seeds(*entropy: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def make_folder(path: str) -> Path:
+    """The folder for a run's files, made if it is not there. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(error.strerror, f"--output_dir {path}", "choose another") from None
+    return Path(path)
 
 
 def exit_with(error: UserError):

@@ -221,6 +221,23 @@ def test_resuming_another_network_is_refused(images, tmp_path):
         train("--data_path", images, "--output_dir", tmp_path, "--out_dim", 32)
 
 
+def test_a_new_run_begins_with_given_weights_and_a_resumed_one_does_not(images, tmp_path, capsys):
+    flags = ["--data_path", images]
+    train(*flags, "--output_dir", tmp_path / "old", "--seed", 7)
+    old = load_checkpoint(tmp_path / "old" / "checkpoint.pth")["teacher"]
+    new = [*flags, "--output_dir", tmp_path / "new", "--init_from", tmp_path / "old" / "checkpoint.pth"]
+    # The first step of a warm-up has a learning rate of 0: the student is still what it began with.
+    train(*new, "--max_steps", 1)
+    assert "starting from the weights of" in capsys.readouterr().out
+    student = load_checkpoint(tmp_path / "new" / "checkpoint.pth")["student"]
+    torch.testing.assert_close(student, old, rtol=0, atol=0)
+    (tmp_path / "old" / "checkpoint.pth").unlink()
+    train(*new, "--max_steps", 2)
+    assert "starting from" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such file"):
+        train(*new, "--output_dir", tmp_path / "newer")
+
+
 def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path):
     flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
     train(*flags, "--output_dir", tmp_path / "one", "--max_steps", 4)

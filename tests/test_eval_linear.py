@@ -1,0 +1,321 @@
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchvision import transforms
+
+import data
+import eval_linear
+import utils
+from checkpoints import load_checkpoint, save_checkpoint
+from eval_linear import LinearClassifier, LinearClassifiers, frozen_features, validate_network
+from tests import golden
+from tests.conftest import run, save_images, torchrun
+from utils import UserError
+
+PUBLISHED = {
+    "n_last_blocks": 4, "avgpool_patchtokens": False, "arch": "vit_small", "patch_size": 16,
+    "pretrained_weights": "", "checkpoint_key": "teacher", "epochs": 100, "batch_size_per_gpu": 128,
+    "dist_url": "env://", "local_rank": 0, "num_workers": 10, "val_freq": 1, "output_dir": ".",
+    "num_labels": 1000, "evaluate": False,
+}  # fmt: skip
+
+# A random network on 32 pixels, which takes no time.
+FLAGS = (
+    "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 32 --epochs 3 "
+    "--batch_size_per_gpu 4 --num_workers 0"
+).split()
+
+
+def probe(labelled, out, *flags) -> list[dict]:
+    argv = [*FLAGS, "--data_path", labelled, "--output_dir", out, *flags]
+    return eval_linear.main(eval_linear.parse_args([*map(str, argv)]))
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log_linear.txt").read_text().splitlines()]
+
+
+def test_published_flags_and_defaults():
+    args = vars(eval_linear.parse_args([]))
+    assert {name: args[name] for name in PUBLISHED} == PUBLISHED and args["lr"] == [0.001]
+    argv = [f"--{name}={value}" for name, value in PUBLISHED.items() if name != "evaluate"]
+    replayed = vars(eval_linear.parse_args([*argv, "--lr", "0.001"]))
+    assert {name: replayed[name] for name in PUBLISHED} == PUBLISHED
+
+
+# ---- features
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return utils.build_backbone("vit_nano", 8, 32)[0].eval()
+
+
+def test_features_are_those_of_the_published_evaluation(vit):
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        layers = vit.get_intermediate_layers(images, 4)
+    four = frozen_features(vit, images, 4, False)
+    torch.testing.assert_close(four, torch.cat([layer[:, 0] for layer in layers], dim=1))
+    # CLS and mean patch of the last block, component by component.
+    both = frozen_features(vit, images, 1, True)
+    torch.testing.assert_close(both[:, 0::2], layers[-1][:, 0])
+    torch.testing.assert_close(both[:, 1::2], layers[-1][:, 1:].mean(dim=1))
+    assert frozen_features(vit, images, 4, True).shape == (2, 5 * 128)
+    assert four.is_inference() and four.dtype == torch.float32
+
+
+def test_other_networks_give_their_output():
+    resnet = utils.build_backbone("resnet18")[0].eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen_features(resnet, images, 4, True), resnet(images))
+
+
+def test_precision_is_that_of_the_forward_pass(vit):
+    seen = []
+    handle = vit.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    images = torch.randn(2, 3, 32, 32)
+    exact, half = (frozen_features(vit, images, 4, False, dtype) for dtype in (None, torch.bfloat16))
+    handle.remove()
+    assert seen == [torch.float32, torch.bfloat16] and half.dtype == torch.float32
+    assert not torch.equal(exact, half)
+    torch.testing.assert_close(exact, half, rtol=0.1, atol=0.1)
+
+
+def test_training_images_are_cropped_and_flipped_as_torchvision_does():
+    ramp = Image.linear_gradient("L").convert("RGB").resize((64, 48))
+    images = [(ramp, 3)]
+    dataset = data.AugmentedImages(images, 16, seed=0)
+    views = torch.stack([dataset[epoch, 0][0] for epoch in range(1500)]).double()
+    assert dataset[0, 0][1] == 3 and torch.equal(dataset[5, 0][0], dataset[5, 0][0])
+    torch.manual_seed(0)
+    theirs = transforms.Compose(
+        [transforms.RandomResizedCrop(16), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    )
+    others = torch.stack([theirs(ramp) for _ in range(1500)]).double()
+    for statistic in (lambda x: x.mean((1, 2, 3)), lambda x: x.diff(dim=2).mean((1, 2, 3))):
+        a, b = statistic(views), statistic(others)
+        error = (a.var() / len(a) + b.var() / len(b)).sqrt()
+        assert abs(a.mean() - b.mean()) < 4 * error
+    sharp = torchvision.transforms.functional.resized_crop(ramp, 5, 7, 30, 40, [16, 16])
+    crop = dataset.crop
+    crop.draw = lambda width, height, rng: (5, 7, 30, 40)
+    assert crop(ramp).tobytes() == sharp.tobytes()  # bilinear, torchvision's default
+
+
+# ---- training
+
+
+def closed_form(classifiers: LinearClassifiers) -> None:
+    for classifier in classifiers:
+        golden.fill_model(classifier)
+
+
+def test_the_first_losses_equal_a_plain_loop():
+    features, labels = golden.fill("linear/x", (20, 12)), torch.arange(20) % 5
+    batches = [(features[i : i + 4], labels[i : i + 4]) for i in range(0, 20, 4)] * 4
+
+    plain = nn.Linear(12, 5)
+    with torch.no_grad():
+        plain.weight.copy_(golden.fill("linear.weight", (5, 12), 0.05))
+        plain.bias.copy_(golden.fill("linear.bias", (5,), 0.05))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
+    scheduler = CosineAnnealingLR(optimizer, 4, eta_min=0)
+    expected = []
+    for step, (x, y) in enumerate(batches):
+        loss = F.cross_entropy(plain(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+        if step % 5 == 4:
+            scheduler.step()
+
+    classifiers = LinearClassifiers(1, 12, 5)
+    closed_form(classifiers)
+    optimizer = eval_linear.build_optimizer(classifiers, [0.3])
+    scheduler = CosineAnnealingLR(optimizer, 4, eta_min=0)
+    losses = []
+    for epoch in range(4):
+        epoch_batches = batches[5 * epoch : 5 * epoch + 5]
+        losses += [loss.item() for loss in eval_linear.train(classifiers, optimizer, epoch_batches)]
+        scheduler.step()
+    assert len(losses) == 20 and losses == pytest.approx(expected, rel=1e-6)
+    assert losses[-1] < losses[0]
+
+
+def test_classifiers_of_several_rates_do_not_touch_each_other():
+    torch.manual_seed(0)
+    batches = [(torch.randn(6, 12), torch.randint(5, (6,))) for _ in range(10)]
+    together = LinearClassifiers(3, 12, 5)
+    rates = [0.01, 1e4, 0.5]  # the second one runs away
+    begin = copy.deepcopy(together[0].state_dict())
+    list(eval_linear.train(together, eval_linear.build_optimizer(together, rates), batches))
+    for i in (0, 2):
+        alone = LinearClassifiers(1, 12, 5)
+        alone[0].load_state_dict(begin)
+        list(eval_linear.train(alone, eval_linear.build_optimizer(alone, [rates[i]]), batches))
+        torch.testing.assert_close(together[i].state_dict(), alone[0].state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_top1_and_top5_by_hand():
+    scores = torch.tensor(
+        [
+            [9, 8, 7, 6, 5, 4, 3.0],  # label 0: first
+            [9, 8, 7, 6, 5, 4, 3.0],  # label 4: fifth
+            [9, 8, 7, 6, 5, 4, 3.0],  # label 5: sixth
+            [0, 0, 0, 0, 0, 0, 1.0],  # label 6: first
+        ]
+    )
+    labels = torch.tensor([0, 4, 5, 6])
+    both = nn.ModuleList()
+    both.forward = lambda x: torch.stack([x, -x])  # a second classifier that ranks the other way round
+    first, second = validate_network(both, scores, labels)
+    assert (first["acc1"], first["acc5"]) == (50.0, 75.0)
+    assert first["loss"] == pytest.approx(F.cross_entropy(scores, labels).item())
+    # Reversed: ranks 7, 3, 2 and 7.
+    assert (second["acc1"], second["acc5"]) == (0.0, 50.0)
+
+
+def test_with_three_classes_top5_counts_all():
+    result = validate_network(LinearClassifiers(1, 4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    assert result[0]["acc5"] == 100
+
+
+# ---- real runs
+
+
+def test_a_run_reports_the_best_of_several_rates(labelled, tmp_path, capsys):
+    best = probe(labelled, tmp_path, "--lr", 0.01, 3, 30)
+    records = log_of(tmp_path)
+    assert [(r["epoch"], r["lr"]) for r in records] == [(e, lr) for e in range(3) for lr in (0.01, 3, 30)]
+    for i, row in enumerate(best):
+        assert row["acc1"] == max(r["test_acc1"] for r in records[i::3])
+    out = capsys.readouterr().out
+    top = max(row["acc1"] for row in best)
+    assert f"Best accuracy: top-1 {top:.2f} %" in out and out.count("top-1") >= 4
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth.tar")
+    assert checkpoint["state_dict"]["linear.weight"].shape == (3, 512)  # classes counted in the data
+    # The classifier that was best is the one that --evaluate sees.
+    again = probe(labelled, tmp_path, "--evaluate")
+    assert again[0]["acc1"] == pytest.approx(top)
+    assert f"on the 9 test images: top-1 {top:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [(), ("--cache_features",)])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(labelled, tmp_path, monkeypatch, flags):
+    probe(labelled, tmp_path / "whole", *flags)
+
+    def stop(state, path):
+        save_checkpoint(state, path)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(eval_linear, "save_checkpoint", stop)
+        probe(labelled, tmp_path / "parts", *flags)
+    probe(labelled, tmp_path / "parts", *flags)
+    whole, parts = (load_checkpoint(tmp_path / n / "checkpoint.pth.tar") for n in ("whole", "parts"))
+    assert whole["best"] == parts["best"] and whole["epoch"] == parts["epoch"] == 3
+    torch.testing.assert_close(whole["classifiers"], parts["classifiers"], rtol=0, atol=0)
+
+
+def test_cached_features_are_those_of_the_plain_images(labelled, tmp_path, vit):
+    train_images, _ = data.open_train_and_val(str(labelled))
+    sampler = data.EpochSampler(train_images, 1, 0, seed=0)
+    sampler.set_epoch(1)
+    features, labels = torch.arange(15.0)[:, None], torch.arange(15)
+    batches = list(eval_linear.cached_batches(features, labels, sampler, 4))
+    order = torch.cat([y for _, y in batches])
+    assert [len(y) for _, y in batches] == [4, 4, 4, 3] and order.tolist() == [i for _, i in sampler]
+    assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
+    probe(labelled, tmp_path, "--cache_features")
+    assert log_of(tmp_path)[0]["train_loss"] > 0
+
+
+def test_it_learns_what_can_be_learned(tmp_path):
+    """Dark against bright images: raw pixels tell them apart."""
+    for split, count in (("train", 20), ("val", 10)):
+        for level, name in ((60, "dark"), (200, "bright")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (16, 16), (level + i, level - i, level)).save(folder / f"{i}.png")
+    flags = "--pretrained_weights", "pixels", "--image_size", "8", "--lr", "0.1"
+    assert probe(tmp_path / "data", tmp_path / "out", *flags)[0]["acc1"] == 100
+
+
+def test_two_processes_train_as_one_on_twice_the_batch(tmp_path):
+    for seed, name in enumerate("ab"):
+        save_images(tmp_path / "data" / "train" / name, 8, seed=seed)
+        save_images(tmp_path / "data" / "val" / name, 3, seed=10 + seed)
+    common = ["eval_linear.py", *FLAGS, "--data_path", str(tmp_path / "data"), "--lr", "1", "0.1"]
+    run(*common, "--output_dir", str(tmp_path / "one"), "--batch_size_per_gpu", "8")
+    torchrun(2, *common, "--output_dir", str(tmp_path / "two"), "--batch_size_per_gpu", "4")
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("one", "two"))
+    for checkpoint in (one, two):
+        rates = [group["initial_lr"] for group in checkpoint["optimizer"]["param_groups"]]
+        assert rates == pytest.approx([8 / 256, 0.8 / 256])
+    torch.testing.assert_close(two["classifiers"], one["classifiers"], rtol=1e-4, atol=1e-6)
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
+    """As published: `module.linear.*` in `state_dict`, beside an optimizer and a scheduler."""
+    classifier = LinearClassifier(512, 3)
+    state = {f"module.{name}": value for name, value in classifier.state_dict().items()}
+    published = {"epoch": 100, "state_dict": state, "optimizer": {"state": {}}, "best_acc": 77.0}
+    torch.save(published, tmp_path / "linearweights.pth")
+    flags = "--evaluate", "--linear_weights", tmp_path / "linearweights.pth"
+    result = probe(labelled, tmp_path, *flags)
+    assert 0 <= result[0]["acc1"] <= 100
+    with pytest.raises(UserError, match=r"misshapen \(linear.weight\) .*128 features and 3 classes"):
+        probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "0"], "--lr 0"),
+        (["--lr", "0.1", "0.1"], "named twice"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--num_labels", "2"], "the data has 3 classes"),
+        (["--linear_weights", "x.pth"], "add --evaluate"),
+        (["--evaluate"], "no such file .*checkpoint.pth.tar"),
+        (["--pretrained_weights", ""], "no weights given"),
+        (["--data_path", "/nowhere"], "no such folder"),
+        (["--image_size", "30"], "--image_size 30"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(labelled, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        probe(labelled, tmp_path, *flags)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_another_run_is_refused(labelled, tmp_path):
+    probe(labelled, tmp_path)
+    with pytest.raises(
+        UserError, match=r"begun otherwise: .*lr \[0.001\] -> \[0.1\].*give another --output_dir"
+    ):
+        probe(labelled, tmp_path, "--lr", 0.1)
+    with pytest.raises(UserError, match="trained with 4 .*--n_last_blocks 3"):
+        probe(labelled, tmp_path, "--evaluate", "--n_last_blocks", 3)
+
+
+def test_more_classes_than_the_data_has_can_be_asked_for(tmp_path):
+    for split in ("train", "val"):
+        save_images(tmp_path / "data" / split / "a", 4)
+    probe(tmp_path / "data", tmp_path / "out", "--num_labels", 7)
+    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoint.pth.tar")
+    assert checkpoint["state_dict"]["linear.weight"].shape == (7, 512)

@@ -1,0 +1,196 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import utils
+import visualize_attention
+from shapes import Shapes
+from tests.conftest import run, save_images
+from utils import UserError
+from vision_transformer import Attention
+from visualize_attention import cls_attention, enlarge, jaccard, keep_mass
+
+RANDOM_VIT = "--pretrained_weights random --arch vit_nano --patch_size 8".split()
+
+
+def look(*flags) -> None:
+    visualize_attention.main(visualize_attention.parse_args([*map(str, flags)]))
+
+
+def test_published_flags_and_defaults():
+    args = vars(visualize_attention.parse_args([]))
+    published = {
+        "arch": "vit_small", "patch_size": 8, "pretrained_weights": "", "checkpoint_key": "teacher",
+        "image_path": None, "image_size": (480, 480), "output_dir": ".", "threshold": None,
+    }  # fmt: skip
+    assert {name: args[name] for name in published} == published
+
+
+# ---- attention
+
+
+def test_rows_of_patches_come_out_as_rows_of_the_image():
+    torch.manual_seed(0)
+    vit = utils.build_backbone("vit_nano", 8, 32)[0].eval()
+    images = torch.randn(2, 3, 16, 40)
+    with torch.no_grad():
+        whole = vit.get_last_selfattention(images)
+    attention = cls_attention(vit, images)
+    assert attention.shape == (2, 4, 2, 5)
+    assert attention[1, 2, 1, 3] == whole[1, 2, 0, 1 + 5 + 3]  # from CLS to row 1, column 3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_ours_and_timms_give_the_same_map(fused):
+    theirs = utils.build_backbone("vit_tiny_patch16_224")[0].eval()
+    ours = utils.build_backbone("vit_tiny", 16, 224)[0].eval()
+    ours.load_state_dict(theirs.state_dict())
+    for module in ours.modules():
+        if isinstance(module, Attention):
+            module.fused = fused
+    for module in theirs.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(
+        cls_attention(theirs, images), cls_attention(ours, images), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_small_patch14_reg4_dinov2", "cait_xxs24_224"])
+def test_other_vits_of_timm(arch):
+    patch = 14 if "14" in arch else 16
+    with torch.device("meta"):
+        size = timm.create_model(arch, num_classes=0).default_cfg["input_size"][-1]
+    backbone = utils.build_backbone(arch)[0].eval()
+    attention = cls_attention(backbone, torch.randn(1, 3, size, size))
+    assert attention.shape[-2:] == (size // patch, size // patch)
+    assert (attention >= 0).all() and (attention.sum((-2, -1)) <= 1.0001).all()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224"])
+def test_networks_without_such_attention_are_named(arch):
+    backbone = utils.build_backbone(arch)[0].eval()
+    with pytest.raises(UserError, match="has no CLS attention over patches"):
+        cls_attention(backbone, torch.randn(1, 3, 224, 224))
+
+
+def test_mask_by_hand():
+    attention = torch.tensor([[0.1, 0.4], [0.3, 0.2]])
+    assert keep_mass(attention, 0.4).tolist() == [[False, True], [False, False]]
+    assert keep_mass(attention, 0.6).tolist() == [[False, True], [True, False]]
+    assert keep_mass(10 * attention, 0.75).tolist() == [[False, True], [True, True]]
+    assert keep_mass(attention, 1.0).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 6), cols=st.integers(1, 6), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**31)
+)
+def test_mask_is_the_smallest_that_holds_the_share(rows, cols, share, seed):
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    attention = torch.rand(2, *shape, generator=generator).double() + 0.01
+    attention /= attention.sum((-2, -1), keepdim=True)
+    kept = keep_mass(attention, share)
+    mass = (attention * kept).sum((-2, -1))
+    assert (mass >= share - 1e-9).all()
+    weakest = torch.where(kept, attention, 2.0).amin((-2, -1))
+    assert (mass - weakest < share + 1e-9).all()  # one patch fewer would not do
+    assert (torch.where(kept, 0.0, attention).amax((-2, -1)) <= weakest).all()
+
+
+def test_jaccard_by_hand():
+    a = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    b = torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    none = torch.zeros_like(a)
+    assert jaccard(a, b).item() == 0.25 and jaccard(a, a).item() == 1
+    assert jaccard(a, none).item() == 0 and jaccard(none, none).item() == 1
+    assert jaccard(torch.stack([a, b]), b).tolist() == [0.25, 1]
+
+
+def test_patches_become_blocks():
+    blocks = enlarge(torch.tensor([[[1, 2], [3, 4]]]), (4, 6))
+    assert blocks.tolist() == [[[1, 1, 1, 2, 2, 2]] * 2 + [[3, 3, 3, 4, 4, 4]] * 2]
+
+
+def test_attention_on_one_corner_scores_what_the_corner_does():
+    shapes = Shapes("val", 30)
+    truth = torch.stack([torch.from_numpy(shapes.mask(i)) for i in range(30)])
+    corner = torch.zeros(30, 1, 2, 2)
+    corner[:, :, 0, 1] = 0.7
+    scores, shares = visualize_attention.segmentation(corner, truth, 0.9)
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:32, 32:] = True
+    torch.testing.assert_close(scores[:, 0], jaccard(mask, truth))
+    torch.testing.assert_close(shares[:, 0], truth[:, :32, 32:].float().mean((1, 2)))
+
+
+# ---- pictures
+
+
+def test_one_image_gives_the_published_files_and_a_sheet(tmp_path):
+    save_images(tmp_path, 1, size=50)
+    look(*RANDOM_VIT, "--image_path", tmp_path / "000.png", "--image_size", 43, 60, "--threshold", 0.6,
+         "--output_dir", tmp_path / "out")  # fmt: skip
+    names = {f"{kind}-{part}" for kind in ("attn", "overlay") for part in ("mean", "head0", "head3")}
+    names |= {"img", "sheet", "mask_th0.6_head0", "mask_th0.6_head3", "mask_th0.6_mean"}
+    found = {path.stem for path in (tmp_path / "out").iterdir()}
+    assert names <= found and len(found) == 2 + 3 * 5
+    with Image.open(tmp_path / "out" / "img.png") as image:
+        assert image.size == (56, 40)  # 60 x 43 cut to whole patches of 8
+    with Image.open(tmp_path / "out" / "mask_th0.6_head0.png") as mask:
+        share = np.asarray(mask).mean()
+        assert set(np.unique(np.asarray(mask)).tolist()) == {False, True} and 0.2 < share < 0.7
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.width > sheet.height and len(sheet.getcolors(2**24)) > 50
+    with Image.open(tmp_path / "out" / "attn-head1.png") as heat:
+        blocks = np.asarray(heat).reshape(5, 8, 7, 8, 3)
+        assert (blocks == blocks[:, :1, :, :1]).all()  # one colour per patch
+
+
+def test_folders_and_several_images(tmp_path):
+    save_images(tmp_path / "a", 2)
+    save_images(tmp_path / "b", 1)
+    look(*RANDOM_VIT, "--image_path", tmp_path / "a", tmp_path / "b" / "000.png", "--image_size", 32,
+         "--output_dir", tmp_path / "out")  # fmt: skip
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"000", "001", "000-2", "sheet.png"}
+    assert not list((tmp_path / "out").glob("*/mask*"))
+
+
+def test_the_demo_measures_trained_and_random_weights(tmp_path):
+    flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--num_workers", "0"
+    run("-c", f"import main_dino as m; m.train_dino(m.parse_args({[*flags, '--output_dir', str(tmp_path)]}))")
+    out = run("visualize_attention.py", "--demo", "--pretrained_weights", str(tmp_path / "checkpoint.pth"),
+              "--output_dir", str(tmp_path)).stdout  # fmt: skip
+    assert out.count("Jaccard") == 2 and "random initialisation" in out and "trained" in out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 + 6 * 164, 4 + 8 * 164)  # image, mean and 4 heads; 4 images on 2 rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no images given .*--demo"),
+        (["--image_path", "/nowhere.png"], "no such file .*--image_path /nowhere.png"),
+        (["--image_path", "tests/data"], "no images found"),
+        (["--image_path", "{broken}"], "cannot read image: .*broken.png"),
+        (["--image_path", "{good}", "--image_size", "4"], "smaller than a patch of 8"),
+        (["--image_path", "{good}", "--image_size", "1", "2", "3"], "one or two lengths"),
+        (["--image_path", "{good}", "--threshold", "60"], "--threshold 60"),
+        (["--image_path", "{good}", "--pretrained_weights", "pixels"], "Flatten has no CLS attention"),
+        (["--image_path", "{good}", "--pretrained_weights", ""], "no weights given"),
+        (["--demo", "--image_path", "{good}"], "draws its own images"),
+        (["--demo", "--pretrained_weights", "/nowhere.pth"], "main_dino.py --demo first"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(tmp_path, flags, message):
+    save_images(tmp_path, 1)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    flags = [flag.format(broken=tmp_path / "broken.png", good=tmp_path / "000.png") for flag in flags]
+    with pytest.raises(UserError, match=message) as error:
+        look(*RANDOM_VIT, "--output_dir", tmp_path / "out", *flags)
+    assert "\n" not in str(error.value)
