@@ -89,9 +89,9 @@ def test_mask_by_hand():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    rows=st.integers(1, 6), cols=st.integers(1, 6), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**31)
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), share=st.floats(0.01, 0.99), seed=st.integers(0)
 )
-def test_mask_is_the_smallest_that_holds_the_share(rows, cols, share, seed):
+def test_mask_is_the_smallest_that_holds_the_share(shape, share, seed):
     generator = torch.Generator().manual_seed(seed % 2**31)
     attention = torch.rand(2, *shape, generator=generator).double() + 0.01
     attention /= attention.sum((-2, -1), keepdim=True)
