@@ -311,7 +311,7 @@ def report_demo(
         image = prepare(shapes[i][0], image_size, patch_size_of(networks["trained"]))
         attention = cls_attention(networks["trained"], to_batch([image], device))[0]
         rows += sheet_rows(draw(image, attention, threshold), Image.fromarray(shapes.mask(i)))
-    contact_sheet(rows).save(output_dir / "sheet.png")
+    contact_sheet(rows, side=96).save(output_dir / "sheet.png")
     utils.log(f"image and true mask, mean and heads: {output_dir / 'sheet.png'}")
     return result
 

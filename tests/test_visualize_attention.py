@@ -168,7 +168,7 @@ def test_the_demo_measures_trained_and_random_weights(tmp_path):
               "--output_dir", str(tmp_path)).stdout  # fmt: skip
     assert out.count("Jaccard") == 2 and "random initialisation" in out and "trained" in out
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (4 + 6 * 164, 4 + 8 * 164)  # image, mean and 4 heads; 4 images on 2 rows
+        assert sheet.size == (4 + 6 * 100, 4 + 8 * 100)  # image, mean and 4 heads; 4 images on 2 rows
 
 
 @pytest.mark.parametrize(
