@@ -10,21 +10,16 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor
 
+from augmentation import DataAugmentationDINO, HorizontalFlip, RandomResizedCrop, to_pixels
 from shapes import Shapes
-from utils import (
-    DataAugmentationDINO,
-    HorizontalFlip,
-    RandomResizedCrop,
-    UserError,
-    main_process_first,
-    nearest,
-)
+from utils import UserError, main_process_first, nearest
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -163,17 +158,21 @@ def sample_name(dataset: Dataset, index: int) -> str:
 class TrainingViews(Dataset):
     """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
 
-    An image that cannot be read is replaced by the next one that can; its index comes along (-1
-    when all went well), so that the training can name and count it.
+    It is V uint8 views (3, H, W), what is left to do to their colours, (V, 11) for `recolour` or
+    (V, 0) for nothing, and an index: an image that cannot be read is replaced by the next one that
+    can, and its index comes along (-1 when all went well), so that training can name and count it.
     """
 
-    def __init__(self, images: Dataset, augmentation: DataAugmentationDINO, seed: int):
+    def __init__(
+        self, images: Dataset, augmentation: DataAugmentationDINO, seed: int, recolour_later: bool = False
+    ):
         self.images, self.augmentation, self.seed = images, augmentation, seed
+        self.recolour_later = recolour_later
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Tensor, int]:
         epoch, index = item
         rng = random.Random(f"{self.seed} {epoch} {index}")
         unreadable = -1
@@ -185,7 +184,11 @@ class TrainingViews(Dataset):
                 if unreadable >= 0 and candidate == index:
                     raise UserError("no image can be read", sample_name(self.images, index)) from error
                 unreadable = index
-        return self.augmentation.uint8_views(image, rng), unreadable
+        pixels = to_pixels(image)
+        if self.recolour_later:
+            return *self.augmentation.crops(pixels, rng), unreadable
+        views = self.augmentation.uint8_views(pixels, rng)
+        return views, torch.empty(len(views), 0), unreadable
 
 
 def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import utils
+from augmentation import eval_transform
 from checkpoints import load_backbone, load_file
 from data import EvalImages, open_train_and_val
 from utils import DefaultInt, UserError, bool_flag
@@ -72,7 +73,7 @@ def extract_features(
 
     `model`, on the device, maps images (B, 3, H, W) to (B, D); `normalized` features have length 1.
     """
-    dataset = EvalImages(images, utils.eval_transform(image_size))
+    dataset = EvalImages(images, eval_transform(image_size))
     sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), shuffle=False)
     loader = DataLoader(
         dataset,

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import utils
+from augmentation import normalize
 from checkpoints import PUBLISHED, download, load_backbone, load_checkpoint, load_strictly, save_checkpoint
 from data import AugmentedImages, EpochSampler, open_train_and_val
 from eval_knn import extract_features
@@ -163,7 +164,7 @@ def image_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 images and labels, as loaded -> features (B, F) and labels (B,) on the device."""
     for images, labels in loader:
-        features = features_of(utils.normalize(images.to(device, non_blocking=True)))
+        features = features_of(normalize(images.to(device, non_blocking=True)))
         # A clone, because a tensor made in inference mode cannot take part in a backward pass.
         yield features.clone(), labels.to(device, non_blocking=True)
 

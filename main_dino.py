@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import utils
+from augmentation import normalized_views, to_pixels
 from checkpoints import init_from, load_backbone, load_checkpoint, load_strictly, save_checkpoint
 from data import EpochSampler, TrainingViews, open_labelled_images, open_training_images, sample_name
 from eval_knn import extract_features, knn_classifier
@@ -504,14 +505,14 @@ def train_one_epoch(
 
     A batch is V uint8 views (B, 3, H, W), and (B,) indices of images that had to be replaced.
     """
-    for step, (views, unreadable) in enumerate(batches, first_step):
+    for step, (views, colours, unreadable) in enumerate(batches, first_step):
         # schedules and random numbers (drop path) of this step
         lr, wd, momentum = (float(schedules[name][step]) for name in ("lr", "wd", "momentum"))
         utils.set_schedules(optimizer, lr, wd)
         utils.fix_random_seeds(seed, utils.get_rank(), step)
 
         # forward: the teacher sees the global views, the student all
-        views = [utils.normalize(view.to(device, non_blocking=True)) for view in views]
+        views = normalized_views([view.to(device, non_blocking=True) for view in views], colours)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             teacher_output = teacher(views[:2])
             student_output = student(views)
@@ -600,7 +601,7 @@ def report_demo(args: argparse.Namespace) -> None:
 
 def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, side: int = 128) -> Image.Image:
     """The image and one draw of its views, side by side, the largest of them `side` pixels wide."""
-    views = [TF.to_pil_image(view) for view in augmentation.uint8_views(image, random.Random(0))]
+    views = [TF.to_pil_image(view) for view in augmentation.uint8_views(to_pixels(image), random.Random(0))]
     tiles = [image, *views]
     zoom, gap = side / max(tile.width for tile in tiles), 8
     tiles = [

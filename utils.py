@@ -1,6 +1,6 @@
 """What the scripts share, in the order in which data flows through training:
 
-augmentation - networks - loss - schedules - optimisation - distributed - logging - run.
+networks - loss - schedules - optimisation - distributed - logging - run.
 
 Shapes: B images, V views, C x H x W pixels, D backbone width, K prototypes (`out_dim`).
 "Paper" is Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021),
@@ -10,7 +10,6 @@ https://arxiv.org/abs/2104.14294.
 import argparse
 import contextlib
 import difflib
-import functools
 import itertools
 import math
 import os
@@ -28,189 +27,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torchvision import transforms
 from tqdm import tqdm
 
+from augmentation import (  # noqa: F401  (the published layout has these here)
+    DataAugmentationDINO,
+    GaussianBlur,
+    Solarization,
+)
 from vision_transformer import VITS
-
-# ---------------------------------------------------------------------------------------------
-# Augmentation (paper, Section 3.2; colour and blur are those of BYOL)
-#
-# Each random transform takes the image and a source of randomness with the methods of
-# `random.Random`, so that one seed decides all views of an image.
-# ---------------------------------------------------------------------------------------------
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@functools.cache
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation in grey levels, (3, 1, 1) each, copied to the device once."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean.to(device), std.to(device)
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 images (..., 3, H, W) -> float32 with ImageNet's mean and deviation, where they are."""
-    mean, std = _pixel_statistics(images.device)
-    return (images.float() - mean) / std
-
-
-class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized to `size` x `size` pixels."""
-
-    def __init__(
-        self,
-        size: int,
-        scale: Sequence[float],
-        ratio: Sequence[float] = (3 / 4, 4 / 3),
-        interpolation: Image.Resampling = Image.Resampling.BICUBIC,
-    ):
-        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
-
-    def draw(self, width: int, height: int, rng) -> tuple[int, int, int, int]:
-        """Top, left, height and width; as in torchvision, ten tries and then the centre."""
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        for _ in range(10):
-            area = width * height * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(low, high))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-        return (height - h) // 2, (width - w) // 2, h, w
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        top, left, h, w = self.draw(*image.size, rng)
-        box = (left, top, left + w, top + h)
-        return image.crop(box).resize((self.size, self.size), self.interpolation)
-
-
-class HorizontalFlip:
-    """Mirror the image, with probability `p`."""
-
-    def __init__(self, p: float = 0.5):
-        self.p = p
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return TF.hflip(image) if rng.random() < self.p else image
-
-
-class ColorJitter:
-    """With probability `p`, change brightness, contrast, saturation and hue in random order."""
-
-    def __init__(self, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
-        self.p = p
-        self.ranges = (
-            (TF.adjust_brightness, 1 - brightness, 1 + brightness),
-            (TF.adjust_contrast, 1 - contrast, 1 + contrast),
-            (TF.adjust_saturation, 1 - saturation, 1 + saturation),
-            (TF.adjust_hue, -hue, hue),
-        )
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        if rng.random() < self.p:
-            for adjust, low, high in rng.sample(self.ranges, len(self.ranges)):
-                image = adjust(image, rng.uniform(low, high))
-        return image
-
-
-class Grayscale:
-    """Drop the colour, with probability `p`."""
-
-    def __init__(self, p: float = 0.2):
-        self.p = p
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return TF.rgb_to_grayscale(image, 3) if rng.random() < self.p else image
-
-
-class GaussianBlur:
-    """With probability `p`, blur with a radius (in pixels) drawn from the given range."""
-
-    def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
-        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        if rng.random() >= self.p:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(rng.uniform(self.radius_min, self.radius_max)))
-
-
-class Solarization:
-    """Invert the pixels above half brightness, with probability `p`."""
-
-    def __init__(self, p: float):
-        self.p = p
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return TF.solarize(image, 128) if rng.random() < self.p else image
-
-
-class DataAugmentationDINO:
-    """The views of one image: 2 global ones, then `local_crops_number` local ones.
-
-    Scales are (smallest, largest) shares of the image's area. Blur and solarisation differ
-    between the views as in the paper: one global view is always blurred, the other seldom and
-    sometimes solarised.
-    """
-
-    def __init__(
-        self,
-        global_crops_scale: Sequence[float],
-        local_crops_scale: Sequence[float],
-        local_crops_number: int,
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
-    ):
-        def pipeline(size, scale, blur_p, solarize_p):
-            return (
-                RandomResizedCrop(size, scale),
-                HorizontalFlip(),
-                ColorJitter(),
-                Grayscale(),
-                GaussianBlur(blur_p),
-                Solarization(solarize_p),
-            )
-
-        self.pipelines = [
-            pipeline(global_crops_size, global_crops_scale, blur_p=1.0, solarize_p=0.0),
-            pipeline(global_crops_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
-        ]
-        local = pipeline(local_crops_size, local_crops_scale, blur_p=0.5, solarize_p=0.0)
-        self.pipelines += [local] * local_crops_number
-
-    def uint8_views(self, image: Image.Image, rng=random) -> list[Tensor]:
-        """An RGB image -> V views, uint8 (3, H, W): a quarter of the bytes to ship."""
-        views = []
-        for pipeline in self.pipelines:
-            view = image
-            for transform in pipeline:
-                view = transform(view, rng)
-            views.append(TF.pil_to_tensor(view))
-        return views
-
-    def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
-        """An RGB image -> V normalised views, float32 (3, H, W)."""
-        return [normalize(view) for view in self.uint8_views(image, rng)]
-
-
-def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
-    """Resize to 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, size, size)."""
-    return transforms.Compose(
-        [
-            transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.PILToTensor(),
-            normalize,
-        ]
-    )
-
 
 # ---------------------------------------------------------------------------------------------
 # Networks

@@ -24,6 +24,7 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 
 import utils
+from augmentation import normalize
 from checkpoints import load_backbone, read_weights, settle_architecture
 from data import ImageFiles, read_labelled
 from shapes import Shapes
@@ -227,7 +228,7 @@ def prepare(image: Image.Image, image_size: list[int], patch_size: int) -> Image
 def to_batch(images: list[Image.Image], device: torch.device) -> Tensor:
     """Images of one size -> normalised (B, 3, H, W)."""
     pixels = torch.stack([transforms.functional.pil_to_tensor(image) for image in images])
-    return utils.normalize(pixels.to(device))
+    return normalize(pixels.to(device))
 
 
 def folder_names(paths: list[str]) -> list[str]:

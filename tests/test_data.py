@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from augmentation import DataAugmentationDINO, eval_transform, normalized_views
 from data import (
     EpochSampler,
     EvalImages,
@@ -17,7 +18,7 @@ from data import (
     open_training_images,
 )
 from tests.conftest import save_images
-from utils import DataAugmentationDINO, UserError, eval_transform
+from utils import UserError
 
 
 def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path):
@@ -71,13 +72,15 @@ def test_torchvision_dataset_by_name_from_gzipped_files(tmp_path):
     train = open_training_images(str(tmp_path), "FashionMNIST")
     val = open_labelled_images("val", str(tmp_path), "FashionMNIST")
     assert (len(train), len(val)) == (30, 20) and train.classes == val.classes
-    views, unreadable = TrainingViews(train, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14), 0)[0, 3]
+    views, _, unreadable = TrainingViews(train, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14), 0)[
+        0, 3
+    ]
     assert views[0].shape == (3, 28, 28) and unreadable == -1
 
 
-def small_views(images, seed: int = 0) -> TrainingViews:
+def small_views(images, seed: int = 0, recolour_later: bool = False) -> TrainingViews:
     augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 2, 16, 8)
-    return TrainingViews(ImageFiles(images), augmentation, seed)
+    return TrainingViews(ImageFiles(images), augmentation, seed, recolour_later)
 
 
 def test_views_depend_on_seed_epoch_and_index_alone(images):
@@ -102,8 +105,21 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
         sampler = EpochSampler(dataset, 1, 0, seed=5)
         sampler.set_epoch(2)
         loader = DataLoader(dataset, 4, sampler=sampler, num_workers=workers)
-        batches.append([view for views, _ in loader for view in views])
+        batches.append([view for views, _, _ in loader for view in views])
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_views_are_the_same_wherever_their_colours_change(images):
+    batches = []
+    for later in (False, True):
+        dataset = small_views(images, recolour_later=later)
+        loader = DataLoader(dataset, 20, sampler=EpochSampler(dataset, 1, 0, seed=5))
+        views, colours, _ = next(iter(loader))
+        assert all(view.dtype == torch.uint8 for view in views) and colours.shape == (20, 4, 11 * later)
+        batches.append(normalized_views(views, colours))
+    for worker, device in zip(*batches, strict=True):
+        grey_levels = (worker - device).abs() * 255 * 0.225
+        assert grey_levels.max() < 1.1 and grey_levels.mean() < 0.001  # a rounding here and there
 
 
 def test_sampler_splits_an_epoch_among_ranks_and_starts_anywhere(images):
@@ -123,7 +139,7 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     whole = (tmp_path / "002.png").read_bytes()
     (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
     dataset = small_views(tmp_path)
-    assert [dataset[0, i][1] for i in range(4)] == [-1, 1, 2, -1]
+    assert [dataset[0, i][2] for i in range(4)] == [-1, 1, 2, -1]
     assert len(dataset[0, 1][0]) == 4
     evaluation = EvalImages(ImageFiles(tmp_path), eval_transform(16))
     with pytest.raises(UserError, match="002.png"):

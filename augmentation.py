@@ -1,0 +1,390 @@
+"""The views of an image (paper, Section 3.2; colour and blur are those of BYOL).
+
+First everything random is drawn, as numbers; then it is done. So a view depends on its random source
+alone, and its colours can be changed where that is fastest: by the worker that loads the image, or for
+whole batches on the device.
+
+Pixels are changed as PIL changes them, up to rounding (tests/test_augmentation.py says how far), but by
+tensor operations, several times as fast.
+
+Shapes: B images of one size, V views, H x W pixels.
+"""
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision import transforms
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@functools.cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and deviation in grey levels, (3, 1, 1) each, copied to the device once."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean.to(device), std.to(device)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Grey levels (..., 3, H, W) -> float32 with ImageNet's mean and deviation, where they are."""
+    mean, std = _pixel_statistics(images.device)
+    return (images.float() - mean) / std
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image -> uint8 (3, H, W) that shares its memory order, which resizing likes best."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
+    """Resize to 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, size, size)."""
+    return transforms.Compose(
+        [
+            transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+            normalize,
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# What is drawn. Random sources have the methods of `random.Random`.
+# ---------------------------------------------------------------------------------------------
+
+
+class RandomResizedCrop:
+    """A crop of random area and aspect ratio, resized to `size` x `size` pixels."""
+
+    def __init__(
+        self,
+        size: int,
+        scale: Sequence[float],
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: Image.Resampling = Image.Resampling.BICUBIC,
+    ):
+        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
+
+    def draw(self, width: int, height: int, rng=random) -> tuple[int, int, int, int]:
+        """Top, left, height and width; as in torchvision, ten tries and then the centre."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(low, high))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        top, left, h, w = self.draw(*image.size, rng)
+        box = (left, top, left + w, top + h)
+        return image.crop(box).resize((self.size, self.size), self.interpolation)
+
+
+class HorizontalFlip:
+    """Mirror the image, with probability `p`."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def draw(self, rng=random) -> bool:
+        return rng.random() < self.p
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        return TF.hflip(image) if self.draw(rng) else image
+
+
+class ColorJitter:
+    """With probability `p`, change brightness, contrast, saturation and hue in random order."""
+
+    def __init__(self, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
+        self.p = p
+        self.ranges = (
+            (1 - brightness, 1 + brightness),
+            (1 - contrast, 1 + contrast),
+            (1 - saturation, 1 + saturation),
+            (-hue, hue),
+        )
+
+    def draw(self, rng=random) -> list[float]:
+        """What comes first to fourth, as indices into `ADJUSTMENTS` (-1: nothing), and its amount."""
+        if rng.random() >= self.p:
+            return [-1, 0.0] * 4
+        order = rng.sample(range(4), 4)
+        return [number for which in order for number in (which, rng.uniform(*self.ranges[which]))]
+
+
+class Grayscale:
+    """Drop the colour, with probability `p`."""
+
+    def __init__(self, p: float = 0.2):
+        self.p = p
+
+    def draw(self, rng=random) -> bool:
+        return rng.random() < self.p
+
+
+class GaussianBlur:
+    """With probability `p`, blur with a radius (in pixels) drawn from the given range."""
+
+    def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
+        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
+
+    def draw(self, rng=random) -> float:
+        """A radius; 0 for no blur."""
+        return rng.uniform(self.radius_min, self.radius_max) if rng.random() < self.p else 0.0
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        radius = self.draw(rng)
+        return image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
+
+
+class Solarization:
+    """Invert the pixels above half brightness, with probability `p`."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def draw(self, rng=random) -> bool:
+        return rng.random() < self.p
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        return TF.solarize(image, 128) if self.draw(rng) else image
+
+
+class View(NamedTuple):
+    """All that is random in one view."""
+
+    size: int  # pixels per side
+    box: tuple[int, int, int, int]  # of the image: top, left, height, width
+    flip: bool
+    colour: list[float]  # COLOUR_NUMBERS of them, for `recolour`
+
+
+# In `View.colour`: four times an adjustment and its amount; grey; blur radius; solarise.
+COLOUR_NUMBERS = 11
+GREY, BLUR, SOLARIZE = 8, 9, 10
+
+
+class DataAugmentationDINO:
+    """The views of one image: 2 global ones, then `local_crops_number` local ones.
+
+    Scales are (smallest, largest) shares of the image's area. Blur and solarisation differ
+    between the views as in the paper: one global view is always blurred, the other seldom and
+    sometimes solarised.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: Sequence[float],
+        local_crops_scale: Sequence[float],
+        local_crops_number: int,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+    ):
+        def recipe(size, scale, blur_p, solarize_p):
+            colour = (ColorJitter(), Grayscale(), GaussianBlur(blur_p), Solarization(solarize_p))
+            return RandomResizedCrop(size, scale), HorizontalFlip(), *colour
+
+        self.recipes = [
+            recipe(global_crops_size, global_crops_scale, blur_p=1.0, solarize_p=0.0),
+            recipe(global_crops_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
+        ]
+        local = recipe(local_crops_size, local_crops_scale, blur_p=0.5, solarize_p=0.0)
+        self.recipes += [local] * local_crops_number
+
+    def draw(self, width: int, height: int, rng=random) -> list[View]:
+        """What is random in the V views of an image of this size."""
+        return [
+            View(
+                crop.size,
+                crop.draw(width, height, rng),
+                flip.draw(rng),
+                [*jitter.draw(rng), grey.draw(rng), blur.draw(rng), solarize.draw(rng)],
+            )
+            for crop, flip, jitter, grey, blur, solarize in self.recipes
+        ]
+
+    def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], Tensor]:
+        """uint8 (3, H, W) -> V crops, uint8, and what `recolour` is to do to them, (V, 11)."""
+        views = self.draw(pixels.shape[2], pixels.shape[1], rng)
+        colours = torch.tensor([view.colour for view in views], dtype=torch.float64)
+        return [cut(pixels, view) for view in views], colours
+
+    def uint8_views(self, pixels: Tensor, rng=random) -> list[Tensor]:
+        """uint8 (3, H, W) -> V views, uint8 (3, size, size): a quarter of a float's bytes to ship."""
+        crops, colours = self.crops(pixels, rng)
+        views = (recolour(crop[None], colour[None])[0] for crop, colour in zip(crops, colours, strict=True))
+        # By way of NumPy, which is five times as fast at this.
+        return [torch.from_numpy(view.numpy().astype(np.uint8)) for view in views]
+
+    def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
+        """An RGB image -> V normalised views, float32 (3, size, size)."""
+        return [normalize(view) for view in self.uint8_views(to_pixels(image), rng)]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is done with it
+# ---------------------------------------------------------------------------------------------
+
+
+def cut(pixels: Tensor, view: View) -> Tensor:
+    """Crop, resize (bicubic, antialiased) and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    top, left, height, width = view.box
+    crop = pixels[None, :, top : top + height, left : left + width]
+    crop = F.interpolate(crop, size=(view.size, view.size), mode="bicubic", antialias=True)[0]
+    return crop.flip(-1) if view.flip else crop
+
+
+@torch.inference_mode()
+def recolour(images: Tensor, colours: Tensor) -> Tensor:
+    """Jitter, drop, blur and solarise colours, each image's its own way: uint8 (B, 3, H, W) -> float32.
+
+    `colours` (B, 11), on the CPU, are rows of `View.colour`. The result has whole grey levels.
+    """
+    colours = colours.numpy()
+    images = images.float()
+    for place in range(0, 8, 2):
+        for which in sorted(set(colours[:, place].astype(int).tolist()) - {-1}):
+            _change(images, colours[:, place] == which, ADJUSTMENTS[which], colours[:, place + 1])
+    _change(images, colours[:, GREY] > 0, lambda x, _: x.copy_(grey(x).expand_as(x)))
+    _change(images, colours[:, BLUR] > 0, gaussian_blur, colours[:, BLUR])
+    images.round_()
+    # |x - 127.5| + ...: from 128 on, 255 - x; below, x
+    _change(images, colours[:, SOLARIZE] > 0, lambda x, _: x.sub_(127.5).abs_().neg_().add_(127.5))
+    return images
+
+
+def normalized_views(views: list[Tensor], colours: Tensor) -> list[Tensor]:
+    """V batches of uint8 views (B, 3, H, W), on the device -> normalised, float32.
+
+    `colours` (B, V, 11), on the CPU, says what loading has left to do to them; (B, V, 0) for nothing.
+    """
+    if not colours.shape[-1]:
+        return [normalize(view) for view in views]
+    done = []
+    for _, group in itertools.groupby(range(len(views)), key=lambda v: views[v].shape):
+        group = list(group)  # views of one size together
+        batch = recolour(torch.cat([views[v] for v in group]), torch.cat([colours[:, v] for v in group]))
+        done += normalize(batch).chunk(len(group))
+    return done
+
+
+def _change(images: Tensor, rows: np.ndarray, change: Callable, amounts: np.ndarray | None = None) -> None:
+    """`change` some of the images in place, each by its amount."""
+    if not rows.any():
+        return
+    amounts = rows if amounts is None else amounts[rows]
+    if rows.all():
+        change(images, amounts)
+        return
+    index = torch.from_numpy(np.flatnonzero(rows)).to(images.device, non_blocking=True)
+    part = images[index]
+    change(part, amounts)
+    images[index] = part
+
+
+def _each(amounts: np.ndarray, images: Tensor) -> Tensor | float:
+    """One number per image, to be combined with images; a plain number, which is faster, if one."""
+    if len(amounts) == 1:
+        return float(amounts[0])
+    return torch.from_numpy(amounts).to(images.device, torch.float32, non_blocking=True).view(-1, 1, 1, 1)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma (ITU-R 601): (B, 3, H, W) -> (B, 1, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def adjust_brightness(images: Tensor, factors: np.ndarray) -> None:
+    """Scale the levels."""
+    images.mul_(_each(factors, images)).clamp_(max=255)
+
+
+def adjust_contrast(images: Tensor, factors: np.ndarray) -> None:
+    """Scale the distance from the mean luma."""
+    factor = _each(factors, images)
+    mean = grey(images.mean(dim=(2, 3), keepdim=True)).round_()
+    images.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 255)
+
+
+def adjust_saturation(images: Tensor, factors: np.ndarray) -> None:
+    """Scale the distance from each pixel's luma."""
+    factor = _each(factors, images)
+    luma = grey(images).mul_(1 - factor)
+    images.mul_(factor).add_(luma).clamp_(0, 255)
+
+
+def adjust_hue(images: Tensor, shifts: np.ndarray) -> None:
+    """Turn the hue by a share of the circle, at most 1/6 either way, keeping each pixel's extremes.
+
+    On the hue circle each channel goes through max, a linear slope, min, and a slope back. Let d be
+    the difference of the two other channels and c = max - min. Extended beyond the plateaus, where
+    |d| < c, the slopes are x + (c - |d|) at the max, x - (c - |d|) at the min; turned by s they fall
+    or rise by 6 s c, against the sign of d; clamping gives back the plateaus. No division, no cases.
+    """
+    red, green, blue = images.unbind(dim=1)
+    low = torch.minimum(torch.minimum(red, green), blue)[:, None]
+    high = torch.maximum(torch.maximum(red, green), blue)[:, None]
+    chroma = high - low
+    others = torch.stack([green - blue, blue - red, red - green], dim=1)
+    beyond = torch.copysign(chroma - others.abs(), images - (low + high).mul_(0.5))
+    images.add_(beyond).sub_(others.sign_().mul_(chroma.mul_(6 * _each(shifts, images))))
+    torch.clamp(images, low, high, out=images)
+
+
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def gaussian_blur(images: Tensor, radii: np.ndarray) -> None:
+    """PIL's Gaussian blur with these standard deviations (in pixels); edges are continued."""
+    kernels = [_blur_kernel(radius) for radius in radii.tolist()]
+    lengths = np.array([len(kernel) for kernel in kernels])
+    for length in np.unique(lengths):
+        same = [kernel for kernel in kernels if len(kernel) == length]
+        taps = np.array(same)
+        _change(images, lengths == length, lambda x, rows, taps=taps: _convolve(x, taps))
+
+
+def _blur_kernel(radius: float) -> np.ndarray:
+    """What three box filters in a row make, which PIL takes for a Gaussian: Gwosdek et al. (2011),
+    "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering".
+    """
+    variance = radius * radius / 3
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.array([edge, *[1.0] * (2 * whole + 1), edge])
+    box /= box.sum()
+    return np.convolve(np.convolve(box, box), box)
+
+
+def _convolve(images: Tensor, kernels: np.ndarray) -> None:
+    """Filter along both sides, image by image: (B, 3, H, W) with symmetric kernels (B, 2 r + 1)."""
+    reach = kernels.shape[1] // 2
+    padded = F.pad(images, [reach] * 4, mode="replicate")
+    for dim in (3, 2):
+        length = images.shape[dim]
+        total = padded.narrow(dim, reach, length) * _each(kernels[:, reach], images)
+        for i in itertools.chain(range(reach), range(reach + 1, 2 * reach + 1)):
+            tap, shifted = _each(kernels[:, i], images), padded.narrow(dim, i, length)
+            if isinstance(tap, float):
+                total.add_(shifted, alpha=tap)
+            else:
+                total.addcmul_(shifted, tap)
+        padded = total
+    images.copy_(total)
