@@ -288,6 +288,7 @@ def build_networks(
         for backbone, embed_dim in (student, teacher)
     )
     teacher.load_state_dict(student.state_dict())
+    student.head.defer_last_layer = True
     return student, teacher.requires_grad_(False)
 
 

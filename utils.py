@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -168,16 +169,34 @@ class WeightNormLinear(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_features, 1))
         self.weight_v = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight.detach())
 
+    @property
+    def weight(self) -> Tensor:
+        """W, (out_features, in_features)."""
+        return self.weight_g * F.normalize(self.weight_v, dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        return F.linear(x, self.weight)
+
+
+class Prototypes(NamedTuple):
+    """A student's output before its last layer, whose output is `features @ weight.T`.
+
+    That would be the largest tensor of the step: `DINOLoss` never holds it whole.
+    """
+
+    features: Tensor  # (N, bottleneck)
+    weight: Tensor  # (K, bottleneck)
 
 
 class DINOHead(nn.Module):
     """Projection to K prototypes: (B, in_dim) -> (B, out_dim) (paper, Section 3.2).
 
     An MLP of `nlayers` layers, L2 normalisation, a weight-normalised linear layer. With
-    `norm_last_layer` the prototypes keep unit length, which makes training more stable.
+    `norm_last_layer` the prototypes keep unit length, which makes training more stable. With
+    `defer_last_layer`, in training, the last layer is left to the loss: `Prototypes` come out.
     """
+
+    defer_last_layer = False
 
     def __init__(
         self,
@@ -207,8 +226,13 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+    def forward(self, x: Tensor) -> Tensor | Prototypes:
+        x = F.normalize(self.mlp(x), dim=-1)
+        if not (self.defer_last_layer and self.training):
+            return self.last_layer(x)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return Prototypes(x.to(dtype), self.last_layer.weight.to(dtype))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,23 +272,28 @@ class DINOLoss(nn.Module):
         constant = np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)
         self.teacher_temp_schedule = np.concatenate([warmup, constant])
 
-    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
+    def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: int) -> Tensor:
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
         temp = float(self.teacher_temp_schedule[epoch])
-        with torch.autocast(student_output.device.type, enabled=False):
-            student_logp = F.log_softmax(student_output.float() / self.student_temp, dim=-1)
-            student_logp = student_logp.unflatten(0, (self.ncrops, -1))  # (V, B, K)
+        with torch.autocast(teacher_output.device.type, enabled=False):
             with torch.no_grad():
-                teacher_logits = (teacher_output.float() - self.center) / temp
-                teacher_p = teacher_logits.softmax(dim=-1).unflatten(0, (2, -1))  # (2, B, K)
-
-            # Summed over the other views of each teacher view: all but the same view.
-            others = student_logp.sum(dim=0) - student_logp[:2]  # (2, B, K)
-            loss = -(teacher_p * others).sum(dim=-1).mean() / (self.ncrops - 1)
+                teacher_logits = (teacher_output.float() - self.center).div_(temp)
+                teacher_p = teacher_logits.softmax(dim=-1)
+                entropy = _entropy(teacher_p, teacher_logits).mean()
+                del teacher_logits
+                teacher_p = teacher_p.unflatten(0, (2, -1))  # (2, B, K)
+            if isinstance(student_output, Prototypes):
+                loss = _FusedCrossEntropy.apply(*student_output, teacher_p, self.student_temp)
+            else:
+                student_logp = F.log_softmax(student_output.float() / self.student_temp, dim=-1)
+                student_logp = student_logp.unflatten(0, (self.ncrops, -1))  # (V, B, K)
+                # Summed over the other views of each teacher view: all but the same view.
+                others = student_logp.sum(dim=0) - student_logp[:2]  # (2, B, K)
+                loss = -(teacher_p * others).sum(dim=-1).mean() / (self.ncrops - 1)
 
             with torch.no_grad():
-                entropy = _entropy(teacher_p).mean()
-                batch_entropy = _entropy(teacher_p.mean(dim=(0, 1)))
+                mean_p = teacher_p.mean(dim=(0, 1))
+                batch_entropy = _entropy(mean_p, mean_p.clamp(min=1e-30).log())
                 self.stats = torch.stack([entropy, batch_entropy, loss - entropy])
                 self.update_center(teacher_output.float())
         return loss
@@ -276,9 +305,66 @@ class DINOLoss(nn.Module):
         self.center.lerp_(batch_center, 1 - self.center_momentum)
 
 
-def _entropy(p: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension."""
-    return -torch.xlogy(p, p).sum(dim=-1)
+class _FusedCrossEntropy(torch.autograd.Function):
+    """Last layer, softmax and cross-entropy of `DINOLoss` in one, with their gradients, a few rows
+    at a time: of the (V*B, K) tensors that autograd would keep, there is never more than one chunk.
+
+    The loss is linear in the log-softmax, so its gradient with respect to the logits of one view of
+    an image is (|q| softmax - q) / (temperature * terms), q being the sum of the targets from the
+    teacher's other views, |q| their number.
+    """
+
+    CHUNK = 2**23  # elements; 32 MiB
+    # In half precision, gradients are made larger by a power of 2 on their way through the GEMM: the
+    # student's smallest probabilities would be lost, whatever scale the loss has.
+    HALF_SCALE = 2.0**10
+
+    @staticmethod
+    def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """(V*B, d), (K, d), (2, B, K) -> the mean over images and pairs of different views."""
+        B, K = targets.shape[1:]
+        views = features.unflatten(0, (-1, B))  # (V, B, d)
+        half = features.dtype in (torch.float16, torch.bfloat16)
+        exact = torch.float32 if half else features.dtype
+        scale = _FusedCrossEntropy.HALF_SCALE if half else 1.0
+        grad_views = torch.empty_like(views, dtype=exact)
+        grad_weight = torch.zeros_like(weight, dtype=exact)
+        total = torch.zeros((), dtype=exact, device=features.device)
+        step = max(1, _FusedCrossEntropy.CHUNK // K)
+        for first in range(0, B, step):
+            rows = slice(first, first + step)
+            both = targets[0, rows] + targets[1, rows]
+            for v, view in enumerate(views):
+                q, count = (targets[1 - v, rows], 1) if v < 2 else (both, 2)
+                x = view[rows]
+                logits = (x @ weight.T).to(exact).div_(temperature)
+                logits -= logits.amax(dim=1, keepdim=True)
+                total -= torch.linalg.vecdot(q, logits).sum()
+                p = logits.exp_()
+                norm = p.sum(dim=1, keepdim=True)
+                total += count * norm.log().sum()
+                grad = p.mul_(count * scale / norm).sub_(q, alpha=scale).to(features.dtype)
+                grad_views[v, rows] = (grad @ weight).to(exact)
+                if half:
+                    grad_weight += grad.T @ x
+                else:
+                    grad_weight.addmm_(grad.T, x)
+        terms = 2 * B * (len(views) - 1)
+        grads = [grad.div_(scale * temperature * terms) for grad in (grad_views.flatten(0, 1), grad_weight)]
+        ctx.save_for_backward(*grads)
+        return total / terms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_features, grad_weight = ctx.saved_tensors
+        return grad_features * grad_loss, grad_weight * grad_loss, None, None
+
+
+def _entropy(p: Tensor, logits: Tensor) -> Tensor:
+    """Entropy in nats of p = softmax(logits) over the last dimension."""
+    log_norm = logits.amax(dim=-1) - p.amax(dim=-1).log()
+    return log_norm - torch.linalg.vecdot(p, logits)
 
 
 # ---------------------------------------------------------------------------------------------

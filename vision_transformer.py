@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 
@@ -32,18 +33,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, h, N, D/h)."""
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, h, N, D/h); with `cls_only`, the first token's query."""
+        if cls_only:
+            D, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
+            q = F.linear(x[:, :1], weight[:D], None if bias is None else bias[:D])
+            k, v = F.linear(x, weight[D:], None if bias is None else bias[D:]).chunk(2, dim=-1)
+        else:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Attention of each token (row) over all tokens: (B, h, N, N), rows sum to 1."""
         return (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x)
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        q, k, v = self.project(x, cls_only)
         fused = x.device.type != "cpu" if self.fused is None else self.fused
         if fused:
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
@@ -66,8 +71,10 @@ class Block(nn.Module):
         )
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        """With `cls_only`, the first token alone, (B, 1, D): as it would be, for less."""
+        attended = self.drop_path(self.attn(self.norm1(x), cls_only))
+        x = (x[:, :1] if cls_only else x) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -90,6 +97,9 @@ class VisionTransformer(nn.Module):
     interpolate it. Height and width must be divisible by `patch_size`, else ValueError.
     `drop_path_rate` grows linearly from 0 in the first block to its value in the last.
     """
+
+    # Keep the blocks' inputs only and compute the rest again for the gradients: less memory, more time.
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -153,9 +163,15 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
         x = self.prepare_tokens(x)
-        for block in self.blocks:
-            x = block(x)
+        for block in self.blocks[:-1]:
+            x = self._run(block, x)
+        x = self._run(self.blocks[-1], x, cls_only=True)  # nothing else of its output is used
         return self.head(self.norm(x)[:, 0])
+
+    def _run(self, block: Block, x: Tensor, **kwargs) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, **kwargs)
+        return block(x, **kwargs)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block: (B, h, N, N)."""

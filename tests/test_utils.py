@@ -14,6 +14,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from utils import DINOHead, DINOLoss, MultiCropWrapper, TrainingError, UserError
@@ -124,6 +125,81 @@ def test_loss_is_the_mean_cross_entropy_over_pairs_of_different_views(views, bat
     entropy = -(torch.cat(targets) * torch.cat(targets).clamp(min=1e-30).log()).sum(-1).mean()
     torch.testing.assert_close(loss_fn.stats[0], entropy, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss_fn.stats[2], loss.detach() - entropy, rtol=1e-3, atol=1e-4)
+
+
+def fused_and_plain(views, batch, k, norm_last_layer, dtype, seed, chunk):
+    """Loss, stats, centre and gradients with the last layer in the loss, and with it in the head."""
+    torch.manual_seed(seed)
+    head = DINOHead(6, k, norm_last_layer=norm_last_layer, hidden_dim=16, bottleneck_dim=8)
+    with torch.no_grad():
+        for param in head.mlp.parameters():  # far from zero also in half precision
+            param.normal_(std=0.5)
+        if not norm_last_layer:
+            head.last_layer.weight_g.uniform_(0.5, 2)
+    x, teacher, center = torch.randn(views * batch, 6), torch.randn(2 * batch, k), torch.randn(1, k)
+    results = []
+    for deferred in (True, False):
+        head.defer_last_layer = deferred
+        head.zero_grad()
+        inputs = x.clone().requires_grad_()
+        loss_fn = DINOLoss(k, views, 0.04, 0.07, 1, 2)
+        loss_fn.center.copy_(center)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            student = head(inputs)
+        assert isinstance(student, utils.Prototypes) == deferred
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils._FusedCrossEntropy, "CHUNK", chunk)
+            loss = loss_fn(student, teacher, 1)
+        (3 * loss).backward()
+        gradients = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), loss_fn.stats, loss_fn.center, inputs.grad, gradients))
+    return results
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    views=st.integers(2, 6), batch=st.integers(1, 5), k=st.integers(2, 70), norm_last_layer=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 2**31),
+    chunk=st.integers(1, 200),
+)  # fmt: skip
+def test_fused_loss_is_the_plain_loss(views, batch, k, norm_last_layer, dtype, seed, chunk):
+    fused, plain = fused_and_plain(views, batch, k, norm_last_layer, dtype, seed, chunk)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 6e-3}[dtype]
+    torch.testing.assert_close(fused[:3], plain[:3], rtol=1e-5, atol=1e-5)
+    assert fused[4].keys() == plain[4].keys() and ("last_layer.weight_g" in fused[4]) != norm_last_layer
+    for a, b in ((fused[3], plain[3]), *((fused[4][name], plain[4][name]) for name in plain[4])):
+        assert (a - b).norm() <= tolerance * b.norm() + 1e-6
+
+
+def test_fused_loss_has_the_numerical_gradient():
+    torch.manual_seed(0)
+    features, weight = torch.randn(4 * 3, 5).double(), torch.randn(7, 5).double()
+    targets = torch.randn(2, 3, 7).double().softmax(-1)
+    inputs = features.requires_grad_(), weight.requires_grad_(), targets
+    assert torch.autograd.gradcheck(lambda *x: utils._FusedCrossEntropy.apply(*x, 0.1), inputs)
+
+
+def test_the_whole_of_the_students_scores_is_never_there():
+    """Every tensor that the loss makes is smaller than the (V*B, K) it would otherwise need."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    views, batch, k = 10, 8, 512
+    head = DINOHead(6, k, hidden_dim=8, bottleneck_dim=4)
+    for deferred in (True, False):
+        head.defer_last_layer, largest = deferred, 0
+        student = head(torch.randn(views * batch, 6))
+        with Watch():
+            DINOLoss(k, views, 0.04, 0.04, 0, 1)(student, torch.randn(2 * batch, k), 0).backward()
+        assert (largest >= views * batch * k) != deferred
 
 
 def test_loss_sends_no_gradient_to_the_teacher():

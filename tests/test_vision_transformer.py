@@ -76,6 +76,53 @@ def test_fused_attention_is_the_same_attention():
     torch.testing.assert_close(*maps)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_block_computes_the_cls_token_as_if_it_computed_all(fused, dtype):
+    torch.manual_seed(0)
+    model = vit_nano(8, img_size=32, drop_path_rate=0.5)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused = fused
+    images, weights = torch.randn(6, 3, 32, 16), torch.randn(6, 128)
+    results = []
+    for forward in (model, lambda x: model.get_intermediate_layers(x)[0][:, 0]):
+        model.zero_grad()
+        torch.manual_seed(1)  # drop path
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = forward(images)
+        (out.float() * weights).sum().backward()
+        results.append((out, {name: param.grad for name, param in model.named_parameters()}))
+    (out, grads), (expected, expected_grads) = results
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    assert (out - expected).norm() <= tolerance * expected.norm()
+    for name, grad in expected_grads.items():
+        if "qkv.bias" not in name:  # the keys' bias has no gradient but rounding noise
+            assert (grads[name] - grad).norm() <= 10 * tolerance * grad.norm(), name
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    torch.manual_seed(0)
+    model = vit_nano(8, img_size=32, drop_path_rate=0.5)
+    images = torch.randn(4, 3, 32, 32)
+    results, saved = [], []
+
+    def count(tensor):
+        saved[-1] += tensor.numel()
+        return tensor
+
+    for model.grad_checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            out = model(images)
+        out.square().sum().backward()
+        results.append((out, [param.grad for param in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert saved[1] < saved[0] / 4
+
+
 def test_drop_path_grows_with_depth_and_acts_in_training_only():
     model = vit_nano(8, img_size=32, drop_path_rate=0.5)
     assert [b.drop_path.p for b in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
