@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -426,6 +427,30 @@ def _slurm_rendezvous() -> None:
     env.setdefault("MASTER_PORT", str(20000 + step % 20000))
 
 
+def _fresh_store(store: dist.Store, rank: int, world_size: int, patience: float = 600) -> dist.Store:
+    """The store under a prefix that no earlier attempt has used.
+
+    torchrun's store outlives a restart of its processes, which would read their dead
+    predecessors' addresses; the count of restarts that it gives may differ between machines. So
+    rank 0 draws a name, and tells it to each rank under a key that this rank has just drawn.
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question of {rank}", question)
+        name = store.get(question).decode()  # waits for the key
+        store.add(f"{name} heard", 1)
+        return dist.PrefixStore(name, store)
+    name, deadline = uuid.uuid4().hex, time.monotonic() + patience
+    while store.add(f"{name} heard", 0) < world_size - 1:  # until then, a question may be an old one
+        for other in range(1, world_size):
+            if store.check([f"question of {other}"]):
+                store.set(store.get(f"question of {other}").decode(), name)
+        if time.monotonic() > deadline:
+            raise Interrupted(f"not all of {world_size} processes have come", "", "start them together")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
+
+
 def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> torch.device:
     """Choose this process's device, and join the group if there are several processes."""
     rank, world_size, local_rank = launched_as()
@@ -441,9 +466,10 @@ def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> to
         if "RANK" not in os.environ and dist_url == "env://":
             _slurm_rendezvous()
         backend = "nccl" if device.type == "cuda" else "gloo"
+        store = next(dist.rendezvous(dist_url, rank, world_size))[0]
         dist.init_process_group(
             backend,
-            init_method=dist_url,
+            store=_fresh_store(store, rank, world_size),
             rank=rank,
             world_size=world_size,
             device_id=device if device.type == "cuda" else None,
@@ -895,6 +921,7 @@ def from_outside(error: Exception) -> UserError | None:
     if "DataLoader worker" in message:
         return Interrupted(f"a data-loading worker died: {message}", "", "the same command resumes")
     if isinstance(error, dist.DistError) or "/gloo/" in message:
+        message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
         return Interrupted(f"lost another process: {message}", "", "the same command resumes")
     if isinstance(error, OSError):
         where = str(error.filename or "")
