@@ -187,9 +187,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; under `--demo`, flags not given take the demo's values."""
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+def parse_args(
+    argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
+    """The command line; under `--demo`, flags not given take the demo's values.
+
+    `parser` is that of a program with more flags.
+    """
+    if parser is None:
+        parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**demo_defaults())
     return parser.parse_args(argv)

@@ -411,6 +411,11 @@ def launched_as() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def rendezvous_port(job: int, attempt: int) -> int:
+    """A port that jobs on one machine, and attempts at one job, do not share."""
+    return 20000 + (97 * job + attempt) % 20000
+
+
 def _slurm_rendezvous() -> None:
     """Set MASTER_ADDR and MASTER_PORT as torchrun would: the step's first node, a port per step."""
 
@@ -423,8 +428,8 @@ def _slurm_rendezvous() -> None:
     # A node's name need not resolve; its address does.
     address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
     env.setdefault("MASTER_ADDR", address)
-    step = 97 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])
-    env.setdefault("MASTER_PORT", str(20000 + step % 20000))
+    attempt = int(env["SLURM_STEP_ID"]) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
+    env.setdefault("MASTER_PORT", str(rendezvous_port(int(env["SLURM_JOB_ID"]), attempt)))
 
 
 def _fresh_store(store: dist.Store, rank: int, world_size: int, patience: float = 600) -> dist.Store:
