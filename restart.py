@@ -24,7 +24,8 @@ CHECKPOINT, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_prev.pth", "checkp
 # Flags that may differ between a run and its restart: they leave the maths as it is.
 FREE_FLAGS = {
     "data_path", "download", "num_workers", "output_dir", "saveckp_freq", "save_every_steps", "max_steps",
-    "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision", "init_from",
+    "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision",
+    "init_from",
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def newest_whole(folder: Path) -> tuple[Path, dict] | None:
 
     A damaged one is named and put aside. Raises UserError where all are damaged.
     """
-    damaged = []
+    damaged: UserError | None = None
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
         if not path.exists():
             continue
@@ -89,16 +90,16 @@ def newest_whole(folder: Path) -> tuple[Path, dict] | None:
         try:
             checkpoint = load_checkpoint(path)
         except UserError as error:
-            damaged.append(str(error))
             utils.log(f"warning: {error}")
+            damaged = damaged or error
             continue
         if damaged:
-            utils.log(f"warning: falling back on {path}")
-            if utils.is_main_process():  # else the next save would put it in this one's place
+            utils.log(f"warning: going on from {path}; the damaged file is now {DAMAGED}")
+            if utils.is_main_process():  # else the next save would put it in the place of this one
                 os.replace(folder / CHECKPOINT, folder / DAMAGED)
         return path, checkpoint
     if damaged:
-        raise UserError("no whole checkpoint", str(folder), "move the damaged away to start anew")
+        raise damaged
     return None
 
 
