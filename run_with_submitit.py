@@ -85,9 +85,10 @@ class Trainer:
         """Train; if that was stopped, and not by `scancel`, have the job requeued."""
         try:
             main_dino.main(args)
-        except utils.Interrupted:
+        except utils.Interrupted as stop:
             try:
                 if utils.is_main_process() and still_wanted():
+                    utils.say(stop)
                     # What was a signal to save is now, with all saved, submitit's signal to requeue.
                     signal.raise_signal(getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}"))
             finally:
@@ -171,18 +172,18 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
     main_dino.check_args(argparse.Namespace(**vars(args)))  # better now than after days in the queue
     args.output_dir = str(Path(args.output_dir).expanduser().absolute())
     folder = Path(job.shared_dir or f"{args.output_dir}_slurm").expanduser().absolute()
-    executor = make_executor(job, folder)
-    if job.dry_run:
-        slurm = executor._executor
-        print(slurm._make_submission_file_text(slurm._submitit_command_str, "dry_run"))
-        return
     try:
-        submitted = executor.submit(Trainer(args))
+        executor = make_executor(job, folder)
+        submitted = None if job.dry_run else executor.submit(Trainer(args))
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = re.findall(r"sbatch: error: (.*)", str(error)) or str(error).splitlines()
         raise UserError(f"sbatch refused: {reasons[-1]}", "", "mend the flags of the job") from None
     except OSError as error:
         raise UserError(error.strerror, f"--shared_dir {folder}", "choose another") from None
+    if job.dry_run:
+        slurm = executor._executor
+        print(slurm._make_submission_file_text(slurm._submitit_command_str, "dry_run"))
+        return
     print(f"job {submitted.job_id}, output in {args.output_dir.replace('%j', submitted.job_id)}")
     print(f"watch it: tail -F {submitted.paths.stdout}")
 
