@@ -208,13 +208,19 @@ def parse_args(
 
 def check_args(args: argparse.Namespace) -> None:
     """Settle what the flags leave open; UserError for values that contradict each other."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError("must be a number", f"--{name} {value}", "mend it")
+        most = {"seed": 2**63, "num_workers": 2**10, "cpu_threads": 2**10}.get(name, 2**31)
+        if isinstance(value, int) and value >= most:
+            raise UserError(f"must be below {most}", f"--{name} {value}", "lower it")
     for name in ("batch_size_per_gpu", "epochs", "out_dim", "patch_size", "global_crops_size",
                  "local_crops_size", "head_hidden_dim", "head_bottleneck_dim"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
                  "saveckp_freq", "save_every_steps", "max_steps", "cpu_threads", "seed", "clip_grad",
-                 "freeze_last_layer"):  # fmt: skip
+                 "freeze_last_layer", "lr", "min_lr", "weight_decay", "weight_decay_end"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError("must not be negative", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("warmup_teacher_temp", "teacher_temp"):
