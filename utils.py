@@ -10,6 +10,7 @@ https://arxiv.org/abs/2104.14294.
 import argparse
 import contextlib
 import difflib
+import io
 import itertools
 import math
 import os
@@ -936,6 +937,8 @@ def from_outside(error: Exception) -> UserError | None:
 
 def run_script(main: Callable, args: argparse.Namespace) -> None:
     """Call `main(args)`; end in one clear line when the user can mend what went wrong."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except UserError as error:
