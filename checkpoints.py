@@ -5,12 +5,15 @@ state dicts of timm and torchvision models, `.safetensors`; nothing in a file is
 """
 
 import argparse
+import contextlib
+import errno
 import http.client
 import math
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,26 +48,76 @@ PUBLISHED = {
 }
 
 
-def save_checkpoint(state: dict, path: str | Path) -> None:
-    """Write by way of a temporary file, so that `path` is at every moment whole or absent."""
-    path = Path(path)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when its block ends well, whole and on the disk.
+
+    At every moment, also after a power cut, `path` is the old file or the new one. A folder that
+    has vanished is made anew. Raises OSError; then the old file is still there.
+    """
+    if not path.parent.is_dir():
+        log(f"warning: {path.parent} has vanished: made anew")
+        path.parent.mkdir(parents=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # on a full disk, it would be in the way
+        if isinstance(error.__context__, OSError):  # torch hides it behind an error of its own
+            raise error.__context__ from None
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's list of names on the disk; without that, a rename may be lost."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None = None) -> None:
+    """Write `state` to `path`, which is at every moment whole or absent; see `replacing`.
+
+    What was at `path` is kept as `previous`. Raises OSError; then what was saved is still there.
+    """
+    path = Path(path)
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        if previous and path.exists():
+            file.flush()
+            os.fsync(file.fileno())
+            Path(previous).unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # so that `path` is never absent
+            except OSError:  # a file system without links
+                os.replace(path, previous)
 
 
 def load_file(path: str | Path):
     """What a `.safetensors` or torch file holds, on the CPU; runs no code from it. Raises UserError."""
     if not Path(path).is_file():
         raise UserError("no such file", str(path), nearest(str(path), PUBLISHED))
+    if not os.access(path, os.R_OK):
+        raise UserError("no permission to read", str(path), "change its permissions")
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file as load_safetensors  # comes with timm
 
             return load_safetensors(path)
+        _check_sums(path)
         # The published checkpoints carry their arguments as a pickled Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -72,6 +125,15 @@ def load_file(path: str | Path):
         if any(sign in str(error) for sign in ("GLOBAL", "Can only", "unrecognized function")):
             raise UserError("file wants to run code", str(path), "refused; use another file") from None
         raise UserError("file is damaged or of another kind", str(path), "use another file") from None
+
+
+def _check_sums(path: str | Path) -> None:
+    """Raises ValueError for a byte that has changed since the file was written; torch does not look."""
+    if zipfile.is_zipfile(path):  # older formats of torch have no sums
+        with zipfile.ZipFile(path) as archive:
+            garbled = archive.testzip()
+        if garbled:
+            raise ValueError(f"{garbled} is garbled")
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -21,28 +22,60 @@ from augmentation import DataAugmentationDINO, HorizontalFlip, RandomResizedCrop
 from shapes import Shapes
 from utils import UserError, main_process_first, nearest
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+def load_image(path: str) -> Image.Image:
+    """The first frame of an image file, in RGB; as stored, whatever EXIF says of its rotation.
+
+    16-bit grey values keep their upper 8 bits, where PIL would turn nearly all of them white.
+    Raises nearly anything for a file that cannot be read.
+    """
+    if not os.path.isfile(path):  # a pipe would never end
+        raise OSError("not a file")
+    with open(path, "rb") as file, Image.open(file) as image:
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
+            if values.max() > 65_535:
+                raise ValueError("32-bit values have no agreed range")
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("floating-point values have no agreed range")
+        if "transparency" in image.info:  # in a palette, PIL warns of it
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+def find_images(root: str | Path) -> Iterator[str]:
+    """Paths of all image files below a folder, sorted, links followed. Raises UserError."""
+
+    def unlistable(error: OSError):
+        raise UserError(error.strerror, error.filename, "mend it, or give another folder")
+
+    def leads_up(folder: str, name: str) -> bool:
+        target = os.path.realpath(os.path.join(folder, name))
+        return (os.path.realpath(folder) + os.sep).startswith(target + os.sep)
+
+    is_image = torchvision.datasets.folder.is_image_file
+    found = []
+    for folder, folders, names in os.walk(root, onerror=unlistable, followlinks=True):
+        found.append((folder, sorted(filter(is_image, names))))
+        # A link to a folder above would lead round and round.
+        folders[:] = [n for n in folders if not (os.path.islink(f"{folder}/{n}") and leads_up(folder, n))]
+    return (os.path.join(folder, name) for folder, names in sorted(found) for name in names)
 
 
 class ImageFiles(Dataset):
     """The given image files, and all those below the given folders, sorted; without labels."""
 
     def __init__(self, *roots: str | Path):
-        is_image = torchvision.datasets.folder.is_image_file
         self.paths = []
         for root in roots:
-            self.paths += [str(root)] if os.path.isfile(root) else [
-                os.path.join(folder, name)
-                for folder, _, names in sorted(os.walk(root, followlinks=True))
-                for name in sorted(names)
-                if is_image(name)
-            ]  # fmt: skip
+            self.paths += [str(root)] if os.path.isfile(root) else find_images(root)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return torchvision.datasets.folder.pil_loader(self.paths[index]), 0
+        return load_image(self.paths[index]), 0
 
 
 def open_training_images(
@@ -57,7 +90,7 @@ def open_training_images(
     if dataset:
         return _torchvision_dataset(dataset, data_path, "train", download)
     root = _existing_folder(data_path)
-    if (root / "train").is_dir() and (root / "val").is_dir():
+    if os.path.isdir(root / "train") and os.path.isdir(root / "val"):
         raise UserError(
             "folder has train/ and val/", f"--data_path {root}", f"give --data_path {root / 'train'}"
         )
@@ -76,11 +109,11 @@ def open_labelled_images(
     if dataset:
         return _torchvision_dataset(dataset, data_path, split, download)
     root = _existing_folder(data_path) / split
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"no folder {split}/", f"--data_path {data_path}", "make train/ and val/")
     try:
-        return torchvision.datasets.ImageFolder(str(root))
-    except FileNotFoundError as error:  # no class folders, or one that is empty
+        return torchvision.datasets.ImageFolder(str(root), loader=load_image)
+    except OSError as error:  # no class folders, or one that is empty or cannot be listed
         raise UserError(str(error).splitlines()[0], str(root), "give each class images") from None
 
 
@@ -104,7 +137,7 @@ def _existing_folder(data_path: str) -> Path:
             "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
         )
     root = Path(data_path).expanduser()
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError("no such folder", f"--data_path {root}", "check the path")
     return root
 
@@ -180,7 +213,7 @@ class TrainingViews(Dataset):
             try:
                 image = self.images[candidate][0].convert("RGB")
                 break
-            except UNREADABLE as error:
+            except Exception as error:  # a broken file can raise nearly anything
                 if unreadable >= 0 and candidate == index:
                     raise UserError("no image can be read", sample_name(self.images, index)) from error
                 unreadable = index
@@ -195,10 +228,12 @@ def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
     """An RGB image and its class number; one that cannot be read is a UserError."""
     try:
         image, label = images[index]
-        return image.convert("RGB"), int(label)
-    except UNREADABLE as error:
+        image = image.convert("RGB")
+    except Exception as error:  # a broken file can raise nearly anything
         name = sample_name(images, index)
         raise UserError(f"cannot read image: {error}", name, "repair or remove it") from None
+    try:
+        return image, int(label)
     except TypeError:
         raise UserError("labels are not class numbers", "--dataset", "use another") from None
 

@@ -10,12 +10,11 @@ A run continues from `checkpoint.pth` in its `--output_dir` when there is one.
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,10 @@ from torch.utils.data import DataLoader
 
 import utils
 from augmentation import normalized_views, to_pixels
-from checkpoints import init_from, load_backbone, load_checkpoint, load_strictly, save_checkpoint
+from checkpoints import init_from, load_backbone
 from data import EpochSampler, TrainingViews, open_labelled_images, open_training_images, sample_name
 from eval_knn import extract_features, knn_classifier
+from restart import RandomStates, has_checkpoint, identity, resume, save_run
 from utils import (
     DataAugmentationDINO,
     DefaultInt,
@@ -172,6 +172,12 @@ def get_args_parser() -> argparse.ArgumentParser:
              "continues does not look at it")
     group.add_argument("--saveckp_freq", default=20, type=int,
         help="keep a numbered checkpoint every so many epochs; 0: never")
+    group.add_argument("--save_every_steps", default=0, type=int,
+        help="write the checkpoint also every so many steps, where epochs are long and machines "
+             "die without a signal; 0: after each epoch only")
+    group.add_argument("--allow_changed_args", action="store_true",
+        help="resume although flags, or the number of processes or images, are not those that the "
+             "run was started with")
     group.add_argument("--cpu_threads", default=0, type=int,
         help="threads that compute on a CPU; 0: as torch decides; fewer leave cores to the workers")
     group.add_argument("--seed", default=0, type=int,
@@ -181,9 +187,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; under `--demo`, flags not given take the demo's values."""
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+def parse_args(
+    argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
+    """The command line; under `--demo`, flags not given take the demo's values.
+
+    `parser` is that of a program with more flags.
+    """
+    if parser is None:
+        parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**demo_defaults())
     return parser.parse_args(argv)
@@ -196,13 +208,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Settle what the flags leave open; UserError for values that contradict each other."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError("must be a number", f"--{name} {value}", "mend it")
+        most = {"seed": 2**63, "num_workers": 2**10, "cpu_threads": 2**10}.get(name, 2**31)
+        if isinstance(value, int) and value >= most:
+            raise UserError(f"must be below {most}", f"--{name} {value}", "lower it")
     for name in ("batch_size_per_gpu", "epochs", "out_dim", "patch_size", "global_crops_size",
                  "local_crops_size", "head_hidden_dim", "head_bottleneck_dim"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
-                 "saveckp_freq", "max_steps", "cpu_threads", "seed", "clip_grad",
-                 "freeze_last_layer"):  # fmt: skip
+                 "saveckp_freq", "save_every_steps", "max_steps", "cpu_threads", "seed", "clip_grad",
+                 "freeze_last_layer", "lr", "min_lr", "weight_decay", "weight_decay_end"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError("must not be negative", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("warmup_teacher_temp", "teacher_temp"):
@@ -292,12 +310,18 @@ def build_networks(
     return student, teacher.requires_grad_(False)
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+def distribute(model: nn.Module, device: torch.device, crop_sizes: Iterable[int]) -> nn.Module:
     """Wrap the student so that ranks start from the same weights and average their gradients."""
     if utils.get_world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # After its first backward pass, DDP groups the gradients anew, and the groups decide in which
+    # order the ranks' sums are rounded. A blank pass first: else a restart would change a bit.
+    model.eval()
+    model([torch.zeros(1, 3, size, size, device=device) for size in crop_sizes]).sum().backward()
+    model.zero_grad()
+    return model.train()
 
 
 def synchronize_batchnorms(model: nn.Module, device: torch.device) -> nn.Module:
@@ -372,6 +396,7 @@ def train_dino(args: argparse.Namespace) -> None:
         persistent_workers=args.num_workers > 0,
         pin_memory=device.type == "cuda",
         drop_last=True,
+        worker_init_fn=utils.StopSignals.ignore,
         generator=torch.Generator(),  # its own, so that loading does not move the global stream
     )
     steps_per_epoch = sampler.num_samples // args.batch_size_per_gpu
@@ -391,11 +416,11 @@ def train_dino(args: argparse.Namespace) -> None:
     )
     output_dir = utils.make_folder(args.output_dir)
     # Weights come from 1. the run to continue, below; 2. --init_from; 3. the random seed.
-    if args.init_from and not (output_dir / "checkpoint.pth").exists():
+    if args.init_from and not has_checkpoint(output_dir):
         init_from(student, args.init_from, args.arch, args.patch_size, args.global_crops_size)
         utils.log(f"starting from the weights of {args.init_from}")
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
-    student_alone, student = student, distribute(student, device)
+    student_alone, student = student, distribute(student, device, crop_sizes)
     teacher.load_state_dict(student_alone.state_dict())  # the ranks now agree on the student
 
     # ---- loss, optimizer, schedules
@@ -420,68 +445,102 @@ def train_dino(args: argparse.Namespace) -> None:
     )
 
     # ---- resume
+    signals = utils.StopSignals()
+    guard = utils.RunGuard(
+        args.out_dim,
+        # More than 1 % of an epoch is an error, but fewer than ten never are.
+        unreadable_limit=max(9, len(images) // 100),
+        name_of=functools.partial(sample_name, images),
+        stop_asked=signals.asked,
+    )
+    logger = utils.MetricLogger("", batch_size)
     pieces = {
         "student": student_alone,
         "teacher": teacher,
         "optimizer": optimizer,
         "dino_loss": dino_loss,
         "fp16_scaler": scaler,
+        "random": RandomStates(),
+        "guard": guard,
+        "metrics": logger,
     }
-    step = resume(output_dir / "checkpoint.pth", pieces, steps_per_epoch)
+    run_identity = identity(vars(args), len(images), dtype, schedules)
+    epoch, seen = resume(output_dir, pieces, run_identity, args.allow_changed_args)
+    step = epoch * steps_per_epoch + min(seen // batch_size, steps_per_epoch)
     last_step = min(args.max_steps or math.inf, args.epochs * steps_per_epoch)
+
+    def save(step: int, record: dict | None = None, keep_as: str = "", last: bool = False) -> None:
+        """All ranks come here, rank 0 writes."""
+        state = {name: piece.state_dict() for name, piece in pieces.items()}
+        state |= {"epoch": step // steps_per_epoch, "step": step, "args": vars(args)}
+        state |= {"sampler": {"seen": step % steps_per_epoch * batch_size}, "identity": run_identity}
+        if utils.is_main_process():
+            save_run(output_dir, state, record, keep_as, last)
 
     # ---- train
     utils.log(
         f"training {args.arch} on {len(images)} images, {utils.get_world_size()} process(es) on "
         f"{device.type}, {dtype or torch.float32}, from step {step} to {last_step}"
     )
-    guard = utils.RunGuard(
-        args.out_dim,
-        # More than 1 % of an epoch is an error, but fewer than ten never are.
-        unreadable_limit=max(9, len(images) // 100),
-        name_of=functools.partial(sample_name, images),
-    )
-    while step < last_step:
-        epoch = step // steps_per_epoch
-        epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-        sampler.set_epoch(epoch)
-        sampler.start = step % steps_per_epoch * args.batch_size_per_gpu
-        guard.start_epoch()
-        logger = utils.MetricLogger(f"epoch {epoch}", batch_size, last_step - epoch_end)
-        batches = itertools.islice(loader, epoch_end - step)
-        train_one_epoch(
-            student,
-            teacher,
-            dino_loss,
-            logger.log_every(batches, epoch_end - step),
-            optimizer,
-            scaler,
-            schedules,
-            step,
-            epoch,
-            device,
-            dtype,
-            args.clip_grad,
-            args.freeze_last_layer,
-            args.seed,
-            guard,
-            logger,
-        )
-        step = epoch_end
+    with signals:
+        while step < last_step and not guard.stopping:
+            epoch = step // steps_per_epoch
+            epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
+            sampler.set_epoch(epoch)
+            sampler.start = step % steps_per_epoch * args.batch_size_per_gpu
+            if step % steps_per_epoch == 0:  # else the sums go on from before the restart
+                guard.start_epoch()
+                logger.start_epoch()
+            logger.header, logger.steps_after = f"epoch {epoch}", last_step - epoch_end
+            batches = save_between(iter(loader), range(step, epoch_end), args.save_every_steps, save, guard)
+            step = train_one_epoch(
+                student,
+                teacher,
+                dino_loss,
+                logger.log_every(batches, epoch_end - step),
+                optimizer,
+                scaler,
+                schedules,
+                step,
+                epoch,
+                device,
+                dtype,
+                args.clip_grad,
+                args.freeze_last_layer,
+                args.seed,
+                guard,
+                logger,
+            )
 
-        if utils.is_main_process():
-            state = {name: piece.state_dict() for name, piece in pieces.items()}
-            state |= {"epoch": step // steps_per_epoch, "step": step, "args": vars(args)}
-            names = ["checkpoint.pth"]
-            if step % steps_per_epoch == 0 and args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                names.append(f"checkpoint{epoch:04}.pth")
-            for name in names:
-                save_checkpoint(state, output_dir / name)
-            record = {f"train_{name}": value for name, value in logger.averages().items()}
-            record |= {"epoch": epoch, "step": step, "unreadable": guard.unreadable}
-            with open(output_dir / "log.txt", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            record, keep_as = None, ""
+            if step == epoch_end:
+                record = {f"train_{name}": value for name, value in logger.averages().items()}
+                record |= {"epoch": epoch, "step": step, "unreadable": guard.unreadable}
+                if step % steps_per_epoch == 0 and args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                    keep_as = f"checkpoint{epoch:04}.pth"
+            save(step, record, keep_as, last=guard.stopping or step == last_step)
     utils.barrier()  # what was saved is there for every rank
+    if step < last_step:
+        cause = signals.received.name if signals.received else "a signal to another process"
+        raise utils.Interrupted(
+            f"by {cause}, step {step} of {last_step} is saved", str(output_dir), "the same command resumes"
+        )
+
+
+def save_between(
+    batches: Iterator, steps: range, save_every: int, save: Callable[[int], None], guard: utils.RunGuard
+) -> Iterator:
+    """The batches of these steps; saves after each `save_every` steps, ends early if the ranks stop.
+
+    The last save is left to the caller.
+    """
+    for step, batch in zip(steps, batches, strict=False):
+        yield batch
+        done = step + 1
+        if guard.stopping or done == steps.stop:
+            return
+        if save_every and done % save_every == 0:
+            save(done)
 
 
 def train_one_epoch(
@@ -501,10 +560,11 @@ def train_one_epoch(
     seed: int,
     guard: utils.RunGuard,
     logger: utils.MetricLogger,
-) -> None:
+) -> int:
     """Algorithm 1 of the paper, from global step `first_step` to the end of `batches`.
 
     A batch is V uint8 views (B, 3, H, W), and (B,) indices of images that had to be replaced.
+    Returns the step to go on from.
     """
     for step, (views, colours, unreadable) in enumerate(batches, first_step):
         # schedules and random numbers (drop path) of this step
@@ -537,24 +597,7 @@ def train_one_epoch(
 
         # log
         logger.update(**metrics, lr=lr, wd=wd, momentum=momentum)
-
-
-def resume(path: Path, pieces: dict, steps_per_epoch: int) -> int:
-    """Continue from `path` if it exists: load its state into the pieces, return its global step."""
-    if not path.exists():
-        return 0
-    checkpoint = load_checkpoint(path)
-    missing = [name for name in (*pieces, "epoch") if name not in checkpoint]
-    if missing:
-        raise UserError(f"checkpoint lacks {', '.join(missing)}", str(path), "give another --output_dir")
-    for name, piece in pieces.items():
-        if isinstance(piece, nn.Module):
-            load_strictly(piece, checkpoint[name], f"{path}: {name}")
-        elif checkpoint[name] is not None:
-            piece.load_state_dict(checkpoint[name])
-    step = checkpoint.get("step", checkpoint["epoch"] * steps_per_epoch)
-    utils.log(f"resuming {path} at step {step}")
-    return step
+    return step + 1
 
 
 # ---------------------------------------------------------------------------------------------

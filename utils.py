@@ -10,14 +10,19 @@ https://arxiv.org/abs/2104.14294.
 import argparse
 import contextlib
 import difflib
+import io
 import itertools
 import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -493,6 +498,11 @@ def launched_as() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def rendezvous_port(job: int, attempt: int) -> int:
+    """A port that jobs on one machine, and attempts at one job, do not share."""
+    return 20000 + (97 * job + attempt) % 20000
+
+
 def _slurm_rendezvous() -> None:
     """Set MASTER_ADDR and MASTER_PORT as torchrun would: the step's first node, a port per step."""
 
@@ -505,8 +515,32 @@ def _slurm_rendezvous() -> None:
     # A node's name need not resolve; its address does.
     address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
     env.setdefault("MASTER_ADDR", address)
-    step = 97 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])
-    env.setdefault("MASTER_PORT", str(20000 + step % 20000))
+    attempt = int(env["SLURM_STEP_ID"]) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
+    env.setdefault("MASTER_PORT", str(rendezvous_port(int(env["SLURM_JOB_ID"]), attempt)))
+
+
+def _fresh_store(store: dist.Store, rank: int, world_size: int, patience: float = 600) -> dist.Store:
+    """The store under a prefix that no earlier attempt has used.
+
+    torchrun's store outlives a restart of its processes, which would read their dead
+    predecessors' addresses; the count of restarts that it gives may differ between machines. So
+    rank 0 draws a name, and tells it to each rank under a key that this rank has just drawn.
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question of {rank}", question)
+        name = store.get(question).decode()  # waits for the key
+        store.add(f"{name} heard", 1)
+        return dist.PrefixStore(name, store)
+    name, deadline = uuid.uuid4().hex, time.monotonic() + patience
+    while store.add(f"{name} heard", 0) < world_size - 1:  # until then, a question may be an old one
+        for other in range(1, world_size):
+            if store.check([f"question of {other}"]):
+                store.set(store.get(f"question of {other}").decode(), name)
+        if time.monotonic() > deadline:
+            raise Interrupted(f"not all of {world_size} processes have come", "", "start them together")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> torch.device:
@@ -524,9 +558,10 @@ def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> to
         if "RANK" not in os.environ and dist_url == "env://":
             _slurm_rendezvous()
         backend = "nccl" if device.type == "cuda" else "gloo"
+        store = next(dist.rendezvous(dist_url, rank, world_size))[0]
         dist.init_process_group(
             backend,
-            init_method=dist_url,
+            store=_fresh_store(store, rank, world_size),
             rank=rank,
             world_size=world_size,
             device_id=device if device.type == "cuda" else None,
@@ -584,6 +619,14 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def all_gather_object(value) -> list:
+    """Small picklable values of all ranks, in their order."""
+    values = [value] * get_world_size()
+    if get_world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 # ---------------------------------------------------------------------------------------------
 # Logging
 # ---------------------------------------------------------------------------------------------
@@ -632,6 +675,22 @@ class MetricLogger:
         for name, value in values.items():
             self.meters.setdefault(name, SmoothedValue()).update(value)
 
+    def start_epoch(self) -> None:
+        """Begin all series anew."""
+        self.meters.clear()
+        self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
+
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Sum and length of each series, so that a restart within an epoch keeps its averages."""
+        series = self.meters | {"step_time": self.step_time}
+        return {name: (meter.total, meter.count) for name, meter in series.items()}
+
+    def load_state_dict(self, state: dict[str, tuple[float, int]]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name, (total, count) in state.items():
+            own = self.step_time if name == "step_time" else self.meters.setdefault(name, SmoothedValue())
+            own.total, own.count = float(total), int(count)
+
     def averages(self) -> dict[str, float]:
         """Each series' mean over the epoch, and its images/s."""
         speed = self.images_per_step / self.step_time.global_avg if self.step_time.total else 0.0
@@ -675,6 +734,9 @@ class MetricLogger:
 class RunGuard:
     """Looks at every step's numbers: ends a run that cannot go on, names one that has collapsed.
 
+    It also tells the ranks when one of them was asked to stop: `stopping` then turns true on all
+    of them at the same step.
+
     Uniform collapse: the teacher's outputs are flat, the loss sits at ln K. Constant collapse:
     they are peaked, but the same for every image, so that the entropy of their mean over the
     batch is no larger than their own (paper, Section 5.3 and Figure 7). Either is named once,
@@ -692,17 +754,30 @@ class RunGuard:
         unreadable_limit: int,
         name_of: Callable[[int], str] = str,
         patience: int = 200,
+        stop_asked: Callable[[], bool] = lambda: False,
     ):
-        """`name_of` an index is the image's name; `unreadable_limit` holds for one epoch."""
+        """`name_of` an index is the image's name; `unreadable_limit` holds for one epoch;
+        `stop_asked` says whether this rank was asked to stop.
+        """
         self.max_entropy = math.log(out_dim)
         self.unreadable_limit, self.name_of, self.patience = unreadable_limit, name_of, patience
         self.lasted = dict.fromkeys(self.ADVICE, 0)
+        self.stop_asked, self.stopping = stop_asked, False
         self.named: set[int] = set()
         self.unreadable = 0
 
     def start_epoch(self) -> None:
         """Count unreadable images anew."""
         self.unreadable = 0
+
+    def state_dict(self) -> dict:
+        """The counts that a restart has to keep."""
+        return {"unreadable": self.unreadable, "lasted": dict(self.lasted)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave."""
+        self.unreadable = int(state["unreadable"])
+        self.lasted = {name: int(state["lasted"][name]) for name in self.ADVICE}
 
     def check(self, step: int, loss: Tensor, stats: Tensor, unreadable: Tensor) -> dict[str, float]:
         """The step's numbers as means over ranks; the one place where the host waits for the device.
@@ -715,14 +790,17 @@ class RunGuard:
             tqdm.write(f"warning: cannot read {self.name_of(index)}: another image takes its place")
         self.named.update(failed)
 
-        count = stats.new_tensor([len(failed)]) if failed else torch.zeros_like(stats[:1])
-        numbers = torch.cat([loss.detach().reshape(1).float(), stats, count])
-        loss, entropy, batch_entropy, kl, mean_failed = all_reduce_mean(numbers).tolist()
+        counts = [len(failed), self.stop_asked()]
+        # Zeros are made on the device; a copy to it would wait.
+        counts = stats.new_tensor(counts) if any(counts) else torch.zeros_like(stats[:2])
+        numbers = torch.cat([loss.detach().reshape(1).float(), stats, counts])
+        loss, entropy, batch_entropy, kl, mean_failed, stop = all_reduce_mean(numbers).tolist()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"loss is {loss}", f"step {step}",
                 "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.3",
             )  # fmt: skip
+        self.stopping = stop > 0
         self.unreadable += round(mean_failed * get_world_size())
         if self.unreadable > self.unreadable_limit:
             raise UserError(
@@ -756,7 +834,7 @@ class RunGuard:
 class UserError(Exception):
     """Something the user can mend. Printed as `error: <what> (<where>): <fix>`, exit code 2."""
 
-    exit_code = 2
+    label, exit_code = "error", 2
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
@@ -766,6 +844,55 @@ class TrainingError(UserError):
     """Training cannot go on as asked; what was saved stays. Exit code 1."""
 
     exit_code = 1
+
+
+class Interrupted(UserError):
+    """The run was stopped from outside; the same command resumes it. Exit code 75, EX_TEMPFAIL."""
+
+    label, exit_code = "stopped", 75
+
+
+class StoppedAtOnce(Interrupted):
+    """Not even the step was finished. Exit code 130, as a shell has it for SIGINT."""
+
+    exit_code = 130
+
+
+class StopSignals:
+    """Within its block, a signal that asks to stop is noted and does not end the process.
+
+    Schedulers send SIGTERM, SIGUSR1 or SIGUSR2; Ctrl-C sends SIGINT. A second Ctrl-C stops at once.
+    """
+
+    SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, n)]
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._before: dict = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _):
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+    @classmethod
+    def ignore(cls, *_) -> None:
+        """In a data-loading worker: schedulers signal the whole job, but only the training stops."""
+        for number in cls.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -851,29 +978,69 @@ def fix_random_seeds(*entropy: int) -> None:
 
 
 def make_folder(path: str) -> Path:
-    """The folder for a run's files, made if it is not there. Raises UserError."""
+    """The folder for a run's files, made if it is not there. Raises UserError if it cannot be written."""
+    folder = Path(path).expanduser()
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
     except OSError as error:
         raise UserError(error.strerror, f"--output_dir {path}", "choose another") from None
-    return Path(path)
+    return folder
+
+
+def say(error: UserError) -> None:
+    """The error in one line, from the first rank."""
+    if launched_as()[0] == 0:
+        # An error from a data-loading worker comes with that worker's traceback before it.
+        line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        print(f"{error.label}: {line}", file=sys.stderr, flush=True)
 
 
 def exit_with(error: UserError):
     """End the process; the first rank says why."""
-    if launched_as()[0] == 0:
-        # An error from a data-loading worker comes with that worker's traceback before it.
-        line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    say(error)
     sys.exit(error.exit_code)
+
+
+def from_outside(error: Exception) -> UserError | None:
+    """One clear line for what the machine, not the program, did wrong; None for anything else."""
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
+        return TrainingError(
+            f"out of memory: {message}", "", "lower --batch_size_per_gpu, --out_dim or the network"
+        )
+    if "DataLoader worker" in message:
+        return Interrupted(f"a data-loading worker died: {message}", "", "the same command resumes")
+    if isinstance(error, dist.DistError) or "/gloo/" in message:
+        message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
+        return Interrupted(f"lost another process: {message}", "", "the same command resumes")
+    if isinstance(error, OSError):
+        where = str(error.filename or "")
+        return TrainingError(error.strerror or message, where, "mend it; the same command resumes")
+    return None
 
 
 def run_script(main: Callable, args: argparse.Namespace) -> None:
     """Call `main(args)`; end in one clear line when the user can mend what went wrong."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except UserError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        exit_with(
+            StoppedAtOnce("at once, by Ctrl-C", "", "the same command resumes from the last checkpoint")
+        )
+    except Exception as error:
+        outside = from_outside(error)
+        if outside is None:
+            raise
+        if dist.is_initialized():  # leaving the group in order would wait for a rank that may be dead
+            say(outside)
+            os._exit(outside.exit_code)
+        exit_with(outside)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

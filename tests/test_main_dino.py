@@ -172,11 +172,11 @@ def test_optimizers_take_the_schedule(name):
 
 def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
     train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1)
-    names = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt"}
+    names = {"checkpoint.pth", "checkpoint_prev.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt"}
     assert {path.name for path in tmp_path.iterdir()} == names
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
-    keys = {"student", "teacher", "optimizer", "epoch", "step", "args", "dino_loss", "fp16_scaler"}
-    assert set(checkpoint) == keys
+    published = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
+    assert set(checkpoint) == published | {"step", "random", "sampler", "guard", "metrics", "identity"}
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 10)
     assert checkpoint["args"]["arch"] == "vit_nano" and type(checkpoint["args"]) is dict
     assert checkpoint["dino_loss"]["center"].shape == (1, 64)
@@ -215,10 +215,32 @@ def test_a_finished_run_has_nothing_left_to_do(images, tmp_path, capsys):
     assert "resuming" in capsys.readouterr().out
 
 
-def test_resuming_another_network_is_refused(images, tmp_path):
-    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1)
+def test_changed_flags_are_listed_and_refused_until_allowed(images, tmp_path, capsys):
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 6)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    again = ["--data_path", images, "--output_dir", tmp_path]
+    with pytest.raises(UserError, match=r"teacher_temp 0.04 -> 0.05, epochs 2 -> 4 .*--allow_changed_args"):
+        train(*again, "--epochs", 4, "--teacher_temp", 0.05)
+    with pytest.raises(UserError, match=r"batch_size_per_gpu 4 -> 2"):
+        train(*again, "--batch_size_per_gpu", 2)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
     with pytest.raises(UserError, match=r"weights do not fit: .*misshapen .*student"):
-        train("--data_path", images, "--output_dir", tmp_path, "--out_dim", 32)
+        train(*again, "--out_dim", 32, "--allow_changed_args")
+    capsys.readouterr()
+    # Step 6 of 5 a epoch had seen 4 images of epoch 1; in batches of 2, that is step 12 of 10 an epoch.
+    train(*again, "--batch_size_per_gpu", 2, "--allow_changed_args", "--max_steps", 13)
+    out = capsys.readouterr().out
+    assert "warning: going on with batch_size_per_gpu 4 -> 2: from here on the schedules, the order" in out
+    assert "from step 12 to 13" in out
+    train(*again, "--batch_size_per_gpu", 2, "--num_workers", 1, "--max_steps", 14)  # no change of maths
+
+
+def test_a_changed_number_of_images_is_named(tmp_path):
+    save_images(tmp_path / "data", 8)
+    train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 1)
+    save_images(tmp_path / "data", 9)
+    with pytest.raises(UserError, match=r"images 8 -> 9"):
+        train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
 
 
 def test_a_new_run_begins_with_given_weights_and_a_resumed_one_does_not(images, tmp_path, capsys):
@@ -261,7 +283,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_pa
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path)]
     run("main_dino.py", *TINY, *flags, "--max_steps", "5")
     good = (tmp_path / "checkpoint.pth").read_bytes()
-    result = run("main_dino.py", *TINY, *flags, "--lr", "1e30", "--clip_grad", "0", check=False)
+    result = run(
+        "main_dino.py", *TINY, *flags, "--lr", "1e30", "--clip_grad", "0", "--allow_changed_args", check=False
+    )
     assert result.returncode == 1
     assert result.stderr.startswith("error: loss is nan (step ") and "--lr" in result.stderr
     assert (tmp_path / "checkpoint.pth").read_bytes() == good

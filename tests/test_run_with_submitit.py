@@ -1,0 +1,297 @@
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import run_with_submitit
+from checkpoints import load_checkpoint
+from tests.conftest import ROOT, TINY, run, save_images, torchrun
+
+PUBLISHED = {"ngpus": 8, "nodes": 2, "timeout": 2800, "use_volta32": False, "comment": ""}
+
+
+def wait_for(condition, what: str, seconds: float = 300):
+    """Polls until `condition()` gives something, and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.2)
+    return found
+
+
+def text_of(*paths: Path) -> str:
+    return "".join(path.read_text() for path in paths if path.exists())
+
+
+def differences(one: Path, other: Path) -> int:
+    """How many tensors of two runs' last checkpoints differ in any bit."""
+    one, other = (load_checkpoint(folder / "checkpoint.pth") for folder in (one, other))
+    assert one["step"] == other["step"]
+    return sum(
+        not torch.equal(value, other[part][name])
+        for part in ("student", "teacher", "dino_loss")
+        for name, value in one[part].items()
+    )
+
+
+# ---- flags
+
+
+def test_published_flags_and_defaults():
+    job, args = run_with_submitit.parse_args([])
+    assert {name: vars(job)[name] for name in PUBLISHED} == PUBLISHED
+    assert args.arch == "vit_small" and not set(vars(args)) & set(vars(job))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--ngpus -1", "must be at least 0 (--ngpus -1): raise it"),
+        ("--nodes 0", "must be at least 1 (--nodes 0): raise it"),
+        ("--mem_gb nan", "must be at least 0 (--mem_gb nan): raise it"),
+        ("--epochs 0", "must be at least 1 (--epochs 0): raise it"),
+        ("--local --dry_run", "a local job has no script (--dry_run): leave out one of --local, --dry_run"),
+        ("--shared_dir /proc/x", "No such file or directory (--shared_dir /proc/x): choose another"),
+        ("--partition_ low", "unrecognized arguments: --partition_ low: see --help"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_with_submitit.utils.run_script(
+            run_with_submitit.main, run_with_submitit.parse_args(["--local", *flags.split()])
+        )
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+# ---- on this machine
+
+
+def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
+    """Two processes, by submitit's own executor; the signal is the one it sends at its time limit."""
+    flags = ["--data_path", str(images), "--epochs", "20", "--batch_size_per_gpu", "2"]
+    command = [
+        "run_with_submitit.py",
+        "--local",
+        "--ngpus",
+        "2",
+        *TINY,
+        *flags,
+        "--output_dir",
+        f"{tmp_path}/%j",
+    ]
+    with open(tmp_path / "said", "w") as said:  # a pipe would be held open by the job
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=said, check=True)
+    number = re.search(r"job (\d+), output in", text_of(tmp_path / "said"))[1]
+    logs = tmp_path / f"{number}_slurm"
+    out = logs / f"{number}_0_log.out"
+    wait_for(lambda: "epoch 1 " in text_of(out), "training")
+    for task in subprocess.run(["pgrep", "-P", number], capture_output=True, text=True).stdout.split():
+        os.kill(int(task), signal.SIGUSR2)
+    wait_for(lambda: "Job completed successfully" in text_of(out), "end of the training")
+    stopped = int(
+        re.search(r"by SIGUSR2, step (\d+) of 100 is saved", text_of(logs / f"{number}_0_log.err"))[1]
+    )
+    assert f"2 process(es) on cpu, torch.float32, from step {stopped} to 100" in text_of(out)
+    torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path / "whole"))
+    assert differences(tmp_path / number, tmp_path / "whole") == 0
+
+
+# ---- on a real SLURM
+
+
+@functools.cache
+def slurm_is_missing() -> bool:
+    if not shutil.which("scontrol"):
+        return True
+    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True).stdout
+    return not re.search(r"ClusterName\s*= dinotests", shown)
+
+
+needs_slurm = pytest.mark.skipif(
+    slurm_is_missing(), reason="no SLURM of tests/slurm/cluster here: `sudo tests/slurm/cluster start DIR`"
+)
+
+# Eight epochs of twelve steps, on two nodes.
+SHORT = [*TINY, "--epochs", "8", "--drop_path_rate", "0.3"]
+
+
+def slurm(*command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+class Job:
+    """A job on two nodes, by its number; `out` and `err` are the first process's."""
+
+    def __init__(self, number: str, out: Path, err: Path):
+        self.number, self.out, self.err = number, out, err
+
+    def show(self, key: str) -> str:
+        return re.search(rf"\b{key}=(\S+)", slurm("scontrol", "show", "job", self.number))[1]
+
+    def wait_until(self, state: str) -> None:
+        wait_for(
+            lambda: self.show("JobState") == state, f"{state}: {self.show('JobState')}\n{text_of(self.err)}"
+        )
+
+    def wait_for_line(self, line: str) -> None:
+        """A line of the output that is not there yet."""
+        before = text_of(self.out).count(line)
+        wait_for(lambda: text_of(self.out).count(line) > before, f"{line!r} in {text_of(self.out, self.err)}")
+
+    def start_again(self) -> None:
+        """A requeued job waits for two minutes; not here."""
+        self.wait_until("PENDING")
+        assert self.show("Restarts") == "1"
+        slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+
+
+def submit(*flags: str, output_dir: Path) -> Job:
+    """By run_with_submitit.py."""
+    resources = "--ngpus 0 --nodes 2 --cpus_per_task 1 --mem_gb 2 --partition low --timeout 60".split()
+    command = [sys.executable, "run_with_submitit.py", *resources, *flags, "--output_dir", str(output_dir)]
+    number = re.search(r"job (\d+)", slurm(*command))[1]
+    logs = Path(f"{output_dir}_slurm".replace("%j", number))
+    return Job(number, *(logs / f"{number}_0_log.{end}" for end in ("out", "err")))
+
+
+def submit_script(folder: Path, command: str) -> Job:
+    """By a script of the user's own, as in the README."""
+    script = (
+        "#!/bin/bash\n"
+        "#SBATCH --nodes=2 --ntasks-per-node=1 --partition=low --mem=2G\n"
+        "#SBATCH --signal=USR1@120 --requeue --open-mode=append\n"
+        f"{command}\n"
+        "[ $? -eq 75 ] && scontrol requeue $SLURM_JOB_ID\n"
+        "true\n"
+    )
+    (folder / "job.sh").write_text(script)
+    out, err = folder / "job.out", folder / "job.err"
+    number = slurm(
+        "sbatch", "--parsable", f"--output={out}", f"--error={err}", str(folder / "job.sh")
+    ).strip()
+    return Job(number, out, err)
+
+
+def preempt(job: Job) -> None:
+    """Take both nodes away from the job for a moment."""
+    other = slurm(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1"
+    ).strip()
+    wait_for(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", other), "job in partition high")
+
+
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    save_images(folder, 96)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many_images, tmp_path_factory) -> Path:
+    """The output of SHORT on two processes, without SLURM."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    torchrun(2, "main_dino.py", *SHORT, "--data_path", str(many_images), "--output_dir", str(folder))
+    return folder
+
+
+@needs_slurm
+def test_dry_run_prints_the_script(tmp_path):
+    flags = "--dry_run --nodes 3 --ngpus 4 --account me --qos fast --constraint a100 --use_volta32".split()
+    setup = ["--slurm_setup", "module load cuda", "ulimit -n 4096"]
+    out = run("run_with_submitit.py", *flags, *setup, "--output_dir", str(tmp_path / "%j")).stdout
+    for line in (
+        "#SBATCH --nodes=3", "#SBATCH --gpus-per-node=4", "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --mem=160GB", "#SBATCH --account=me", "#SBATCH --qos=fast",
+        "#SBATCH --constraint='a100&volta32'",
+        "#SBATCH --cpus-per-task=10", "#SBATCH --time=2800", "module load cuda", "ulimit -n 4096",
+    ):  # fmt: skip
+        assert f"\n{line}\n" in out
+    assert "--partition" not in out and not list(tmp_path.iterdir())
+
+
+@needs_slurm
+def test_what_sbatch_refuses_is_one_line(tmp_path):
+    flags = "--ngpus", "0", "--partition", "none", "--output_dir", str(tmp_path / "out")
+    result = run("run_with_submitit.py", *flags, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(
+        r"^error: sbatch refused: .*partition.*: mend the flags of the job\n$", result.stderr, re.M
+    )
+
+
+@needs_slurm
+def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
+    many_images, uninterrupted, tmp_path
+):
+    job = submit(*SHORT, "--data_path", str(many_images), output_dir=tmp_path / "%j")
+    job.wait_for_line("epoch 0 [10/12]")
+    preempt(job)
+    job.start_again()
+    job.wait_until("COMPLETED")
+    saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
+    assert "global_rank=1(2)" in text_of(job.out.with_name(f"{job.number}_1_log.out"))
+    output = tmp_path / job.number
+    assert differences(output, uninterrupted) == 0
+    assert [json.loads(line)["epoch"] for line in (output / "log.txt").open()] == list(range(8))
+
+
+@needs_slurm
+def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
+    flags = [*SHORT, "--epochs", "1000", "--data_path", str(many_images)]  # does not end by itself
+    job = submit(*flags, output_dir=tmp_path / "run")
+    job.wait_for_line("epoch 0 [10/12]")
+    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")  # two minutes before, SLURM signals
+    job.start_again()
+    job.wait_for_line("from step")
+    saved = re.search(r"stopped: by .*, step (\d+) of 12000 is saved", text_of(job.err))[1]
+    assert f"from step {saved} to 12000" in text_of(job.out)
+    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+    job.wait_for_line("/12]")
+    slurm("scancel", job.number)
+    job.wait_until("CANCELLED")
+    assert job.show("Restarts") == "1"
+    step = load_checkpoint(tmp_path / "run" / "checkpoint.pth")["step"]
+    assert step > int(saved)
+    assert f"stopped: by SIGTERM, step {step} of 12000 is saved" in text_of(job.err)
+    torchrun(2, "main_dino.py", *flags, "--max_steps", str(step), "--output_dir", str(tmp_path / "whole"))
+    assert differences(tmp_path / "run", tmp_path / "whole") == 0
+
+
+@needs_slurm
+def test_bare_srun_resumes_after_preemption(many_images, uninterrupted, tmp_path):
+    flags = " ".join([*SHORT, f"--data_path {many_images} --output_dir {tmp_path}"])
+    job = submit_script(tmp_path, f"srun {sys.executable} main_dino.py {flags}")
+    job.wait_for_line("epoch 0 [10/12]")
+    preempt(job)
+    job.start_again()
+    job.wait_until("COMPLETED")
+    saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
+    assert differences(tmp_path, uninterrupted) == 0
+
+
+@needs_slurm
+def test_srun_torchrun(many_images, uninterrupted, tmp_path):
+    flags = " ".join([*SHORT, f"--data_path {many_images} --output_dir {tmp_path}"])
+    rendezvous = "--rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID --rdzv_endpoint=localhost:29517"
+    launcher = f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc_per_node=1 {rendezvous}"
+    job = submit_script(tmp_path, f"srun {launcher} main_dino.py {flags}")
+    job.wait_until("COMPLETED")
+    assert "2 process(es)" in text_of(job.out)
+    assert differences(tmp_path, uninterrupted) == 0
