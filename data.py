@@ -7,7 +7,7 @@ import inspect
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -284,3 +284,36 @@ class EpochSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return self.num_samples - self.start
+
+
+def to_device(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
+    """Batches of `TrainingViews` with the views on the device, copied one batch ahead.
+
+    On CUDA the copy has a stream of its own, so that it goes on during the step before.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(batch: tuple) -> tuple:
+        views, *rest = batch
+        with torch.cuda.stream(stream):  # None: no stream, no effect
+            return (
+                [view.to(device, non_blocking=True) for view in views],
+                rest,
+                stream and stream.record_event(),
+            )
+
+    def hand_over(views: list[Tensor], rest: list, copied) -> tuple:
+        if copied:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(copied)
+            for view in views:
+                view.record_stream(current)  # its memory is not free before the step is through
+        return views, *rest
+
+    ahead = None
+    for batch in batches:
+        ready, ahead = ahead, copy(batch)
+        if ready:
+            yield hand_over(*ready)
+    if ahead:
+        yield hand_over(*ahead)

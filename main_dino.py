@@ -28,7 +28,14 @@ from torch.utils.data import DataLoader
 import utils
 from augmentation import normalized_views, to_pixels
 from checkpoints import init_from, load_backbone
-from data import EpochSampler, TrainingViews, open_labelled_images, open_training_images, sample_name
+from data import (
+    EpochSampler,
+    TrainingViews,
+    open_labelled_images,
+    open_training_images,
+    sample_name,
+    to_device,
+)
 from eval_knn import extract_features, knn_classifier
 from restart import RandomStates, has_checkpoint, identity, resume, save_run
 from utils import (
@@ -130,6 +137,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="largest norm of each parameter's gradient; 0 turns clipping off")
     group.add_argument("--batch_size_per_gpu", default=64, type=int,
         help="images per process and step")
+    group.add_argument("--accum_steps", default=1, type=int,
+        help="add up the gradients of so many batches before each update: a larger batch than fits into "
+             "memory, and the same result but for batch norms")
     group.add_argument("--epochs", default=100, type=int, help="passes over the data")
     group.add_argument("--max_steps", default=0, type=int,
         help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
@@ -178,6 +188,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--allow_changed_args", action="store_true",
         help="resume although flags, or the number of processes or images, are not those that the "
              "run was started with")
+    group.add_argument("--augment_on", default="worker", choices=["worker", "device"],
+        help="where colours change; device, where the workers cannot keep up with it: they then only "
+             "decode and crop")
+    group.add_argument("--compile", action="store_true",
+        help="torch.compile student and teacher: minutes at the start, faster steps on GPUs")
+    group.add_argument("--grad_checkpointing", action="store_true",
+        help="compute activations twice instead of keeping them: less memory, a third more time")
     group.add_argument("--cpu_threads", default=0, type=int,
         help="threads that compute on a CPU; 0: as torch decides; fewer leave cores to the workers")
     group.add_argument("--seed", default=0, type=int,
@@ -214,7 +231,7 @@ def check_args(args: argparse.Namespace) -> None:
         most = {"seed": 2**63, "num_workers": 2**10, "cpu_threads": 2**10}.get(name, 2**31)
         if isinstance(value, int) and value >= most:
             raise UserError(f"must be below {most}", f"--{name} {value}", "lower it")
-    for name in ("batch_size_per_gpu", "epochs", "out_dim", "patch_size", "global_crops_size",
+    for name in ("batch_size_per_gpu", "accum_steps", "epochs", "out_dim", "patch_size", "global_crops_size",
                  "local_crops_size", "head_hidden_dim", "head_bottleneck_dim"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
@@ -310,6 +327,13 @@ def build_networks(
     return student, teacher.requires_grad_(False)
 
 
+def compile_in_place(*networks: MultiCropWrapper) -> None:
+    """torch.compile backbones and heads, once for each shape; what it cannot compile is an error."""
+    for network in networks:
+        for part in (network.backbone, network.head):
+            part.compile(fullgraph=True, dynamic=False)
+
+
 def distribute(model: nn.Module, device: torch.device, crop_sizes: Iterable[int]) -> nn.Module:
     """Wrap the student so that ranks start from the same weights and average their gradients."""
     if utils.get_world_size() == 1:
@@ -384,13 +408,14 @@ def train_dino(args: argparse.Namespace) -> None:
 
     # ---- data
     images = open_training_images(args.data_path, args.dataset, args.download, args.demo)
-    batch_size = args.batch_size_per_gpu * utils.get_world_size()
+    rank_batch_size = args.batch_size_per_gpu * args.accum_steps
+    batch_size = rank_batch_size * utils.get_world_size()
     check_batch(len(images), batch_size)
-    dataset = TrainingViews(images, build_augmentation(args), args.seed)
+    dataset = TrainingViews(images, build_augmentation(args), args.seed, args.augment_on == "device")
     sampler = EpochSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed)
     loader = DataLoader(
         dataset,
-        batch_size=args.batch_size_per_gpu,
+        batch_size=rank_batch_size,
         sampler=sampler,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
@@ -399,7 +424,7 @@ def train_dino(args: argparse.Namespace) -> None:
         worker_init_fn=utils.StopSignals.ignore,
         generator=torch.Generator(),  # its own, so that loading does not move the global stream
     )
-    steps_per_epoch = sampler.num_samples // args.batch_size_per_gpu
+    steps_per_epoch = sampler.num_samples // rank_batch_size
 
     # ---- student and teacher
     crop_sizes = [args.global_crops_size] + [args.local_crops_size] * bool(args.local_crops_number)
@@ -420,6 +445,10 @@ def train_dino(args: argparse.Namespace) -> None:
         init_from(student, args.init_from, args.arch, args.patch_size, args.global_crops_size)
         utils.log(f"starting from the weights of {args.init_from}")
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
+    if args.grad_checkpointing:
+        utils.checkpoint_activations(student.backbone, args.arch)
+    if args.compile:
+        compile_in_place(student, teacher)
     student_alone, student = student, distribute(student, device, crop_sizes)
     teacher.load_state_dict(student_alone.state_dict())  # the ranks now agree on the student
 
@@ -431,6 +460,7 @@ def train_dino(args: argparse.Namespace) -> None:
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,
         args.epochs,
+        accum_steps=args.accum_steps,
     ).to(device)
     optimizer = build_optimizer(args.optimizer, student_alone)
     dtype = autocast_dtype(args.precision, args.use_fp16, device)
@@ -487,12 +517,14 @@ def train_dino(args: argparse.Namespace) -> None:
             epoch = step // steps_per_epoch
             epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
             sampler.set_epoch(epoch)
-            sampler.start = step % steps_per_epoch * args.batch_size_per_gpu
+            sampler.start = step % steps_per_epoch * rank_batch_size
             if step % steps_per_epoch == 0:  # else the sums go on from before the restart
                 guard.start_epoch()
                 logger.start_epoch()
             logger.header, logger.steps_after = f"epoch {epoch}", last_step - epoch_end
-            batches = save_between(iter(loader), range(step, epoch_end), args.save_every_steps, save, guard)
+            batches = save_between(
+                to_device(loader, device), range(step, epoch_end), args.save_every_steps, save, guard
+            )
             step = train_one_epoch(
                 student,
                 teacher,
@@ -505,6 +537,7 @@ def train_dino(args: argparse.Namespace) -> None:
                 epoch,
                 device,
                 dtype,
+                args.accum_steps,
                 args.clip_grad,
                 args.freeze_last_layer,
                 args.seed,
@@ -547,7 +580,7 @@ def train_one_epoch(
     student: nn.Module,
     teacher: nn.Module,
     dino_loss: DINOLoss,
-    batches: Iterable[tuple[list[Tensor], Tensor]],
+    batches: Iterable[tuple[list[Tensor], Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     schedules: dict[str, np.ndarray],
@@ -555,6 +588,7 @@ def train_one_epoch(
     epoch: int,
     device: torch.device,
     dtype: torch.dtype | None,
+    accum_steps: int,
     clip_grad: float,
     freeze_last_layer: int,
     seed: int,
@@ -563,8 +597,9 @@ def train_one_epoch(
 ) -> int:
     """Algorithm 1 of the paper, from global step `first_step` to the end of `batches`.
 
-    A batch is V uint8 views (B, 3, H, W), and (B,) indices of images that had to be replaced.
-    Returns the step to go on from.
+    A batch is as `data.to_device` gives it: V uint8 views (B, 3, H, W) on the device, what is left
+    to do to their colours, and (B,) indices of images that had to be replaced. Returns the step to
+    go on from.
     """
     for step, (views, colours, unreadable) in enumerate(batches, first_step):
         # schedules and random numbers (drop path) of this step
@@ -572,17 +607,18 @@ def train_one_epoch(
         utils.set_schedules(optimizer, lr, wd)
         utils.fix_random_seeds(seed, utils.get_rank(), step)
 
-        # forward: the teacher sees the global views, the student all
-        views = normalized_views([view.to(device, non_blocking=True) for view in views], colours)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            teacher_output = teacher(views[:2])
-            student_output = student(views)
-        loss = dino_loss(student_output, teacher_output, epoch)
-
-        # backward, then the check: on a GPU, the host waits while the gradients are computed
+        # forward: the teacher sees the global views, the student all; backward
+        views = normalized_views(views, colours)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        metrics = guard.check(step, loss, dino_loss.stats, unreadable)
+        for part in utils.in_parts(views, accum_steps, student):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                teacher_output = teacher(part[:2])
+                student_output = student(part)
+            loss = dino_loss(student_output, teacher_output, epoch)
+            scaler.scale(loss / accum_steps).backward()
+
+        # check: on a GPU, the host waits here while the gradients are computed
+        metrics = guard.check(step, dino_loss.stats, unreadable)
 
         # student
         scaler.unscale_(optimizer)
@@ -685,7 +721,13 @@ def draw_curve(values: list[float], title: str, width: int = 480, height: int = 
 
 def main(args: argparse.Namespace) -> None:
     """Train; under `--demo`, show what was learned."""
-    train_dino(args)
+    try:
+        train_dino(args)
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = f"cannot compile {args.arch}: {str(error).strip().splitlines()[0]}"
+        raise UserError(reason, "--compile", "leave it out") from error
     if args.demo:
         report_demo(args)
 

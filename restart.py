@@ -25,7 +25,7 @@ CHECKPOINT, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_prev.pth", "checkp
 FREE_FLAGS = {
     "data_path", "download", "num_workers", "output_dir", "saveckp_freq", "save_every_steps", "max_steps",
     "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision",
-    "init_from",
+    "init_from", "augment_on", "compile", "grad_checkpointing",
 }  # fmt: skip
 
 
@@ -158,12 +158,13 @@ def consequences(names: Iterable[str]) -> str:
     """In words, what a change of these flags makes different."""
     groups = {
         "the schedules": {
-            "epochs", "batch_size_per_gpu", "world_size", "images", "lr", "min_lr", "warmup_epochs",
-            "weight_decay", "weight_decay_end", "momentum_teacher", "warmup_teacher_temp", "teacher_temp",
-            "warmup_teacher_temp_epochs", "freeze_last_layer"},
+            "epochs", "batch_size_per_gpu", "accum_steps", "world_size", "images", "lr", "min_lr",
+            "warmup_epochs", "weight_decay", "weight_decay_end", "momentum_teacher",
+            "warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs", "freeze_last_layer"},
         "the order and the views of the images": {
-            "batch_size_per_gpu", "world_size", "images", "dataset", "seed", "global_crops_scale",
-            "local_crops_scale", "local_crops_number", "global_crops_size", "local_crops_size"},
+            "batch_size_per_gpu", "accum_steps", "world_size", "images", "dataset", "seed",
+            "global_crops_scale", "local_crops_scale", "local_crops_number", "global_crops_size",
+            "local_crops_size"},
     }  # fmt: skip
     found = [what for what, flags in groups.items() if flags & set(names)]
     if set(names) - set().union(*groups.values()):

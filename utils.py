@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from augmentation import (  # noqa: F401  (the published layout has these here)
@@ -41,7 +42,7 @@ from augmentation import (  # noqa: F401  (the published layout has these here)
     GaussianBlur,
     Solarization,
 )
-from vision_transformer import VITS
+from vision_transformer import VITS, VisionTransformer
 
 # ---------------------------------------------------------------------------------------------
 # Networks
@@ -133,6 +134,16 @@ def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iter
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not a vector", "--arch", fix)
     backbone.train(training)
+
+
+def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
+    """Save memory: compute activations again for the gradients. Raises UserError where it cannot be."""
+    if isinstance(backbone, VisionTransformer):
+        backbone.grad_checkpointing = True
+    elif hasattr(backbone, "set_grad_checkpointing"):  # timm's
+        backbone.set_grad_checkpointing()
+    else:
+        raise UserError(f"{arch} cannot do it", "--grad_checkpointing", "use a ViT or a model of timm")
 
 
 def has_batchnorms(model: nn.Module) -> bool:
@@ -252,8 +263,10 @@ class DINOLoss(nn.Module):
     sharpened by a low temperature, which keeps the outputs from becoming uniform (paper,
     Section 3.1). The temperature warms up linearly over the first epochs.
 
-    After each call, `stats` holds what tells a collapse, (3,), on the device: the teacher's
-    entropy, the entropy of its mean over the batch, and KL(teacher || student), in nats.
+    A batch may come in `accum_steps` parts of one size: the centre moves after the last of them, by
+    the mean over all. Then `stats` holds means over the parts, (4,), on the device: the loss, and
+    what tells a collapse: the teacher's entropy, the entropy of its mean over the images, and
+    KL(teacher || student), in nats.
     """
 
     def __init__(
@@ -266,13 +279,15 @@ class DINOLoss(nn.Module):
         nepochs: int,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
+        accum_steps: int = 1,
     ):
         super().__init__()
+        self.accum_steps, self.parts = accum_steps, []
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops
         self.register_buffer("center", torch.zeros(1, out_dim))
-        self.stats = torch.zeros(3)
+        self.stats = torch.zeros(4)
         warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         constant = np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)
         self.teacher_temp_schedule = np.concatenate([warmup, constant])
@@ -299,15 +314,20 @@ class DINOLoss(nn.Module):
             with torch.no_grad():
                 mean_p = teacher_p.mean(dim=(0, 1))
                 batch_entropy = _entropy(mean_p, mean_p.clamp(min=1e-30).log())
-                self.stats = torch.stack([entropy, batch_entropy, loss - entropy])
-                self.update_center(teacher_output.float())
+                stats = torch.stack([loss, entropy, batch_entropy, loss - entropy])
+                self.parts.append((stats, teacher_output.float().mean(dim=0, keepdim=True)))
+                if len(self.parts) == self.accum_steps:
+                    self.stats, batch_center = (
+                        torch.stack(part).mean(0) for part in zip(*self.parts, strict=True)
+                    )
+                    self.update_center(batch_center)
+                    self.parts.clear()
         return loss
 
     @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        """EMA of the teacher's mean output (2*B, K) over the batches of all ranks."""
-        batch_center = all_reduce_mean(teacher_output.mean(dim=0, keepdim=True))
-        self.center.lerp_(batch_center, 1 - self.center_momentum)
+    def update_center(self, batch_center: Tensor) -> None:
+        """EMA of the teacher's mean output (1, K) over the batches of all ranks."""
+        self.center.lerp_(all_reduce_mean(batch_center), 1 - self.center_momentum)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -416,6 +436,17 @@ def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: flo
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+def in_parts(views: list[Tensor], count: int, model: nn.Module) -> Iterator[list[Tensor]]:
+    """V views (B, ...) as `count` times V views (B / count, ...), one backward pass each.
+
+    Gradients add up; ranks average them in the last pass only.
+    """
+    for i, part in enumerate(zip(*(view.chunk(count) for view in views), strict=True)):
+        last = i == count - 1 or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if last else model.no_sync():
+            yield list(part)
 
 
 @torch.no_grad()
@@ -779,7 +810,7 @@ class RunGuard:
         self.unreadable = int(state["unreadable"])
         self.lasted = {name: int(state["lasted"][name]) for name in self.ADVICE}
 
-    def check(self, step: int, loss: Tensor, stats: Tensor, unreadable: Tensor) -> dict[str, float]:
+    def check(self, step: int, stats: Tensor, unreadable: Tensor) -> dict[str, float]:
         """The step's numbers as means over ranks; the one place where the host waits for the device.
 
         `stats` as in DINOLoss; `unreadable` (B,) holds indices of replaced images, else -1.
@@ -793,7 +824,7 @@ class RunGuard:
         counts = [len(failed), self.stop_asked()]
         # Zeros are made on the device; a copy to it would wait.
         counts = stats.new_tensor(counts) if any(counts) else torch.zeros_like(stats[:2])
-        numbers = torch.cat([loss.detach().reshape(1).float(), stats, counts])
+        numbers = torch.cat([stats, counts])
         loss, entropy, batch_entropy, kl, mean_failed, stop = all_reduce_mean(numbers).tolist()
         if not math.isfinite(loss):
             raise TrainingError(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
 import utils
+from augmentation import normalized_views
 from checkpoints import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
 from utils import UserError
@@ -265,18 +266,83 @@ def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path):
     train(*flags, "--output_dir", tmp_path / "one", "--max_steps", 4)
     halves = [*flags, "--output_dir", tmp_path / "two", "--batch_size_per_gpu", 2, "--max_steps", 4]
     torchrun(2, "main_dino.py", *TINY, *map(str, halves))
-    one, two = (load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("one", "two"))
-    torch.testing.assert_close(two["dino_loss"]["center"], one["dino_loss"]["center"], rtol=1e-4, atol=1e-6)
     assert log_of(tmp_path / "two")[0]["train_loss"] == pytest.approx(
         log_of(tmp_path / "one")[0]["train_loss"], rel=1e-5
     )
-    # The momentum of SGD is a sum of the averaged gradients.
+    assert_same_training(*(load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("one", "two")))
+
+
+def assert_same_training(one, two, rtol=1e-4, atol=1e-5) -> None:
+    """Centre, summed gradients (in SGD's momentum) and weights of two checkpoints agree."""
+    torch.testing.assert_close(two["dino_loss"]["center"], one["dino_loss"]["center"], rtol=rtol, atol=1e-6)
     pairs = zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True)
     for a, b in pairs:
         a, b = a["momentum_buffer"], b["momentum_buffer"]
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7
-    for name, value in one["student"].items():
-        torch.testing.assert_close(two["student"][name], value, rtol=1e-4, atol=1e-5)
+        assert (a - b).norm() <= rtol * a.norm() + 1e-7
+    torch.testing.assert_close(two["student"], one["student"], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accumulated_batches_train_as_one_large_batch(images, tmp_path, processes):
+    flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
+    flags += ["--max_steps", 4, "--clip_grad", 0.01]
+    train(*flags, "--output_dir", tmp_path / "one", "--batch_size_per_gpu", 4)
+    parts = [*flags, "--output_dir", tmp_path / "parts", "--accum_steps", 2]
+    parts += ["--batch_size_per_gpu", 2 // processes]
+    if processes == 1:
+        train(*parts)
+    else:
+        torchrun(2, "main_dino.py", *TINY, *map(str, parts))
+    assert_same_training(*(load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("one", "parts")))
+    assert log_of(tmp_path / "parts")[0]["train_loss"] == pytest.approx(
+        log_of(tmp_path / "one")[0]["train_loss"], rel=1e-4
+    )
+
+
+def test_what_saves_time_or_memory_leaves_the_training_as_it_is(images, tmp_path):
+    flags = ["--data_path", images, "--drop_path_rate", 0.3, "--optimizer", "sgd", "--freeze_last_layer", 0]
+    flags += ["--max_steps", 3]
+    train(*flags, "--output_dir", tmp_path / "plain")
+    plain = load_checkpoint(tmp_path / "plain" / "checkpoint.pth")
+    for name, change, tolerance in (
+        ("device", ("--augment_on", "device"), 1e-2),  # a grey level here and there
+        ("memory", ("--grad_checkpointing",), 1e-6),
+    ):
+        train(*flags, "--output_dir", tmp_path / name, *change)
+        assert_same_training(plain, load_checkpoint(tmp_path / name / "checkpoint.pth"), tolerance, tolerance)
+    with pytest.raises(UserError, match="resnet18 cannot do it .*--grad_checkpointing"):
+        train(*flags, "--output_dir", tmp_path / "resnet", "--arch", "resnet18", "--grad_checkpointing")
+
+
+def test_compiled_networks_train_alike_and_compile_once(images, tmp_path, monkeypatch):
+    """One compilation per network, shape and mode, all in the first step."""
+    flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
+    train(*flags, "--max_steps", 3, "--output_dir", tmp_path / "plain")
+
+    def first_step_only(views, *args):
+        if len(steps) == 1:
+            torch.compiler.set_stance("fail_on_recompile")
+        steps.append(1)
+        return normalized_views(views, *args)
+
+    steps = []
+    monkeypatch.setattr(main_dino, "normalized_views", first_step_only)
+    try:
+        train(*flags, "--max_steps", 3, "--output_dir", tmp_path / "compiled", "--compile")
+    finally:
+        torch.compiler.set_stance("default")
+    assert len(steps) == 3
+    assert_same_training(*(load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("plain", "compiled")))
+
+
+def test_what_cannot_be_compiled_is_one_clear_line(images, tmp_path):
+    flags = "--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "1", "--compile"
+    result = run("main_dino.py", *TINY, *flags, check=False, env={"CXX": "/no/compiler"})
+    assert result.returncode == 2
+    error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert (
+        len(error) == 1 and "cannot compile vit_nano" in error[0] and "(--compile): leave it out" in error[0]
+    )
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_path):
