@@ -447,7 +447,7 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_stops_at_once():
         (MemoryError("Unable to allocate 8 PiB"), 1, "error: out of memory: Unable to allocate 8 PiB: lower"),
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): mend it"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
-        (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another process: Read"),
+        (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another process"),
         (utils.Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
     ],
 )  # fmt: skip
