@@ -443,11 +443,11 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_stops_at_once():
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: the same command resumes"),
+        (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: the same command goes on"),
         (MemoryError("Unable to allocate 8 PiB"), 1, "error: out of memory: Unable to allocate 8 PiB: lower"),
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): mend it"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
-        (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another process"),
+        (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
         (utils.Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
     ],
 )  # fmt: skip
