@@ -1048,7 +1048,7 @@ def from_outside(error: Exception) -> UserError | None:
         return Interrupted(f"lost another process: {message}", "", "the same command resumes")
     if isinstance(error, OSError):
         where = str(error.filename or "")
-        return TrainingError(error.strerror or message, where, "mend it; the same command resumes")
+        return TrainingError(error.strerror or message, where, "mend it and start again")
     return None
 
 
@@ -1061,17 +1061,20 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        exit_with(
-            StoppedAtOnce("at once, by Ctrl-C", "", "the same command resumes from the last checkpoint")
-        )
+        end_at_once(StoppedAtOnce("at once, by Ctrl-C", "", "the same command goes on from what is saved"))
     except Exception as error:
         outside = from_outside(error)
         if outside is None:
             raise
-        if dist.is_initialized():  # leaving the group in order would wait for a rank that may be dead
-            say(outside)
-            os._exit(outside.exit_code)
-        exit_with(outside)
+        end_at_once(outside)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def end_at_once(error: UserError):
+    """End the process; leaving a group in order would wait for processes that may be dead."""
+    if dist.is_initialized():
+        say(error)
+        os._exit(error.exit_code)
+    exit_with(error)

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from augmentation import DataAugmentationDINO, eval_transform, normalized_views
@@ -14,6 +15,7 @@ from data import (
     EvalImages,
     ImageFiles,
     TrainingViews,
+    load_image,
     open_labelled_images,
     open_training_images,
 )
@@ -148,3 +150,28 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no image can be read"):
         dataset[0, 0]
+
+
+def test_sixteen_bits_keep_their_greys(tmp_path):
+    values = np.linspace(0, 65_535, 64 * 64).reshape(64, 64)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "deep.png")
+    read = np.asarray(load_image(str(tmp_path / "deep.png")))
+    np.testing.assert_array_equal(read, np.repeat(values.astype(np.uint16)[..., None] // 256, 3, axis=2))
+
+
+def test_alpha_and_palettes_become_their_colours_without_a_warning(tmp_path, recwarn):
+    red = Image.new("RGB", (8, 8), (250, 10, 20))
+    red.quantize(4).save(tmp_path / "palette.png", transparency=bytes([9]))
+    Image.new("RGBA", (8, 8), (250, 10, 20, 5)).save(tmp_path / "alpha.png")
+    for name in ("palette", "alpha"):
+        assert load_image(str(tmp_path / f"{name}.png")).getpixel((3, 3)) == (250, 10, 20)
+    assert not recwarn.list
+
+
+def test_links_are_followed_but_not_in_a_circle(tmp_path):
+    save_images(tmp_path / "elsewhere", 2)
+    save_images(tmp_path / "data" / "inner", 1)
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "inner" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "inner" / "here").symlink_to(".")
+    assert len(ImageFiles(tmp_path / "data")) == 3

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
-from utils import DINOHead, DINOLoss, MultiCropWrapper, TrainingError, UserError
+from utils import DINOHead, DINOLoss, MultiCropWrapper, StopSignals, TrainingError, UserError
 
 # ---------------------------------------------------------------------------------------------
 # Networks
@@ -449,3 +450,44 @@ def test_seeds_decide_every_generator():
 
 def test_torchvision_is_what_the_requirements_say():
     assert torchvision.__version__  # the pair of torch and torchvision imports
+
+
+def test_a_signal_is_noted_and_a_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        assert not signals.asked()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+            assert signals.asked() and signals.received == number
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: the same command goes on"),
+        (MemoryError("Unable to allocate 8 PiB"), 1, "error: out of memory: Unable to allocate 8 PiB: lower"),
+        (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): mend it"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
+        (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
+        (utils.Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
+    ],
+)  # fmt: skip
+def test_what_comes_from_outside_is_one_line(error, code, line, capsys):
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(main, None)
+    said = capsys.readouterr().err
+    assert end.value.code == code and said.startswith(line) and said.count("\n") == 1
+
+
+def test_what_is_a_fault_of_the_program_keeps_its_traceback():
+    def main(_):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        utils.run_script(main, None)

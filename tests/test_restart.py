@@ -1,0 +1,224 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main_dino
+from checkpoints import load_checkpoint
+from restart import RandomStates, add_record, changed, has_checkpoint, newest_whole, save_run
+from tests.conftest import ROOT, TINY, torchrun
+from tests.faults import differing_bits, free_port
+from utils import TrainingError, UserError
+
+
+def train(*flags) -> None:
+    main_dino.train_dino(main_dino.parse_args([*TINY, *map(str, flags)]))
+
+
+class Ranks:
+    """A training of several processes, each with a file for what it says."""
+
+    def __init__(self, count: int, folder: Path, *flags):
+        port = str(free_port())
+        self.said = [folder / f"said.{rank}" for rank in range(count)]
+        self.processes = []
+        for rank, said in enumerate(self.said):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in environment.items() if count > 1}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            with open(said, "w") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        [
+                            sys.executable,
+                            "main_dino.py",
+                            *TINY,
+                            *(f.format(rank=rank) for f in map(str, flags)),
+                        ],
+                        cwd=ROOT,
+                        env=os.environ | environment,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                    )
+                )
+
+    def wait_for(self, words: str) -> None:
+        while words not in self.said[0].read_text():
+            assert self.processes[0].poll() is None, self.said[0].read_text()
+            time.sleep(0.01)
+
+    def codes(self) -> list[int]:
+        return [process.wait(timeout=300) for process in self.processes]
+
+
+# ---- the same bits
+
+
+def test_an_epoch_in_two_parts_has_one_line_with_the_averages_of_the_whole(images, tmp_path):
+    flags = ["--data_path", images, "--drop_path_rate", 0.3]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    for stop in (3, 7, 0):
+        train(*flags, "--output_dir", tmp_path / "parts", "--max_steps", stop)
+    assert differing_bits(tmp_path / "whole", tmp_path / "parts") == 0  # weights, optimizer, log
+
+
+def test_saving_every_few_steps_keeps_the_one_before(images, tmp_path):
+    flags = ["--data_path", images, "--output_dir", tmp_path, "--save_every_steps", 2, "--max_steps", 9]
+    train(*flags)
+    steps = [load_checkpoint(tmp_path / f"{name}.pth")["step"] for name in ("checkpoint", "checkpoint_prev")]
+    assert steps == [9, 8]
+
+
+# ---- signals and deaths
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_resume(images, tmp_path, number):
+    """To all processes of the job, as from a scheduler or a terminal, data-loading workers too."""
+    flags = ["--data_path", images, "--epochs", 40, "--num_workers", 2, "--output_dir", tmp_path / "out"]
+    run = Ranks(1, tmp_path, *flags)
+    run.wait_for("epoch 1 ")
+    os.killpg(run.processes[0].pid, number)
+    assert run.codes() == [75]
+    said = run.said[0].read_text()
+    step = load_checkpoint(tmp_path / "out" / "checkpoint.pth")["step"]
+    saved = f"step {step} of 200 is saved ({tmp_path / 'out'})"
+    assert said.splitlines()[-1] == f"stopped: by {number.name}, {saved}: the same command resumes"
+    assert "Traceback" not in said and step > 5
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(images, tmp_path):
+    flags = ["--data_path", images, "--epochs", 40, "--batch_size_per_gpu", 2]
+    run = Ranks(2, tmp_path, *flags, "--output_dir", tmp_path / "parts")
+    run.wait_for("epoch 1 ")
+    run.processes[1].send_signal(signal.SIGUSR1)
+    assert run.codes() == [75, 75]
+    step = load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["step"]
+    torchrun(
+        2,
+        "main_dino.py",
+        *TINY,
+        *map(str, flags),
+        "--output_dir",
+        str(tmp_path / "whole"),
+        "--max_steps",
+        str(step),
+    )
+    whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    for part in ("student", "teacher", "dino_loss"):
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+
+
+def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
+    flags = [
+        "--data_path",
+        str(images),
+        "--batch_size_per_gpu",
+        "2",
+        "--epochs",
+        "8",
+        "--save_every_steps",
+        "2",
+    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                *launcher,
+                "main_dino.py",
+                *TINY,
+                *flags,
+                "--output_dir",
+                str(tmp_path / "parts"),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=said,
+            stderr=said,
+        )
+        while "epoch 1 " not in (text := (tmp_path / "said").read_text()):
+            assert process.poll() is None, text
+            time.sleep(0.01)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "said").read_text().count("resuming") == 1
+    torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path / "whole"))
+    assert differing_bits(tmp_path / "whole", tmp_path / "parts") == 0
+
+
+def test_processes_that_see_different_checkpoints_end(images, tmp_path):
+    """As on two machines whose output folder is not shared."""
+    train(
+        "--data_path", images, "--output_dir", tmp_path / "out0", "--batch_size_per_gpu", 2, "--max_steps", 2
+    )
+    run = Ranks(
+        2, tmp_path, "--data_path", images, "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out{rank}"
+    )
+    assert run.codes() == [2, 2]
+    assert "error: processes see checkpoints of different steps: [2, 0]" in run.said[0].read_text()
+
+
+# ---- pieces
+
+
+def test_random_states_go_on_where_they_were():
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    states = RandomStates().state_dict()
+    draws = [(random.random(), np.random.rand(), torch.rand(1).item()) for _ in range(2)]
+    RandomStates().load_state_dict(states)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws[0]
+    RandomStates().load_state_dict([])  # saved by fewer processes: nothing for this one
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws[1]
+
+
+def test_a_line_takes_the_place_of_those_from_before_a_restart(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text('a note\n{"epoch": 0, "x": 1}\n{"epoch": 1, "x": 2}\n{"epoch": 2}\n')
+    add_record({"epoch": 1, "x": 3}, path)
+    assert path.read_text() == 'a note\n{"epoch": 0, "x": 1}\n{"epoch": 1, "x": 3}\n'
+
+
+def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
+    assert newest_whole(tmp_path) is None and not has_checkpoint(tmp_path)
+    for step in (1, 2):
+        save_run(tmp_path, {"step": step})
+    (tmp_path / "checkpoint.pth").write_bytes(b"x")
+    path, checkpoint = newest_whole(tmp_path)
+    assert (path.name, checkpoint) == ("checkpoint_prev.pth", {"step": 1})
+    assert (tmp_path / "checkpoint_damaged.pth").read_bytes() == b"x"
+    assert re.search(r"warning: .*damaged.*checkpoint.pth", capsys.readouterr().out)
+    save_run(tmp_path, {"step": 3})  # what is damaged does not come back
+    assert [newest_whole(tmp_path)[1]["step"], load_checkpoint(path)["step"]] == [3, 1]
+    (tmp_path / "checkpoint.pth").write_bytes(b"x"), path.write_bytes(b"y")
+    with pytest.raises(UserError, match="damaged"):
+        newest_whole(tmp_path)
+    assert path.read_bytes() == b"y"
+
+
+def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    save_run(tmp_path / "file", {"step": 1})
+    assert "warning: cannot save: " in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="cannot save"):
+        save_run(tmp_path / "file", {"step": 1}, last=True)
+    save_run(tmp_path / "gone", {"step": 1}, {"epoch": 0})
+    assert "gone has vanished: made anew" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gone" / "log.txt").read_text()) == {"epoch": 0}
+
+
+def test_schedules_speak_only_where_no_flag_does():
+    old = {"lr": 1, "lr schedule": "a", "gone": 3}
+    assert changed(old, {"lr": 2, "lr schedule": "b", "new": 4}) == {"lr": (1, 2)}
+    assert changed(old, {"lr": 1, "lr schedule": "b"}) == {"lr schedule": ("a", "b")}
