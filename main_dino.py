@@ -523,7 +523,7 @@ def train_dino(args: argparse.Namespace) -> None:
                 logger.start_epoch()
             logger.header, logger.steps_after = f"epoch {epoch}", last_step - epoch_end
             batches = save_between(
-                to_device(loader, device), range(step, epoch_end), args.save_every_steps, save, guard
+                to_device(iter(loader), device), range(step, epoch_end), args.save_every_steps, save, guard
             )
             step = train_one_epoch(
                 student,
