@@ -256,16 +256,16 @@ def recolour(images: Tensor, colours: Tensor) -> Tensor:
 
     `colours` (B, 11), on the CPU, are rows of `View.colour`. The result has whole grey levels.
     """
-    colours = colours.numpy()
+    rows = colours.tolist()
     images = images.float()
     for place in range(0, 8, 2):
-        for which in sorted(set(colours[:, place].astype(int).tolist()) - {-1}):
-            _change(images, colours[:, place] == which, ADJUSTMENTS[which], colours[:, place + 1])
-    _change(images, colours[:, GREY] > 0, lambda x, _: x.copy_(grey(x).expand_as(x)))
-    _change(images, colours[:, BLUR] > 0, gaussian_blur, colours[:, BLUR])
+        for which in sorted({row[place] for row in rows} - {-1.0}):
+            amounts = [row[place + 1] if row[place] == which else None for row in rows]
+            _change(images, amounts, ADJUSTMENTS[int(which)])
+    _change(images, [row[GREY] or None for row in rows], drop_colour)
+    _change(images, [row[BLUR] or None for row in rows], gaussian_blur)
     images.round_()
-    # |x - 127.5| + ...: from 128 on, 255 - x; below, x
-    _change(images, colours[:, SOLARIZE] > 0, lambda x, _: x.sub_(127.5).abs_().neg_().add_(127.5))
+    _change(images, [row[SOLARIZE] or None for row in rows], solarize)
     return images
 
 
@@ -284,53 +284,53 @@ def normalized_views(views: list[Tensor], colours: Tensor) -> list[Tensor]:
     return done
 
 
-def _change(images: Tensor, rows: np.ndarray, change: Callable, amounts: np.ndarray | None = None) -> None:
-    """`change` some of the images in place, each by its amount."""
-    if not rows.any():
-        return
-    amounts = rows if amounts is None else amounts[rows]
-    if rows.all():
+def _change(images: Tensor, amounts: Sequence[float | None], change: Callable) -> None:
+    """`change` images in place, each by its amount; None leaves it as it is."""
+    rows = [i for i, amount in enumerate(amounts) if amount is not None]
+    if len(rows) == len(images):
         change(images, amounts)
-        return
-    index = torch.from_numpy(np.flatnonzero(rows)).to(images.device, non_blocking=True)
-    part = images[index]
-    change(part, amounts)
-    images[index] = part
+    elif rows:
+        index = torch.tensor(rows).to(images.device, non_blocking=True)
+        part = images[index]
+        change(part, [amounts[i] for i in rows])
+        images[index] = part
 
 
-def _each(amounts: np.ndarray, images: Tensor) -> Tensor | float:
+def _each(amounts: Sequence[float], images: Tensor) -> Tensor | float:
     """One number per image, to be combined with images; a plain number, which is faster, if one."""
     if len(amounts) == 1:
-        return float(amounts[0])
-    return torch.from_numpy(amounts).to(images.device, torch.float32, non_blocking=True).view(-1, 1, 1, 1)
+        return amounts[0]
+    return torch.tensor(amounts).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
-def grey(images: Tensor) -> Tensor:
-    """Luma (ITU-R 601): (B, 3, H, W) -> (B, 1, H, W)."""
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+
+
+def luma(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
-    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
-def adjust_brightness(images: Tensor, factors: np.ndarray) -> None:
+def adjust_brightness(images: Tensor, factors: Sequence[float]) -> None:
     """Scale the levels."""
     images.mul_(_each(factors, images)).clamp_(max=255)
 
 
-def adjust_contrast(images: Tensor, factors: np.ndarray) -> None:
+def adjust_contrast(images: Tensor, factors: Sequence[float]) -> None:
     """Scale the distance from the mean luma."""
     factor = _each(factors, images)
-    mean = grey(images.mean(dim=(2, 3), keepdim=True)).round_()
+    mean = luma(images.mean(dim=(2, 3), keepdim=True)).round_()
     images.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 255)
 
 
-def adjust_saturation(images: Tensor, factors: np.ndarray) -> None:
+def adjust_saturation(images: Tensor, factors: Sequence[float]) -> None:
     """Scale the distance from each pixel's luma."""
     factor = _each(factors, images)
-    luma = grey(images).mul_(1 - factor)
-    images.mul_(factor).add_(luma).clamp_(0, 255)
+    images.mul_(factor).add_(luma(images).mul_((1 - factor) / factor)).clamp_(0, 255)
 
 
-def adjust_hue(images: Tensor, shifts: np.ndarray) -> None:
+def adjust_hue(images: Tensor, shifts: Sequence[float]) -> None:
     """Turn the hue by a share of the circle, at most 1/6 either way, keeping each pixel's extremes.
 
     On the hue circle each channel goes through max, a linear slope, min, and a slope back. Let d be
@@ -338,12 +338,13 @@ def adjust_hue(images: Tensor, shifts: np.ndarray) -> None:
     |d| < c, the slopes are x + (c - |d|) at the max, x - (c - |d|) at the min; turned by s they fall
     or rise by 6 s c, against the sign of d; clamping gives back the plateaus. No division, no cases.
     """
-    red, green, blue = images.unbind(dim=1)
-    low = torch.minimum(torch.minimum(red, green), blue)[:, None]
-    high = torch.maximum(torch.maximum(red, green), blue)[:, None]
+    red, green, blue = images.split(1, dim=1)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
-    others = torch.stack([green - blue, blue - red, red - green], dim=1)
-    beyond = torch.copysign(chroma - others.abs(), images - (low + high).mul_(0.5))
+    others = torch.cat([green - blue, blue - red, red - green], dim=1)
+    beyond = others.abs().neg_().add_(chroma)
+    torch.copysign(beyond, images - (low + high).mul_(0.5), out=beyond)
     images.add_(beyond).sub_(others.sign_().mul_(chroma.mul_(6 * _each(shifts, images))))
     torch.clamp(images, low, high, out=images)
 
@@ -351,17 +352,24 @@ def adjust_hue(images: Tensor, shifts: np.ndarray) -> None:
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def gaussian_blur(images: Tensor, radii: np.ndarray) -> None:
+def drop_colour(images: Tensor, _) -> None:
+    """Luma in all channels."""
+    images.copy_(luma(images).expand_as(images))
+
+
+def solarize(images: Tensor, _) -> None:
+    """From 128 on, 255 - x; below, x."""
+    images.sub_(127.5).abs_().neg_().add_(127.5)
+
+
+def gaussian_blur(images: Tensor, radii: Sequence[float]) -> None:
     """PIL's Gaussian blur with these standard deviations (in pixels); edges are continued."""
-    kernels = [_blur_kernel(radius) for radius in radii.tolist()]
-    lengths = np.array([len(kernel) for kernel in kernels])
-    for length in np.unique(lengths):
-        same = [kernel for kernel in kernels if len(kernel) == length]
-        taps = np.array(same)
-        _change(images, lengths == length, lambda x, rows, taps=taps: _convolve(x, taps))
+    kernels = [_blur_kernel(radius) for radius in radii]
+    for length in {len(kernel) for kernel in kernels}:
+        _change(images, [kernel if len(kernel) == length else None for kernel in kernels], _convolve)
 
 
-def _blur_kernel(radius: float) -> np.ndarray:
+def _blur_kernel(radius: float) -> list[float]:
     """What three box filters in a row make, which PIL takes for a Gaussian: Gwosdek et al. (2011),
     "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering".
     """
@@ -370,21 +378,30 @@ def _blur_kernel(radius: float) -> np.ndarray:
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     box = np.array([edge, *[1.0] * (2 * whole + 1), edge])
     box /= box.sum()
-    return np.convolve(np.convolve(box, box), box)
+    kernel = np.convolve(np.convolve(box, box), box)
+    while kernel[0] < 1e-3 and len(kernel) > 3:  # less than half a grey level in all
+        kernel = kernel[1:-1]
+    return (kernel / kernel.sum()).tolist()
 
 
-def _convolve(images: Tensor, kernels: np.ndarray) -> None:
-    """Filter along both sides, image by image: (B, 3, H, W) with symmetric kernels (B, 2 r + 1)."""
-    reach = kernels.shape[1] // 2
+def _convolve(images: Tensor, kernels: Sequence[list[float]]) -> None:
+    """Filter along both sides, image by image: (B, 3, H, W), kernels of one odd length."""
+    reach = len(kernels[0]) // 2
+    taps = [_each(weights, images) for weights in zip(*kernels, strict=True)]
     padded = F.pad(images, [reach] * 4, mode="replicate")
     for dim in (3, 2):
-        length = images.shape[dim]
-        total = padded.narrow(dim, reach, length) * _each(kernels[:, reach], images)
-        for i in itertools.chain(range(reach), range(reach + 1, 2 * reach + 1)):
-            tap, shifted = _each(kernels[:, i], images), padded.narrow(dim, i, length)
+        size, stride = list(padded.shape), list(padded.stride())
+        size[dim] -= 2 * reach
+        size.insert(2, len(taps))
+        stride.insert(2, stride[dim])
+        shifted = padded.as_strided(size, stride).unbind(2)  # one view of the images for each tap
+        total = shifted[reach] * taps[reach]
+        for i, tap in enumerate(taps):
+            if i == reach:
+                continue
             if isinstance(tap, float):
-                total.add_(shifted, alpha=tap)
+                total.add_(shifted[i], alpha=tap)
             else:
-                total.addcmul_(shifted, tap)
+                total.addcmul_(shifted[i], tap)
         padded = total
     images.copy_(total)

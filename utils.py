@@ -188,7 +188,7 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W, (out_features, in_features)."""
-        return self.weight_g * F.normalize(self.weight_v, dim=1)
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

@@ -165,7 +165,7 @@ def test_hue_equals_the_exact_one(shift, seed):
         ]
     )
     expected = TF.adjust_hue(pixels / 255, shift) * 255
-    augmentation.adjust_hue(pixels, np.full(2, shift))
+    augmentation.adjust_hue(pixels, [shift, shift])
     torch.testing.assert_close(pixels, expected, rtol=0, atol=2e-3)
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from augmentation import DataAugmentationDINO, eval_transform, normalized_views
+from augmentation import DataAugmentationDINO, eval_transform, normalized_views, to_pixels
 from data import (
     EpochSampler,
     EvalImages,
@@ -122,6 +122,28 @@ def test_views_are_the_same_wherever_their_colours_change(images):
     for worker, device in zip(*batches, strict=True):
         grey_levels = (worker - device).abs() * 255 * 0.225
         assert grey_levels.max() < 1.1 and grey_levels.mean() < 0.001  # a rounding here and there
+
+
+def test_jpegs_are_decoded_to_pils_pixels(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    image.save(tmp_path / "0.jpg", quality=80)
+    image.save(tmp_path / "1.JPEG", progressive=True, subsampling=0)
+    image.convert("L").save(tmp_path / "2.jpg")
+    image.convert("CMYK").save(tmp_path / "3.jpg")
+    image.save(tmp_path / "4.png")
+    image.save(tmp_path / "5.jpg", format="PNG")
+    image.quantize(7).save(tmp_path / "6.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated
+    image.save(tmp_path / "7.jpg", exif=exif)
+    files = ImageFiles(tmp_path)
+    for i in range(8):
+        assert torch.equal(files.pixels(i), to_pixels(files[i][0])), files.paths[i]
+    whole = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="truncated"):
+        files.pixels(0)
 
 
 def test_sampler_splits_an_epoch_among_ranks_and_starts_anywhere(images):

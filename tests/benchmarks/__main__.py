@@ -1,0 +1,397 @@
+"""How much faster and lighter than the textbook: both sides interleaved, in one run.
+
+    python -m tests.benchmarks [augmentation|step|loss|knn|linear|start|all]
+
+Needs scikit-image and scikit-learn for their photographs. Measure with nothing else running. A row
+gives the medians of both sides, the median of their ratios round by round, and the smallest and
+largest ratio; peak memory is that of separate processes, above what they held before.
+"""
+
+import argparse
+import functools
+import itertools
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import decode_image
+
+import main_dino
+import utils
+from augmentation import DataAugmentationDINO, normalize, to_pixels
+from data import EpochSampler, ImageFiles, TrainingViews, load_pixels, to_device
+from eval_knn import knn_accuracies
+from eval_linear import LinearClassifiers, build_optimizer, frozen_features, train
+from tests.benchmarks import textbook
+
+Side = Callable[[], object]
+ROOT = Path(__file__).resolve().parents[2]
+PROTOTYPES = 65536
+
+
+# ---- measuring
+
+
+def seconds(side: Side) -> float:
+    begin = time.perf_counter()
+    side()
+    return time.perf_counter() - begin
+
+
+def print_row(*cells: str) -> None:
+    print(f"| {' | '.join([*cells, *[''] * (5 - len(cells))])} |", flush=True)
+
+
+def compare(name: str, ours: Side, theirs: Side, rounds: int, amount: float = 1.0, unit: str = "s") -> None:
+    """Time both in turn; with an `amount` of work per call, show amounts per second."""
+    ours(), theirs()  # warm-up
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
+    ratios = sorted(b / a for a, b in pairs)
+    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+    if unit != "s":
+        a, b = amount / a, amount / b
+    spread = f"{ratios[0]:.2f} - {ratios[-1]:.2f}"
+    print(
+        f"| {name} | {a:.3g} {unit} | {b:.3g} {unit} | **{statistics.median(ratios):.2f}x** | {spread} |",
+        flush=True,
+    )
+
+
+def compare_peaks(name: str, benchmark: str, rounds: int = 3) -> None:
+    """Peak memory of both sides, each in a process of its own."""
+    peaks = {}
+    for side in ("ours", "textbook"):
+        command = [sys.executable, "-m", "tests.benchmarks", "--peak", benchmark, side]
+        runs = [
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            for _ in range(rounds)
+        ]
+        peaks[side] = sorted(float(run.stdout.split()[-1]) for run in runs)
+    a, b = (statistics.median(peak) for peak in peaks.values())
+    spread = (
+        f"{peaks['textbook'][0] / peaks['ours'][-1]:.2f} - {peaks['textbook'][-1] / peaks['ours'][0]:.2f}"
+    )
+    print(f"| {name}, peak memory | {a:.0f} MiB | {b:.0f} MiB | **{b / a:.2f}x** | {spread} |", flush=True)
+
+
+def resident(field: str) -> float:
+    """This process's VmRSS or VmHWM, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def print_peak(side: Side) -> None:
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    side()
+    print(resident("VmHWM") - before)
+
+
+# ---- augmentation
+
+
+def write_photographs(folder: Path, count: int = 24) -> list[Path]:
+    """JPEGs of about 500 x 375 pixels, cut from real photographs."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    photographs = [data.astronaut(), data.coffee(), data.chelsea(), *load_sample_images().images]
+    rng, paths = random.Random(0), []
+    for i in range(count):
+        image = Image.fromarray(photographs[i % len(photographs)])
+        width = rng.randint(300, image.width)
+        height = min(image.height, round(width * 0.75))
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        size = (500 + rng.randint(-40, 40), 375 + rng.randint(-30, 30))
+        paths.append(folder / f"{i:02}.jpg")
+        image.crop((left, top, left + width, top + height)).resize(size).save(paths[-1], quality=90)
+    return paths
+
+
+def recipe() -> DataAugmentationDINO:
+    return DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8)
+
+
+def augmentation(rounds: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photographs(Path(folder))
+        ours, plain, n = recipe(), textbook.Views(), len(paths)
+
+        def read(path: Path) -> Image.Image:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+
+        def all_of(make: Callable) -> Side:
+            return lambda: [make(path) for path in paths]
+
+        theirs = all_of(lambda path: plain(read(path)))
+        rows = {
+            "views from JPEG, one worker": lambda path: ours.uint8_views(load_pixels(str(path))),
+            "its share with `--augment_on device`": lambda path: ours.crops(load_pixels(str(path))),
+        }
+        for name, make in rows.items():
+            compare(name, all_of(make), theirs, rounds, n, "img/s")
+        image = read(paths[0])
+        a, b = (sum(v.nbytes for v in views) for views in (ours.uint8_views(to_pixels(image)), plain(image)))
+        print_row(
+            "what a worker ships per image", f"{a / 1e6:.2f} MB", f"{b / 1e6:.2f} MB", f"**{b / a:.2f}x**"
+        )
+        for path in paths:
+            Image.open(path).save(path.with_suffix(".png"))
+        for kind in (".jpg", ".png"):
+            files = [path.with_suffix(kind) for path in paths]
+            assert all(torch.equal(to_pixels(read(f)), decode_image(str(f))) for f in files)
+            compare(
+                f"decoding {kind[1:]}, Pillow : torchvision, same pixels",
+                lambda files=files: [to_pixels(read(f)) for f in files],
+                lambda files=files: [decode_image(str(f)) for f in files],
+                rounds,
+                n,
+                "img/s",
+            )
+    torch.set_num_threads(threads)
+
+
+# ---- the step
+
+
+class OurTrainer:
+    """The pieces of `main_dino.train_dino`, and its epoch function on batches made before."""
+
+    def __init__(self, arch: str, out_dim: int, dtype: torch.dtype | None = None, compiled: bool = False):
+        utils.fix_random_seeds(0)
+        student, self.teacher = main_dino.build_networks(
+            arch, 16, [224, 96], 0.1, out_dim, False, True, 2048, 256
+        )
+        if compiled:
+            main_dino.compile_in_place(student, self.teacher)
+        self.student, self.dtype = student, dtype
+        self.loss = utils.DINOLoss(out_dim, 10, 0.04, 0.04, 0, 1)
+        self.optimizer = main_dino.build_optimizer("adamw", student)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        constant = np.full(10_000, 1e-6)
+        self.schedules = {"lr": constant, "wd": constant, "momentum": 1 - constant}
+        self.guard = utils.RunGuard(out_dim, unreadable_limit=1)
+
+    def steps(self, batches: Iterator) -> None:
+        main_dino.train_one_epoch(
+            self.student, self.teacher, self.loss, batches, self.optimizer, self.scaler, self.schedules, 0, 0,
+            torch.device("cpu"), self.dtype, 1, 3.0, 0, 0, self.guard, utils.MetricLogger("", 1),
+        )  # fmt: skip
+
+
+def random_batch(images: int) -> tuple:
+    """As `to_device` gives it."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [224] * 2 + [96] * 8
+    views = [torch.randint(256, (images, 3, s, s), dtype=torch.uint8, generator=generator) for s in sizes]
+    return views, torch.empty(images, 10, 0), torch.full((images,), -1)
+
+
+def gemm_peak() -> float:
+    """The machine's float32 matrix product, flop/s."""
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / min(seconds(lambda: a @ a) for _ in range(10))
+
+
+def step(rounds: int) -> None:
+    for arch, images in (("vit_tiny", 8), ("vit_small", 4)):
+        compare_steps(arch, images, rounds)
+
+
+def compare_steps(arch: str, images: int, rounds: int) -> None:
+    batch = random_batch(images)
+    views = [normalize(view) for view in batch[0]]
+    theirs = functools.partial(textbook.Trainer(arch, PROTOTYPES).step, views)
+
+    def our_step(**kwargs) -> Side:
+        trainer = OurTrainer(arch, PROTOTYPES, **kwargs)
+        return lambda: trainer.steps(iter([batch]))
+
+    ours = our_step()
+    compare(f"step {arch}/16 fp32", ours, theirs, rounds, images, "img/s")
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    share = counter.get_total_flops() / min(seconds(ours) for _ in range(3)) / gemm_peak()
+    print_row("its share of the machine's fp32 GEMM peak", f"{share:.0%}")
+    ours = our_step(dtype=torch.bfloat16)
+    compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
+    ours = our_step(compiled=True)
+    compare(f"step {arch}/16 fp32 `--compile`", ours, theirs, rounds, images, "img/s")
+
+
+class PlainImages(Dataset):
+    """Files, and the textbook's views of them."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths, self.views = paths, textbook.Views()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        with Image.open(self.paths[index]) as image:
+            return self.views(image.convert("RGB"))
+
+
+def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8) -> None:
+    """Files to weights, one loading worker each: as the training loops run."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photographs(Path(folder), 24 * batch)
+        dataset = TrainingViews(ImageFiles(folder), recipe(), 0)
+        options = dict(batch_size=batch, num_workers=1, drop_last=True)
+        loaders = {
+            "ours": DataLoader(dataset, sampler=EpochSampler(dataset, 1, 0), **options),
+            "textbook": DataLoader(PlainImages(paths), shuffle=True, **options),
+        }
+        plain = textbook.Trainer(arch, PROTOTYPES)
+        for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+            batches = {side: iter(loader) for side, loader in loaders.items()}
+            ours = OurTrainer(arch, PROTOTYPES, dtype)
+            loaded = to_device(batches["ours"], torch.device("cpu"))
+            compare(
+                f"files to weights, {arch}/16 {name} : textbook fp32",
+                lambda ours=ours, loaded=loaded: ours.steps(itertools.islice(loaded, 2)),
+                lambda batches=batches: [plain.step(next(batches["textbook"])) for _ in range(2)],
+                min(rounds, 10),
+                2 * batch,
+                "img/s",
+            )
+
+
+# ---- last layer and loss
+
+
+@functools.cache
+def loss_inputs(images: int = 64) -> tuple:
+    torch.manual_seed(0)
+    head = utils.DINOHead(384, PROTOTYPES)
+    teacher = F.normalize(torch.randn(2 * images, 256), dim=1) @ head.last_layer.weight.detach().T
+    return head, torch.randn(10 * images, 384), teacher, utils.DINOLoss(PROTOTYPES, 10, 0.04, 0.04, 0, 1)
+
+
+def our_loss() -> None:
+    head, features, teacher, loss = loss_inputs()
+    head.defer_last_layer = True
+    loss(head(features), teacher, 0).backward()
+    head.zero_grad()
+
+
+def plain_loss() -> None:
+    head, features, teacher, loss = loss_inputs()
+    head.defer_last_layer = False
+    textbook.pair_loss(head(features), teacher, loss.center, 10).backward()
+    head.zero_grad()
+
+
+def loss(rounds: int) -> None:
+    compare("head and loss, B = 64, K = 65536", our_loss, plain_loss, rounds)
+    compare_peaks("head and loss, B = 64, K = 65536", "loss")
+
+
+# ---- k-NN and linear probe
+
+
+@functools.cache
+def knn_inputs() -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (F.normalize(torch.randn(n, 384, generator=generator), dim=1) for n in (50_000, 5_000))
+    return train, torch.arange(50_000) % 1000, test, torch.arange(5_000) % 1000
+
+
+KS = [10, 20, 100, 200]
+
+
+def our_knn() -> list[float]:
+    return [top1 for top1, _ in knn_accuracies(*knn_inputs(), KS, 0.07, 1000).values()]
+
+
+def plain_knn() -> list[float]:
+    return [textbook.knn(*knn_inputs(), k, 1000) for k in KS]
+
+
+def knn(rounds: int) -> None:
+    assert our_knn() == plain_knn()
+    compare("k-NN, 50k x 5k x 384, four k", our_knn, plain_knn, rounds)
+    compare_peaks("k-NN, 50k x 5k x 384, four k", "knn")
+
+
+def linear(rounds: int) -> None:
+    """Five learning rates: in one pass over the images, or in five."""
+    torch.manual_seed(0)
+    vit, _ = utils.build_backbone("vit_tiny")
+    images, labels, rates = (
+        torch.randn(64, 3, 224, 224),
+        torch.arange(64) % 10,
+        [0.001, 0.003, 0.01, 0.03, 0.1],
+    )
+
+    def probe(rates: list[float]) -> None:
+        classifiers = LinearClassifiers(len(rates), 4 * 192, 10)
+        features = frozen_features(vit.eval(), images, 4, False).clone()
+        list(train(classifiers, build_optimizer(classifiers, rates), [(features, labels)]))
+
+    compare(
+        "linear probe, five learning rates", lambda: probe(rates), lambda: [probe([r]) for r in rates], rounds
+    )
+
+
+def start(rounds: int) -> None:
+    def process(*command: str) -> Side:
+        return lambda: subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+
+    imports = process("-c", "import torch, torchvision")
+    compare(
+        "`main_dino.py --help` : `import torch, torchvision`",
+        process("main_dino.py", "--help"),
+        imports,
+        rounds,
+    )
+
+
+BENCHMARKS = {
+    "augmentation": [augmentation], "step": [step, end_to_end], "loss": [loss], "knn": [knn],
+    "linear": [linear], "start": [start],
+}  # fmt: skip
+PEAKS = {
+    "loss": {"ours": our_loss, "textbook": plain_loss},
+    "knn": {"ours": our_knn, "textbook": plain_knn},
+}
+INPUTS = {"loss": loss_inputs, "knn": knn_inputs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("which", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--rounds", type=int, default=7, help="how often both sides are timed")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        benchmark, side = args.peak
+        INPUTS[benchmark]()
+        print_peak(PEAKS[benchmark][side])
+        return
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    print("\n| work | ours | textbook | ratio | spread |\n|---|---|---|---|---|")
+    for name, benchmarks in BENCHMARKS.items():
+        if args.which in (name, "all"):
+            for benchmark in benchmarks:
+                benchmark(args.rounds)
+
+
+if __name__ == "__main__":
+    main()
