@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import eval_knn
-import utils
+from augmentation import eval_transform
 from data import open_labelled_images
 from tests.conftest import run, save_images, torchrun
 from utils import UserError
@@ -56,7 +56,7 @@ def test_features_are_unit_length_and_in_the_order_of_the_images(labelled):
     features, labels = eval_knn.extract_features(nn.Flatten(), images, 16, torch.device("cpu"), batch_size=4)
     assert labels.tolist() == [label for _, label in images.samples]
     torch.testing.assert_close(features.norm(dim=1), torch.ones(15))
-    transform = utils.eval_transform(16)
+    transform = eval_transform(16)
     alone = F.normalize(transform(images[7][0]).flatten(), dim=0)
     torch.testing.assert_close(features[7], alone)
 

@@ -78,7 +78,7 @@ def test_bad_usage_is_one_clear_line(flags, message, capsys):
 
 def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
     """Two processes, by submitit's own executor; the signal is the one it sends at its time limit."""
-    flags = ["--data_path", str(images), "--epochs", "20", "--batch_size_per_gpu", "2"]
+    flags = ["--data_path", str(images), "--epochs", "10", "--batch_size_per_gpu", "2"]
     command = [
         "run_with_submitit.py",
         "--local",
@@ -100,9 +100,9 @@ def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
         os.kill(int(task), signal.SIGUSR2)
     wait_for(lambda: "Job completed successfully" in text_of(out), "end of the training")
     stopped = int(
-        re.search(r"by SIGUSR2, step (\d+) of 100 is saved", text_of(logs / f"{number}_0_log.err"))[1]
+        re.search(r"by SIGUSR2, step (\d+) of 50 is saved", text_of(logs / f"{number}_0_log.err"))[1]
     )
-    assert f"2 process(es) on cpu, torch.float32, from step {stopped} to 100" in text_of(out)
+    assert f"2 process(es) on cpu, torch.float32, from step {stopped} to 50" in text_of(out)
     torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path / "whole"))
     assert differences(tmp_path / number, tmp_path / "whole") == 0
 
