@@ -352,28 +352,34 @@ class _FusedCrossEntropy(torch.autograd.Function):
         half = features.dtype in (torch.float16, torch.bfloat16)
         exact = torch.float32 if half else features.dtype
         scale = _FusedCrossEntropy.HALF_SCALE if half else 1.0
+        # How many of the teacher's two views each view is compared with: all but itself.
+        count = torch.full((len(views), 1, 1), 2.0, dtype=exact, device=features.device)
+        count[:2] = 1.0
         grad_views = torch.empty_like(views, dtype=exact)
         grad_weight = torch.zeros_like(weight, dtype=exact)
         total = torch.zeros((), dtype=exact, device=features.device)
-        step = max(1, _FusedCrossEntropy.CHUNK // K)
-        for first in range(0, B, step):
-            rows = slice(first, first + step)
+        images = max(1, _FusedCrossEntropy.CHUNK // (K * len(views)))
+        for first in range(0, B, images):
+            rows = slice(first, first + images)
+            x = views[:, rows].flatten(0, 1)  # (V*b, d)
+            logits = (x @ weight.T).to(exact).div_(temperature).unflatten(0, (len(views), -1))  # (V, b, K)
+            logits -= logits.amax(dim=-1, keepdim=True)
             both = targets[0, rows] + targets[1, rows]
-            for v, view in enumerate(views):
-                q, count = (targets[1 - v, rows], 1) if v < 2 else (both, 2)
-                x = view[rows]
-                logits = (x @ weight.T).to(exact).div_(temperature)
-                logits -= logits.amax(dim=1, keepdim=True)
-                total -= torch.linalg.vecdot(q, logits).sum()
-                p = logits.exp_()
-                norm = p.sum(dim=1, keepdim=True)
-                total += count * norm.log().sum()
-                grad = p.mul_(count * scale / norm).sub_(q, alpha=scale).to(features.dtype)
-                grad_views[v, rows] = (grad @ weight).to(exact)
-                if half:
-                    grad_weight += grad.T @ x
-                else:
-                    grad_weight.addmm_(grad.T, x)
+            q = [targets[1, rows], targets[0, rows], *[both] * (len(views) - 2)]
+            for view_logits, view_q in zip(logits, q, strict=True):
+                total -= torch.linalg.vecdot(view_q, view_logits).sum()
+            p = logits.exp_()
+            norm = p.sum(dim=-1, keepdim=True)
+            total += (count * norm.log()).sum()
+            p.mul_(count * scale / norm)
+            for view_p, view_q in zip(p, q, strict=True):
+                view_p.sub_(view_q, alpha=scale)
+            grad = p.flatten(0, 1).to(features.dtype)
+            grad_views[:, rows] = (grad @ weight).to(exact).unflatten(0, (len(views), -1))
+            if half:
+                grad_weight += grad.T @ x
+            else:
+                grad_weight.addmm_(grad.T, x)
         terms = 2 * B * (len(views) - 1)
         grads = [grad.div_(scale * temperature * terms) for grad in (grad_views.flatten(0, 1), grad_weight)]
         ctx.save_for_backward(*grads)
