@@ -60,7 +60,7 @@ def run(*command: str, check: bool = True, env: dict | None = None) -> subproces
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
     )
     assert not check or result.returncode == 0, result.stderr
