@@ -18,19 +18,9 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import (
-    DefaultInt,
-    DefaultStr,
-    MultiCropWrapper,
-    UserError,
-    build_backbone,
-    canonical,
-    check_crop_sizes,
-    check_divides,
-    log,
-    main_process_first,
-    nearest,
-)
+from backbones import build_backbone, canonical, check_crop_sizes, check_divides, nearest
+from cli import DefaultInt, DefaultStr
+from utils import MultiCropWrapper, UserError, log, main_process_first
 from vision_transformer import VITS, VisionTransformer
 
 # The models published with the paper: name -> (stem of the files, architecture, patch size).

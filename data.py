@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor
 
 from augmentation import DataAugmentationDINO, HorizontalFlip, RandomResizedCrop, to_pixels
+from backbones import nearest
 from shapes import Shapes
-from utils import UserError, main_process_first, nearest
+from utils import UserError, main_process_first
 
 
 def load_image(path: str) -> Image.Image:

@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+import cli
 import utils
 from augmentation import eval_transform
 from checkpoints import load_backbone, load_file
+from cli import DefaultInt
 from data import EvalImages, open_train_and_val
-from utils import DefaultInt, UserError, bool_flag
+from utils import UserError, bool_flag
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags; a parent for other parsers, hence without `--help` of its own."""
-    parser = utils.ArgumentParser("Evaluation with weighted k-NN on ImageNet", add_help=False)
+    parser = cli.ArgumentParser("Evaluation with weighted k-NN on ImageNet", add_help=False)
     # fmt: off
     parser.add_argument("--batch_size_per_gpu", default=128, type=int,
         help="images per process and forward pass")
@@ -35,7 +37,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="numbers of neighbours; 20 is usually best")
     parser.add_argument("--temperature", default=0.07, type=float,
         help="of the vote: a neighbour weighs exp(similarity / temperature)")
-    utils.add_weights_flags(parser)
+    cli.add_weights_flags(parser)
     parser.add_argument("--image_size", default=DefaultInt(224), type=int,
         help="pixels per side; the global crops' size of the checkpoint unless given")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
@@ -46,16 +48,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of features saved before: skips their computation")
     parser.add_argument("--seed", default=0, type=int,
         help="decides the weights of --pretrained_weights random")
-    utils.add_data_flags(parser, "folder with train/ and val/ of class folders",
+    cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
         "evaluate on the drawn shapes of main_dino.py --demo")
-    utils.add_launch_flags(parser)
+    cli.add_launch_flags(parser)
     # fmt: on
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    return utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]).parse_args(
+    return cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]).parse_args(
         argv
     )
 
@@ -200,4 +202,4 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, parse_args())
+    cli.run_script(main, parse_args())

@@ -24,20 +24,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import cli
 import utils
 from augmentation import normalize
 from checkpoints import PUBLISHED, download, load_backbone, load_checkpoint, load_strictly, save_checkpoint
+from cli import DefaultInt
 from data import AugmentedImages, EpochSampler, open_train_and_val
 from eval_knn import extract_features
-from utils import DefaultInt, UserError, bool_flag
+from utils import UserError, bool_flag
 from vision_transformer import VisionTransformer
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags; a parent for other parsers, hence without `--help` of its own."""
-    parser = utils.ArgumentParser("Evaluation with linear classification on ImageNet", add_help=False)
+    parser = cli.ArgumentParser("Evaluation with linear classification on ImageNet", add_help=False)
     # fmt: off
-    utils.add_weights_flags(parser)
+    cli.add_weights_flags(parser)
     group = parser.add_argument_group("features")
     group.add_argument("--image_size", default=DefaultInt(224), type=int,
         help="pixels per side; the global crops' size of the checkpoint unless given")
@@ -46,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "for our ViTs, other networks give their pooled output")
     group.add_argument("--avgpool_patchtokens", default=False, type=bool_flag,
         help="add the mean of the last patch tokens; the paper does for ViT-B, not for ViT-S")
-    group.add_argument("--precision", default="fp32", choices=utils.PRECISIONS,
+    group.add_argument("--precision", default="fp32", choices=cli.PRECISIONS,
         help="of the backbone's forward pass; the classifiers are trained in fp32")
     group.add_argument("--cache_features", action="store_true",
         help="compute the training features once, without augmentation, then train in seconds; another "
@@ -60,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process and step")
     group.add_argument("--val_freq", default=1, type=int, help="epochs from one validation to the next")
 
-    utils.add_data_flags(parser, "folder with train/ and val/ of class folders",
+    cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
         "evaluate on the drawn shapes of main_dino.py --demo")
 
     group = parser.add_argument_group("run")
@@ -74,14 +76,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="a classifier for --evaluate: a file, or a published one by its model's name (dino_vits16, ...)")
     group.add_argument("--seed", default=0, type=int,
         help="decides the classifiers' first weights, order and augmentation")
-    utils.add_launch_flags(group)
+    cli.add_launch_flags(group)
     # fmt: on
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     return parser.parse_args(argv)
 
 
@@ -242,7 +244,7 @@ def resume(path: Path, pieces: dict, args: dict) -> dict:
 
 def plain_args(args: argparse.Namespace) -> dict:
     """Flags and values, without the types that mark defaults."""
-    plain = {DefaultInt: int, utils.DefaultStr: str}
+    plain = {DefaultInt: int, cli.DefaultStr: str}
     return {name: plain.get(type(value), lambda v: v)(value) for name, value in vars(args).items()}
 
 
@@ -293,7 +295,7 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
         backbone.to(device),
         n_last_blocks=args.n_last_blocks,
         avgpool_patchtokens=args.avgpool_patchtokens,
-        dtype=utils.PRECISIONS[args.precision],
+        dtype=cli.PRECISIONS[args.precision],
     )
     extract = functools.partial(
         extract_features,
@@ -358,7 +360,7 @@ def train_linear(
     `batches()` are those of the epoch that the sampler is set to. Returns each classifier's best
     validation.
     """
-    output_dir = utils.make_folder(args.output_dir)
+    output_dir = cli.make_folder(args.output_dir)
     batch_size = args.batch_size_per_gpu * utils.get_world_size()
     optimizer = build_optimizer(classifiers, [lr * batch_size / 256 for lr in args.lr])
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
@@ -403,4 +405,4 @@ def train_linear(
 
 
 if __name__ == "__main__":
-    utils.run_script(main, parse_args())
+    cli.run_script(main, parse_args())

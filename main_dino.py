@@ -25,9 +25,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import backbones
+import cli
+import monitor
 import utils
 from augmentation import normalized_views, to_pixels
 from checkpoints import init_from, load_backbone
+from cli import DefaultInt
 from data import (
     EpochSampler,
     TrainingViews,
@@ -38,15 +42,8 @@ from data import (
 )
 from eval_knn import extract_features, knn_classifier
 from restart import RandomStates, has_checkpoint, identity, resume, save_run
-from utils import (
-    DataAugmentationDINO,
-    DefaultInt,
-    DINOHead,
-    DINOLoss,
-    MultiCropWrapper,
-    UserError,
-    bool_flag,
-)
+from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, UserError, bool_flag
+from vision_transformer import VITS
 
 
 def demo_defaults() -> dict:
@@ -88,7 +85,7 @@ def demo_defaults() -> dict:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All training flags; a parent for other parsers, hence without `--help` of its own."""
-    parser = utils.ArgumentParser("DINO", add_help=False)
+    parser = cli.ArgumentParser("DINO", add_help=False)
 
     # fmt: off
     group = parser.add_argument_group("model")
@@ -126,7 +123,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--use_fp16", default=True, type=bool_flag,
         help="float16 autocast with loss scaling on CUDA; turn off if the loss becomes NaN; "
              "--precision overrides it")
-    group.add_argument("--precision", default=None, choices=utils.PRECISIONS,
+    group.add_argument("--precision", default=None, choices=cli.PRECISIONS,
         help="autocast precision on any device; without it, fp16 on CUDA as --use_fp16 says, "
              "else fp32")
     group.add_argument("--weight_decay", default=0.04, type=float,
@@ -171,7 +168,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--local_crops_size", default=96, type=int,
         help="pixels per side of a local view")
 
-    utils.add_data_flags(parser, "folder of images, with or without class folders",
+    cli.add_data_flags(parser, "folder of images, with or without class folders",
         "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes")
 
     group = parser.add_argument_group("run")
@@ -199,7 +196,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="threads that compute on a CPU; 0: as torch decides; fewer leave cores to the workers")
     group.add_argument("--seed", default=0, type=int,
         help="decides weights, order, views and drop path")
-    utils.add_launch_flags(group)
+    cli.add_launch_flags(group)
     # fmt: on
     return parser
 
@@ -212,7 +209,7 @@ def parse_args(
     `parser` is that of a program with more flags.
     """
     if parser is None:
-        parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+        parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**demo_defaults())
     return parser.parse_args(argv)
@@ -251,12 +248,12 @@ def check_args(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise UserError("must be between 0 and 1", f"--{name} {getattr(args, name)}", "mend it")
 
-    if args.arch in utils.VITS:
+    if args.arch in VITS:
         sizes = {"global_crops_size": args.global_crops_size}
         if args.local_crops_number:
             sizes["local_crops_size"] = args.local_crops_size
         for name, size in sizes.items():
-            utils.check_divides(name, size, args.patch_size)
+            backbones.check_divides(name, size, args.patch_size)
 
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         value = getattr(args, name)
@@ -305,9 +302,9 @@ def build_networks(
 ) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """Student and teacher with the same weights; the teacher has no drop path and no gradient."""
     student, teacher = (
-        utils.build_backbone(arch, patch_size, crop_sizes[0], rate) for rate in (drop_path_rate, 0.0)
+        backbones.build_backbone(arch, patch_size, crop_sizes[0], rate) for rate in (drop_path_rate, 0.0)
     )
-    utils.check_crop_sizes(teacher[0], arch, teacher[1], crop_sizes)
+    backbones.check_crop_sizes(teacher[0], arch, teacher[1], crop_sizes)
     student, teacher = (
         MultiCropWrapper(
             backbone,
@@ -390,7 +387,7 @@ def build_schedules(
 
 def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype | None:
     """The precision of the forward passes; None for float32, without autocast."""
-    return utils.PRECISIONS[precision or ("fp16" if use_fp16 and device.type == "cuda" else "fp32")]
+    return cli.PRECISIONS[precision or ("fp16" if use_fp16 and device.type == "cuda" else "fp32")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -421,7 +418,7 @@ def train_dino(args: argparse.Namespace) -> None:
         persistent_workers=args.num_workers > 0,
         pin_memory=device.type == "cuda",
         drop_last=True,
-        worker_init_fn=utils.StopSignals.ignore,
+        worker_init_fn=monitor.StopSignals.ignore,
         generator=torch.Generator(),  # its own, so that loading does not move the global stream
     )
     steps_per_epoch = sampler.num_samples // rank_batch_size
@@ -439,14 +436,14 @@ def train_dino(args: argparse.Namespace) -> None:
         args.head_hidden_dim,
         args.head_bottleneck_dim,
     )
-    output_dir = utils.make_folder(args.output_dir)
+    output_dir = cli.make_folder(args.output_dir)
     # Weights come from 1. the run to continue, below; 2. --init_from; 3. the random seed.
     if args.init_from and not has_checkpoint(output_dir):
         init_from(student, args.init_from, args.arch, args.patch_size, args.global_crops_size)
         utils.log(f"starting from the weights of {args.init_from}")
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
     if args.grad_checkpointing:
-        utils.checkpoint_activations(student.backbone, args.arch)
+        backbones.checkpoint_activations(student.backbone, args.arch)
     if args.compile:
         compile_in_place(student, teacher)
     student_alone, student = student, distribute(student, device, crop_sizes)
@@ -475,8 +472,8 @@ def train_dino(args: argparse.Namespace) -> None:
     )
 
     # ---- resume
-    signals = utils.StopSignals()
-    guard = utils.RunGuard(
+    signals = monitor.StopSignals()
+    guard = monitor.RunGuard(
         args.out_dim,
         # More than 1 % of an epoch is an error, but fewer than ten never are.
         unreadable_limit=max(9, len(images) // 100),
@@ -561,7 +558,7 @@ def train_dino(args: argparse.Namespace) -> None:
 
 
 def save_between(
-    batches: Iterator, steps: range, save_every: int, save: Callable[[int], None], guard: utils.RunGuard
+    batches: Iterator, steps: range, save_every: int, save: Callable[[int], None], guard: monitor.RunGuard
 ) -> Iterator:
     """The batches of these steps; saves after each `save_every` steps, ends early if the ranks stop.
 
@@ -592,7 +589,7 @@ def train_one_epoch(
     clip_grad: float,
     freeze_last_layer: int,
     seed: int,
-    guard: utils.RunGuard,
+    guard: monitor.RunGuard,
     logger: utils.MetricLogger,
 ) -> int:
     """Algorithm 1 of the paper, from global step `first_step` to the end of `batches`.
@@ -646,7 +643,7 @@ def report_demo(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     device = utils.init_distributed_mode(args.dist_url)
     utils.fix_random_seeds(args.seed)  # the weights that training started from
-    untrained = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size)[0]
+    untrained = backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size)[0]
     networks = {"raw pixels": nn.Flatten(), "random initialisation": untrained}
     for key in ("student", "teacher"):
         weights = str(output_dir / "checkpoint.pth")
@@ -733,4 +730,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, parse_args())
+    cli.run_script(main, parse_args())

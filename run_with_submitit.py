@@ -18,6 +18,7 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+import cli
 import main_dino
 import utils
 from utils import UserError
@@ -25,7 +26,7 @@ from utils import UserError
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the job."""
-    parser = utils.ArgumentParser("DINO in a SLURM job", add_help=False)
+    parser = cli.ArgumentParser("DINO in a SLURM job", add_help=False)
     # fmt: off
     group = parser.add_argument_group("job")
     group.add_argument("--ngpus", default=8, type=int,
@@ -58,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
     """The command line: flags of the job, and of the training."""
     parents = [get_args_parser(), main_dino.get_args_parser()]
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     args = main_dino.parse_args(argv, parser)
     names = [action.dest for action in parents[0]._actions]
     return argparse.Namespace(**{name: vars(args).pop(name) for name in names}), args
@@ -79,7 +80,7 @@ class Trainer:
                 "LOCAL_RANK": str(job.local_rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         args = vars(self.args) | {"output_dir": self.args.output_dir.replace("%j", job.job_id)}
-        utils.run_script(self.train, argparse.Namespace(**args))
+        cli.run_script(self.train, argparse.Namespace(**args))
 
     def train(self, args: argparse.Namespace) -> None:
         """Train; if that was stopped, and not by `scancel`, have the job requeued."""
@@ -88,7 +89,7 @@ class Trainer:
         except utils.Interrupted as stop:
             try:
                 if utils.is_main_process() and still_wanted():
-                    utils.say(stop)
+                    cli.say(stop)
                     # What was a signal to save is now, with all saved, submitit's signal to requeue.
                     signal.raise_signal(getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}"))
             finally:
@@ -194,4 +195,4 @@ def main(flags: tuple[argparse.Namespace, argparse.Namespace]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, parse_args())
+    cli.run_script(main, parse_args())

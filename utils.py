@@ -9,30 +9,22 @@ https://arxiv.org/abs/2104.14294.
 
 import argparse
 import contextlib
-import difflib
-import io
 import itertools
-import math
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -42,108 +34,10 @@ from augmentation import (  # noqa: F401  (the published layout has these here)
     GaussianBlur,
     Solarization,
 )
-from vision_transformer import VITS, VisionTransformer
 
 # ---------------------------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------------------------
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint with the known names most like `name`."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else "check the name"
-
-
-def canonical(arch: str) -> str:
-    """The one name of a network that the published code calls otherwise; other names as they are."""
-    if arch in VITS:
-        return VITS[arch].__name__  # deit_small -> vit_small
-    return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
-
-
-def build_backbone(
-    arch: str, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0
-) -> tuple[nn.Module, int]:
-    """A backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
-
-    The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
-    `patch_size` and `img_size` (of the position embedding) shape our ViTs only; elsewhere the
-    name says it. Returns the model, whose `dropped_classifiers` names the layers that it lacks, and
-    D. Raises UserError for an unknown name.
-    """
-    arch = canonical(arch)
-    if arch in VITS:
-        model = VITS[arch](patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
-        model.dropped_classifiers = ("head",)
-        return model, model.embed_dim
-    if arch in torchvision.models.list_models(module=torchvision.models):
-        return _torchvision_backbone(arch)
-    import timm  # half a second, so only when it is needed
-
-    if not timm.is_model(arch):
-        known = [*VITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
-        raise UserError("unknown architecture", f"--arch {arch}", nearest(arch, known))
-    kwargs = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
-    while True:
-        try:
-            model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
-            names = model.default_cfg["classifier"]  # two for a distilled ViT
-            model.dropped_classifiers = (names,) if isinstance(names, str) else tuple(names)
-            return model, model.num_features
-        except TypeError as error:  # most convnets know neither argument
-            unknown = [name for name in kwargs if f"'{name}'" in str(error)]
-            if not unknown:
-                raise
-            del kwargs[unknown[0]]
-
-
-def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
-    auxiliary = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    model = torchvision.models.get_model(arch, weights=None, **auxiliary)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UserError("architecture has no linear classifier to drop", f"--arch {arch}")
-    parent, _, name = linear[-1].rpartition(".")
-    embed_dim = model.get_submodule(linear[-1]).in_features
-    setattr(model.get_submodule(parent), name, nn.Identity())
-    model.dropped_classifiers = (linear[-1],)
-    return model, embed_dim
-
-
-def check_divides(name: str, size: int, patch_size: int) -> None:
-    """See that patches tile an image; `name` is the flag that gave its size. Raises UserError."""
-    if size % patch_size:
-        below = size - size % patch_size
-        fix = f"try {below or patch_size} or {below + patch_size}"
-        raise UserError(f"does not divide by --patch_size {patch_size}", f"--{name} {size}", fix)
-
-
-def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[int]) -> None:
-    """See that the backbone maps images of each size to (B, D). Raises UserError."""
-    training = backbone.training
-    backbone.eval()
-    for size in sorted(set(sizes)):
-        fix = "choose other crop sizes or another --arch"
-        try:
-            with torch.no_grad():
-                shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
-        except Exception as error:  # whatever a foreign model raises on a size it cannot take
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{arch} takes no {size}-pixel crops: {reason}", "--arch", fix) from None
-        if shape != (2, embed_dim):
-            raise UserError(f"{arch} gives {shape[1:]} per image, not a vector", "--arch", fix)
-    backbone.train(training)
-
-
-def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
-    """Save memory: compute activations again for the gradients. Raises UserError where it cannot be."""
-    if isinstance(backbone, VisionTransformer):
-        backbone.grad_checkpointing = True
-    elif hasattr(backbone, "set_grad_checkpointing"):  # timm's
-        backbone.set_grad_checkpointing()
-    else:
-        raise UserError(f"{arch} cannot do it", "--grad_checkpointing", "use a ViT or a model of timm")
 
 
 def has_batchnorms(model: nn.Module) -> bool:
@@ -768,101 +662,6 @@ class MetricLogger:
         return "  ".join(parts)
 
 
-class RunGuard:
-    """Looks at every step's numbers: ends a run that cannot go on, names one that has collapsed.
-
-    It also tells the ranks when one of them was asked to stop: `stopping` then turns true on all
-    of them at the same step.
-
-    Uniform collapse: the teacher's outputs are flat, the loss sits at ln K. Constant collapse:
-    they are peaked, but the same for every image, so that the entropy of their mean over the
-    batch is no larger than their own (paper, Section 5.3 and Figure 7). Either is named once,
-    when it has lasted for `patience` steps.
-    """
-
-    ADVICE = {
-        "uniform collapse": "try --use_bn_in_head true, a lower --teacher_temp or another --lr",
-        "constant collapse": "try --use_bn_in_head true, a higher --teacher_temp or a lower --lr",
-    }
-
-    def __init__(
-        self,
-        out_dim: int,
-        unreadable_limit: int,
-        name_of: Callable[[int], str] = str,
-        patience: int = 200,
-        stop_asked: Callable[[], bool] = lambda: False,
-    ):
-        """`name_of` an index is the image's name; `unreadable_limit` holds for one epoch;
-        `stop_asked` says whether this rank was asked to stop.
-        """
-        self.max_entropy = math.log(out_dim)
-        self.unreadable_limit, self.name_of, self.patience = unreadable_limit, name_of, patience
-        self.lasted = dict.fromkeys(self.ADVICE, 0)
-        self.stop_asked, self.stopping = stop_asked, False
-        self.named: set[int] = set()
-        self.unreadable = 0
-
-    def start_epoch(self) -> None:
-        """Count unreadable images anew."""
-        self.unreadable = 0
-
-    def state_dict(self) -> dict:
-        """The counts that a restart has to keep."""
-        return {"unreadable": self.unreadable, "lasted": dict(self.lasted)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave."""
-        self.unreadable = int(state["unreadable"])
-        self.lasted = {name: int(state["lasted"][name]) for name in self.ADVICE}
-
-    def check(self, step: int, stats: Tensor, unreadable: Tensor) -> dict[str, float]:
-        """The step's numbers as means over ranks; the one place where the host waits for the device.
-
-        `stats` as in DINOLoss; `unreadable` (B,) holds indices of replaced images, else -1.
-        Raises TrainingError, on all ranks together, for a loss that is not finite.
-        """
-        failed = [index for index in unreadable.tolist() if index >= 0]
-        for index in sorted(set(failed) - self.named):
-            tqdm.write(f"warning: cannot read {self.name_of(index)}: another image takes its place")
-        self.named.update(failed)
-
-        counts = [len(failed), self.stop_asked()]
-        # Zeros are made on the device; a copy to it would wait.
-        counts = stats.new_tensor(counts) if any(counts) else torch.zeros_like(stats[:2])
-        numbers = torch.cat([stats, counts])
-        loss, entropy, batch_entropy, kl, mean_failed, stop = all_reduce_mean(numbers).tolist()
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"loss is {loss}", f"step {step}",
-                "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.3",
-            )  # fmt: skip
-        self.stopping = stop > 0
-        self.unreadable += round(mean_failed * get_world_size())
-        if self.unreadable > self.unreadable_limit:
-            raise UserError(
-                f"{self.unreadable} images of this epoch cannot be read", "--data_path", "mend the data"
-            )
-        self.watch_collapse(loss, entropy, batch_entropy)
-        return {"loss": loss, "entropy": entropy, "spread": batch_entropy - entropy, "kl": kl}
-
-    def watch_collapse(self, loss: float, entropy: float, batch_entropy: float) -> None:
-        """Warn when one of the two collapses has lasted long enough."""
-        flat, same = entropy > 0.995 * self.max_entropy, 0.005 * self.max_entropy
-        found = {
-            "uniform collapse": flat and abs(loss - self.max_entropy) < same,
-            "constant collapse": not flat and batch_entropy - entropy < same,
-        }
-        for name, present in found.items():
-            self.lasted[name] = self.lasted[name] + 1 if present else 0
-            if self.lasted[name] == self.patience:
-                log(
-                    f"warning: {name}: for {self.patience} steps the teacher's outputs were "
-                    f"{'flat' if flat else 'the same for every image'} (loss {loss:.4f}, ln out_dim "
-                    f"{self.max_entropy:.4f}, teacher entropy {entropy:.4f}): {self.ADVICE[name]}"
-                )
-
-
 # ---------------------------------------------------------------------------------------------
 # Run
 # ---------------------------------------------------------------------------------------------
@@ -895,109 +694,6 @@ class StoppedAtOnce(Interrupted):
     exit_code = 130
 
 
-class StopSignals:
-    """Within its block, a signal that asks to stop is noted and does not end the process.
-
-    Schedulers send SIGTERM, SIGUSR1 or SIGUSR2; Ctrl-C sends SIGINT. A second Ctrl-C stops at once.
-    """
-
-    SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, n)]
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self._before: dict = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _):
-        if number == self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-
-    def asked(self) -> bool:
-        """Whether a signal has come."""
-        return self.received is not None
-
-    @classmethod
-    def ignore(cls, *_) -> None:
-        """In a data-loading worker: schedulers signal the whole job, but only the training stops."""
-        for number in cls.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Full flag names only, defaults in the help, and errors in one line from one process."""
-
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        kwargs.setdefault("usage", "%(prog)s [--flag value ...]")
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str):
-        exit_with(UserError(message, "", "see --help"))
-
-
-def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> None:
-    """The flags that say what the images are; `folder` and `demo` complete their help."""
-    # fmt: off
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="",
-        help=f"{folder}; with --dataset, the folder that holds the dataset")
-    group.add_argument("--dataset", default="",
-        help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
-    group.add_argument("--download", action="store_true",
-        help="let --dataset fetch what is missing")
-    group.add_argument("--demo", action="store_true", help=demo)
-    group.add_argument("--num_workers", default=10, type=int,
-        help="data-loading workers per process")
-    # fmt: on
-
-
-def add_weights_flags(parser: argparse.ArgumentParser, patch_size: int = 16) -> None:
-    """The flags that say which frozen network is looked at."""
-    # fmt: off
-    group = parser.add_argument_group("weights")
-    group.add_argument("--pretrained_weights", default="",
-        help="a checkpoint; or a published model by name (dino_vits16, ...), which is downloaded; or a "
-             "baseline: random (a network as --arch says) or pixels (no network)")
-    group.add_argument("--checkpoint_key", default=DefaultStr("teacher"),
-        help="teacher or student; the teacher is better")
-    group.add_argument("--arch", default=DefaultStr("vit_small"),
-        help="architecture; the checkpoint knows its own")
-    group.add_argument("--patch_size", default=DefaultInt(patch_size), type=int,
-        help="patch size; the checkpoint knows its own")
-    # fmt: on
-
-
-def add_launch_flags(group) -> None:
-    """The flags of the process group."""
-    # fmt: off
-    group.add_argument("--dist_url", default="env://",
-        help="rendezvous of the process group, as in torch.distributed")
-    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
-        help="accepted and ignored; the launcher's environment decides")
-    # fmt: on
-
-
-# Autocast's type by the name a flag gives it; None: no autocast.
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class DefaultInt(int):
-    """A flag's default, told from the same number given by the user."""
-
-
-class DefaultStr(str):
-    """A flag's default, told from the same word given by the user."""
-
-
 def bool_flag(value: str) -> bool:
     """`true`, `on`, `1` or `false`, `off`, `0`."""
     words = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
@@ -1012,75 +708,3 @@ def fix_random_seeds(*entropy: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def make_folder(path: str) -> Path:
-    """The folder for a run's files, made if it is not there. Raises UserError if it cannot be written."""
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise UserError(error.strerror, f"--output_dir {path}", "choose another") from None
-    return folder
-
-
-def say(error: UserError) -> None:
-    """The error in one line, from the first rank."""
-    if launched_as()[0] == 0:
-        # An error from a data-loading worker comes with that worker's traceback before it.
-        line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
-        print(f"{error.label}: {line}", file=sys.stderr, flush=True)
-
-
-def exit_with(error: UserError):
-    """End the process; the first rank says why."""
-    say(error)
-    sys.exit(error.exit_code)
-
-
-def from_outside(error: Exception) -> UserError | None:
-    """One clear line for what the machine, not the program, did wrong; None for anything else."""
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
-        return TrainingError(
-            f"out of memory: {message}", "", "lower --batch_size_per_gpu, --out_dim or the network"
-        )
-    if "DataLoader worker" in message:
-        return Interrupted(f"a data-loading worker died: {message}", "", "the same command resumes")
-    if isinstance(error, dist.DistError) or "/gloo/" in message:
-        message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
-        return Interrupted(f"lost another process: {message}", "", "the same command resumes")
-    if isinstance(error, OSError):
-        where = str(error.filename or "")
-        return TrainingError(error.strerror or message, where, "mend it and start again")
-    return None
-
-
-def run_script(main: Callable, args: argparse.Namespace) -> None:
-    """Call `main(args)`; end in one clear line when the user can mend what went wrong."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main(args)
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        end_at_once(StoppedAtOnce("at once, by Ctrl-C", "", "the same command goes on from what is saved"))
-    except Exception as error:
-        outside = from_outside(error)
-        if outside is None:
-            raise
-        end_at_once(outside)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def end_at_once(error: UserError):
-    """End the process; leaving a group in order would wait for processes that may be dead."""
-    if dist.is_initialized():
-        say(error)
-        os._exit(error.exit_code)
-    exit_with(error)

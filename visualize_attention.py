@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.utils import make_grid
 
+import cli
 import utils
 from augmentation import normalize
 from checkpoints import load_backbone, read_weights, settle_architecture
+from cli import DefaultInt, DefaultStr
 from data import ImageFiles, read_labelled
 from shapes import Shapes
-from utils import DefaultInt, DefaultStr, UserError
+from utils import UserError
 from vision_transformer import VisionTransformer
 
 DEMO = {"pretrained_weights": "demo_run/checkpoint.pth", "image_size": [64], "threshold": 0.9}
@@ -37,9 +39,9 @@ ON_SHEET = 16  # images at most
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags; a parent for other parsers, hence without `--help` of its own."""
-    parser = utils.ArgumentParser("Visualize Self-Attention maps", add_help=False)
+    parser = cli.ArgumentParser("Visualize Self-Attention maps", add_help=False)
     # fmt: off
-    utils.add_weights_flags(parser, patch_size=8)
+    cli.add_weights_flags(parser, patch_size=8)
     group = parser.add_argument_group("images")
     group.add_argument("--image_path", nargs="+", default=None, metavar="PATH",
         help="image files, and folders of them")
@@ -59,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; under `--demo`, flags not given take the demo's values."""
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     return parser.parse_args(argv)
@@ -254,7 +256,7 @@ def visualize(
         image = prepare(read_labelled(images, i)[0], image_size, patch_size_of(backbone))
         attention = cls_attention(backbone, to_batch([image], device))[0]
         pictures = draw(image, attention, threshold)
-        folder = utils.make_folder(output_dir / name if len(images) > 1 else output_dir)
+        folder = cli.make_folder(output_dir / name if len(images) > 1 else output_dir)
         for file, picture in pictures.items():
             picture.save(folder / f"{file}.png")
         if i < ON_SHEET:
@@ -327,7 +329,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
         report_demo(
             args.pretrained_weights, args.checkpoint_key, args.image_size, args.threshold,
-            utils.make_folder(args.output_dir), device, args.seed,
+            cli.make_folder(args.output_dir), device, args.seed,
         )  # fmt: skip
         return
     if not args.image_path:
@@ -341,9 +343,9 @@ def main(args: argparse.Namespace) -> None:
     backbone, _ = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, DefaultInt(224)
     )
-    output_dir = utils.make_folder(args.output_dir)
+    output_dir = cli.make_folder(args.output_dir)
     visualize(backbone.to(device), images, args.image_size, args.threshold, output_dir, device)
 
 
 if __name__ == "__main__":
-    utils.run_script(main, parse_args())
+    cli.run_script(main, parse_args())

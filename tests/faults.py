@@ -32,6 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import cli
 import eval_knn
 import main_dino
 import restart
@@ -63,7 +64,7 @@ def fork(program, argv: list[str], said: Path, environment: dict | None = None, 
         if as_nobody:
             os.setgroups([]), os.setgid(NOBODY), os.setuid(NOBODY)
         try:
-            utils.run_script(program.main, program.parse_args(argv))
+            cli.run_script(program.main, program.parse_args(argv))
             status = 0
         except SystemExit as end:
             status = end.code or 0

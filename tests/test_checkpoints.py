@@ -12,7 +12,9 @@ import timm
 import torch
 import torchvision
 
+import backbones
 import checkpoints
+import cli
 import eval_knn
 import eval_linear
 import main_dino
@@ -21,6 +23,7 @@ import visualize_attention
 from checkpoints import init_from, load_backbone, load_checkpoint, save_checkpoint
 from tests.conftest import TINY
 from utils import UserError
+from vision_transformer import VITS
 
 
 class Payload:
@@ -73,8 +76,8 @@ def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
 
 
 VIT_ARGS = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32}
-ANY_VIT = utils.DefaultStr("vit_small"), utils.DefaultInt(16), utils.DefaultInt(224)  # flags not given
-TEACHER = utils.DefaultStr("teacher")
+ANY_VIT = cli.DefaultStr("vit_small"), cli.DefaultInt(16), cli.DefaultInt(224)  # flags not given
+TEACHER = cli.DefaultStr("teacher")
 
 
 def prefixed(state: dict, prefix: str) -> dict:
@@ -118,7 +121,7 @@ def write(content, path) -> str:
 def vits():
     """Two vit_nano with patch 8 for 32 pixels, and their states."""
     torch.manual_seed(0)
-    models = [utils.build_backbone("vit_nano", 8, 32)[0].eval() for _ in range(2)]
+    models = [backbones.build_backbone("vit_nano", 8, 32)[0].eval() for _ in range(2)]
     return models[0].state_dict(), models[1].state_dict()
 
 
@@ -156,7 +159,7 @@ def test_classifiers_of_torchvision_and_timm_are_dropped_and_nothing_else(arch, 
 
 def test_xcit_loads_as_its_own_repository_names_it(tmp_path):
     torch.manual_seed(0)
-    model = utils.build_backbone("xcit_nano_12_p16")[0].eval()  # timm's xcit_nano_12_p16_224
+    model = backbones.build_backbone("xcit_nano_12_p16")[0].eval()  # timm's xcit_nano_12_p16_224
     state = {name.replace("pos_embed.", "pos_embeder."): v for name, v in model.state_dict().items()}
     for block in range(2):
         for kind in ("weight", "bias"):
@@ -203,7 +206,9 @@ def test_random_weights_only_by_name():
     torch.manual_seed(1)
     model, size = load_backbone("random", TEACHER, "vit_nano", 8, 32)
     torch.manual_seed(1)
-    torch.testing.assert_close(model.state_dict(), utils.build_backbone("vit_nano", 8, 32)[0].state_dict())
+    torch.testing.assert_close(
+        model.state_dict(), backbones.build_backbone("vit_nano", 8, 32)[0].state_dict()
+    )
     assert size == 32 and isinstance(load_backbone("pixels", TEACHER, *ANY_VIT)[0], torch.nn.Flatten)
 
 
@@ -228,7 +233,7 @@ def server(tmp_path, monkeypatch):
 
 def test_a_published_model_is_downloaded_by_name_once(server, vits):
     torch.manual_seed(0)
-    vit_small = utils.build_backbone("vit_small", 8)[0]
+    vit_small = backbones.build_backbone("vit_small", 8)[0]
     folder = server / "dino_deitsmall8_pretrain"
     folder.mkdir()
     torch.save(vit_small.state_dict(), folder / "dino_deitsmall8_pretrain.pth")
@@ -255,8 +260,8 @@ def test_the_nine_published_models_are_known_networks():
     for stem, arch, patch_size in checkpoints.PUBLISHED.values():
         url = checkpoints.PUBLISHED_URL.format(stem=stem, kind="pretrain")
         assert url == f"https://dl.fbaipublicfiles.com/dino/{stem}_pretrain/{stem}_pretrain.pth"
-        name = utils.canonical(arch)
-        assert name in utils.VITS or name == "resnet50" or timm.is_model(name)
+        name = backbones.canonical(arch)
+        assert name in VITS or name == "resnet50" or timm.is_model(name)
         assert not name.startswith("xcit") or f"_p{patch_size}_" in name
 
 
@@ -264,7 +269,7 @@ def test_the_nine_published_models_are_known_networks():
 
 
 def students(image_size: int) -> utils.MultiCropWrapper:
-    backbone, dim = utils.build_backbone("vit_nano", 8, image_size)
+    backbone, dim = backbones.build_backbone("vit_nano", 8, image_size)
     return utils.MultiCropWrapper(backbone, utils.DINOHead(dim, 64, hidden_dim=32, bottleneck_dim=16))
 
 
@@ -287,7 +292,7 @@ def test_a_backbone_alone_leaves_the_head_as_it_is_and_fits_another_image_size(v
     head = copy.deepcopy(new.head.state_dict())
     init_from(new, write(vits[0], tmp_path / "backbone.pth"), "vit_nano", 8, 48)
     torch.testing.assert_close(new.head.state_dict(), head, rtol=0, atol=0)
-    old = utils.build_backbone("vit_nano", 8, 32)[0]
+    old = backbones.build_backbone("vit_nano", 8, 32)[0]
     old.load_state_dict(vits[0])
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(new.backbone.eval()(x), old.eval()(x))

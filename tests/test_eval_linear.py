@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision import transforms
 
+import backbones
 import data
 import eval_linear
-import utils
 from checkpoints import load_checkpoint, save_checkpoint
 from eval_linear import LinearClassifier, LinearClassifiers, frozen_features, validate_network
 from tests import golden
@@ -56,7 +56,7 @@ def test_published_flags_and_defaults():
 @pytest.fixture(scope="module")
 def vit():
     torch.manual_seed(0)
-    return utils.build_backbone("vit_nano", 8, 32)[0].eval()
+    return backbones.build_backbone("vit_nano", 8, 32)[0].eval()
 
 
 def test_features_are_those_of_the_published_evaluation(vit):
@@ -74,7 +74,7 @@ def test_features_are_those_of_the_published_evaluation(vit):
 
 
 def test_other_networks_give_their_output():
-    resnet = utils.build_backbone("resnet18")[0].eval()
+    resnet = backbones.build_backbone("resnet18")[0].eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(frozen_features(resnet, images, 4, True), resnet(images))

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cli
 import main_dino
 import utils
 from augmentation import normalized_views
@@ -97,7 +98,7 @@ def test_help_is_whole_and_does_not_import_timm():
 def test_bad_usage_is_one_clear_line(images, tmp_path, capsys, flags, message):
     argv = [*TINY, "--output_dir", str(tmp_path / "out"), *flags.format(images=images).split()]
     with pytest.raises(SystemExit) as end:
-        utils.run_script(main_dino.main, main_dino.parse_args(argv))
+        cli.run_script(main_dino.main, main_dino.parse_args(argv))
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

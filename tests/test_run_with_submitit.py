@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 import run_with_submitit
 from checkpoints import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
@@ -66,9 +67,7 @@ def test_published_flags_and_defaults():
 )
 def test_bad_usage_is_one_clear_line(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
-        run_with_submitit.utils.run_script(
-            run_with_submitit.main, run_with_submitit.parse_args(["--local", *flags.split()])
-        )
+        cli.run_script(run_with_submitit.main, run_with_submitit.parse_args(["--local", *flags.split()]))
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n"
 

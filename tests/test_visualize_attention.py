@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import utils
+import backbones
 import visualize_attention
 from shapes import Shapes
 from tests.conftest import run, save_images
@@ -35,7 +35,7 @@ def test_published_flags_and_defaults():
 
 def test_rows_of_patches_come_out_as_rows_of_the_image():
     torch.manual_seed(0)
-    vit = utils.build_backbone("vit_nano", 8, 32)[0].eval()
+    vit = backbones.build_backbone("vit_nano", 8, 32)[0].eval()
     images = torch.randn(2, 3, 16, 40)
     with torch.no_grad():
         whole = vit.get_last_selfattention(images)
@@ -46,8 +46,8 @@ def test_rows_of_patches_come_out_as_rows_of_the_image():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_ours_and_timms_give_the_same_map(fused):
-    theirs = utils.build_backbone("vit_tiny_patch16_224")[0].eval()
-    ours = utils.build_backbone("vit_tiny", 16, 224)[0].eval()
+    theirs = backbones.build_backbone("vit_tiny_patch16_224")[0].eval()
+    ours = backbones.build_backbone("vit_tiny", 16, 224)[0].eval()
     ours.load_state_dict(theirs.state_dict())
     for module in ours.modules():
         if isinstance(module, Attention):
@@ -66,7 +66,7 @@ def test_other_vits_of_timm(arch):
     patch = 14 if "14" in arch else 16
     with torch.device("meta"):
         size = timm.create_model(arch, num_classes=0).default_cfg["input_size"][-1]
-    backbone = utils.build_backbone(arch)[0].eval()
+    backbone = backbones.build_backbone(arch)[0].eval()
     attention = cls_attention(backbone, torch.randn(1, 3, size, size))
     assert attention.shape[-2:] == (size // patch, size // patch)
     assert (attention >= 0).all() and (attention.sum((-2, -1)) <= 1.0001).all()
@@ -74,7 +74,7 @@ def test_other_vits_of_timm(arch):
 
 @pytest.mark.parametrize("arch", ["resnet18", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224"])
 def test_networks_without_such_attention_are_named(arch):
-    backbone = utils.build_backbone(arch)[0].eval()
+    backbone = backbones.build_backbone(arch)[0].eval()
     with pytest.raises(UserError, match="has no CLS attention over patches"):
         cls_attention(backbone, torch.randn(1, 3, 224, 224))
 

@@ -28,7 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import decode_image
 
+import backbones
 import main_dino
+import monitor
 import utils
 from augmentation import DataAugmentationDINO, normalize, to_pixels
 from data import EpochSampler, ImageFiles, TrainingViews, load_pixels, to_device
@@ -185,7 +187,7 @@ class OurTrainer:
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         constant = np.full(10_000, 1e-6)
         self.schedules = {"lr": constant, "wd": constant, "momentum": 1 - constant}
-        self.guard = utils.RunGuard(out_dim, unreadable_limit=1)
+        self.guard = monitor.RunGuard(out_dim, unreadable_limit=1)
 
     def steps(self, batches: Iterator) -> None:
         main_dino.train_one_epoch(
@@ -333,7 +335,7 @@ def knn(rounds: int) -> None:
 def linear(rounds: int) -> None:
     """Five learning rates: in one pass over the images, or in five."""
     torch.manual_seed(0)
-    vit, _ = utils.build_backbone("vit_tiny")
+    vit, _ = backbones.build_backbone("vit_tiny")
     images, labels, rates = (
         torch.randn(64, 3, 224, 224),
         torch.arange(64) % 10,

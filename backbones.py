@@ -1,0 +1,109 @@
+"""Networks by name, and what they have to be able to do: ours, torchvision's, timm's."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+import torch
+import torchvision
+from torch import nn
+
+from utils import UserError
+from vision_transformer import VITS, VisionTransformer
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint with the known names most like `name`."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else "check the name"
+
+
+def canonical(arch: str) -> str:
+    """The one name of a network that the published code calls otherwise; other names as they are."""
+    if arch in VITS:
+        return VITS[arch].__name__  # deit_small -> vit_small
+    return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
+
+
+def build_backbone(
+    arch: str, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0
+) -> tuple[nn.Module, int]:
+    """A backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
+
+    The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
+    `patch_size` and `img_size` (of the position embedding) shape our ViTs only; elsewhere the
+    name says it. Returns the model, whose `dropped_classifiers` names the layers that it lacks, and
+    D. Raises UserError for an unknown name.
+    """
+    arch = canonical(arch)
+    if arch in VITS:
+        model = VITS[arch](patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+        model.dropped_classifiers = ("head",)
+        return model, model.embed_dim
+    if arch in torchvision.models.list_models(module=torchvision.models):
+        return _torchvision_backbone(arch)
+    import timm  # half a second, so only when it is needed
+
+    if not timm.is_model(arch):
+        known = [*VITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+        raise UserError("unknown architecture", f"--arch {arch}", nearest(arch, known))
+    kwargs = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
+    while True:
+        try:
+            model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+            names = model.default_cfg["classifier"]  # two for a distilled ViT
+            model.dropped_classifiers = (names,) if isinstance(names, str) else tuple(names)
+            return model, model.num_features
+        except TypeError as error:  # most convnets know neither argument
+            unknown = [name for name in kwargs if f"'{name}'" in str(error)]
+            if not unknown:
+                raise
+            del kwargs[unknown[0]]
+
+
+def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
+    auxiliary = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(arch, weights=None, **auxiliary)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError("architecture has no linear classifier to drop", f"--arch {arch}")
+    parent, _, name = linear[-1].rpartition(".")
+    embed_dim = model.get_submodule(linear[-1]).in_features
+    setattr(model.get_submodule(parent), name, nn.Identity())
+    model.dropped_classifiers = (linear[-1],)
+    return model, embed_dim
+
+
+def check_divides(name: str, size: int, patch_size: int) -> None:
+    """See that patches tile an image; `name` is the flag that gave its size. Raises UserError."""
+    if size % patch_size:
+        below = size - size % patch_size
+        fix = f"try {below or patch_size} or {below + patch_size}"
+        raise UserError(f"does not divide by --patch_size {patch_size}", f"--{name} {size}", fix)
+
+
+def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[int]) -> None:
+    """See that the backbone maps images of each size to (B, D). Raises UserError."""
+    training = backbone.training
+    backbone.eval()
+    for size in sorted(set(sizes)):
+        fix = "choose other crop sizes or another --arch"
+        try:
+            with torch.no_grad():
+                shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
+        except Exception as error:  # whatever a foreign model raises on a size it cannot take
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{arch} takes no {size}-pixel crops: {reason}", "--arch", fix) from None
+        if shape != (2, embed_dim):
+            raise UserError(f"{arch} gives {shape[1:]} per image, not a vector", "--arch", fix)
+    backbone.train(training)
+
+
+def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
+    """Save memory: compute activations again for the gradients. Raises UserError where it cannot be."""
+    if isinstance(backbone, VisionTransformer):
+        backbone.grad_checkpointing = True
+    elif hasattr(backbone, "set_grad_checkpointing"):  # timm's
+        backbone.set_grad_checkpointing()
+    else:
+        raise UserError(f"{arch} cannot do it", "--grad_checkpointing", "use a ViT or a model of timm")

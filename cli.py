@@ -1,0 +1,153 @@
+"""What the scripts' command lines share: the parser, common flags, errors in one line."""
+
+import argparse
+import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from utils import Interrupted, StoppedAtOnce, TrainingError, UserError, launched_as
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Full flag names only, defaults in the help, and errors in one line from one process."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("usage", "%(prog)s [--flag value ...]")
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        exit_with(UserError(message, "", "see --help"))
+
+
+def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> None:
+    """The flags that say what the images are; `folder` and `demo` complete their help."""
+    # fmt: off
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="",
+        help=f"{folder}; with --dataset, the folder that holds the dataset")
+    group.add_argument("--dataset", default="",
+        help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
+    group.add_argument("--download", action="store_true",
+        help="let --dataset fetch what is missing")
+    group.add_argument("--demo", action="store_true", help=demo)
+    group.add_argument("--num_workers", default=10, type=int,
+        help="data-loading workers per process")
+    # fmt: on
+
+
+def add_weights_flags(parser: argparse.ArgumentParser, patch_size: int = 16) -> None:
+    """The flags that say which frozen network is looked at."""
+    # fmt: off
+    group = parser.add_argument_group("weights")
+    group.add_argument("--pretrained_weights", default="",
+        help="a checkpoint; or a published model by name (dino_vits16, ...), which is downloaded; or a "
+             "baseline: random (a network as --arch says) or pixels (no network)")
+    group.add_argument("--checkpoint_key", default=DefaultStr("teacher"),
+        help="teacher or student; the teacher is better")
+    group.add_argument("--arch", default=DefaultStr("vit_small"),
+        help="architecture; the checkpoint knows its own")
+    group.add_argument("--patch_size", default=DefaultInt(patch_size), type=int,
+        help="patch size; the checkpoint knows its own")
+    # fmt: on
+
+
+def add_launch_flags(group) -> None:
+    """The flags of the process group."""
+    # fmt: off
+    group.add_argument("--dist_url", default="env://",
+        help="rendezvous of the process group, as in torch.distributed")
+    group.add_argument("--local_rank", "--local-rank", default=0, type=int,
+        help="accepted and ignored; the launcher's environment decides")
+    # fmt: on
+
+
+# Autocast's type by the name a flag gives it; None: no autocast.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DefaultInt(int):
+    """A flag's default, told from the same number given by the user."""
+
+
+class DefaultStr(str):
+    """A flag's default, told from the same word given by the user."""
+
+
+def make_folder(path: str) -> Path:
+    """The folder for a run's files, made if it is not there. Raises UserError if it cannot be written."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise UserError(error.strerror, f"--output_dir {path}", "choose another") from None
+    return folder
+
+
+def say(error: UserError) -> None:
+    """The error in one line, from the first rank."""
+    if launched_as()[0] == 0:
+        # An error from a data-loading worker comes with that worker's traceback before it.
+        line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        print(f"{error.label}: {line}", file=sys.stderr, flush=True)
+
+
+def exit_with(error: UserError):
+    """End the process; the first rank says why."""
+    say(error)
+    sys.exit(error.exit_code)
+
+
+def from_outside(error: Exception) -> UserError | None:
+    """One clear line for what the machine, not the program, did wrong; None for anything else."""
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
+        return TrainingError(
+            f"out of memory: {message}", "", "lower --batch_size_per_gpu, --out_dim or the network"
+        )
+    if "DataLoader worker" in message:
+        return Interrupted(f"a data-loading worker died: {message}", "", "the same command resumes")
+    if isinstance(error, dist.DistError) or "/gloo/" in message:
+        message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
+        return Interrupted(f"lost another process: {message}", "", "the same command resumes")
+    if isinstance(error, OSError):
+        where = str(error.filename or "")
+        return TrainingError(error.strerror or message, where, "mend it and start again")
+    return None
+
+
+def run_script(main: Callable, args: argparse.Namespace) -> None:
+    """Call `main(args)`; end in one clear line when the user can mend what went wrong."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main(args)
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        end_at_once(StoppedAtOnce("at once, by Ctrl-C", "", "the same command goes on from what is saved"))
+    except Exception as error:
+        outside = from_outside(error)
+        if outside is None:
+            raise
+        end_at_once(outside)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def end_at_once(error: UserError):
+    """End the process; leaving a group in order would wait for processes that may be dead."""
+    if dist.is_initialized():
+        say(error)
+        os._exit(error.exit_code)
+    exit_with(error)

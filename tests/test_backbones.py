@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+import backbones
+from utils import DINOHead, MultiCropWrapper, UserError
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "sizes"),
+    [
+        ("vit_nano", 128, (224, 96)),
+        ("resnet18", 512, (64, 32)),
+        ("convnext_tiny", 768, (64, 32)),
+        ("mobilenet_v3_small", 1024, (64, 32)),
+        ("xcit_nano_12_p16_224", 128, (64, 32)),
+        ("vit_tiny_patch16_224", 192, (224, 96)),
+        ("resnet10t", 512, (64, 32)),
+    ],
+)
+def test_backbones_by_name_take_both_crop_sizes(arch, dim, sizes):
+    model, embed_dim = backbones.build_backbone(arch, 16, sizes[0], drop_path_rate=0.1)
+    backbones.check_crop_sizes(model, arch, embed_dim, sizes)
+    assert embed_dim == dim and model.training
+    wrapper = MultiCropWrapper(model, DINOHead(dim, 32, hidden_dim=16, bottleneck_dim=8))
+    wrapper([torch.randn(2, 3, size, size) for size in sizes]).sum().backward()
+    unused = [n for n, p in wrapper.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []  # else DistributedDataParallel would wait for ever
+
+
+def test_unknown_and_unfit_backbones_are_named():
+    with pytest.raises(UserError, match="did you mean .*resnet50"):
+        backbones.build_backbone("resnet5o")
+    with pytest.raises(UserError, match="no linear classifier"):
+        backbones.build_backbone("squeezenet1_0")
+    model, dim = backbones.build_backbone("vit_b_32")
+    with pytest.raises(UserError, match="vit_b_32 takes no 96-pixel crops"):
+        backbones.check_crop_sizes(model, "vit_b_32", dim, [224, 96])
