@@ -3,6 +3,7 @@
 Shapes: B images, V views, H x W pixels.
 """
 
+import contextlib
 import inspect
 import itertools
 import os
@@ -15,7 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor
 
 from augmentation import DataAugmentationDINO, HorizontalFlip, RandomResizedCrop, to_pixels
@@ -309,6 +310,22 @@ class EpochSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return self.num_samples - self.start
+
+
+@contextlib.contextmanager
+def ending_workers(loader: DataLoader) -> Iterator[None]:
+    """See that the loader's persistent workers end with the block.
+
+    They ignore SIGTERM (`StopSignals.ignore`), by which Python would end them at its own exit, and
+    then wait for them for ever.
+    """
+    try:
+        yield
+    finally:
+        if loader._iterator is not None:  # torch has no public name for it
+            loader._iterator._shutdown_workers()
+            for worker in loader._iterator._workers:
+                worker.kill()  # one that hangs
 
 
 def to_device(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:

@@ -10,6 +10,7 @@ Shapes: N training images, M test images, D features, k neighbours.
 """
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from augmentation import eval_transform
 from checkpoints import load_backbone, load_file
 from cli import DefaultInt
 from data import EvalImages, open_train_and_val
-from utils import UserError, bool_flag
+from utils import MultiCropWrapper, UserError, bool_flag
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,6 +84,7 @@ def extract_features(
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global stream is a training's
     )
     features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=device)
     for batch, label, index in loader:
@@ -137,6 +139,70 @@ def knn_classifier(
     """Top-1 and top-5 accuracy in percent of the weighted k-NN classifier."""
     data = train_features, train_labels, test_features, test_labels
     return knn_accuracies(*data, [k], T, num_classes)[k]
+
+
+def knn_top1(
+    model: Callable[[Tensor], Tensor],
+    train: Dataset,
+    val: Dataset,
+    image_size: int,
+    device: torch.device,
+    num_workers: int = 0,
+    k: int = 20,
+) -> float:
+    """Top-1 accuracy in percent, on every rank, of `model` as in `extract_features`."""
+    data: list[Tensor] = []
+    for images in (train, val):
+        data += extract_features(model, images, image_size, device, num_workers=num_workers)
+    num_classes = int(torch.cat([data[1], data[3]]).max()) + 1
+    return knn_classifier(*data, min(k, len(train)), T=0.07, num_classes=num_classes)[0]
+
+
+class PeriodicKNN:
+    """20-NN accuracy of networks while they train: every so many epochs, for about a `share` of the time.
+
+    Training goes on with the bits that it would have had without.
+    """
+
+    def __init__(
+        self,
+        train: Dataset,
+        val: Dataset,
+        image_size: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        num_workers: int,
+        every: int,
+        share: float,
+    ):
+        self.train, self.val, self.image_size, self.device = train, val, image_size, device
+        self.dtype, self.num_workers, self.every, self.share = dtype, num_workers, every, share
+        self.begun, self.spent = time.perf_counter(), 0.0
+
+    def __call__(self, epoch: int, networks: dict[str, MultiCropWrapper]) -> dict[str, float]:
+        """{"knn_" + name: top-1 in percent}; nothing if it is not yet time. All ranks come here."""
+        begun = time.perf_counter()
+        late = self.spent > self.share * (begun - self.begun)  # each rank has its own clock
+        if (epoch + 1) % self.every or utils.all_gather_object(late)[0]:
+            return {}
+        found = {}
+        for name, network in networks.items():
+            training = network.training
+            network.eval()
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                # forward: whatever is compiled is compiled for training
+                found[f"knn_{name}"] = knn_top1(
+                    network.backbone.forward,
+                    self.train,
+                    self.val,
+                    self.image_size,
+                    self.device,
+                    self.num_workers,
+                )
+            network.train(training)
+        self.spent += time.perf_counter() - begun
+        utils.log(f"epoch {epoch}  " + "  ".join(f"{name} {top1:.1f}" for name, top1 in found.items()))
+        return found
 
 
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")

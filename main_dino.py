@@ -9,8 +9,9 @@ A run continues from `checkpoint.pth` in its `--output_dir` when there is one.
 """
 
 import argparse
+import contextlib
 import functools
-import json
+import importlib.util
 import math
 import os
 import random
@@ -20,30 +21,33 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import backbones
 import cli
 import monitor
 import utils
-from augmentation import normalized_views, to_pixels
+from augmentation import normalize, normalized_views, to_pixels
 from checkpoints import init_from, load_backbone
 from cli import DefaultInt
+from curves import Curves
 from data import (
     EpochSampler,
     TrainingViews,
-    open_labelled_images,
+    ending_workers,
+    open_train_and_val,
     open_training_images,
     sample_name,
     to_device,
 )
-from eval_knn import extract_features, knn_classifier
-from restart import RandomStates, has_checkpoint, identity, resume, save_run
+from eval_knn import PeriodicKNN, knn_top1
+from restart import RandomStates, has_checkpoint, identity, resume, save_record, save_run
 from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, UserError, bool_flag
 from vision_transformer import VITS
+from visualize_attention import cls_attention, draw
 
 
 def demo_defaults() -> dict:
@@ -110,6 +114,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="width of the projection head's MLP")
     group.add_argument("--head_bottleneck_dim", default=256, type=int,
         help="width of the head's output before the prototypes")
+
+    group = parser.add_argument_group("ablations (paper, Section 5)")
+    group.add_argument("--teacher_update", default="ema", choices=["ema", "epoch", "copy"],
+        help="what the teacher is: a moving average of the student; the student after the last epoch, "
+             "which learns less; or after the last step, which collapses")
+    group.add_argument("--centering", default="ema", choices=["ema", "none", "sinkhorn"],
+        help="what keeps one prototype from winning always: the running mean of the teacher's outputs; "
+             "nothing, which collapses; or Sinkhorn-Knopp over the batch")
 
     group = parser.add_argument_group("teacher temperature")
     group.add_argument("--warmup_teacher_temp", default=0.04, type=float,
@@ -185,6 +197,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--allow_changed_args", action="store_true",
         help="resume although flags, or the number of processes or images, are not those that the "
              "run was started with")
+    group.add_argument("--knn_every", default=0, type=int,
+        help="epochs between k-NN evaluations of student and teacher, which go to log.txt and do not "
+             "change the training; 0: none")
+    group.add_argument("--knn_data", default="",
+        help="folder with train/ and val/ of class folders to evaluate on; --dataset and --demo have "
+             "their own")
+    group.add_argument("--knn_share", default=0.1, type=float,
+        help="an evaluation is left out as long as those before have taken more than this share of the "
+             "time; 1: none is")
+    group.add_argument("--tensorboard", action="store_true",
+        help="write the numbers of log.txt also for TensorBoard, to OUTPUT_DIR/tensorboard")
     group.add_argument("--augment_on", default="worker", choices=["worker", "device"],
         help="where colours change; device, where the workers cannot keep up with it: they then only "
              "decode and crop")
@@ -234,7 +257,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
                  "saveckp_freq", "save_every_steps", "max_steps", "cpu_threads", "seed", "clip_grad",
-                 "freeze_last_layer", "lr", "min_lr", "weight_decay", "weight_decay_end"):  # fmt: skip
+                 "freeze_last_layer", "lr", "min_lr", "weight_decay", "weight_decay_end",
+                 "knn_every"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError("must not be negative", f"--{name} {getattr(args, name)}", "raise it")
     for name in ("warmup_teacher_temp", "teacher_temp"):
@@ -244,9 +268,12 @@ def check_args(args: argparse.Namespace) -> None:
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
             raise UserError("must be 0 < MIN <= MAX <= 1", f"--{name} {low} {high}", "mend it")
-    for name in ("momentum_teacher", "drop_path_rate"):
+    for name in ("momentum_teacher", "drop_path_rate", "knn_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError("must be between 0 and 1", f"--{name} {getattr(args, name)}", "mend it")
+
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
 
     if args.arch in VITS:
         sizes = {"global_crops_size": args.global_crops_size}
@@ -372,16 +399,24 @@ def build_schedules(
     warmup_epochs: int,
     epochs: int,
     steps_per_epoch: int,
+    teacher_update: str = "ema",
 ) -> dict[str, np.ndarray]:
     """Learning rate, weight decay and teacher momentum, one value per global step.
 
-    Pairs are (first or peak, last); the momentum rises to 1.
+    Pairs are (first or peak, last); the momentum rises to 1. Other teachers are other momenta: 0
+    copies the student, 1 leaves the teacher as it is.
     """
     cosine = functools.partial(utils.cosine_scheduler, epochs=epochs, niter_per_ep=steps_per_epoch)
+    steps = np.arange(1, epochs * steps_per_epoch + 1)
+    momenta = {
+        "ema": cosine(momentum, 1.0),
+        "epoch": (steps % steps_per_epoch > 0).astype(float),
+        "copy": np.zeros(len(steps)),
+    }
     return {
         "lr": cosine(*lr, warmup_epochs=warmup_epochs),
         "wd": cosine(*weight_decay),
-        "momentum": cosine(momentum, 1.0),
+        "momentum": momenta[teacher_update],
     }
 
 
@@ -458,6 +493,7 @@ def train_dino(args: argparse.Namespace) -> None:
         args.warmup_teacher_temp_epochs,
         args.epochs,
         accum_steps=args.accum_steps,
+        centering=args.centering,
     ).to(device)
     optimizer = build_optimizer(args.optimizer, student_alone)
     dtype = autocast_dtype(args.precision, args.use_fp16, device)
@@ -469,7 +505,21 @@ def train_dino(args: argparse.Namespace) -> None:
         args.warmup_epochs,
         args.epochs,
         steps_per_epoch,
+        args.teacher_update,
     )
+
+    # ---- evaluation
+    knn = None
+    if args.knn_every:
+        knn = PeriodicKNN(
+            *open_knn_data(args.knn_data, args.data_path, args.dataset, args.download, args.demo),
+            args.global_crops_size,
+            device,
+            dtype,
+            args.num_workers,
+            args.knn_every,
+            args.knn_share,
+        )
 
     # ---- resume
     signals = monitor.StopSignals()
@@ -505,11 +555,12 @@ def train_dino(args: argparse.Namespace) -> None:
             save_run(output_dir, state, record, keep_as, last)
 
     # ---- train
+    curves = Curves(output_dir, args.tensorboard, step) if utils.is_main_process() else None
     utils.log(
         f"training {args.arch} on {len(images)} images, {utils.get_world_size()} process(es) on "
         f"{device.type}, {dtype or torch.float32}, from step {step} to {last_step}"
     )
-    with signals:
+    with signals, ending_workers(loader):
         while step < last_step and not guard.stopping:
             epoch = step // steps_per_epoch
             epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
@@ -549,12 +600,28 @@ def train_dino(args: argparse.Namespace) -> None:
                 if step % steps_per_epoch == 0 and args.saveckp_freq and epoch % args.saveckp_freq == 0:
                     keep_as = f"checkpoint{epoch:04}.pth"
             save(step, record, keep_as, last=guard.stopping or step == last_step)
+            if record and knn and not guard.stopping:  # now that nothing can be lost
+                record |= knn(epoch, {"student": student_alone, "teacher": teacher})
+            if record and curves:
+                save_record(output_dir, record)
+                curves.update(record)
     utils.barrier()  # what was saved is there for every rank
     if step < last_step:
         cause = signals.received.name if signals.received else "a signal to another process"
         raise utils.Interrupted(
             f"by {cause}, step {step} of {last_step} is saved", str(output_dir), "the same command resumes"
         )
+
+
+def open_knn_data(
+    knn_data: str, data_path: str, dataset: str, download: bool, demo: bool
+) -> tuple[Dataset, Dataset]:
+    """Labelled images to evaluate on during training. Raises UserError."""
+    if knn_data:
+        return open_train_and_val(knn_data)
+    if not (dataset or demo):
+        raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
+    return open_train_and_val(data_path, dataset, download, demo)
 
 
 def save_between(
@@ -639,7 +706,7 @@ def train_one_epoch(
 
 
 def report_demo(args: argparse.Namespace) -> None:
-    """Print k-NN accuracy before and after training; save pictures of the views and the loss."""
+    """Print k-NN accuracy before and after training; save a picture of views, attention and curves."""
     output_dir = Path(args.output_dir)
     device = utils.init_distributed_mode(args.dist_url)
     utils.fix_random_seeds(args.seed)  # the weights that training started from
@@ -652,67 +719,48 @@ def report_demo(args: argparse.Namespace) -> None:
         )
 
     utils.log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
-    train, val = (open_labelled_images(split, "", demo=True) for split in ("train", "val"))
+    train, val = open_train_and_val("", demo=True)
     for name, network in networks.items():
         network.to(device).eval()
-        data = []
-        for images in (train, val):
-            data += extract_features(
-                network.to(device).eval(),
-                images,
-                args.global_crops_size,
-                device,
-                num_workers=args.num_workers,
-            )
-        top1, _ = knn_classifier(*data, k=20, T=0.07, num_classes=len(train.classes))
+        top1 = knn_top1(network, train, val, args.global_crops_size, device, args.num_workers)
         utils.log(f"  {name:22} {top1:5.1f} %")
 
     if not utils.is_main_process():
         return
-    draw_views(val[1][0], build_augmentation(args)).save(output_dir / "views.png")
-    with open(output_dir / "log.txt") as file:
-        losses = [json.loads(line)["train_loss"] for line in file]
-    draw_curve(losses, "loss by epoch").save(output_dir / "loss.png")
-    utils.log(f"pictures: {output_dir / 'views.png'}, {output_dir / 'loss.png'}")
-
-
-def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, side: int = 128) -> Image.Image:
-    """The image and one draw of its views, side by side, the largest of them `side` pixels wide."""
-    views = [TF.to_pil_image(view) for view in augmentation.uint8_views(to_pixels(image), random.Random(0))]
-    tiles = [image, *views]
-    zoom, gap = side / max(tile.width for tile in tiles), 8
-    tiles = [
-        tile.resize((round(tile.width * zoom), round(tile.height * zoom)), Image.Resampling.NEAREST)
-        for tile in tiles
-    ]
-    sheet = Image.new("RGB", (sum(tile.width + gap for tile in tiles) + gap, side + 2 * gap), "white")
-    left = gap
-    for tile in tiles:
-        sheet.paste(tile, (left, gap + (side - tile.height) // 2))
-        left += tile.width + gap
-    return sheet
-
-
-def draw_curve(values: list[float], title: str, width: int = 480, height: int = 240) -> Image.Image:
-    """A line through the values, with their range written beside it."""
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    low, high = min(values), max(values)
-    left, top, right, bottom = 60, 30, width - 20, height - 30
-    points = [
-        (
-            left + (right - left) * i / max(len(values) - 1, 1),
-            bottom - (bottom - top) * (value - low) / max(high - low, 1e-9),
+    picture = draw_demo(val[1][0], build_augmentation(args), networks["trained teacher"])
+    with contextlib.suppress(OSError), Image.open(output_dir / "curves.png") as curves:
+        picture = stack(
+            [picture, curves.resize((picture.width, picture.width * curves.height // curves.width))]
         )
-        for i, value in enumerate(values)
-    ]
-    pen.rectangle((left, top, right, bottom), outline="lightgray")
-    pen.line(points, fill="royalblue", width=2)
-    pen.text((left, 10), title, fill="black")
-    pen.text((10, top - 5), f"{high:.3f}", fill="black")
-    pen.text((10, bottom - 8), f"{low:.3f}", fill="black")
-    pen.text((left, bottom + 8), "1", fill="black")
-    pen.text((right - 12, bottom + 8), str(len(values)), fill="black")
+    picture.save(output_dir / "demo.png")
+    utils.log(f"picture: {output_dir / 'demo.png'}")
+
+
+def draw_demo(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
+    """The image and one draw of its views; below each, what the teacher attends to in it."""
+    views = augmentation.uint8_views(to_pixels(image), random.Random(0))
+    rows: list[list[Image.Image]] = [[], []]
+    for pixels in (to_pixels(image), *views):
+        with torch.no_grad():
+            attention = cls_attention(teacher, normalize(pixels[None].to(next(teacher.parameters()).device)))
+        pictures = draw(TF.to_pil_image(pixels), attention[0].cpu(), None)
+        for row, name in zip(rows, ("img", "overlay-mean"), strict=True):
+            row.append(ImageOps.scale(pictures[name], 2, Image.Resampling.NEAREST))
+    return stack([stack(row, across=True) for row in rows])
+
+
+def stack(pictures: list[Image.Image], across: bool = False, gap: int = 8) -> Image.Image:
+    """Pictures below or beside each other, centred, on white."""
+    sizes = np.array([picture.size for picture in pictures])
+    along = 0 if across else 1
+    size = sizes.max(axis=0)
+    size[along] = (sizes[:, along] + gap).sum() - gap
+    sheet, start = Image.new("RGB", tuple(map(int, size)), "white"), 0
+    for picture in pictures:
+        place = [(int(a) - b) // 2 for a, b in zip(size, picture.size, strict=True)]
+        place[along] = start
+        sheet.paste(picture, tuple(place))
+        start += picture.size[along] + gap
     return sheet
 
 

@@ -1,14 +1,14 @@
 """What a run leaves in its folder, and how it goes on from there with the same bits.
 
 `checkpoint.pth` is the newest state, `checkpoint_prev.pth` the one before, `log.txt` a line of JSON
-per epoch. The pieces of a run are objects with `state_dict` and `load_state_dict`.
+per epoch, `curves.png` its picture. The pieces of a run are objects with `state_dict` and `load_state_dict`.
 """
 
 import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ CHECKPOINT, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_prev.pth", "checkp
 FREE_FLAGS = {
     "data_path", "download", "num_workers", "output_dir", "saveckp_freq", "save_every_steps", "max_steps",
     "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision",
-    "init_from", "augment_on", "compile", "grad_checkpointing",
+    "init_from", "augment_on", "compile", "grad_checkpointing", "knn_every", "knn_data", "knn_share",
+    "tensorboard",
 }  # fmt: skip
 
 
@@ -177,36 +178,53 @@ def save_run(
 ) -> None:
     """Write a run's checkpoint, before it the epoch's line of log.txt and a numbered copy, if any.
 
-    In this order, a run that is killed in between makes up for what is missing. A failure of the
-    disk is a warning, as it may pass before the next save; at the `last` one, a TrainingError.
+    In this order, a run that is killed in between makes up for what is missing.
     """
-    jobs = {folder / CHECKPOINT: lambda path: save_checkpoint(state, path, folder / PREVIOUS)}
-    if keep_as:
-        jobs = {folder / keep_as: lambda path: save_checkpoint(state, path)} | jobs
     if record:
-        jobs = {folder / "log.txt": lambda path: add_record(record, path)} | jobs
-    for path, write in jobs.items():
-        try:
-            write(path)
-        except OSError as error:
-            what = f"cannot save: {error.strerror or error}"
-            if last:
-                raise TrainingError(
-                    what, str(path), "mend it and start again; the earlier checkpoint is whole"
-                ) from None
-            utils.log(f"warning: {what} ({path}): training goes on, and tries again at the next save")
+        save_record(folder, record, last)
+    if keep_as:
+        try_to_write(folder / keep_as, lambda path: save_checkpoint(state, path), last)
+    try_to_write(folder / CHECKPOINT, lambda path: save_checkpoint(state, path, folder / PREVIOUS), last)
+
+
+def save_record(folder: Path, record: dict, last: bool = False) -> None:
+    """Write an epoch's line of log.txt."""
+    try_to_write(folder / "log.txt", lambda path: add_record(record, path), last)
+
+
+def try_to_write(path: Path, write: Callable[[Path], None], last: bool = False) -> None:
+    """Call `write(path)`; a failure of the disk is a warning, as it may pass before the next save; at
+    the `last` one, a TrainingError.
+    """
+    try:
+        write(path)
+    except OSError as error:
+        what = f"cannot save: {error.strerror or error}"
+        if last:
+            raise TrainingError(
+                what, str(path), "mend it and start again; the earlier checkpoint is whole"
+            ) from None
+        utils.log(f"warning: {what} ({path}): training goes on, and tries again at the next save")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The epochs' records in log.txt, without lines that are not of ours."""
+    return [record for _, record in _lines(path) if record]
 
 
 def add_record(record: dict, path: Path) -> None:
     """Append a line of JSON, in place of lines of its epoch or later ones from before a restart."""
-
-    def earlier(line: str) -> bool:
-        try:
-            return json.loads(line)["epoch"] < record["epoch"]
-        except (ValueError, KeyError, TypeError):  # not a line of ours
-            return True
-
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept = [line for line, old in _lines(path) if not old or old["epoch"] < record["epoch"]]
     with replacing(path) as file:
-        for line in [*filter(earlier, lines), json.dumps(record)]:
+        for line in [*kept, json.dumps(record)]:
             file.write(f"{line}\n".encode())
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
+    """The lines of log.txt and what they say, None for one that is not of ours."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            yield line, record if isinstance(record["epoch"], int) else None
+        except (ValueError, KeyError, TypeError):
+            yield line, None

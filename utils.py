@@ -155,7 +155,8 @@ class DINOLoss(nn.Module):
 
     The teacher's outputs are centred, which keeps one prototype from winning always, and
     sharpened by a low temperature, which keeps the outputs from becoming uniform (paper,
-    Section 3.1). The temperature warms up linearly over the first epochs.
+    Section 3.1). The temperature warms up linearly over the first epochs. `centering` is "ema" (of
+    the mean output over all ranks), "none", or "sinkhorn" over the batch of all ranks.
 
     A batch may come in `accum_steps` parts of one size: the centre moves after the last of them, by
     the mean over all. Then `stats` holds means over the parts, (4,), on the device: the loss, and
@@ -174,9 +175,11 @@ class DINOLoss(nn.Module):
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         accum_steps: int = 1,
+        centering: str = "ema",
     ):
         super().__init__()
         self.accum_steps, self.parts = accum_steps, []
+        self.centering = centering
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops
@@ -192,6 +195,8 @@ class DINOLoss(nn.Module):
         with torch.autocast(teacher_output.device.type, enabled=False):
             with torch.no_grad():
                 teacher_logits = (teacher_output.float() - self.center).div_(temp)
+                if self.centering == "sinkhorn":
+                    teacher_logits = sinkhorn(teacher_logits)
                 teacher_p = teacher_logits.softmax(dim=-1)
                 entropy = _entropy(teacher_p, teacher_logits).mean()
                 del teacher_logits
@@ -221,7 +226,20 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def update_center(self, batch_center: Tensor) -> None:
         """EMA of the teacher's mean output (1, K) over the batches of all ranks."""
-        self.center.lerp_(all_reduce_mean(batch_center), 1 - self.center_momentum)
+        if self.centering == "ema":
+            self.center.lerp_(all_reduce_mean(batch_center), 1 - self.center_momentum)
+
+
+def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
+    """Logits (N, K) whose softmax uses all prototypes alike, over the batches of all ranks.
+
+    As in SwAV (Caron et al., 2020, https://arxiv.org/abs/2006.09882): by turns, prototypes get equal
+    shares of the batch, and each image probabilities.
+    """
+    for _ in range(iterations):
+        share = all_gather(logits.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)  # (K,)
+        logits = (logits - share).log_softmax(dim=-1)
+    return logits
 
 
 class _FusedCrossEntropy(torch.autograd.Function):

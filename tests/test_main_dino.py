@@ -1,6 +1,8 @@
 import fcntl
+import gc
 import json
 import math
+import multiprocessing
 import os
 import pty
 import re
@@ -145,6 +147,12 @@ def test_schedules_run_between_their_ends():
     assert momentum[0] == pytest.approx(0.996) and 0.9999 < momentum[-1] < 1
 
 
+@pytest.mark.parametrize(("update", "momenta"), [("epoch", [1, 1, 0, 1, 1, 0]), ("copy", [0] * 6)])
+def test_other_teachers_are_other_momenta(update, momenta):
+    schedules = main_dino.build_schedules((0.002, 1e-6), (0.04, 0.4), 0.996, 1, 2, 3, update)
+    assert schedules["momentum"].tolist() == momenta
+
+
 @pytest.mark.parametrize(
     ("precision", "use_fp16", "device", "dtype"),
     [
@@ -174,8 +182,8 @@ def test_optimizers_take_the_schedule(name):
 
 def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
     train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1)
-    names = {"checkpoint.pth", "checkpoint_prev.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    checkpoints = {"checkpoint.pth", "checkpoint_prev.pth", "checkpoint0000.pth", "checkpoint0001.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == checkpoints | {"log.txt", "curves.png"}
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     published = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
     assert set(checkpoint) == published | {"step", "random", "sampler", "guard", "metrics", "identity"}
@@ -262,8 +270,60 @@ def test_a_new_run_begins_with_given_weights_and_a_resumed_one_does_not(images, 
         train(*new, "--output_dir", tmp_path / "newer")
 
 
-def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path):
+def test_the_student_of_the_last_epoch_and_of_the_last_step_as_teacher(images, tmp_path):
+    flags = "--data_path", images, "--output_dir", tmp_path, "--teacher_update"
+
+    def networks(update, steps):
+        train(*flags, update, "--max_steps", steps)
+        checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+        return [{n: w for n, w in checkpoint[key].items() if "mlp" in n} for key in ("student", "teacher")]
+
+    student, teacher = networks("epoch", 5)  # an epoch
+    torch.testing.assert_close(student, teacher, rtol=0, atol=0)
+    later, kept = networks("epoch", 7)
+    torch.testing.assert_close(kept, teacher, rtol=0, atol=0)
+    assert any(not torch.equal(later[name], weight) for name, weight in kept.items())
+    (tmp_path / "checkpoint.pth").unlink()
+    (tmp_path / "checkpoint_prev.pth").unlink()
+    torch.testing.assert_close(*networks("copy", 3), rtol=0, atol=0)
+
+
+def test_knn_is_logged_and_does_not_change_the_training(images, labelled, tmp_path):
+    flags = ["--data_path", images, "--drop_path_rate", 0.3, "--use_bn_in_head", "true", "--output_dir"]
+    train(*flags, tmp_path / "without")
+    train(*flags, tmp_path / "with", "--knn_every", 1, "--knn_data", labelled, "--knn_share", 1)
+    without, with_ = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("without", "with"))
+    for part in ("student", "teacher", "dino_loss"):
+        torch.testing.assert_close(without[part], with_[part], rtol=0, atol=0)
+    assert torch.equal(without["random"][0]["torch"], with_["random"][0]["torch"])
+    weights = ["--pretrained_weights", str(tmp_path / "with" / "checkpoint.pth")]
+    again = run("eval_knn.py", "--data_path", str(labelled), *weights, "--nb_knn", "20").stdout
+    top1 = float(re.search(r"-NN classifier result: Top1: ([\d.]+)", again)[1])
+    records = log_of(tmp_path / "with")
+    assert records[1]["knn_teacher"] == pytest.approx(top1)
+    assert all({"knn_student", "knn_teacher"} <= set(record) for record in records)
+
+
+def test_knn_takes_no_more_than_its_share_of_the_time(images, labelled, tmp_path):
+    knn = ["--knn_data", labelled, "--knn_every", 1, "--knn_share", 0]
+    train("--data_path", images, "--output_dir", tmp_path, *knn)
+    assert ["knn_teacher" in record for record in log_of(tmp_path)] == [True, False]  # the first takes some
+
+
+def test_no_worker_outlives_the_training(images, tmp_path):
+    """They ignore Python's signal at its exit, which would then wait for ever."""
+    gc.disable()  # what would end them now and then
+    try:
+        train("--data_path", images, "--output_dir", tmp_path, "--num_workers", 1, "--max_steps", 3)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("centering", ["ema", "sinkhorn"])
+def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path, centering):
     flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
+    flags += ["--centering", centering]
     train(*flags, "--output_dir", tmp_path / "one", "--max_steps", 4)
     halves = [*flags, "--output_dir", tmp_path / "two", "--batch_size_per_gpu", 2, "--max_steps", 4]
     torchrun(2, "main_dino.py", *TINY, *map(str, halves))
@@ -408,9 +468,8 @@ def test_a_short_demo_learns_and_shows_it(tmp_path):
     accuracy = {name: float(value) for name, value in table.items()}
     assert set(accuracy) == {"raw pixels", "random initialisation", "trained student", "trained teacher"}
     assert accuracy["trained teacher"] > 10 + max(accuracy["raw pixels"], accuracy["random initialisation"])
-    for name in ("views.png", "loss.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert len(picture.getcolors(2**24)) > 2
+    with Image.open(tmp_path / "demo.png") as picture, Image.open(tmp_path / "curves.png") as curves:
+        assert len(picture.getcolors(2**24)) > 1000 and picture.height > curves.height / 2
     weights = str(tmp_path / "checkpoint.pth")
     again = run("eval_knn.py", "--demo", "--pretrained_weights", weights, "--nb_knn", "20").stdout
     top1 = float(re.search(r"20-NN classifier result: Top1: ([\d.]+)", again)[1])

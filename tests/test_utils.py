@@ -194,6 +194,38 @@ def test_a_batch_in_parts_is_the_batch(deferred):
         torch.testing.assert_close(results[1][1].stats[which], results[0][1].stats[which])
 
 
+def test_without_centering_the_centre_stays_where_it_is():
+    teacher = torch.randn(6, 5)
+    loss_fn = DINOLoss(5, 2, 0.04, 0.04, 0, 1, centering="none")
+    loss_fn(torch.randn(6, 5), teacher, 0)
+    assert torch.equal(loss_fn.center, torch.zeros(1, 5))
+    p = (teacher / 0.04).softmax(-1)
+    torch.testing.assert_close(loss_fn.stats[1], -(p * p.clamp(min=1e-30).log()).sum(-1).mean())
+
+
+def test_sinkhorn_shares_the_prototypes():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 4) * 3
+    q = logits.exp()  # Sinkhorn-Knopp by the book
+    for _ in range(3):
+        q = q / q.sum(dim=0, keepdim=True) / 4
+        q = q / q.sum(dim=1, keepdim=True) / 6
+    torch.testing.assert_close(utils.sinkhorn(logits).softmax(-1), 6 * q)
+    shares = utils.sinkhorn(logits, iterations=50).softmax(-1).mean(0)
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), rtol=1e-4, atol=1e-5)
+
+
+def test_sinkhorn_replaces_the_centre():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(6, 5), torch.randn(6, 5)
+    loss_fn = DINOLoss(5, 2, 0.04, 0.04, 0, 1, centering="sinkhorn")
+    p = utils.sinkhorn(teacher / 0.04).softmax(-1)
+    log_p = (student / 0.1).log_softmax(-1)
+    expected = -(p[:3] * log_p[3:] + p[3:] * log_p[:3]).sum(-1).mean() / 2
+    torch.testing.assert_close(loss_fn(student, teacher, 0), expected)
+    assert torch.equal(loss_fn.center, torch.zeros(1, 5))
+
+
 def test_loss_sends_no_gradient_to_the_teacher():
     teacher = torch.randn(4, 8, requires_grad=True)
     DINOLoss(8, 2, 0.04, 0.04, 0, 1)(torch.randn(4, 8, requires_grad=True), teacher, 0).backward()
