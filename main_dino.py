@@ -55,7 +55,6 @@ def demo_defaults() -> dict:
 
     The recipe for a tiny network and tiny images, in minutes on a CPU.
     """
-    fast_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dict(
         arch="vit_nano",
         patch_size=16,
@@ -66,7 +65,7 @@ def demo_defaults() -> dict:
         momentum_teacher=0.98,
         warmup_teacher_temp=0.02,
         teacher_temp=0.02,
-        precision="bf16" if fast_bf16 else "fp32",
+        precision="bf16" if utils.cpu_has_bf16() else "fp32",
         weight_decay=0.04,
         weight_decay_end=0.04,
         batch_size_per_gpu=32,
@@ -719,10 +718,10 @@ def report_demo(args: argparse.Namespace) -> None:
         )
 
     utils.log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
-    train, val = open_train_and_val("", demo=True)
+    # Drawn once for all networks.
+    train, val = ([part[i] for i in range(len(part))] for part in open_train_and_val("", demo=True))
     for name, network in networks.items():
-        network.to(device).eval()
-        top1 = knn_top1(network, train, val, args.global_crops_size, device, args.num_workers)
+        top1 = knn_top1(network.to(device).eval(), train, val, args.global_crops_size, device)
         utils.log(f"  {name:22} {top1:5.1f} %")
 
     if not utils.is_main_process():

@@ -726,3 +726,8 @@ def fix_random_seeds(*entropy: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bfloat16 is faster than float32 on this CPU: where it is emulated, it is far slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -230,8 +230,11 @@ def compare_steps(arch: str, images: int, rounds: int) -> None:
         ours()
     share = counter.get_total_flops() / min(seconds(ours) for _ in range(3)) / gemm_peak()
     print_row("its share of the machine's fp32 GEMM peak", f"{share:.0%}")
-    ours = our_step(dtype=torch.bfloat16)
-    compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
+    if utils.cpu_has_bf16():
+        ours = our_step(dtype=torch.bfloat16)
+        compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
+    else:
+        print_row(f"step {arch}/16 bf16", "this CPU has no bfloat16")
     ours = our_step(compiled=True)
     compare(f"step {arch}/16 fp32 `--compile`", ours, theirs, rounds, images, "img/s")
 
@@ -261,7 +264,8 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8) -> None:
             "textbook": DataLoader(PlainImages(paths), shuffle=True, **options),
         }
         plain = textbook.Trainer(arch, PROTOTYPES)
-        for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        dtypes = {"fp32": None} | ({"bf16": torch.bfloat16} if utils.cpu_has_bf16() else {})
+        for name, dtype in dtypes.items():
             batches = {side: iter(loader) for side, loader in loaders.items()}
             ours = OurTrainer(arch, PROTOTYPES, dtype)
             loaded = to_device(batches["ours"], torch.device("cpu"))
