@@ -1,0 +1,513 @@
+"""The paper's claims in miniature: train the variants, evaluate them, write a table and figures.
+
+    python -m tests.miniature --data_path data    # three seeds, hours: shapes, and data/FashionMNIST
+    python -m tests.miniature --quick             # one seed, minutes: shapes only
+
+Each run has a folder below `--output_dir`; the same command started again does what is missing. The
+table is `results.md`, the figures are beside it. A claim that does not show stands there like the rest.
+
+Variants see equally many images, but for those with other numbers of local crops, which get as many
+epochs as take about the same time. k-NN (20 neighbours) looks up held-out images among the training's.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbones
+import eval_knn
+import eval_linear
+import main_dino
+import utils
+from augmentation import normalize, to_pixels
+from checkpoints import load_backbone, save_checkpoint
+from data import open_labelled_images
+from shapes import Shapes
+from tests.conftest import ROOT
+from visualize_attention import segment_shapes
+
+# ---------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------
+
+COMMON = (
+    "--arch vit_nano --local_crops_number 2 --use_bn_in_head true --head_hidden_dim 512 "
+    "--head_bottleneck_dim 128 --freeze_last_layer 0 --drop_path_rate 0 --weight_decay_end 0.04 "
+    "--warmup_epochs 1 --precision fp32 --cpu_threads 1 --num_workers 0 --saveckp_freq 0"
+).split()
+SHAPES = (
+    "--patch_size 16 --global_crops_size 64 --local_crops_size 32 --local_crops_scale 0.15 0.4 --out_dim 64 "
+    "--momentum_teacher 0.98 --warmup_teacher_temp 0.02 --teacher_temp 0.02 --batch_size_per_gpu 32 "
+    "--lr 0.008 --min_lr 1e-5"
+).split()
+FASHION = (
+    "--dataset FashionMNIST --patch_size 7 --global_crops_size 28 --local_crops_size 14 "
+    "--global_crops_scale 0.5 1 --local_crops_scale 0.25 0.6 --out_dim 1024 --momentum_teacher 0.99 "
+    "--warmup_teacher_temp 0.03 --teacher_temp 0.03 --epochs 3 --lr 0.006 --save_every_steps 100"
+).split()
+# What a variant on shapes has other than the recipe.
+VARIANTS = {
+    "base": "",
+    "last_epoch": "--teacher_update epoch",
+    "copy": "--teacher_update copy",
+    "centering": "--warmup_teacher_temp 0.1 --teacher_temp 0.1",  # the student's: no sharpening
+    "sharpening": "--centering none",
+    "crops_0": "--local_crops_number 0 --global_crops_scale 0.14 1",  # the published scale without multi-crop
+    "crops_6": "--local_crops_number 6",
+    "crops_10": "--local_crops_number 10",
+    "patch_32": "--patch_size 32",
+}
+CROPS = {0: "crops_0", 2: "base", 6: "crops_6", 10: "crops_10"}
+COLLAPSES = {"base": "both", "centering": "centering alone", "sharpening": "sharpening alone"}
+
+
+class Budget(NamedTuple):
+    """How much is done on shapes."""
+
+    seeds: int
+    images: int
+    held_out: int
+    epochs: int
+    knn_every: int  # divides all numbers of epochs, so that the end is measured
+    other_epochs: dict[str, int]  # an image costs 0.67, 1.25 and 1.5 times that of the base
+
+
+FULL = Budget(3, 1024, 512, 12, 2, {"crops_0": 18, "crops_6": 10, "crops_10": 8})
+QUICK = Budget(1, 1024, 256, 4, 1, {"crops_0": 6, "crops_6": 3, "crops_10": 3})
+TINY = Budget(2, 64, 16, 2, 1, {"crops_0": 3, "crops_6": 2, "crops_10": 1})  # to try this program
+
+
+def draw_shapes(folder: Path, counts: dict[str, int]) -> None:
+    """Files of shapes in folders of classes: drawn but once, and as many as we like."""
+    if folder.exists():
+        return
+    unfinished = folder.with_suffix(".part")
+    for split, count in counts.items():
+        shapes = Shapes(split, count)
+        for name in shapes.classes:
+            (unfinished / split / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            image, label = shapes[i]
+            image.save(unfinished / split / shapes.classes[label] / f"{i:05}.png")
+    unfinished.rename(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Trainings
+# ---------------------------------------------------------------------------------------------
+
+
+def train_dino(folder: Path, flags: list[str]) -> None:
+    """`main_dino.py` with these flags, unless it has been through with them; a killed one goes on."""
+    finished = folder / "finished.txt"
+    if finished.exists() and finished.read_text() == " ".join(flags):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "said.txt", "a") as said:
+        command = [sys.executable, "main_dino.py", *flags, "--output_dir", str(folder)]
+        code = subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
+    if code:
+        raise RuntimeError(f"main_dino.py ended with {code}: see {folder / 'said.txt'}")
+    finished.write_text(" ".join(flags))
+
+
+def train_supervised(folder: Path, flags: list[str], data: list[str]) -> None:
+    """The flags' backbone and a linear layer by cross-entropy; saves the backbone, unless it is there.
+
+    Images, epochs, batches, optimizer and schedules are DINO's with these flags. Of each image it sees
+    one view, as the second global one: the first is always blurred.
+    """
+    if (folder / "checkpoint.pth").exists():
+        return
+    args = main_dino.parse_args(flags)
+    images = open_labelled_images("train", *data)
+    pixels = [to_pixels(images[i][0].convert("RGB")) for i in range(len(images))]
+    labels = torch.tensor([images[i][1] for i in range(len(images))])
+    utils.fix_random_seeds(args.seed)
+    backbone, width = backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size)
+    model = nn.Sequential(backbone, nn.Linear(width, len(images.classes)))
+    augmentation = main_dino.build_augmentation(args)
+    augmentation.recipes = augmentation.recipes[1:2]
+    optimizer = main_dino.build_optimizer(args.optimizer, model)
+    steps_per_epoch = len(images) // args.batch_size_per_gpu
+    schedules = main_dino.build_schedules(
+        (args.lr * args.batch_size_per_gpu / 256, args.min_lr), (args.weight_decay, args.weight_decay_end),
+        args.momentum_teacher, args.warmup_epochs, args.epochs, steps_per_epoch,
+    )  # fmt: skip
+    rng = random.Random(args.seed)
+    for step in range(args.epochs * steps_per_epoch):
+        if step % steps_per_epoch == 0:
+            batches = iter(torch.randperm(len(images)).split(args.batch_size_per_gpu))
+        batch = next(batches)
+        views = torch.stack([augmentation.uint8_views(pixels[i], rng)[0] for i in batch])
+        utils.set_schedules(optimizer, float(schedules["lr"][step]), float(schedules["wd"][step]))
+        optimizer.zero_grad()
+        F.cross_entropy(model(normalize(views)), labels[batch]).backward()
+        utils.clip_gradients(model, args.clip_grad)
+        optimizer.step()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(backbone.state_dict(), folder / "checkpoint.pth")
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluations
+# ---------------------------------------------------------------------------------------------
+
+
+def keep(path: Path, measure: Callable[[], dict[str, float]]) -> None:
+    """Write to `path` what `measure` gives, unless it is there."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".said"), "w") as said, contextlib.redirect_stdout(said):
+        value = measure()
+    path.with_suffix(".tmp").write_text(json.dumps(value))
+    path.with_suffix(".tmp").replace(path)
+
+
+def evaluate_knn(folder: Path, argv: list[str]) -> None:
+    """Top-1 of `eval_knn.py` in percent."""
+    args = eval_knn.parse_args([*argv, "--nb_knn", "20", "--num_workers", "0"])
+    keep(folder / "knn.json", lambda: {"top1": eval_knn.main(args)[20][0]})
+
+
+def evaluate_linear(folder: Path, argv: list[str]) -> None:
+    """Best top-1 of `eval_linear.py` in percent, over learning rates and epochs, as it reports it."""
+    flags = "--lr 0.001 0.01 0.1 1 --epochs 20 --val_freq 5 --cache_features --num_workers 0".split()
+    args = eval_linear.parse_args([*argv, *flags, "--output_dir", str(folder / "linear")])
+    keep(folder / "linear.json", lambda: {"top1": max(best["acc1"] for best in eval_linear.main(args))})
+
+
+def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int) -> None:
+    """Best head's Jaccard index where 60 or 90 % of the attention are kept, and its share on the object."""
+    args = main_dino.parse_args(flags)
+
+    def measure() -> dict[str, float]:
+        utils.fix_random_seeds(args.seed)
+        size, shapes = args.global_crops_size, Shapes("val", count)
+        network, _ = load_backbone(weights, "teacher", args.arch, args.patch_size, size)
+        found = {t: segment_shapes(network, shapes, [size], t, torch.device("cpu")) for t in (0.6, 0.9)}
+        heads = {"jaccard60": found[0.6][0], "jaccard90": found[0.9][0], "on_object": found[0.6][1]}
+        return {name: 100 * each.max().item() for name, each in heads.items()}
+
+    keep(folder / "attention.json", measure)
+
+
+# ---------------------------------------------------------------------------------------------
+# What there is to do
+# ---------------------------------------------------------------------------------------------
+
+Jobs = tuple[list[Callable[[], None]], list[Callable[[], None]]]
+
+
+def shapes_jobs(out: Path, budget: Budget) -> Jobs:
+    """Trainings, and the evaluations that come after them."""
+    trainings, evaluations, data = [], [], out / "shapes"
+    watch = ["--knn_every", str(budget.knn_every), "--knn_share", "1", "--knn_data", str(data)]
+    for seed in range(budget.seeds):
+        flags = [*COMMON, *SHAPES, "--seed", str(seed), "--data_path", str(data / "train")]
+        flags += ["--epochs", str(budget.epochs)]
+        for name, changes in VARIANTS.items():
+            own = [*changes.split(), "--epochs", str(budget.other_epochs.get(name, budget.epochs))]
+            trainings.append(
+                functools.partial(train_dino, out / f"{name}_seed{seed}", [*flags, *watch, *own])
+            )
+        folder = out / f"supervised_seed{seed}"
+        trainings.append(functools.partial(train_supervised, folder, flags, [str(data)]))
+        for name, folder, weights in networks(out, "", seed):
+            look_up = [*weights, "--image_size", "64", "--patch_size", "16", "--data_path", str(data)]
+            evaluations.append(functools.partial(evaluate_knn, folder, look_up))
+            if name != "pixels":
+                look_at = [folder, weights[1], flags, budget.held_out]
+                evaluations.append(functools.partial(evaluate_attention, *look_at))
+    return trainings, evaluations
+
+
+def fashion_jobs(out: Path, data_path: str, seeds: int) -> Jobs:
+    """The same for Fashion-MNIST."""
+    trainings, evaluations = [], []
+    data = ["--dataset", "FashionMNIST", "--data_path", data_path]
+    for seed in range(seeds):
+        flags = [*COMMON, *FASHION, *data, "--seed", str(seed)]
+        trainings.append(functools.partial(train_dino, out / f"fashion_base_seed{seed}", flags))
+        folder = out / f"fashion_supervised_seed{seed}"
+        trainings.append(functools.partial(train_supervised, folder, flags, [data_path, "FashionMNIST"]))
+        for _, folder, weights in networks(out, "fashion_", seed):
+            argv = [*weights, *data, "--image_size", "28", "--patch_size", "7"]
+            evaluations += [functools.partial(f, folder, argv) for f in (evaluate_knn, evaluate_linear)]
+    return trainings, evaluations
+
+
+def networks(out: Path, prefix: str, seed: int) -> Iterator[tuple[str, Path, list[str]]]:
+    """Name, folder and flags of what is evaluated of one seed; pixels have but one."""
+    for name in ("base", "supervised", "random", "pixels")[: 3 if seed else 4]:
+        folder = out / f"{prefix}{name}_seed{seed}"
+        weights = name if name in ("random", "pixels") else str(folder / "checkpoint.pth")
+        yield name, folder, ["--pretrained_weights", weights, "--arch", "vit_nano", "--seed", str(seed)]
+
+
+def do(jobs: list[Callable[[], None]], at_a_time: int) -> None:
+    """Each in a process of one thread."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_a_time, context, torch.set_num_threads, (1,)) as pool:
+        try:
+            for done in [pool.submit(job) for job in jobs]:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# ---------------------------------------------------------------------------------------------
+# What was measured
+# ---------------------------------------------------------------------------------------------
+
+
+def records(folder: Path) -> list[dict]:
+    """What a training has logged, by epoch, with the seconds that it took so far, evaluation left out."""
+    found, seconds = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()], 0.0
+    flags = (folder / "finished.txt").read_text().split()
+    batch = int(flags[flags.index("--batch_size_per_gpu") + 1])
+    for step, record in zip([0, *(r["step"] for r in found)], found, strict=False):
+        seconds += (record["step"] - step) * batch / record["train_images_per_second"]
+        record["seconds"] = seconds
+    return found
+
+
+class Runs(NamedTuple):
+    """The runs of all seeds, by name."""
+
+    out: Path
+    seeds: int
+
+    def folders(self, name: str) -> list[Path]:
+        return [self.out / f"{name}_seed{seed}" for seed in range(self.seeds)]
+
+    def curves(self, name: str, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+        """(seeds, points) of two logged numbers, where both were measured."""
+        logs = [[(r[x], r[y]) for r in records(folder) if x in r and y in r] for folder in self.folders(name)]
+        return np.array(logs)[..., 0], np.array(logs)[..., 1]
+
+    def last(self, name: str, y: str = "knn_teacher") -> np.ndarray:
+        """(seeds,) of a logged number at the end."""
+        return self.curves(name, "step", y)[1][:, -1]
+
+    def kept(self, name: str, file: str, key: str = "top1") -> np.ndarray:
+        """(seeds,) of a number that an evaluation kept; pixels are the same for all."""
+        folders = self.folders(name) if "pixels" not in name else self.folders(name)[:1] * self.seeds
+        return np.array([json.loads((folder / f"{file}.json").read_text())[key] for folder in folders])
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of the table; values are (seeds,)."""
+
+    claim: str
+    measured: str
+    values: dict[str, np.ndarray]
+    shows: str
+
+
+def spread(values: np.ndarray, sign: str = "") -> str:
+    """As "71.2 ± 0.8": mean and deviation over the seeds, of which one has none."""
+    mean = f"{np.mean(values):{sign}.1f}"
+    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
+
+
+def in_seeds(shown: np.ndarray) -> str:
+    """Whether something shows in all seeds, in none, or in some."""
+    return "yes" if all(shown) else f"in {sum(shown)} of {len(shown)} seeds" if any(shown) else "no"
+
+
+def compare(values: dict[str, np.ndarray], *pairs: tuple[str, str]) -> str:
+    """Of each pair of names, whether the first has more than the second, seed by seed, and by how much."""
+    gains = {f"{more} > {less}": values[more] - values[less] for more, less in pairs}
+    return "; ".join(f"{pair}: {in_seeds(gain > 0)}, {spread(gain, '+')}" for pair, gain in gains.items())
+
+
+def shapes_rows(runs: Runs) -> list[Row]:
+    """The claims of which shapes tell."""
+    teachers = {
+        "momentum": runs.last("base"),
+        "last epoch": runs.last("last_epoch"),
+        "copy": runs.last("copy"),
+        "untrained": runs.kept("random", "knn"),
+    }
+    works = ("momentum", "untrained"), ("last epoch", "untrained"), ("momentum", "last epoch")
+    fails = ("untrained", "copy"), ("last epoch", "copy")
+    both = {who: runs.curves("base", "step", f"knn_{who}")[1] for who in ("teacher", "student")}
+    ahead = both["teacher"] > both["student"]
+    rows = [
+        Row("Momentum teacher is what works, last-epoch teacher works (Fig. 6)",
+            "teacher's k-NN at the end, %", teachers, compare(teachers, *works)),
+        Row("copying the student fails (Fig. 6)", "the same", {}, compare(teachers, *fails)),
+        Row("Teacher is better than the student throughout (Fig. 6)", "k-NN, %, mean over the training",
+            means := {who: values.mean(axis=1) for who, values in both.items()},
+            f"{compare(means, ('teacher', 'student'))}; in {ahead.sum()} of {ahead.size} evaluations"),
+    ]  # fmt: skip
+
+    most = math.log(main_dino.parse_args(SHAPES).out_dim)
+    for name, claim in {
+        "centering": "Centering alone: uniform collapse (Fig. 7)",
+        "sharpening": "sharpening alone: one-dimension collapse (Fig. 7)",
+        "base": "both: neither (Fig. 7)",
+    }.items():
+        entropy, differs = (100 * runs.last(name, f"train_{y}") / most for y in ("entropy", "spread"))
+        shown = {"centering": entropy > 95, "sharpening": (entropy < 5) & (differs < 5),
+                 "base": (entropy < 95) & (differs > 5)}[name]  # fmt: skip
+        values = {"entropy": entropy, "more over all images": differs, "KL": runs.last(name, "train_kl")}
+        rows.append(Row(claim, "teacher's entropy at the end, % of ln K; KL, nats", values, in_seeds(shown)))
+
+    crops = {f"{number} local": runs.last(name) for number, name in CROPS.items()}
+    took = [f"{runs.last(name, 'seconds').mean():.0f}" for name in CROPS.values()]
+    pairs = [(name, "0 local") for name in list(crops)[1:]]
+    measured = f"teacher's k-NN after {', '.join(took)} s, %"
+    rows.append(Row("Multi-crop helps at equal time (Table 8)", measured, crops, compare(crops, *pairs)))
+    patches = {"patch 16": runs.last("base"), "patch 32": runs.last("patch_32")}
+    speeds = [f"{runs.last(n, 'train_images_per_second').mean():.0f}" for n in ("base", "patch_32")]
+    rows.append(Row("Smaller patches help (Fig. 5)", f"teacher's k-NN, %, at {' and '.join(speeds)} images/s",
+                    patches, compare(patches, ("patch 16", "patch 32"))))  # fmt: skip
+
+    names = {"DINO": "base", "supervised": "supervised", "untrained": "random"}
+    pairs = ("DINO", "supervised"), ("DINO", "untrained")
+    for key, measured in {
+        "jaccard60": "Jaccard index of 60 % of the attention, as in the paper, and the true mask, %",
+        "jaccard90": "of 90 %: objects fill 45 % of these images",
+        "on_object": "share of the attention on the object, %",
+    }.items():
+        values = {label: runs.kept(name, "attention", key) for label, name in names.items()}
+        claim = "Attention contains segmentation (Fig. 4)" if key == "jaccard60" else ""
+        rows.append(Row(claim, measured, values, compare(values, *pairs)))
+    return [
+        *rows,
+        feature_row(runs, "", "knn", "k-NN of DINO rivals supervised features (Table 2)", "shapes: k-NN, %"),
+    ]
+
+
+def feature_row(runs: Runs, prefix: str, kind: str, claim: str, measured: str) -> Row:
+    """DINO's features against others."""
+    names = {"pixels": "pixels", "untrained": "random", "supervised": "supervised", "DINO": "base"}
+    values = {label: runs.kept(prefix + name, kind) for label, name in names.items()}
+    pairs = [("DINO", label) for label in ("supervised", "untrained", "pixels")]
+    return Row(claim, measured, values, compare(values, *pairs))
+
+
+def table(rows: list[Row]) -> str:
+    """In Markdown."""
+    lines = [
+        "| claim in the paper | measured | mean ± deviation over seeds | does it show |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        values = ", ".join(f"{name} {spread(each)}" for name, each in row.values.items())
+        lines.append(f"| {row.claim} | {row.measured} | {values} | {row.shows} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# The figures: teachers.png as Figure 6 of the paper, collapse.png as Figure 7, crops.png as Table 8
+# ---------------------------------------------------------------------------------------------
+
+
+def save_figures(runs: Runs) -> None:
+    """Lines are means over the seeds, bands their extremes."""
+    from matplotlib.figure import Figure
+
+    def figure(file: str, *panels: tuple[str, str, list[tuple[str, str, str, str]]]) -> None:
+        """Each panel is what x and y are, and lines: a label, a style, a run's name and a logged number."""
+        picture = Figure((5 * len(panels), 3.6), layout="constrained")
+        for axes, (x, unit, lines) in zip(
+            np.atleast_1d(picture.subplots(1, len(panels))), panels, strict=True
+        ):
+            for label, style, name, y in lines:
+                xs, ys = runs.curves(name, x, y)
+                (line,) = axes.plot(xs.mean(axis=0), ys.mean(axis=0), style, label=label)
+                axes.fill_between(
+                    line.get_xdata(), *np.quantile(ys, (0, 1), axis=0), alpha=0.1, fc=line.get_color()
+                )
+            axes.set(xlabel=x, ylabel=unit)
+            axes.legend(fontsize="small")
+        picture.savefig(runs.out / file, dpi=150)
+
+    def lines(names: dict, y: str) -> list[tuple[str, str, str, str]]:
+        return [(label, f"C{i}-", name, y) for i, (name, label) in enumerate(names.items())]
+
+    teachers = {"base": "momentum", "last_epoch": "last epoch", "copy": "copy"}
+    both = [(f"{label}: {who}", f"C{i}{style}", name, f"knn_{who}")
+            for i, (name, label) in enumerate(teachers.items())
+            for who, style in (("teacher", "-"), ("student", "--"))]  # fmt: skip
+    figure("teachers.png", ("step", "k-NN, %", both))
+    figure("collapse.png", ("step", "teacher entropy, nats", lines(COLLAPSES, "train_entropy")),
+           ("step", "KL(teacher || student), nats", lines(COLLAPSES, "train_kl")))  # fmt: skip
+    crops = {name: f"{number} local crops" for number, name in CROPS.items()}
+    figure("crops.png", ("seconds", "teacher's k-NN, %", lines(crops, "knn_teacher")))
+
+
+def main() -> None:
+    """Do what is not yet done, then write the table and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data_path", default="", help="folder with FashionMNIST/raw; without it, shapes only"
+    )
+    parser.add_argument(
+        "--output_dir", default="miniature", help="for a folder per budget, in it one per run"
+    )
+    parser.add_argument(
+        "--jobs", default=os.cpu_count() or 1, type=int, help="processes at a time, of one thread"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, a third of the epochs, shapes only")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the trainings
+    name, budget = ("tiny", TINY) if args.tiny else ("quick", QUICK) if args.quick else ("full", FULL)
+    out = Path(args.output_dir, name).absolute()
+    begun = time.monotonic()
+
+    draw_shapes(out / "shapes", {"train": budget.images, "val": budget.held_out})
+    trainings, evaluations = shapes_jobs(out, budget)
+    has_fashion = name == "full" and args.data_path and Path(args.data_path, "FashionMNIST", "raw").is_dir()
+    if has_fashion:
+        more = fashion_jobs(out, str(Path(args.data_path).absolute()), budget.seeds)
+        trainings, evaluations = trainings + more[0], evaluations + more[1]
+    do(trainings, args.jobs)
+    do(evaluations, args.jobs)
+
+    runs = Runs(out, budget.seeds)
+    rows = shapes_rows(runs)
+    if has_fashion:
+        rows += [feature_row(runs, "fashion_", kind, "", f"Fashion-MNIST: {what}, %")
+                 for kind, what in {"knn": "k-NN", "linear": "linear probe"}.items()]  # fmt: skip
+    text = (
+        f"{budget.seeds} seed(s); {budget.epochs} epochs of {budget.images} shapes, {budget.held_out} held "
+        f"out; Fashion-MNIST {'in' if has_fashion else 'left out'}; torch {torch.__version__}, "
+        f"{args.jobs} processes of one thread; {(time.monotonic() - begun) / 60:.1f} minutes for what was "
+        f"left to do\n\n{table(rows)}\n"
+    )
+    (out / "results.md").write_text(text)
+    save_figures(runs)
+    print(f"{text}\ntable and figures: {out}")
+
+
+if __name__ == "__main__":
+    main()
