@@ -149,7 +149,9 @@ def is_state(value) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def load_strictly(module: nn.Module, state: dict, source: str) -> None:
+def load_strictly(
+    module: nn.Module, state: dict, source: str, fix: str = "check --arch and the file"
+) -> None:
     """`load_state_dict` that names what does not fit in one line. Raises UserError."""
     own = module.state_dict()
     problems = {
@@ -163,7 +165,7 @@ def load_strictly(module: nn.Module, state: dict, source: str) -> None:
         if keys
     ]
     if found:
-        raise UserError("weights do not fit: " + ", ".join(found), source, "check --arch and the file")
+        raise UserError("weights do not fit: " + ", ".join(found), source, fix)
     module.load_state_dict(state)
 
 
@@ -309,7 +311,8 @@ def init_from(student: MultiCropWrapper, weights: str, arch: str, patch_size: in
         state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
     load_strictly(student.backbone, state, weights)
     if known.head:
-        load_strictly(student.head, known.head, f"{weights}: head")
+        fix = "give the old run's --out_dim, --use_bn_in_head and --head_ flags, or its backbone alone"
+        load_strictly(student.head, known.head, f"{weights}: head", fix)
 
 
 def settle_architecture(

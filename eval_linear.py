@@ -299,7 +299,12 @@ def load_classifier(
     state = {name.removeprefix("module."): value for name, value in state.items()}
     check_finite(state, weights)
     classifiers = LinearClassifiers(1, width, num_labels)
-    load_strictly(classifiers[0], state, f"{weights}, for {width} features and {num_labels} classes")
+    load_strictly(
+        classifiers[0],
+        state,
+        f"{weights}, for {width} features and {num_labels} classes",
+        "check --n_last_blocks, --avgpool_patchtokens and --num_labels",
+    )
     return classifiers
 
 

@@ -312,7 +312,7 @@ def test_a_run_begins_with_backbone_and_head(tmp_path):
     narrow = utils.MultiCropWrapper(
         students(32).backbone, utils.DINOHead(128, 32, hidden_dim=32, bottleneck_dim=16)
     )
-    with pytest.raises(UserError, match="misshapen .*head"):
+    with pytest.raises(UserError, match="misshapen .*head.*give the old run's --out_dim"):
         init_from(narrow, path, "vit_nano", 8, 32)
 
 
