@@ -136,8 +136,9 @@ def patch_size_of(backbone: nn.Module) -> int:
 
 def keep_mass(attention: Tensor, share: float) -> Tensor:
     """The fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
-    # In float32, the sum of thousands of patches can reach 1 before the last of them.
-    values, order = attention.flatten(-2).double().sort(dim=-1, descending=True)
+    if share >= 1:  # a rounded sum of thousands of patches can reach 1 before the last of them
+        return torch.ones_like(attention, dtype=torch.bool)
+    values, order = attention.flatten(-2).sort(dim=-1, descending=True)
     values = values / values.sum(dim=-1, keepdim=True)
     before = values.cumsum(dim=-1) - values
     kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < share)
