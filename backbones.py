@@ -87,13 +87,13 @@ def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iter
     training = backbone.training
     backbone.eval()
     for size in sorted(set(sizes)):
-        fix = "choose other crop sizes or another --arch"
+        fix = "choose another image size or --arch"
         try:
             with torch.no_grad():
                 shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
         except Exception as error:  # whatever a foreign model raises on a size it cannot take
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{arch} takes no {size}-pixel crops: {reason}", "--arch", fix) from None
+            raise UserError(f"{arch} takes no {size}-pixel images: {reason}", "--arch", fix) from None
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not a vector", "--arch", fix)
     backbone.train(training)

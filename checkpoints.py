@@ -7,6 +7,7 @@ state dicts of timm and torchvision models, `.safetensors`; nothing in a file is
 import argparse
 import contextlib
 import errno
+import hashlib
 import http.client
 import math
 import os
@@ -140,21 +141,23 @@ def load_checkpoint(path: str | Path) -> dict:
     def plain(state: Mapping) -> dict:
         return {str(name).removeprefix("module."): value for name, value in state.items()}
 
-    return plain({k: plain(v) if _is_state(v) else v for k, v in checkpoint.items()})
+    return plain({k: plain(v) if is_state(v) else v for k, v in checkpoint.items()})
 
 
-def _is_state(value) -> bool:
+def is_state(value) -> bool:
     """Whether it is a state dict: nothing but named tensors."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def load_strictly(module: nn.Module, state: dict, source: str) -> None:
+def load_strictly(
+    module: nn.Module, state: dict, source: str, fix: str = "check --arch and the file"
+) -> None:
     """`load_state_dict` that names what does not fit in one line. Raises UserError."""
     own = module.state_dict()
     problems = {
         "missing": [k for k in own if k not in state],
         "unexpected": [k for k in state if k not in own],
-        "misshapen": [k for k in own if k in state and own[k].shape != state[k].shape],
+        "misshapen": [k for k in own if k in state and own[k].shape != getattr(state[k], "shape", None)],
     }
     found = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -162,8 +165,28 @@ def load_strictly(module: nn.Module, state: dict, source: str) -> None:
         if keys
     ]
     if found:
-        raise UserError("weights do not fit: " + ", ".join(found), source, "check --arch and the file")
+        raise UserError("weights do not fit: " + ", ".join(found), source, fix)
     module.load_state_dict(state)
+
+
+def check_finite(state: dict[str, Tensor], source: str) -> None:
+    """See that no weight is infinite or no number: what they gave would still look like a result.
+
+    Raises UserError.
+    """
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        what = f"weights are not finite: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}"
+        raise UserError(what, source, "use another file")
+
+
+def digest(module: nn.Module) -> str:
+    """A short word that differs where a network's weights do."""
+    sha = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:12]
 
 
 class Weights(NamedTuple):
@@ -180,12 +203,8 @@ def read_weights(weights: str, checkpoint_key: str) -> Weights:
 
     From a training checkpoint, those of `checkpoint_key`, "teacher" or "student". Raises UserError.
     """
-    if weights in PUBLISHED:
-        _, arch, patch_size = PUBLISHED[weights]
-        state = load_checkpoint(download(weights, "pretrain"))
-        return Weights(state, {}, {"arch": arch, "patch_size": patch_size}, weights)
-    checkpoint = load_checkpoint(weights)
-    states = {name: value for name, value in checkpoint.items() if _is_state(value)}
+    checkpoint = load_checkpoint(download(weights, "pretrain") if weights in PUBLISHED else weights)
+    states = {name: value for name, value in checkpoint.items() if is_state(value)}
     if checkpoint_key in states:
         state = states[checkpoint_key]
     elif present := [name for name in ("student", "teacher") if name in states]:
@@ -195,9 +214,13 @@ def read_weights(weights: str, checkpoint_key: str) -> Weights:
     else:  # weights and nothing else, perhaps in a wrapping
         wrapped = [states[name] for name in ("state_dict", "model") if name in states]
         state = wrapped[0] if wrapped else checkpoint
-        if not _is_state(state):
+        if not is_state(state):
             raise UserError("no weights in file", weights, "use another file")
-    trained = checkpoint.get("args") or {}
+    check_finite(state, weights)
+    trained = checkpoint.get("args")
+    trained = trained if isinstance(trained, dict) else {}
+    if weights in PUBLISHED:
+        trained = dict(zip(("arch", "patch_size"), PUBLISHED[weights][1:], strict=True))
     backbone, head = (
         {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
         for part in ("backbone.", "head.")
@@ -288,7 +311,8 @@ def init_from(student: MultiCropWrapper, weights: str, arch: str, patch_size: in
         state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
     load_strictly(student.backbone, state, weights)
     if known.head:
-        load_strictly(student.head, known.head, f"{weights}: head")
+        fix = "give the old run's --out_dim, --use_bn_in_head and --head_ flags, or its backbone alone"
+        load_strictly(student.head, known.head, f"{weights}: head", fix)
 
 
 def settle_architecture(
@@ -309,7 +333,7 @@ def settle_architecture(
 
 def _settle(name: str, flag, recorded: dict, shapes: dict):
     is_default = isinstance(flag, DefaultInt | DefaultStr)
-    value = recorded.get(name, shapes.get(name, flag) if is_default else flag)
+    value = recorded.get(name) or (shapes.get(name, flag) if is_default else flag)
     if is_default or canonical(str(value)) == canonical(str(flag)):
         return value
     raise UserError(f"weights were trained with {value}", f"--{name} {flag}", f"give --{name} {value}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils import Interrupted, StoppedAtOnce, TrainingError, UserError, launched_as
+from utils import ImageError, Interrupted, StoppedAtOnce, TrainingError, UserError, launched_as
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -81,7 +81,17 @@ class DefaultStr(str):
     """A flag's default, told from the same word given by the user."""
 
 
-def make_folder(path: str) -> Path:
+def check_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """UserError for a flag, of those named, whose whole number is too small, or too large for torch."""
+    for name in names:
+        value = getattr(args, name)
+        if value < least:
+            raise UserError(f"must be at least {least}", f"--{name} {value}", "raise it")
+        if value >= 2**31:
+            raise UserError(f"must be below {2**31}", f"--{name} {value}", "lower it")
+
+
+def make_folder(path: str, flag: str = "output_dir") -> Path:
     """The folder for a run's files, made if it is not there. Raises UserError if it cannot be written."""
     folder = Path(path).expanduser()
     try:
@@ -89,15 +99,15 @@ def make_folder(path: str) -> Path:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        raise UserError(error.strerror, f"--output_dir {path}", "choose another") from None
+        raise UserError(error.strerror, f"--{flag} {path}", "choose another") from None
     return folder
 
 
 def say(error: UserError) -> None:
-    """The error in one line, from the first rank."""
-    if launched_as()[0] == 0:
+    """The error in one line, from the first rank, or from the only one that knows of it."""
+    if launched_as()[0] == 0 or isinstance(error, ImageError):
         # An error from a data-loading worker comes with that worker's traceback before it.
-        line = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        line = re.sub(r"^utils\.\w+: ", "", str(error).strip().splitlines()[-1])
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)
 
 

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from augmentation import DataAugmentationDINO, HorizontalFlip, RandomResizedCrop, to_pixels
 from backbones import nearest
 from shapes import Shapes
-from utils import UserError, main_process_first
+from utils import ImageError, UserError, main_process_first
 
 
 def load_image(path: str) -> Image.Image:
@@ -251,13 +251,13 @@ class TrainingViews(Dataset):
 
 
 def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
-    """An RGB image and its class number; one that cannot be read is a UserError."""
+    """An RGB image and its class number. Raises ImageError for one that cannot be read, else UserError."""
     try:
         image, label = images[index]
         image = image.convert("RGB")
     except Exception as error:  # a broken file can raise nearly anything
         name = sample_name(images, index)
-        raise UserError(f"cannot read image: {error}", name, "repair or remove it") from None
+        raise ImageError(f"cannot read image: {error}", name, "repair or remove it") from None
     try:
         return image, int(label)
     except TypeError:

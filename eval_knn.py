@@ -10,6 +10,7 @@ Shapes: N training images, M test images, D features, k neighbours.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]).parse_args(
         argv
     )
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """UserError for values that make no sense."""
+    cli.check_least(args, 1, "batch_size_per_gpu", "image_size", "patch_size")
+    cli.check_least(args, 0, "num_workers", "seed")
+    if min(args.nb_knn) < 1:
+        raise UserError("must be at least 1", f"--nb_knn {min(args.nb_knn)}", "raise it")
+    if not 0 < args.temperature < math.inf:
+        raise UserError("must be above 0", f"--temperature {args.temperature}", "try 0.07")
 
 
 def extract_features(
@@ -118,7 +129,8 @@ def knn_accuracies(
     rows = max(1, 2**25 // len(train_features))  # at most 128 MiB of similarities at a time
     for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
         similarity, neighbour = (chunk @ train_features.T).topk(max(ks), dim=1)  # (rows, k)
-        vote, label = (similarity / T).exp(), train_labels[neighbour]
+        # Less the nearest one's: the ranking stays, and no vote grows beyond float32 for a small T.
+        vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
         for k in ks:
             votes = vote.new_zeros(len(chunk), num_classes).scatter_add_(1, label[:, :k], vote[:, :k])
             ranking = votes.sort(dim=1, descending=True).indices
@@ -210,17 +222,21 @@ FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels
 
 def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
     """Save train and test features and labels in the published code's files."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, tensor in zip(FEATURE_FILES, tensors, strict=True):
         torch.save(tensor.cpu(), Path(folder) / name)
 
 
 def load_features(folder: str, device: torch.device) -> list[Tensor]:
     """What `dump_features` saved. Raises UserError."""
-    tensors = [load_file(Path(folder) / name) for name in FEATURE_FILES]
-    train, train_labels, test, test_labels = tensors
-    if len(train) != len(train_labels) or len(test) != len(test_labels):
-        raise UserError("features and labels differ in number", f"--load_features {folder}", "dump anew")
+    train, _, test, _ = tensors = [load_file(Path(folder) / name) for name in FEATURE_FILES]
+    shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
+    fit = [len(shape) for shape in shapes] == [2, 1, 2, 1] and all(map(min, shapes))
+    (N, D), n, (M, d), m = shapes if fit else ((0, 0), (), (1, 1), ())
+    if not (n == (N,) and m == (M,) and D == d):
+        what = f"features and labels do not fit together: {', '.join(map(str, shapes))}"
+        raise UserError(what, f"--load_features {folder}", "dump anew")
+    if not (train.isfinite().all() and test.isfinite().all()):
+        raise UserError("features are not finite", f"--load_features {folder}", "dump anew")
     return [tensor.to(device) for tensor in tensors]
 
 
@@ -241,10 +257,11 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> list[Ten
 
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """Compute or load features, classify, print a line for each k; {k: (top1, top5)}."""
+    check_args(args)
     device = utils.init_distributed_mode(args.dist_url, args.use_cuda)
     utils.fix_random_seeds(args.seed)
-    if min(args.nb_knn) < 1:
-        raise UserError("must be at least 1", f"--nb_knn {min(args.nb_knn)}", "raise it")
+    if args.dump_features:  # now: its folder is needed when all the work is done
+        cli.make_folder(args.dump_features, "dump_features")
     if args.load_features:
         tensors = load_features(args.load_features, device)
     else:

@@ -22,14 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import cli
 import utils
 from augmentation import normalize
-from checkpoints import PUBLISHED, download, load_backbone, load_checkpoint, load_strictly, save_checkpoint
+from checkpoints import (
+    PUBLISHED,
+    check_finite,
+    digest,
+    download,
+    is_state,
+    load_backbone,
+    load_checkpoint,
+    load_strictly,
+    save_checkpoint,
+)
 from cli import DefaultInt
-from data import AugmentedImages, EpochSampler, open_train_and_val
+from data import AugmentedImages, EpochSampler, open_labelled_images, open_train_and_val
 from eval_knn import extract_features
 from utils import UserError, bool_flag
 from vision_transformer import VisionTransformer
@@ -89,10 +99,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """UserError for values that make no sense."""
-    for name in ("n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq", "num_labels"):
-        if getattr(args, name) < 1:
-            raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
-    if min(args.lr) <= 0 or not math.isfinite(max(args.lr)):
+    cli.check_least(
+        args, 1, "n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq", "num_labels", "image_size",
+        "patch_size",
+    )  # fmt: skip
+    cli.check_least(args, 0, "num_workers", "seed")
+    if not all(0 < lr < math.inf for lr in args.lr):
         raise UserError("must be above 0", f"--lr {' '.join(map(str, args.lr))}", "try 0.001 0.01 0.1")
     if len(set(args.lr)) < len(args.lr):
         raise UserError("named twice", f"--lr {' '.join(map(str, args.lr))}", "name each rate once")
@@ -195,12 +207,14 @@ def train(
 def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
     """Loss and top-1 and top-5 accuracy in percent, of each classifier, on (N, F) and (N,).
 
-    With fewer than five classes, top-5 counts them all.
+    With fewer than five classes, top-5 counts them all. Scores that are not finite, of a classifier
+    whose rate was too high, are all wrong.
     """
     sums = 0.0
     for x, y in zip(features.split(4096), labels.split(4096), strict=True):
         scores = classifiers(x)  # (H, B, C)
         hits = scores.topk(min(5, scores.shape[-1]), dim=-1).indices == y[:, None]  # (H, B, 5)
+        hits &= scores.isfinite().all(dim=-1, keepdim=True)
         loss = torch.stack([F.cross_entropy(s, y, reduction="sum") for s in scores])
         sums += torch.stack([loss, 100 * hits[..., 0].sum(-1), 100 * hits.sum((-2, -1))])
     return [
@@ -212,8 +226,11 @@ def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -
 # The run
 # ---------------------------------------------------------------------------------------------
 
-# What may change between the parts of a run.
-FREE_ARGS = {"val_freq", "num_workers", "download", "evaluate", "output_dir", "dist_url", "local_rank"}
+# What may change between the parts of a run; of the network, its weights are compared, not its path.
+FREE_ARGS = {
+    "val_freq", "num_workers", "download", "evaluate", "output_dir", "dist_url", "local_rank",
+    "pretrained_weights",
+}  # fmt: skip
 
 
 def resume(path: Path, pieces: dict, args: dict) -> dict:
@@ -224,7 +241,8 @@ def resume(path: Path, pieces: dict, args: dict) -> dict:
     if not path.exists():
         return {}
     checkpoint = load_checkpoint(path)
-    missing = [n for n in (*pieces, "args", "epoch", "best", "state_dict") if n not in checkpoint]
+    kinds = dict.fromkeys((*pieces, "args", "state_dict"), dict) | {"epoch": int, "best": list}
+    missing = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
     if missing:
         raise UserError(f"checkpoint lacks {', '.join(missing)}", str(path), "give another --output_dir")
     changed = [
@@ -236,8 +254,11 @@ def resume(path: Path, pieces: dict, args: dict) -> dict:
         changed = ", ".join(changed)
         raise UserError(f"run was begun otherwise: {changed}", str(path), "give another --output_dir")
     load_strictly(pieces["classifiers"], checkpoint["classifiers"], str(path))
-    for name in ("optimizer", "scheduler"):
-        pieces[name].load_state_dict(checkpoint[name])
+    try:
+        for name in ("optimizer", "scheduler"):
+            pieces[name].load_state_dict(checkpoint[name])
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{name} does not fit: {error}", str(path), "give another --output_dir") from None
     utils.log(f"resuming {path} at epoch {checkpoint['epoch']}")
     return {name: checkpoint[name] for name in ("epoch", "best", "state_dict")}
 
@@ -249,11 +270,12 @@ def plain_args(args: argparse.Namespace) -> dict:
 
 
 def load_classifier(
-    weights: str, width: int, num_labels: int, n_last_blocks: int, avgpool_patchtokens: bool
+    weights: str, width: int, num_labels: int, n_last_blocks: int, avgpool_patchtokens: bool, backbone: str
 ) -> LinearClassifiers:
     """A trained classifier, ours or published, from a file or by name, for features of `width`.
 
-    Raises UserError, also where our file records other features.
+    `backbone` is the digest of what gives the features. Raises UserError, also where our file
+    records other features.
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
@@ -265,10 +287,38 @@ def load_classifier(
             raise UserError(
                 f"classifier was trained with {value}", f"--{name} {flag}", f"give --{name} {value}"
             )
-    state = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
+    if trained.get("backbone", backbone) != backbone:
+        raise UserError(
+            "classifier was trained on the features of other weights",
+            weights,
+            "give their --pretrained_weights",
+        )
+    state = checkpoint.get("state_dict", checkpoint)
+    if not is_state(state):
+        raise UserError("no classifier in file", weights, "use another file")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    check_finite(state, weights)
     classifiers = LinearClassifiers(1, width, num_labels)
-    load_strictly(classifiers[0], state, f"{weights}, for {width} features and {num_labels} classes")
+    load_strictly(
+        classifiers[0],
+        state,
+        f"{weights}, for {width} features and {num_labels} classes",
+        "check --n_last_blocks, --avgpool_patchtokens and --num_labels",
+    )
     return classifiers
+
+
+def count_classes(images: Dataset, num_labels: int) -> tuple[int, int]:
+    """How many classes to tell apart, and how many the data has. Raises UserError."""
+    named = getattr(images, "classes", None)
+    if named is None and isinstance(num_labels, DefaultInt):
+        raise UserError("dataset does not name its classes", "--num_labels", "give their number")
+    classes = num_labels if named is None else len(named)
+    if isinstance(num_labels, DefaultInt):
+        return classes, classes
+    if num_labels < classes:
+        raise UserError(f"the data has {classes} classes", f"--num_labels {num_labels}", "leave it out")
+    return num_labels, classes
 
 
 def report(lrs: list[float], best: list[dict]) -> None:
@@ -286,7 +336,12 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
     device = utils.init_distributed_mode(args.dist_url)
     utils.fix_random_seeds(args.seed)
 
-    train_images, val_images = open_train_and_val(args.data_path, args.dataset, args.download, args.demo)
+    where = args.data_path, args.dataset, args.download, args.demo
+    if args.evaluate:
+        val_images = open_labelled_images("val", *where)
+    else:
+        train_images, val_images = open_train_and_val(*where)
+        cli.make_folder(args.output_dir)
     backbone, image_size = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
     )
@@ -306,21 +361,22 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
         num_workers=args.num_workers,
         normalized=False,
     )
-    # The backbone is frozen: one pass over the validation images serves all epochs.
-    val_features, val_labels = extract(val_images)
-    width, classes = val_features.shape[1], len(val_images.classes)
-    kind = "CLS tokens" if isinstance(backbone, VisionTransformer) else "the network's output"
+    kind = "the network's output"
+    if isinstance(backbone, VisionTransformer):
+        kind, blocks = "CLS tokens", len(backbone.blocks)
+        if args.n_last_blocks > blocks:
+            what = f"the network has {blocks} blocks"
+            raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
+    width = features_of(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+    num_labels, classes = count_classes(val_images, args.num_labels)
     utils.log(f"features: {kind}, {width} wide; {classes} classes")
-    num_labels = classes if isinstance(args.num_labels, DefaultInt) else args.num_labels
-    if num_labels < classes:
-        raise UserError(f"the data has {classes} classes", f"--num_labels {num_labels}", "leave it out")
 
     if args.evaluate:
         weights = args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar"))
         classifier = load_classifier(
-            weights, width, num_labels, args.n_last_blocks, args.avgpool_patchtokens
+            weights, width, num_labels, args.n_last_blocks, args.avgpool_patchtokens, digest(backbone)
         ).to(device)
-        results = validate_network(classifier, val_features, val_labels)
+        results = validate_network(classifier, *extract(val_images))
         utils.log(
             f"Accuracy of the network on the {len(val_images)} test images: "
             f"top-1 {results[0]['acc1']:.2f} %, top-5 {results[0]['acc5']:.2f} %"
@@ -329,8 +385,11 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
 
     sampler = EpochSampler(train_images, utils.get_world_size(), utils.get_rank(), seed=args.seed)
     if args.cache_features:
-        features, labels = extract(train_images)
-        batches = functools.partial(cached_batches, features, labels, sampler, args.batch_size_per_gpu)
+        cached = functools.cache(functools.partial(extract, train_images))
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            return cached_batches(*cached(), sampler, args.batch_size_per_gpu)
+
     else:
         loader = DataLoader(
             AugmentedImages(train_images, image_size, args.seed),
@@ -342,7 +401,9 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
         )
         batches = functools.partial(image_batches, loader, features_of, device)
     classifiers = LinearClassifiers(len(args.lr), width, num_labels).to(device)
-    best = train_linear(args, classifiers, sampler, batches, val_features, val_labels)
+    # The backbone is frozen: one pass over the validation images serves all epochs.
+    val_data = functools.cache(functools.partial(extract, val_images))
+    best = train_linear(args, classifiers, sampler, batches, val_data, digest(backbone))
     report(args.lr, best)
     return best
 
@@ -352,20 +413,21 @@ def train_linear(
     classifiers: LinearClassifiers,
     sampler: EpochSampler,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    val_features: Tensor,
-    val_labels: Tensor,
+    val_data: Callable[[], tuple[Tensor, Tensor]],
+    backbone: str,
 ) -> list[dict[str, float]]:
     """Train for `--epochs`, validate, log and save; resume if there is something to resume.
 
-    `batches()` are those of the epoch that the sampler is set to. Returns each classifier's best
-    validation.
+    `batches()` are those of the epoch that the sampler is set to, `val_data()` features and labels;
+    neither is asked for before it is clear that the run can go on. `backbone` is the digest of what
+    gives the features. Returns each classifier's best validation.
     """
     output_dir = cli.make_folder(args.output_dir)
     batch_size = args.batch_size_per_gpu * utils.get_world_size()
     optimizer = build_optimizer(classifiers, [lr * batch_size / 256 for lr in args.lr])
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
     pieces = {"classifiers": classifiers, "optimizer": optimizer, "scheduler": scheduler}
-    recorded = plain_args(args) | {"world_size": utils.get_world_size()}
+    recorded = plain_args(args) | {"world_size": utils.get_world_size(), "backbone": backbone}
     state = {"epoch": 0, "best": [{"acc1": -1.0}] * len(args.lr), "state_dict": {}, "args": recorded}
     state |= resume(output_dir / "checkpoint.pth.tar", pieces, recorded)
     model = DistributedDataParallel(classifiers) if utils.get_world_size() > 1 else classifiers
@@ -374,7 +436,7 @@ def train_linear(
     for epoch in range(state["epoch"], args.epochs):
         sampler.set_epoch(epoch)
         logger = utils.MetricLogger(f"epoch {epoch}", batch_size, steps * (args.epochs - epoch - 1))
-        total = torch.zeros(len(args.lr), device=val_features.device)
+        total = torch.zeros(len(args.lr), device=classifiers[0].linear.weight.device)
         for losses in train(model, optimizer, logger.log_every(batches(), steps)):
             total += losses
             logger.update(loss=losses.mean().item())
@@ -385,7 +447,7 @@ def train_linear(
         ]
 
         if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
-            results = validate_network(classifiers, val_features, val_labels)
+            results = validate_network(classifiers, *val_data())
             for i, result in enumerate(results):
                 records[i] |= {f"test_{name}": value for name, value in result.items()}
                 if result["acc1"] > max(row["acc1"] for row in state["best"]):

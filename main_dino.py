@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -776,5 +777,13 @@ def main(args: argparse.Namespace) -> None:
         report_demo(args)
 
 
+def end_at_once(number: int, _) -> None:
+    """For a signal before or after training, when there is nothing to finish and nothing to save."""
+    name = signal.Signals(number).name
+    cli.end_at_once(utils.Interrupted(f"by {name}, outside of training", "", "the same command resumes"))
+
+
 if __name__ == "__main__":
+    for number in monitor.StopSignals.SCHEDULERS:
+        signal.signal(number, end_at_once)
     cli.run_script(main, parse_args())

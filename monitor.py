@@ -113,7 +113,8 @@ class StopSignals:
     Schedulers send SIGTERM, SIGUSR1 or SIGUSR2; Ctrl-C sends SIGINT. A second Ctrl-C stops at once.
     """
 
-    SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, n)]
+    SCHEDULERS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
+    SIGNALS = [*SCHEDULERS, signal.SIGINT]
 
     def __init__(self):
         self.received: signal.Signals | None = None

@@ -127,9 +127,12 @@ def make_executor(job: argparse.Namespace, folder: Path) -> submitit.AutoExecuto
             timeout_min=job.timeout, tasks_per_node=processes, gpus_per_node=job.ngpus, nodes=1
         )
         return executor
+    # While Python loads, before submitit has its handlers, a signal would end the job for good. Ignored,
+    # it leaves a preempted job to SLURM, which requeues what still runs when the grace period is over.
+    wait = f"""sh -c 'trap "" TERM {submitit.JobEnvironment.USR_SIG}; exec "$@"' sh"""
     try:
         executor = submitit.AutoExecutor(
-            folder, cluster="slurm", slurm_python=python, slurm_max_num_timeout=30
+            folder, cluster="slurm", slurm_python=f"{wait} {python}", slurm_max_num_timeout=30
         )
     except RuntimeError:
         raise UserError("no srun on this machine", "", "go to a login node, or try --local") from None

@@ -694,6 +694,10 @@ class UserError(Exception):
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
 
 
+class ImageError(UserError):
+    """An image that cannot be read. Only the process that reads it knows, so that one says it."""
+
+
 class TrainingError(UserError):
     """Training cannot go on as asked; what was saved stays. Exit code 1."""
 

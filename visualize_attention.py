@@ -26,8 +26,9 @@ from torchvision.utils import make_grid
 import cli
 import utils
 from augmentation import normalize
+from backbones import check_divides
 from checkpoints import load_backbone, read_weights, settle_architecture
-from cli import DefaultInt, DefaultStr
+from cli import DefaultInt
 from data import ImageFiles, read_labelled
 from shapes import Shapes
 from utils import UserError
@@ -69,6 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """UserError for values that make no sense."""
+    cli.check_least(args, 1, "patch_size")
+    cli.check_least(args, 0, "seed")
     if len(args.image_size) > 2 or min(args.image_size) < 1:
         size = " ".join(map(str, args.image_size))
         raise UserError("must be one or two lengths", f"--image_size {size}", "try 480 or 480 640")
@@ -102,16 +105,27 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 def _last_timm_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The softmax of the last attention, (B, h, N, N) in a ViT; (B, 0) for a network without."""
+    """The softmax of the last attention, (B, h, N, N) in a ViT; (B, 0) for a network without.
+
+    Raises UserError for a size of images that the network cannot take.
+    """
     from timm.utils import AttentionExtract
 
     for module in backbone.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # a fused kernel never holds the map
+    none = images.new_zeros(len(images), 0)
     try:
-        return list(AttentionExtract(backbone, method="hook")(images).values())[-1]
-    except RuntimeError:
-        return images.new_zeros(len(images), 0)
+        extract = AttentionExtract(backbone, method="hook")
+    except RuntimeError:  # nothing in it has the name of an attention
+        return none
+    try:
+        maps = list(extract(images).values())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = backbone.default_cfg["input_size"][1:]
+        what, reason = type(backbone).__name__, str(error).splitlines()[0]
+        raise UserError(f"{what}: {reason}", "--image_size", f"try {height} {width}") from None
+    return maps[-1] if maps else none
 
 
 def patch_size_of(backbone: nn.Module) -> int:
@@ -122,6 +136,8 @@ def patch_size_of(backbone: nn.Module) -> int:
 
 def keep_mass(attention: Tensor, share: float) -> Tensor:
     """The fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
+    if share >= 1:  # a rounded sum of thousands of patches can reach 1 before the last of them
+        return torch.ones_like(attention, dtype=torch.bool)
     values, order = attention.flatten(-2).sort(dim=-1, descending=True)
     values = values / values.sum(dim=-1, keepdim=True)
     before = values.cumsum(dim=-1) - values
@@ -237,8 +253,11 @@ def folder_names(paths: list[str]) -> list[str]:
     """A name for each image's folder: the file's, with a number where that is taken."""
     names: list[str] = []
     for path in paths:
-        stem = Path(path).stem
-        names.append(f"{stem}-{len(names)}" if stem in names else stem)
+        stem = name = Path(path).stem
+        number = len(names)
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names.append(name)
     return names
 
 
@@ -282,6 +301,8 @@ def segment_shapes(
 def report_demo(
     weights: str,
     checkpoint_key: str,
+    arch: str,
+    patch_size: int,
     image_size: list[int],
     threshold: float,
     output_dir: Path,
@@ -289,16 +310,19 @@ def report_demo(
     seed: int,
     num_images: int = 1_000,
 ) -> dict[str, float]:
-    """Jaccard index in percent, best head, of random and trained weights; a sheet of the trained ones'."""
+    """Jaccard index in percent, best head, of random and trained weights; a sheet of the trained ones'.
+
+    Raises UserError, also where flags contradict the weights.
+    """
     shapes = Shapes("val", num_images)
-    known = settle_architecture(
-        read_weights(weights, checkpoint_key), DefaultStr("vit_small"), DefaultInt(16), DefaultInt(224)
-    )
+    known = settle_architecture(read_weights(weights, checkpoint_key), arch, patch_size, DefaultInt(224))
     utils.fix_random_seeds(seed)  # the weights that the training started from
     networks = {
         name: load_backbone(source, checkpoint_key, *known)[0].to(device)
         for name, source in (("random initialisation", "random"), ("trained", weights))
     }
+    for size in image_size:  # what would be cut off is in the true masks
+        check_divides("image_size", size, patch_size_of(networks["trained"]))
     utils.log(f"{threshold:.0%} of the best head's attention against the true mask, {num_images} images")
     result = {}
     for name, network in networks.items():
@@ -324,12 +348,14 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = utils.init_distributed_mode()
     utils.fix_random_seeds(args.seed)
+    if not utils.is_main_process():  # there is no work to share
+        return
     if args.demo:
         if not Path(args.pretrained_weights).is_file():
             raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
         report_demo(
-            args.pretrained_weights, args.checkpoint_key, args.image_size, args.threshold,
-            cli.make_folder(args.output_dir), device, args.seed,
+            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size,
+            args.threshold, cli.make_folder(args.output_dir), device, args.seed,
         )  # fmt: skip
         return
     if not args.image_path:
@@ -340,8 +366,10 @@ def main(args: argparse.Namespace) -> None:
     images = ImageFiles(*args.image_path)
     if not len(images):
         raise UserError("no images found", f"--image_path {' '.join(args.image_path)}", "give image files")
+    # The size of a random network's position embedding; that of other images is interpolated.
+    size = DefaultInt(max(args.patch_size, 224 - 224 % args.patch_size))
     backbone, _ = load_backbone(
-        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, DefaultInt(224)
+        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, size
     )
     output_dir = cli.make_folder(args.output_dir)
     visualize(backbone.to(device), images, args.image_size, args.threshold, output_dir, device)

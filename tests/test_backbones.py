@@ -33,5 +33,5 @@ def test_unknown_and_unfit_backbones_are_named():
     with pytest.raises(UserError, match="no linear classifier"):
         backbones.build_backbone("squeezenet1_0")
     model, dim = backbones.build_backbone("vit_b_32")
-    with pytest.raises(UserError, match="vit_b_32 takes no 96-pixel crops"):
+    with pytest.raises(UserError, match="vit_b_32 takes no 96-pixel images: .*choose another image size"):
         backbones.check_crop_sizes(model, "vit_b_32", dim, [224, 96])

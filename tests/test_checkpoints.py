@@ -189,6 +189,33 @@ def test_weights_load_right_or_not_at_all(vits, tmp_path):
         load_backbone(write(vits[0], tmp_path / "vit.pth"), TEACHER, "resnet18", *ANY_VIT[1:])
 
 
+def test_weights_that_are_no_numbers_are_refused(vits, tmp_path):
+    state = vits[0] | {
+        "norm.weight": torch.full((128,), torch.nan),
+        "norm.bias": torch.full((128,), torch.inf),
+    }
+    path = write(state, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"not finite: .*norm.weight, norm.bias \(.*nan.pth\)"):
+        load_backbone(path, TEACHER, *ANY_VIT)
+    with pytest.raises(UserError, match="not finite"):
+        init_from(students(32), path, "vit_nano", 8, 32)
+
+
+@pytest.mark.parametrize("args", ["a word", {"arch": None, "patch_size": None}])
+def test_a_record_that_says_nothing_leaves_it_to_the_shapes(vits, tmp_path, args):
+    path = write({"teacher": prefixed(vits[0], "backbone."), "args": args}, tmp_path / "odd.pth")
+    torch.testing.assert_close(load_backbone(path, TEACHER, *ANY_VIT)[0].state_dict(), vits[0])
+
+
+def test_a_digest_tells_weights_apart(vits):
+    a, b = (backbones.build_backbone("vit_nano", 8, 32)[0] for _ in range(2))
+    a.load_state_dict(vits[0])
+    b.load_state_dict(vits[0])
+    assert checkpoints.digest(a) == checkpoints.digest(b)
+    b.norm.bias.data[3] += 1e-6
+    assert checkpoints.digest(a) != checkpoints.digest(b)
+
+
 def test_flags_that_contradict_the_checkpoint_are_an_error(vits, tmp_path):
     path = write(vit_files(*vits)["ours.pth"], tmp_path / "ours.pth")
     arch, patch, size = ANY_VIT
@@ -243,6 +270,8 @@ def test_a_published_model_is_downloaded_by_name_once(server, vits):
     load_backbone("dino_vits8", TEACHER, "vit_small", 8, 224)  # kept
     with pytest.raises(UserError, match=r"trained with 8 \(--patch_size 16\)"):
         load_backbone("dino_vits8", TEACHER, "vit_small", 16, 224)
+    with pytest.raises(UserError, match="no 'student' in file .*leave --checkpoint_key out"):
+        load_backbone("dino_vits8", "student", *ANY_VIT)
     with pytest.raises(UserError, match="cannot download: HTTP Error 404.*dino_vitbase16_pretrain.pth"):
         load_backbone("dino_vitb16", TEACHER, *ANY_VIT)
 
@@ -283,7 +312,7 @@ def test_a_run_begins_with_backbone_and_head(tmp_path):
     narrow = utils.MultiCropWrapper(
         students(32).backbone, utils.DINOHead(128, 32, hidden_dim=32, bottleneck_dim=16)
     )
-    with pytest.raises(UserError, match="misshapen .*head"):
+    with pytest.raises(UserError, match="misshapen .*head.*give the old run's --out_dim"):
         init_from(narrow, path, "vit_nano", 8, 32)
 
 

@@ -105,16 +105,58 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("testfeat", torch.rand(9, 5), r"do not fit together: \(15, 768\), \(15,\), \(9, 5\), \(9,\)"),
+        ("testlabels", torch.arange(8), r"do not fit together: .* \(8,\)"),
+        ("trainfeat", {}, r"do not fit together: \(\)"),
+        ("trainfeat", torch.full((15, 768), torch.nan), "not finite"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(labelled, tmp_path, name, tensor, message):
+    pixels(labelled, "--nb_knn", "3", "--dump_features", str(tmp_path))
+    torch.save(tensor, tmp_path / f"{name}.pth")
+    with pytest.raises(UserError, match=message):
+        evaluate("--load_features", str(tmp_path))
+
+
+def test_a_small_temperature_leaves_the_nearest_alone():
+    train, test = (F.normalize(torch.randn(size, 6), dim=1) for size in (50, 20))
+    data = train, torch.randint(4, (50,)), test, torch.randint(4, (20,))
+    assert eval_knn.knn_classifier(*data, 20, 1e-6, 4)[0] == eval_knn.knn_classifier(*data, 1, 0.07, 4)[0]
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "no weights given"),
         (["--pretrained_weights", "/nowhere.pth"], "no such file"),
         (["--pretrained_weights", "pixels", "--nb_knn", "0"], "--nb_knn"),
+        (["--temperature", "0"], "--temperature 0"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
+        (["--num_workers=-1"], "--num_workers -1"),
+        (["--seed=-1"], "--seed -1"),
+        (["--image_size", "0"], "--image_size 0"),
+        (["--patch_size", "0"], "--patch_size 0"),
+        (["--pretrained_weights", "pixels", "--dump_features", __file__], "File exists .*--dump_features"),
     ],
 )
 def test_bad_usage_is_one_clear_line(labelled, flags, message):
     with pytest.raises(UserError, match=message):
-        evaluate("--data_path", str(labelled), *flags)
+        eval_knn.main(eval_knn.parse_args(["--num_workers", "0", "--data_path", str(labelled), *flags]))
+
+
+def test_a_broken_image_is_named_by_the_process_that_reads_it(tmp_path):
+    for name in "ab":
+        save_images(tmp_path / "train" / name, 2)
+        save_images(tmp_path / "val" / name, 2)
+    broken = tmp_path / "train" / "a" / "001.png"  # the second image, so it is the second process's
+    broken.write_bytes(b"not an image")
+    flags = "--pretrained_weights pixels --image_size 16 --num_workers 0".split()
+    ended = torchrun(2, "eval_knn.py", *flags, "--data_path", str(tmp_path), check=False)
+    named = [line for line in ended.stderr.splitlines() if line.startswith("error: cannot read image: ")]
+    assert ended.returncode and len(named) == 1 and named[0].endswith(f"({broken}): repair or remove it")
 
 
 def test_published_flags_and_defaults():

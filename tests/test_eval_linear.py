@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision import transforms
 
 import backbones
+import cli
 import data
 import eval_linear
 from checkpoints import load_checkpoint, save_checkpoint
@@ -186,6 +187,13 @@ def test_top1_and_top5_by_hand():
     assert (second["acc1"], second["acc5"]) == (0.0, 50.0)
 
 
+def test_a_classifier_that_ran_away_has_nothing_right():
+    classifiers = LinearClassifiers(2, 4, 3)
+    classifiers[0].linear.bias.data[:] = torch.nan
+    lost, sound = validate_network(classifiers, torch.randn(6, 4), torch.tensor([0, 1, 2] * 2))
+    assert (lost["acc1"], lost["acc5"]) == (0, 0) and sound["acc5"] == 100
+
+
 def test_with_three_classes_top5_counts_all():
     result = validate_network(LinearClassifiers(1, 4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
     assert result[0]["acc5"] == 100
@@ -279,7 +287,7 @@ def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
     flags = "--evaluate", "--linear_weights", tmp_path / "linearweights.pth"
     result = probe(labelled, tmp_path, *flags)
     assert 0 <= result[0]["acc1"] <= 100
-    with pytest.raises(UserError, match=r"misshapen \(linear.weight\) .*128 features and 3 classes"):
+    with pytest.raises(UserError, match=r"misshapen \(linear.weight\) .*128 features.*check --n_last_blocks"):
         probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
 
 
@@ -287,7 +295,12 @@ def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--lr", "0"], "--lr 0"),
+        (["--lr", "0.1", "nan"], "--lr 0.1 nan"),
         (["--lr", "0.1", "0.1"], "named twice"),
+        (["--n_last_blocks", "7"], "network has 6 blocks"),
+        (["--num_workers=-1"], "--num_workers -1"),
+        (["--seed=-1"], "--seed -1"),
+        (["--output_dir", __file__], "File exists"),
         (["--epochs", "0"], "--epochs 0"),
         (["--num_labels", "2"], "the data has 3 classes"),
         (["--linear_weights", "x.pth"], "add --evaluate"),
@@ -311,6 +324,54 @@ def test_a_folder_with_another_run_is_refused(labelled, tmp_path):
         probe(labelled, tmp_path, "--lr", 0.1)
     with pytest.raises(UserError, match="trained with 4 .*--n_last_blocks 3"):
         probe(labelled, tmp_path, "--evaluate", "--n_last_blocks", 3)
+    pixels = "--pretrained_weights", "pixels"
+    with pytest.raises(UserError, match=r"begun otherwise: .*backbone \w+ -> \w+"):
+        probe(labelled, tmp_path, *pixels)
+    with pytest.raises(UserError, match="trained on the features of other weights"):
+        probe(labelled, tmp_path, *pixels, "--evaluate")
+
+
+def test_a_run_that_is_over_is_reported_without_the_images(labelled, tmp_path, monkeypatch):
+    best = probe(labelled, tmp_path)
+    monkeypatch.setattr(eval_linear, "extract_features", lambda *args, **kwargs: pytest.fail("not needed"))
+    assert probe(labelled, tmp_path) == best
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("args", 3, "lacks args"),
+        ("epoch", "three", "lacks epoch"),
+        ("optimizer", {}, "optimizer does not fit"),
+        ("classifiers", {"0.linear.weight": 1}, "weights do not fit"),
+    ],
+)
+def test_an_odd_checkpoint_is_named(labelled, tmp_path, part, value, message):
+    probe(labelled, tmp_path)
+    path = tmp_path / "checkpoint.pth.tar"
+    save_checkpoint(load_checkpoint(path) | {part: value}, path)
+    with pytest.raises(UserError, match=message):
+        probe(labelled, tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": 3}, {"state_dict": {"linear.weight": 3}}, {"epoch": 1}])
+def test_a_file_without_a_classifier_is_named(labelled, tmp_path, content):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"no classifier in file \(.*odd.pth\)"):
+        probe(labelled, tmp_path, "--evaluate", "--linear_weights", tmp_path / "odd.pth")
+
+
+def test_evaluation_needs_no_training_images(labelled, tmp_path):
+    best = probe(labelled, tmp_path / "out")
+    (tmp_path / "val").symlink_to(labelled / "val")
+    assert probe(tmp_path, tmp_path / "out", "--evaluate")[0]["acc1"] == best[0]["acc1"]
+
+
+def test_classes_that_the_dataset_does_not_name_have_to_be_given():
+    images = [(None, 0)]
+    with pytest.raises(UserError, match="--num_labels"):
+        eval_linear.count_classes(images, cli.DefaultInt(1000))
+    assert eval_linear.count_classes(images, 4) == (4, 4)
 
 
 def test_more_classes_than_the_data_has_can_be_asked_for(tmp_path):

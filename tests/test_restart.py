@@ -119,6 +119,15 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(images, tmp_path)
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
 
 
+def test_a_signal_outside_of_training_ends_at_once_and_says_resume(tmp_path):
+    run = Ranks(1, tmp_path, "--demo", "--max_steps", 1, "--output_dir", tmp_path / "out")
+    run.wait_for("k-NN")
+    run.processes[0].send_signal(signal.SIGUSR1)
+    assert run.codes() == [75]
+    said = run.said[0].read_text()
+    assert said.splitlines()[-1] == "stopped: by SIGUSR1, outside of training: the same command resumes"
+
+
 def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
     flags = [
         "--data_path",

@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,8 +122,8 @@ needs_slurm = pytest.mark.skipif(
     slurm_is_missing(), reason="no SLURM of tests/slurm/cluster here: `sudo tests/slurm/cluster start DIR`"
 )
 
-# Eight epochs of twelve steps, on two nodes.
-SHORT = [*TINY, "--epochs", "8", "--drop_path_rate", "0.3"]
+# Two epochs of 48 steps, on two nodes: long enough to be stopped in the middle of one.
+SHORT = [*TINY, "--epochs", "2", "--batch_size_per_gpu", "1", "--drop_path_rate", "0.3"]
 
 
 def slurm(*command: str) -> str:
@@ -151,11 +152,16 @@ class Job:
         before = text_of(self.out).count(line)
         wait_for(lambda: text_of(self.out).count(line) > before, f"{line!r} in {text_of(self.out, self.err)}")
 
+    def freeze(self) -> None:
+        """Stop the training's processes where they are, until SLURM signals, and so wakes, them."""
+        command = f"^[^ ]*python.* submitit.core._submit {self.out.parent}"
+        subprocess.run(["pkill", "-STOP", "-f", command], check=True)
+
     def start_again(self) -> None:
         """A requeued job waits for two minutes; not here."""
         self.wait_until("PENDING")
         assert self.show("Restarts") == "1"
-        slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now", "TimeLimit=60")
 
 
 def submit(*flags: str, output_dir: Path) -> Job:
@@ -221,6 +227,11 @@ def test_dry_run_prints_the_script(tmp_path):
     ):  # fmt: skip
         assert f"\n{line}\n" in out
     assert "--partition" not in out and not list(tmp_path.iterdir())
+    # Until submitit has its handlers, no signal of SLURM ends the process.
+    command = shlex.split(re.search("^srun .*", out, re.M)[0])
+    command = command[command.index("sh") : command.index("-u")]
+    code = "import signal; [signal.raise_signal(s) for s in (signal.SIGTERM, signal.SIGUSR2)]"
+    subprocess.run([*command, "-c", code], check=True)
 
 
 @needs_slurm
@@ -238,36 +249,37 @@ def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
     many_images, uninterrupted, tmp_path
 ):
     job = submit(*SHORT, "--data_path", str(many_images), output_dir=tmp_path / "%j")
-    job.wait_for_line("epoch 0 [10/12]")
+    job.wait_for_line("epoch 0 [10/48]")
     preempt(job)
     job.start_again()
     job.wait_until("COMPLETED")
     saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    assert int(saved) % 48  # in the middle of an epoch
     assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert "global_rank=1(2)" in text_of(job.out.with_name(f"{job.number}_1_log.out"))
     output = tmp_path / job.number
     assert differences(output, uninterrupted) == 0
-    assert [json.loads(line)["epoch"] for line in (output / "log.txt").open()] == list(range(8))
+    assert [json.loads(line)["epoch"] for line in (output / "log.txt").open()] == [0, 1]
 
 
 @needs_slurm
 def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     flags = [*SHORT, "--epochs", "1000", "--data_path", str(many_images)]  # does not end by itself
     job = submit(*flags, output_dir=tmp_path / "run")
-    job.wait_for_line("epoch 0 [10/12]")
+    job.wait_for_line("epoch 0 [10/48]")
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")  # two minutes before, SLURM signals
+    job.freeze()  # it looks at the time twice a minute; each step until then would be one to compare
     job.start_again()
     job.wait_for_line("from step")
-    saved = re.search(r"stopped: by .*, step (\d+) of 12000 is saved", text_of(job.err))[1]
-    assert f"from step {saved} to 12000" in text_of(job.out)
-    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-    job.wait_for_line("/12]")
+    saved = re.search(r"stopped: by .*, step (\d+) of 48000 is saved", text_of(job.err))[1]
+    assert f"from step {saved} to 48000" in text_of(job.out)
+    job.wait_for_line("img/s")
     slurm("scancel", job.number)
     job.wait_until("CANCELLED")
     assert job.show("Restarts") == "1"
     step = load_checkpoint(tmp_path / "run" / "checkpoint.pth")["step"]
     assert step > int(saved)
-    assert f"stopped: by SIGTERM, step {step} of 12000 is saved" in text_of(job.err)
+    assert f"stopped: by SIGTERM, step {step} of 48000 is saved" in text_of(job.err)
     torchrun(2, "main_dino.py", *flags, "--max_steps", str(step), "--output_dir", str(tmp_path / "whole"))
     assert differences(tmp_path / "run", tmp_path / "whole") == 0
 
@@ -276,11 +288,12 @@ def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
 def test_bare_srun_resumes_after_preemption(many_images, uninterrupted, tmp_path):
     flags = " ".join([*SHORT, f"--data_path {many_images} --output_dir {tmp_path}"])
     job = submit_script(tmp_path, f"srun {sys.executable} main_dino.py {flags}")
-    job.wait_for_line("epoch 0 [10/12]")
+    job.wait_for_line("epoch 0 [10/48]")
     preempt(job)
     job.start_again()
     job.wait_until("COMPLETED")
     saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    assert int(saved) % 48  # in the middle of an epoch
     assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert differences(tmp_path, uninterrupted) == 0
 

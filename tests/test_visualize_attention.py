@@ -79,6 +79,18 @@ def test_networks_without_such_attention_are_named(arch):
         cls_attention(backbone, torch.randn(1, 3, 224, 224))
 
 
+def test_a_size_that_a_network_cannot_take_is_named():
+    backbone = backbones.build_backbone("cait_xxs24_224")[0].eval()
+    with pytest.raises(UserError, match=r"Cait: .*\(--image_size\): try 224 224"):
+        cls_attention(backbone, torch.randn(1, 3, 256, 256))
+
+
+def test_all_of_the_mass_is_all_of_the_patches():
+    attention = torch.rand(4, 60, 60, generator=torch.Generator().manual_seed(0)) + 1e-6
+    assert keep_mass(attention, 1.0).all()
+    assert (keep_mass(attention, 1e-9).sum((-2, -1)) == 1).all()
+
+
 def test_mask_by_hand():
     attention = torch.tensor([[0.1, 0.4], [0.3, 0.2]])
     assert keep_mass(attention, 0.4).tolist() == [[False, True], [False, False]]
@@ -132,6 +144,20 @@ def test_attention_on_one_corner_scores_what_the_corner_does():
 # ---- pictures
 
 
+def test_every_image_has_a_folder_of_its_own():
+    paths = ["x/a.png", "x/a-2.png", "y/a.png", "y/b.png", "z/a.jpg"]
+    assert visualize_attention.folder_names(paths) == ["a", "a-2", "a-3", "b", "a-4"]
+
+
+def test_any_patch_size_will_do(tmp_path):
+    save_images(tmp_path, 1)
+    look(
+        *RANDOM_VIT, "--patch_size", 5, "--image_path", tmp_path, "--image_size", 42, "--output_dir", tmp_path
+    )
+    with Image.open(tmp_path / "img.png") as image:
+        assert image.size == (40, 40)
+
+
 def test_one_image_gives_the_published_files_and_a_sheet(tmp_path):
     save_images(tmp_path, 1, size=50)
     look(*RANDOM_VIT, "--image_path", tmp_path / "000.png", "--image_size", 43, 60, "--threshold", 0.6,
@@ -166,6 +192,11 @@ def test_the_demo_measures_trained_and_random_weights(tmp_path):
     run("-c", f"import main_dino as m; m.train_dino(m.parse_args({[*flags, '--output_dir', str(tmp_path)]}))")
     out = run("visualize_attention.py", "--demo", "--pretrained_weights", str(tmp_path / "checkpoint.pth"),
               "--output_dir", str(tmp_path)).stdout  # fmt: skip
+    demo = "--demo", "--pretrained_weights", tmp_path / "checkpoint.pth", "--output_dir", tmp_path
+    with pytest.raises(UserError, match="trained with vit_nano"):
+        look(*demo, "--arch", "vit_small")
+    with pytest.raises(UserError, match="--image_size 60"):
+        look(*demo, "--image_size", "60")
     assert out.count("Jaccard") == 2 and "random initialisation" in out and "trained" in out
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (4 + 6 * 100, 4 + 8 * 100)  # image, mean and 4 heads; 4 images on 2 rows
@@ -183,6 +214,8 @@ def test_the_demo_measures_trained_and_random_weights(tmp_path):
         (["--image_path", "{good}", "--threshold", "60"], "--threshold 60"),
         (["--image_path", "{good}", "--pretrained_weights", "pixels"], "Flatten has no CLS attention"),
         (["--image_path", "{good}", "--pretrained_weights", ""], "no weights given"),
+        (["--patch_size", "0"], "--patch_size 0"),
+        (["--seed=-1"], "--seed -1"),
         (["--demo", "--image_path", "{good}"], "draws its own images"),
         (["--demo", "--pretrained_weights", "/nowhere.pth"], "main_dino.py --demo first"),
     ],
