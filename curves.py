@@ -17,10 +17,10 @@ class Curves:
     PANELS = (
         ("loss", ["train_loss"]),
         ("teacher entropy and KL from the student, nats", ["train_entropy", "train_kl"]),
-        ("k-NN, %", ["knn_teacher", "knn_student"]),
         ("learning rate", ["train_lr"]),
         ("weight decay", ["train_wd"]),
         ("teacher momentum", ["train_momentum"]),
+        ("k-NN, %", ["knn_teacher", "knn_student"]),
     )
 
     def __init__(self, folder: Path, tensorboard: bool = False, first_step: int = 0):
@@ -57,6 +57,9 @@ def draw_curves(log_file: Path, picture: Path) -> None:
                 axes.plot(*zip(*points, strict=True), ".-", label=name.split("_")[1])
         if len(axes.lines) > 1:
             axes.legend()
+        if not axes.lines:  # nothing to show
+            axes.set_axis_off()
+            continue
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("epoch")
     with replacing(picture) as file:

@@ -482,11 +482,13 @@ def main() -> None:
     parser.add_argument(
         "--jobs", default=os.cpu_count() or 1, type=int, help="processes at a time, of one thread"
     )
+    parser.add_argument("--seeds", type=int, help="how many; 3, or 1 if quick, unless given")
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the epochs, shapes only")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the trainings
     name, budget = ("tiny", TINY) if args.tiny else ("quick", QUICK) if args.quick else ("full", FULL)
+    budget = budget._replace(seeds=args.seeds or budget.seeds)
     out = Path(args.output_dir, name).absolute()
     begun = time.monotonic()
 
