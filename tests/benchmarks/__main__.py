@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks [augmentation|step|loss|knn|linear|start|all]
 
-Needs scikit-image and scikit-learn for their photographs. Measure with nothing else running. A row
+Needs the photographs of tests/benchmarks/requirements.txt. Measure with nothing else running. A row
 gives the medians of both sides, the median of their ratios round by round, and the smallest and
 largest ratio; peak memory is that of separate processes, above what they held before.
 """
@@ -106,8 +106,11 @@ def print_peak(side: Side) -> None:
 
 def write_photographs(folder: Path, count: int = 24) -> list[Path]:
     """JPEGs of about 500 x 375 pixels, cut from real photographs."""
-    from skimage import data
-    from sklearn.datasets import load_sample_images
+    try:
+        from skimage import data
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        sys.exit("error: no photographs: pip install -r tests/benchmarks/requirements.txt")
 
     photographs = [data.astronaut(), data.coffee(), data.chelsea(), *load_sample_images().images]
     rng, paths = random.Random(0), []
