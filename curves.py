@@ -1,6 +1,5 @@
 """A run's log.txt as a picture, and for TensorBoard. Neither library is needed for training."""
 
-import importlib.util
 from pathlib import Path
 
 from checkpoints import replacing
@@ -25,10 +24,12 @@ class Curves:
 
     def __init__(self, folder: Path, tensorboard: bool = False, first_step: int = 0):
         """`folder` is the run's; what TensorBoard has from `first_step` on is made anew."""
-        self.folder, self.writer = folder, None
-        self.can_draw = importlib.util.find_spec("matplotlib") is not None
-        if not self.can_draw:
-            log("note: no curves.png without matplotlib: pip install matplotlib")
+        self.folder, self.writer, self.can_draw = folder, None, True
+        try:  # now, as after an epoch it would be late for a note
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            log(f"note: no curves.png without matplotlib ({error}): pip install matplotlib")
+            self.can_draw = False
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -46,7 +47,7 @@ class Curves:
 
 def draw_curves(log_file: Path, picture: Path) -> None:
     """The numbers of each epoch in log.txt, as a PNG."""
-    from matplotlib.figure import Figure  # a second, so only when it is needed
+    from matplotlib.figure import Figure
 
     records = read_log(log_file)
     figure = Figure(figsize=(12, 6), layout="constrained")

@@ -1,9 +1,10 @@
+import importlib.util
 import json
+import sys
 
 import pytest
 from PIL import Image
 
-import curves
 import main_dino
 from curves import Curves
 from utils import UserError
@@ -40,7 +41,8 @@ def test_a_disk_that_fails_is_a_warning(tmp_path, capsys):
 
 
 def test_without_the_libraries(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     Curves(tmp_path).update(RECORD)
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="pip install tensorboard"):
