@@ -228,7 +228,8 @@ class DataAugmentationDINO:
     def uint8_views(self, pixels: Tensor, rng=random) -> list[Tensor]:
         """uint8 (3, H, W) -> V views, uint8 (3, size, size): a quarter of a float's bytes to ship."""
         crops, colours = self.crops(pixels, rng)
-        views = (recolour(crop[None], colour[None])[0] for crop, colour in zip(crops, colours, strict=True))
+        rows = colours.tolist()
+        views = (recolour(crop[None], [row])[0] for crop, row in zip(crops, rows, strict=True))
         # By way of NumPy, which is five times as fast at this.
         return [torch.from_numpy(view.numpy().astype(np.uint8)) for view in views]
 
@@ -251,12 +252,11 @@ def cut(pixels: Tensor, view: View) -> Tensor:
 
 
 @torch.inference_mode()
-def recolour(images: Tensor, colours: Tensor) -> Tensor:
+def recolour(images: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
     """Jitter, drop, blur and solarise colours, each image's its own way: uint8 (B, 3, H, W) -> float32.
 
-    `colours` (B, 11), on the CPU, are rows of `View.colour`. The result has whole grey levels.
+    There is a `View.colour` for each image. The result has whole grey levels.
     """
-    rows = colours.tolist()
     images = images.float()
     for place in range(0, 8, 2):
         for which in sorted({row[place] for row in rows} - {-1.0}):
@@ -279,7 +279,8 @@ def normalized_views(views: list[Tensor], colours: Tensor) -> list[Tensor]:
     done = []
     for _, group in itertools.groupby(range(len(views)), key=lambda v: views[v].shape):
         group = list(group)  # views of one size together
-        batch = recolour(torch.cat([views[v] for v in group]), torch.cat([colours[:, v] for v in group]))
+        rows = torch.cat([colours[:, v] for v in group]).tolist()
+        batch = recolour(torch.cat([views[v] for v in group]), rows)
         done += normalize(batch).chunk(len(group))
     return done
 
@@ -306,6 +307,12 @@ def _each(amounts: Sequence[float], images: Tensor) -> Tensor | float:
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
+@functools.cache
+def _luma_weights(device: torch.device) -> Tensor:
+    """`LUMA`, copied to the device once."""
+    return torch.tensor(LUMA).to(device)
+
+
 def luma(images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
@@ -319,34 +326,31 @@ def adjust_brightness(images: Tensor, factors: Sequence[float]) -> None:
 
 def adjust_contrast(images: Tensor, factors: Sequence[float]) -> None:
     """Scale the distance from the mean luma."""
-    factor = _each(factors, images)
-    mean = luma(images.mean(dim=(2, 3), keepdim=True)).round_()
-    images.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 255)
+    mean = (images.mean(dim=(2, 3)) @ _luma_weights(images.device)).round_()
+    torch.lerp(mean.view(-1, 1, 1, 1), images, _each(factors, images), out=images).clamp_(0, 255)
 
 
 def adjust_saturation(images: Tensor, factors: Sequence[float]) -> None:
     """Scale the distance from each pixel's luma."""
-    factor = _each(factors, images)
-    images.mul_(factor).add_(luma(images).mul_((1 - factor) / factor)).clamp_(0, 255)
+    torch.lerp(luma(images), images, _each(factors, images), out=images).clamp_(0, 255)
 
 
 def adjust_hue(images: Tensor, shifts: Sequence[float]) -> None:
     """Turn the hue by a share of the circle, at most 1/6 either way, keeping each pixel's extremes.
 
-    On the hue circle each channel goes through max, a linear slope, min, and a slope back. Let d be
-    the difference of the two other channels and c = max - min. Extended beyond the plateaus, where
-    |d| < c, the slopes are x + (c - |d|) at the max, x - (c - |d|) at the min; turned by s they fall
-    or rise by 6 s c, against the sign of d; clamping gives back the plateaus. No division, no cases.
+    On the hue circle each channel goes through max, a linear slope, min, and a slope back. Extended
+    beyond the plateaus, its slope is at 2 x - middle (the middle channel at itself); turned by s it falls
+    or rises by 6 s (max - min), against the sign of the difference of the two other channels; clamping
+    gives back the plateaus. No division, no cases.
     """
     red, green, blue = images.split(1, dim=1)
-    low = torch.minimum(torch.minimum(red, green), blue)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    chroma = high - low
-    others = torch.cat([green - blue, blue - red, red - green], dim=1)
-    beyond = others.abs().neg_().add_(chroma)
-    torch.copysign(beyond, images - (low + high).mul_(0.5), out=beyond)
-    images.add_(beyond).sub_(others.sign_().mul_(chroma.mul_(6 * _each(shifts, images))))
-    torch.clamp(images, low, high, out=images)
+    less, more = torch.minimum(red, green), torch.maximum(red, green)
+    low, middle = torch.minimum(less, blue), torch.maximum(less, torch.minimum(more, blue))
+    high = torch.maximum(more, blue)
+    step = (high - low).mul_(6 * _each(shifts, images))
+    falls = torch.cat([green - blue, blue - red, red - green], dim=1).sign_()
+    slope = images.mul_(2).sub_(torch.addcmul(middle, falls, step, out=falls))
+    torch.clamp(slope, low, high, out=images)
 
 
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)

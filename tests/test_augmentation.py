@@ -144,7 +144,7 @@ def test_operations_equal_pils_up_to_rounding(name):
     for colour in colours:
         amount = colour[augmentation.BLUR] or colour[1]
         for image in pictures():
-            ours = augmentation.recolour(to_pixels(image)[None], torch.tensor([colour], dtype=torch.float64))
+            ours = augmentation.recolour(to_pixels(image)[None], [colour])
             theirs = to_pixels(reference(image, amount)).float()
             difference = (ours[0] - theirs).abs()
             print(f"{name} {amount}: largest {difference.max():.0f}, mean {difference.mean():.3f}")
@@ -188,8 +188,9 @@ def test_cutting_equals_pils(size, box):
 def test_a_batch_is_recoloured_image_by_image():
     augment = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 30, 32, 32)
     crops, colours = augment.crops(to_pixels(picture()), random.Random(1))
-    together = augmentation.recolour(torch.stack(crops), colours)
-    apart = [augmentation.recolour(c[None], row[None])[0] for c, row in zip(crops, colours, strict=True)]
+    rows = colours.tolist()
+    together = augmentation.recolour(torch.stack(crops), rows)
+    apart = [augmentation.recolour(crop[None], [row])[0] for crop, row in zip(crops, rows, strict=True)]
     difference = (together - torch.stack(apart)).abs()
     assert difference.max() <= 1 and difference.mean() < 1e-3
     assert together.min() >= 0 and together.max() <= 255 and torch.equal(together, together.round())
