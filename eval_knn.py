@@ -126,9 +126,11 @@ def knn_accuracies(
     Features are L2-normalised, (N, D) and (M, D). A neighbour's vote weighs exp(cosine / T).
     """
     correct = {k: torch.zeros(2, dtype=torch.long, device=test_features.device) for k in ks}
-    rows = max(1, 2**25 // len(train_features))  # at most 128 MiB of similarities at a time
+    rows = max(1, min(2**25 // len(train_features), len(test_features)))  # 128 MiB of similarities at most,
+    room = train_features.new_empty(rows, len(train_features))  # got once: fresh memory is slow on a CPU
     for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
-        similarity, neighbour = (chunk @ train_features.T).topk(max(ks), dim=1)  # (rows, k)
+        similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])
+        similarity, neighbour = similarities.topk(max(ks), dim=1)  # (rows, k)
         # Less the nearest one's: the ranking stays, and no vote grows beyond float32 for a small T.
         vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
         for k in ks:
