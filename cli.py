@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils import ImageError, Interrupted, StoppedAtOnce, TrainingError, UserError, launched_as
+from rendezvous import launched_as
+from utils import ImageError, Interrupted, StoppedAtOnce, TrainingError, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -20,6 +20,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import cli
 import main_dino
+import rendezvous
 import utils
 from utils import UserError
 
@@ -73,8 +74,8 @@ class Trainer:
 
     def __call__(self) -> None:
         job = submitit.JobEnvironment()
-        if job.cluster == "local":  # as a launcher would; under SLURM, `utils` asks SLURM
-            port = utils.rendezvous_port(int(job.job_id), self.attempt)
+        if job.cluster == "local":  # as a launcher would; under SLURM, `rendezvous` asks SLURM
+            port = rendezvous.port_of(int(job.job_id), self.attempt)
             os.environ |= {
                 "RANK": str(job.global_rank), "WORLD_SIZE": str(job.num_tasks),
                 "LOCAL_RANK": str(job.local_rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -10,13 +10,9 @@ https://arxiv.org/abs/2104.14294.
 import argparse
 import contextlib
 import itertools
-import os
 import random
-import re
-import subprocess
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import rendezvous
 from augmentation import (  # noqa: F401  (the published layout has these here)
     DataAugmentationDINO,
     GaussianBlur,
@@ -433,68 +430,9 @@ class LARS(torch.optim.Optimizer):
 # ---------------------------------------------------------------------------------------------
 
 
-def launched_as() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's environment, SLURM's, or for one process.
-
-    SLURM counts only inside a step started by `srun`: in the batch script itself, the other tasks
-    do not exist.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
-    return 0, 1, 0
-
-
-def rendezvous_port(job: int, attempt: int) -> int:
-    """A port that jobs on one machine, and attempts at one job, do not share."""
-    return 20000 + (97 * job + attempt) % 20000
-
-
-def _slurm_rendezvous() -> None:
-    """Set MASTER_ADDR and MASTER_PORT as torchrun would: the step's first node, a port per step."""
-
-    def scontrol(*arguments: str) -> str:
-        command = ["scontrol", "show", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    env = os.environ
-    first = scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
-    # A node's name need not resolve; its address does.
-    address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
-    env.setdefault("MASTER_ADDR", address)
-    attempt = int(env["SLURM_STEP_ID"]) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
-    env.setdefault("MASTER_PORT", str(rendezvous_port(int(env["SLURM_JOB_ID"]), attempt)))
-
-
-def _fresh_store(store: dist.Store, rank: int, world_size: int, patience: float = 600) -> dist.Store:
-    """The store under a prefix that no earlier attempt has used.
-
-    torchrun's store outlives a restart of its processes, which would read their dead
-    predecessors' addresses; the count of restarts that it gives may differ between machines. So
-    rank 0 draws a name, and tells it to each rank under a key that this rank has just drawn.
-    """
-    if rank:
-        question = uuid.uuid4().hex
-        store.set(f"question of {rank}", question)
-        name = store.get(question).decode()  # waits for the key
-        store.add(f"{name} heard", 1)
-        return dist.PrefixStore(name, store)
-    name, deadline = uuid.uuid4().hex, time.monotonic() + patience
-    while store.add(f"{name} heard", 0) < world_size - 1:  # until then, a question may be an old one
-        for other in range(1, world_size):
-            if store.check([f"question of {other}"]):
-                store.set(store.get(f"question of {other}").decode(), name)
-        if time.monotonic() > deadline:
-            raise Interrupted(f"not all of {world_size} processes have come", "", "start them together")
-        time.sleep(0.05)
-    return dist.PrefixStore(name, store)
-
-
 def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> torch.device:
     """Choose this process's device, and join the group if there are several processes."""
-    rank, world_size, local_rank = launched_as()
+    rank, world_size, local_rank = rendezvous.launched_as()
     if use_cuda and torch.cuda.is_available():
         # SLURM may show each task one GPU of its own, which is then number 0.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -504,13 +442,14 @@ def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> to
     else:
         device = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        if "RANK" not in os.environ and dist_url == "env://":
-            _slurm_rendezvous()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = next(dist.rendezvous(dist_url, rank, world_size))[0]
+        try:
+            store = rendezvous.meet(dist_url, rank, world_size)
+        except TimeoutError as error:
+            raise Interrupted(str(error), "", "start them together") from error
         dist.init_process_group(
             backend,
-            store=_fresh_store(store, rank, world_size),
+            store=store,
             rank=rank,
             world_size=world_size,
             device_id=device if device.type == "cuda" else None,

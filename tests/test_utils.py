@@ -3,7 +3,6 @@
 import argparse
 import copy
 import math
-import os
 import random
 
 import numpy as np
@@ -318,27 +317,6 @@ def test_lars_adapts_weights_and_leaves_biases_alone():
 # ---------------------------------------------------------------------------------------------
 # Distributed
 # ---------------------------------------------------------------------------------------------
-
-SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
-
-
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({}, (0, 1, 0)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, (3, 4, 1)),
-        (SLURM | {"SLURM_PROCID": "0"}, (0, 1, 0)),  # in the batch script, outside any srun
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "2", "RANK": "1", "WORLD_SIZE": "16"}, (1, 16, 0)),
-    ],
-)
-def test_launchers(monkeypatch, env, expected):
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert utils.launched_as() == expected
 
 
 def test_reductions_do_nothing_outside_a_group():

@@ -1,0 +1,76 @@
+"""How processes that are started together find each other."""
+
+import os
+import re
+import subprocess
+import time
+import uuid
+
+import torch.distributed as dist
+
+
+def launched_as() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's environment, SLURM's, or for one process.
+
+    SLURM counts only inside a step started by `srun`: in the batch script itself, the other tasks
+    do not exist.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def port_of(job: int, attempt: int) -> int:
+    """A port that jobs on one machine, and attempts at one job, do not share."""
+    return 20000 + (97 * job + attempt) % 20000
+
+
+def _set_slurm_address() -> None:
+    """Set MASTER_ADDR and MASTER_PORT as torchrun would: the step's first node, a port per step."""
+
+    def scontrol(*arguments: str) -> str:
+        command = ["scontrol", "show", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    env = os.environ
+    first = scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
+    # A node's name need not resolve; its address does.
+    address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
+    env.setdefault("MASTER_ADDR", address)
+    attempt = int(env["SLURM_STEP_ID"]) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
+    env.setdefault("MASTER_PORT", str(port_of(int(env["SLURM_JOB_ID"]), attempt)))
+
+
+def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
+    """What the processes at this address share. Raises TimeoutError when some do not come."""
+    if "RANK" not in os.environ and dist_url == "env://":
+        _set_slurm_address()
+    store, rank, world_size = next(dist.rendezvous(dist_url, rank, world_size))
+    return _fresh_store(store, rank, world_size)
+
+
+def _fresh_store(store: dist.Store, rank: int, world_size: int, patience: float = 600) -> dist.Store:
+    """The store under a prefix that no earlier attempt has used.
+
+    torchrun's store outlives a restart of its processes, which would read their dead
+    predecessors' addresses; the count of restarts that it gives may differ between machines. So
+    rank 0 draws a name, and tells it to each rank under a key that this rank has just drawn.
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question of {rank}", question)
+        name = store.get(question).decode()  # waits for the key
+        store.add(f"{name} heard", 1)
+        return dist.PrefixStore(name, store)
+    name, deadline = uuid.uuid4().hex, time.monotonic() + patience
+    while store.add(f"{name} heard", 0) < world_size - 1:  # until then, a question may be an old one
+        for other in range(1, world_size):
+            if store.check([f"question of {other}"]):
+                store.set(store.get(f"question of {other}").decode(), name)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of {world_size} processes have come")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
