@@ -112,6 +112,9 @@ def extract_features(
     return features, labels
 
 
+CHUNK = 2**25  # similarities at a time; 128 MiB
+
+
 def knn_accuracies(
     train_features: Tensor,
     train_labels: Tensor,
@@ -126,7 +129,7 @@ def knn_accuracies(
     Features are L2-normalised, (N, D) and (M, D). A neighbour's vote weighs exp(cosine / T).
     """
     correct = {k: torch.zeros(2, dtype=torch.long, device=test_features.device) for k in ks}
-    rows = max(1, min(2**25 // len(train_features), len(test_features)))  # 128 MiB of similarities at most,
+    rows = max(1, min(CHUNK // len(train_features), len(test_features)))
     room = train_features.new_empty(rows, len(train_features))  # got once: fresh memory is slow on a CPU
     for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
         similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])

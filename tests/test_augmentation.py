@@ -45,6 +45,27 @@ def test_views_have_the_published_number_order_and_sizes():
     assert all(v.dtype == torch.float32 for v in views)
 
 
+def test_each_view_is_cut_at_its_own_scale():
+    augment, rng = DataAugmentationDINO((0.5, 1), (0.05, 0.2), 3, 64, 32), random.Random(0)
+    draws = [
+        [box[2] * box[3] / (500 * 400) for _, box, *_ in augment.draw(500, 400, rng)] for _ in range(300)
+    ]
+    shares = np.array(draws)
+    assert 0.48 < shares[:, :2].min() < 0.55 and shares[:, :2].max() > 0.9
+    assert 0.045 < shares[:, 2:].min() < 0.06 and 0.18 < shares[:, 2:].max() < 0.21
+
+
+def test_amounts_cover_their_ranges_and_adjustments_come_in_any_order():
+    jitter, rng = augmentation.ColorJitter(p=1), random.Random(0)
+    rows = np.array([jitter.draw(rng) for _ in range(4000)])
+    assert len(np.unique(rows[:, ::2], axis=0)) == 24
+    for which, ends in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        amounts = rows[:, 1::2][rows[:, ::2] == which]
+        assert (amounts.min(), amounts.max()) == pytest.approx(ends, abs=0.01)
+    radii = [augmentation.GaussianBlur(1).draw(rng) for _ in range(4000)]
+    assert (min(radii), max(radii)) == pytest.approx((0.1, 2), abs=0.01)
+
+
 def test_solarise_one_fifth_of_the_second_view_only():
     white = Image.new("RGB", (16, 16), "white")  # jitter leaves it above 128, solarising does not
     shares = [(v.float().mean((1, 2, 3)) < 128).float().mean().item() for v in draw_views(white, 600)]

@@ -33,15 +33,18 @@ def brute_force(train, train_labels, test, test_labels, k, T, num_classes):
     m=st.integers(1, 12),
     classes=st.integers(1, 9),
     k=st.integers(1, 40),
+    chunk=st.integers(1, 400),
     seed=st.integers(0, 2**31),
 )
-def test_classifier_equals_brute_force(n, m, classes, k, seed):
+def test_classifier_equals_brute_force(n, m, classes, k, chunk, seed):
     k = min(k, n)
     generator = torch.Generator().manual_seed(seed)
     train, test = (F.normalize(torch.randn(size, 6, generator=generator), dim=1) for size in (n, m))
     labels = [torch.randint(classes, (size,), generator=generator) for size in (n, m)]
     args = train, labels[0], test, labels[1], k, 0.07, classes
-    assert eval_knn.knn_classifier(*args) == pytest.approx(brute_force(*args))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_knn, "CHUNK", chunk)  # the test images in one part or in several
+        assert eval_knn.knn_classifier(*args) == pytest.approx(brute_force(*args))
 
 
 def test_all_k_at_once_equal_one_k_at_a_time():

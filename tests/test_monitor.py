@@ -46,6 +46,14 @@ def test_outputs_that_differ_between_images_are_no_collapse(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_collapse_that_does_not_last_is_not_named(capsys):
+    guard, flat = monitor.RunGuard(64, 10, patience=5), math.log(64)
+    for step in range(9):
+        entropy = 1.0 if step == 4 else flat  # four flat steps, a sound one, four flat ones
+        guard.check(step, torch.tensor([flat, entropy, flat, 0]), NONE_UNREADABLE)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(value):
     guard = monitor.RunGuard(64, 10)

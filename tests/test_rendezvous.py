@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch.distributed as dist
 
 import rendezvous
 
@@ -26,3 +27,8 @@ def test_launchers(monkeypatch, env, expected):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert rendezvous.launched_as() == expected
+
+
+def test_processes_that_do_not_come_are_not_waited_for():
+    with pytest.raises(TimeoutError, match="not all of 2 processes have come"):
+        rendezvous._fresh_store(dist.HashStore(), 0, 2, patience=0.1)

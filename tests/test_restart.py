@@ -14,7 +14,7 @@ import torch
 
 import main_dino
 from checkpoints import load_checkpoint
-from restart import RandomStates, add_record, changed, has_checkpoint, newest_whole, save_run
+from restart import FREE_FLAGS, RandomStates, add_record, changed, has_checkpoint, newest_whole, save_run
 from tests.conftest import ROOT, TINY, torchrun
 from tests.faults import differing_bits, free_port
 from utils import TrainingError, UserError
@@ -65,10 +65,11 @@ class Ranks:
 
 
 def test_an_epoch_in_two_parts_has_one_line_with_the_averages_of_the_whole(images, tmp_path):
-    flags = ["--data_path", images, "--drop_path_rate", 0.3]
+    flags = ["--data_path", images, "--drop_path_rate", 0.3, "--use_bn_in_head", "true"]
     train(*flags, "--output_dir", tmp_path / "whole")
-    for stop in (3, 7, 0):
+    for stop in (3, 5, 7, 0):
         train(*flags, "--output_dir", tmp_path / "parts", "--max_steps", stop)
+        assert load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["step"] == (stop or 10)
     assert differing_bits(tmp_path / "whole", tmp_path / "parts") == 0  # weights, optimizer, log
 
 
@@ -225,6 +226,18 @@ def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
     save_run(tmp_path / "gone", {"step": 1}, {"epoch": 0})
     assert "gone has vanished: made anew" in capsys.readouterr().out
     assert json.loads((tmp_path / "gone" / "log.txt").read_text()) == {"epoch": 0}
+
+
+def test_flags_that_change_the_maths_are_not_free():
+    flags = {action.dest for action in main_dino.get_args_parser()._actions}
+    maths = (
+        "arch patch_size out_dim norm_last_layer momentum_teacher use_bn_in_head head_hidden_dim "
+        "head_bottleneck_dim teacher_update centering warmup_teacher_temp teacher_temp "
+        "warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad batch_size_per_gpu accum_steps "
+        "epochs freeze_last_layer lr warmup_epochs min_lr optimizer drop_path_rate global_crops_scale "
+        "local_crops_number local_crops_scale global_crops_size local_crops_size dataset seed"
+    )
+    assert flags - FREE_FLAGS == set(maths.split()) and flags >= FREE_FLAGS
 
 
 def test_schedules_speak_only_where_no_flag_does():
