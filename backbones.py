@@ -1,7 +1,9 @@
 """Networks by name, and what they have to be able to do: ours, torchvision's, timm's."""
 
+import contextlib
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -32,7 +34,8 @@ def build_backbone(
 
     The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
     `patch_size` and `img_size` (of the position embedding) shape our ViTs only; elsewhere the
-    name says it. Returns the model, whose `dropped_classifiers` names the layers that it lacks, and
+    name says it. `drop_path_rate` is for our ViTs and timm's models; torchvision's keep their own.
+    Returns the model, whose `dropped_classifiers` names the layers that it lacks, and
     D. Raises UserError for an unknown name.
     """
     arch = canonical(arch)
@@ -53,7 +56,8 @@ def build_backbone(
             model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
             names = model.default_cfg["classifier"]  # two for a distilled ViT
             model.dropped_classifiers = (names,) if isinstance(names, str) else tuple(names)
-            return model, model.num_features
+            # MobileNetV3 and its like have a layer behind the pooling.
+            return model, getattr(model, "head_hidden_size", None) or model.num_features
         except TypeError as error:  # most convnets know neither argument
             unknown = [name for name in kwargs if f"'{name}'" in str(error)]
             if not unknown:
@@ -95,7 +99,7 @@ def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iter
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{arch} takes no {size}-pixel images: {reason}", "--arch", fix) from None
         if shape != (2, embed_dim):
-            raise UserError(f"{arch} gives {shape[1:]} per image, not a vector", "--arch", fix)
+            raise UserError(f"{arch} gives {shape[1:]} per image, not ({embed_dim},)", "--arch", fix)
     backbone.train(training)
 
 
@@ -103,7 +107,16 @@ def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
     """Save memory: compute activations again for the gradients. Raises UserError where it cannot be."""
     if isinstance(backbone, VisionTransformer):
         backbone.grad_checkpointing = True
-    elif hasattr(backbone, "set_grad_checkpointing"):  # timm's
-        backbone.set_grad_checkpointing()
-    else:
-        raise UserError(f"{arch} cannot do it", "--grad_checkpointing", "use a ViT or a model of timm")
+        return
+    with contextlib.suppress(AttributeError, AssertionError):  # how models of others refuse
+        return backbone.set_grad_checkpointing()  # timm's
+    raise UserError(f"{arch} cannot do it", "--grad_checkpointing", "use a ViT")
+
+
+def convert_batchnorms(model: nn.Module) -> nn.Module:
+    """The model with batch norms that see the images of all ranks, on GPUs."""
+    if "timm" in sys.modules:  # whose batch norms contain the activation, which torch would drop
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -266,7 +266,11 @@ def load_pretrained_weights(model: nn.Module, weights: Weights) -> None:
 
 
 def load_backbone(
-    weights: str, checkpoint_key: str, arch: str, patch_size: int, image_size: int
+    weights: str,
+    checkpoint_key: str = DefaultStr("teacher"),
+    arch: str = DefaultStr("vit_small"),
+    patch_size: int = DefaultInt(16),
+    image_size: int = DefaultInt(224),
 ) -> tuple[nn.Module, int]:
     """A frozen backbone for images of a size: (B, 3, image_size, image_size) -> (B, D).
 
@@ -327,7 +331,8 @@ def settle_architecture(
     arch = _settle("arch", arch, weights.trained, shapes)
     if canonical(arch) in VITS:  # elsewhere the name says it
         patch_size = _settle("patch_size", patch_size, weights.trained, shapes)
-    size = shapes.get("image_size") or weights.trained.get("global_crops_size", image_size)
+    size = shapes.get("image_size") if canonical(arch) in VITS else None  # timm's ViTs keep theirs
+    size = size or weights.trained.get("global_crops_size", image_size)
     return arch, int(patch_size), int(size)
 
 

@@ -13,14 +13,22 @@ import torch
 import torch.distributed as dist
 
 from rendezvous import launched_as
-from utils import ImageError, Interrupted, StoppedAtOnce, TrainingError, UserError
+from utils import Interrupted, StoppedAtOnce, TrainingError, UserError
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults but where there is none: switches, and flags that are empty unless given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default is None or action.default is False or action.default == ""
+        return action.help if empty else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """Full flag names only, defaults in the help, and errors in one line from one process."""
 
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("usage", "%(prog)s [--flag value ...]")
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
@@ -40,7 +48,8 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> N
         help="let --dataset fetch what is missing")
     group.add_argument("--demo", action="store_true", help=demo)
     group.add_argument("--num_workers", default=10, type=int,
-        help="data-loading workers per process")
+        help="data-loading workers per process; more while the log's data share is above a few per cent, "
+             "but no more than there are cores")
     # fmt: on
 
 
@@ -106,7 +115,7 @@ def make_folder(path: str, flag: str = "output_dir") -> Path:
 
 def say(error: UserError) -> None:
     """The error in one line, from the first rank, or from the only one that knows of it."""
-    if launched_as()[0] == 0 or isinstance(error, ImageError):
+    if launched_as()[0] == 0 or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = re.sub(r"^utils\.\w+: ", "", str(error).strip().splitlines()[-1])
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)
@@ -121,19 +130,25 @@ def exit_with(error: UserError):
 def from_outside(error: Exception) -> UserError | None:
     """One clear line for what the machine, not the program, did wrong; None for anything else."""
     message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message:
-        return TrainingError(
-            f"out of memory: {message}", "", "lower --batch_size_per_gpu, --out_dim or the network"
-        )
-    if "DataLoader worker" in message:
-        return Interrupted(f"a data-loading worker died: {message}", "", "the same command resumes")
+    lacks_memory = re.search("out of memory|can't allocate memory", message)  # MPS has no class for it
+    if lacks_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        fix = "lower --batch_size_per_gpu; in training, also try --grad_checkpointing"
+        return _alone(TrainingError(f"out of memory: {message}", "", fix))
+    if message.startswith("DataLoader worker (pid"):  # it died; its own exceptions are not meant
+        return _alone(Interrupted(f"a data-loading worker died: {message}", "", "the same command resumes"))
     if isinstance(error, dist.DistError) or "/gloo/" in message:
         message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
         return Interrupted(f"lost another process: {message}", "", "the same command resumes")
     if isinstance(error, OSError):
         where = str(error.filename or "")
-        return TrainingError(error.strerror or message, where, "mend it and start again")
+        return _alone(TrainingError(error.strerror or message, where, "mend it and start again"))
     return None
+
+
+def _alone(error: UserError) -> UserError:
+    """The same error, of which other processes do not know."""
+    error.alone = True
+    return error
 
 
 def run_script(main: Callable, args: argparse.Namespace) -> None:

@@ -195,6 +195,8 @@ def _open_split(make: Callable, name: str, root: str, split: str, download: bool
             return make(root, **choice, **kwargs)
         except ValueError as error:  # this dataset calls its split by another name
             reason = error
+        except TypeError as error:  # it wants to know more than where it is
+            raise UserError(str(error), f"--dataset {name}", "use a folder instead") from None
         except (RuntimeError, OSError) as error:
             fix = "check the folder, or add --download" if not download else "check the network"
             raise UserError(str(error).splitlines()[0], f"--dataset {name}", fix) from None
@@ -236,14 +238,14 @@ class TrainingViews(Dataset):
         epoch, index = item
         rng = random.Random(f"{self.seed} {epoch} {index}")
         unreadable = -1
-        for candidate in itertools.islice(itertools.cycle(range(len(self))), index, None):
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
             try:
                 pixels = self._pixels(candidate)
                 break
-            except Exception as error:  # a broken file can raise nearly anything
-                if unreadable >= 0 and candidate == index:
-                    raise UserError("no image can be read", sample_name(self.images, index)) from error
+            except Exception:  # a broken file can raise nearly anything
                 unreadable = index
+        else:
+            raise UserError("no image can be read", sample_name(self.images, index))
         if self.recolour_later:
             return *self.augmentation.crops(pixels, rng), unreadable
         views = self.augmentation.uint8_views(pixels, rng)

@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_size", default=DefaultInt(224), type=int,
         help="pixels per side; the global crops' size of the checkpoint unless given")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
-        help="use the GPU, where there is one; turn off if features do not fit into its "
+        help="keep the features on the GPU, where there is one; turn off if they do not fit into its "
              "memory")
     parser.add_argument("--dump_features", default=None, help="folder to save the features in")
     parser.add_argument("--load_features", default=None,
@@ -82,10 +82,12 @@ def extract_features(
     batch_size: int = 128,
     num_workers: int = 0,
     normalized: bool = True,
+    keep_on: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) and labels (N,) of all images, on every rank, in the order of the images.
 
-    `model`, on the device, maps images (B, 3, H, W) to (B, D); `normalized` features have length 1.
+    They are kept on the device, unless on another. `model`, on the device, maps images (B, 3, H, W)
+    to (B, D); `normalized` features have length 1.
     """
     dataset = EvalImages(images, eval_transform(image_size))
     sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), shuffle=False)
@@ -97,18 +99,19 @@ def extract_features(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the global stream is a training's
     )
-    features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=device)
+    keep_on = keep_on or device
+    features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
     for batch, label, index in loader:
         with torch.inference_mode():
             feature = model(batch.to(device, non_blocking=True)).float()
             if normalized:
                 feature = F.normalize(feature, dim=1)
         if features is None:
-            features = torch.zeros(len(dataset), feature.shape[1], device=device)
+            features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
         # The sampler repeats images to fill the last batch; a repetition overwrites itself.
-        index = utils.all_gather(index.to(device))
-        features[index] = utils.all_gather(feature)
-        labels[index] = utils.all_gather(label.to(device))
+        index = utils.all_gather(index.to(device)).to(keep_on)
+        features[index] = utils.all_gather(feature).to(keep_on)
+        labels[index] = utils.all_gather(label.to(device)).to(keep_on)
     return features, labels
 
 
@@ -245,7 +248,7 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
     return [tensor.to(device) for tensor in tensors]
 
 
-def compute_features(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> list[Tensor]:
     """Train and test features and labels, from images and weights named by the flags."""
     train, test = open_train_and_val(args.data_path, args.dataset, args.download, args.demo)
     model, image_size = load_backbone(
@@ -255,7 +258,7 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> list[Ten
     tensors: list[Tensor] = []
     for images in (train, test):
         tensors += extract_features(
-            model, images, image_size, device, args.batch_size_per_gpu, args.num_workers
+            model, images, image_size, device, args.batch_size_per_gpu, args.num_workers, keep_on=keep_on
         )
     return tensors
 
@@ -263,14 +266,15 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> list[Ten
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """Compute or load features, classify, print a line for each k; {k: (top1, top5)}."""
     check_args(args)
-    device = utils.init_distributed_mode(args.dist_url, args.use_cuda)
+    device = utils.init_distributed_mode(args.dist_url)
+    keep_on = device if args.use_cuda else torch.device("cpu")
     utils.fix_random_seeds(args.seed)
     if args.dump_features:  # now: its folder is needed when all the work is done
         cli.make_folder(args.dump_features, "dump_features")
     if args.load_features:
-        tensors = load_features(args.load_features, device)
+        tensors = load_features(args.load_features, keep_on)
     else:
-        tensors = compute_features(args, device)
+        tensors = compute_features(args, device, keep_on)
     if not utils.is_main_process():
         return {}
     if args.dump_features:

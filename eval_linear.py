@@ -228,7 +228,7 @@ def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -
 
 # What may change between the parts of a run; of the network, its weights are compared, not its path.
 FREE_ARGS = {
-    "val_freq", "num_workers", "download", "evaluate", "output_dir", "dist_url", "local_rank",
+    "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
     "pretrained_weights",
 }  # fmt: skip
 

@@ -56,6 +56,7 @@ def demo_defaults() -> dict:
 
     The recipe for a tiny network and tiny images, in minutes on a CPU.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return dict(
         arch="vit_nano",
         patch_size=16,
@@ -81,7 +82,7 @@ def demo_defaults() -> dict:
         global_crops_size=64,
         local_crops_size=32,
         num_workers=1,
-        cpu_threads=max(1, (os.cpu_count() or 2) - 1),  # one core draws the images
+        cpu_threads=max(1, cores - 1),  # one draws the images
         output_dir="demo_run",
         saveckp_freq=0,
     )
@@ -98,7 +99,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "model by name")
     group.add_argument("--patch_size", default=16, type=int,
         help="pixels per patch side of our ViTs; smaller patches learn better features and "
-             "cost more time and memory; for timm models the name says it")
+             "cost more time and memory; for torchvision and timm the name says it")
     group.add_argument("--out_dim", default=65536, type=int,
         help="number of prototypes; fewer do for small datasets")
     group.add_argument("--norm_last_layer", default=True, type=bool_flag,
@@ -111,9 +112,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="batch norm in the projection head: helps a small network over a collapse at "
              "the start")
     group.add_argument("--head_hidden_dim", default=2048, type=int,
-        help="width of the projection head's MLP")
+        help="width of the projection head's MLP; narrower for small networks and data, e.g. 512")
     group.add_argument("--head_bottleneck_dim", default=256, type=int,
-        help="width of the head's output before the prototypes")
+        help="width of the head's output before the prototypes; narrower for few of them, e.g. 128")
 
     group = parser.add_argument_group("ablations (paper, Section 5)")
     group.add_argument("--teacher_update", default="ema", choices=["ema", "epoch", "copy"],
@@ -139,17 +140,20 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="autocast precision on any device; without it, fp16 on CUDA as --use_fp16 says, "
              "else fp32")
     group.add_argument("--weight_decay", default=0.04, type=float,
-        help="first value; weights only, not biases and norms")
+        help="first value; weights only, not biases and norms; small, and the same at the end, for convnets "
+             "(1e-4)")
     group.add_argument("--weight_decay_end", default=0.4, type=float,
         help="last value, reached along a cosine; a larger one helps ViTs")
     group.add_argument("--clip_grad", default=3.0, type=float,
-        help="largest norm of each parameter's gradient; 0 turns clipping off")
+        help="largest norm of each parameter's gradient; lower (0.3) if the loss becomes NaN; 0 turns "
+             "clipping off")
     group.add_argument("--batch_size_per_gpu", default=64, type=int,
-        help="images per process and step")
+        help="images per process and forward pass: as many as fit; the learning rate follows")
     group.add_argument("--accum_steps", default=1, type=int,
-        help="add up the gradients of so many batches before each update: a larger batch than fits into "
-             "memory, and the same result but for batch norms")
-    group.add_argument("--epochs", default=100, type=int, help="passes over the data")
+        help="add up the gradients of so many batches before each update: like a larger batch than fits "
+             "into memory, but for batch norms, Sinkhorn-Knopp and the draws of drop path")
+    group.add_argument("--epochs", default=100, type=int,
+        help="passes over the data; 100 for a first result, 300 and more are better")
     group.add_argument("--max_steps", default=0, type=int,
         help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
     group.add_argument("--freeze_last_layer", default=1, type=int,
@@ -160,11 +164,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--warmup_epochs", default=DefaultInt(10), type=int,
         help="epochs of linear warm-up of the learning rate")
     group.add_argument("--min_lr", default=1e-6, type=float,
-        help="last learning rate, reached along a cosine")
+        help="last learning rate, reached along a cosine; seldom worth a change")
     group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
         help="adamw for ViTs, sgd or lars for convnets")
     group.add_argument("--drop_path_rate", default=0.1, type=float,
-        help="stochastic depth of the student's last block")
+        help="stochastic depth of the student's last block; 0 for small networks or short runs; "
+             "torchvision's models keep their own, in the teacher too")
 
     group = parser.add_argument_group("crops")
     group.add_argument("--global_crops_scale", default=(0.4, 1.0),
@@ -174,11 +179,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="small views per image, for the student only; 0 turns multi-crop off")
     group.add_argument("--local_crops_scale", default=(0.05, 0.4),
         type=float, nargs=2, metavar=("MIN", "MAX"),
-        help="share of the image's area")
+        help="share of the image's area; larger where objects are small or fill the image")
     group.add_argument("--global_crops_size", default=224, type=int,
-        help="pixels per side of a global view")
+        help="pixels per side of a global view, a multiple of the patch; smaller for small images")
     group.add_argument("--local_crops_size", default=96, type=int,
-        help="pixels per side of a local view")
+        help="pixels per side of a local view, a multiple of the patch; smaller for small images")
 
     cli.add_data_flags(parser, "folder of images, with or without class folders",
         "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes")
@@ -187,8 +192,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", default=".",
         help="folder for checkpoints and log.txt; a run continues from the checkpoint in it")
     group.add_argument("--init_from", default="",
-        help="begin a new run with the weights of a file or of a published model by name; a run that "
-             "continues does not look at it")
+        help="begin a new run with the teacher's weights of a file, or a published model by name; a run "
+             "that continues does not look at it")
     group.add_argument("--saveckp_freq", default=20, type=int,
         help="keep a numbered checkpoint every so many epochs; 0: never")
     group.add_argument("--save_every_steps", default=0, type=int,
@@ -218,7 +223,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--cpu_threads", default=0, type=int,
         help="threads that compute on a CPU; 0: as torch decides; fewer leave cores to the workers")
     group.add_argument("--seed", default=0, type=int,
-        help="decides weights, order, views and drop path")
+        help="decides weights, order, views and drop path; another one repeats the experiment")
     cli.add_launch_flags(group)
     # fmt: on
     return parser
@@ -251,10 +256,10 @@ def check_args(args: argparse.Namespace) -> None:
         most = {"seed": 2**63, "num_workers": 2**10, "cpu_threads": 2**10}.get(name, 2**31)
         if isinstance(value, int) and value >= most:
             raise UserError(f"must be below {most}", f"--{name} {value}", "lower it")
-    for name in ("batch_size_per_gpu", "accum_steps", "epochs", "out_dim", "patch_size", "global_crops_size",
-                 "local_crops_size", "head_hidden_dim", "head_bottleneck_dim"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError("must be at least 1", f"--{name} {getattr(args, name)}", "raise it")
+    cli.check_least(
+        args, 1, "batch_size_per_gpu", "accum_steps", "epochs", "out_dim", "patch_size", "global_crops_size",
+        "local_crops_size", "head_hidden_dim", "head_bottleneck_dim",
+    )  # fmt: skip
     for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
                  "saveckp_freq", "save_every_steps", "max_steps", "cpu_threads", "seed", "clip_grad",
                  "freeze_last_layer", "lr", "min_lr", "weight_decay", "weight_decay_end",
@@ -272,6 +277,8 @@ def check_args(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise UserError("must be between 0 and 1", f"--{name} {getattr(args, name)}", "mend it")
 
+    if args.knn_every and not (args.knn_data or args.dataset or args.demo):
+        raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
 
@@ -327,7 +334,9 @@ def build_networks(
     head_hidden_dim: int,
     head_bottleneck_dim: int,
 ) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher with the same weights; the teacher has no drop path and no gradient."""
+    """Student and teacher with the same weights; the teacher has no gradient, and drop path only where
+    the name decides it (torchvision).
+    """
     student, teacher = (
         backbones.build_backbone(arch, patch_size, crop_sizes[0], rate) for rate in (drop_path_rate, 0.0)
     )
@@ -379,7 +388,7 @@ def synchronize_batchnorms(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         utils.log("warning: batch norms see each process's own images: torch synchronises them on GPUs only")
         return model
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return backbones.convert_batchnorms(model)
 
 
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -479,9 +488,9 @@ def train_dino(args: argparse.Namespace) -> None:
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student.backbone, args.arch)
-    if args.compile:
-        compile_in_place(student, teacher)
     student_alone, student = student, distribute(student, device, crop_sizes)
+    if args.compile:
+        compile_in_place(student_alone, teacher)
     teacher.load_state_dict(student_alone.state_dict())  # the ranks now agree on the student
 
     # ---- loss, optimizer, schedules
@@ -619,8 +628,6 @@ def open_knn_data(
     """Labelled images to evaluate on during training. Raises UserError."""
     if knn_data:
         return open_train_and_val(knn_data)
-    if not (dataset or demo):
-        raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
     return open_train_and_val(data_path, dataset, download, demo)
 
 
@@ -727,7 +734,11 @@ def report_demo(args: argparse.Namespace) -> None:
 
     if not utils.is_main_process():
         return
-    picture = draw_demo(val[1][0], build_augmentation(args), networks["trained teacher"])
+    try:
+        picture = draw_demo(val[1][0], build_augmentation(args), networks["trained teacher"])
+    except UserError as error:  # no matplotlib, or a network without attention
+        utils.log(f"note: no picture: {error}")
+        return
     with contextlib.suppress(OSError), Image.open(output_dir / "curves.png") as curves:
         picture = stack(
             [picture, curves.resize((picture.width, picture.width * curves.height // curves.width))]

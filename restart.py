@@ -104,11 +104,13 @@ def newest_whole(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def resume(folder: Path, pieces: dict, identity: dict, allow_changed_args: bool = False) -> tuple[int, int]:
+def resume(
+    folder: Path, pieces: dict, run_identity: dict, allow_changed_args: bool = False
+) -> tuple[int, int]:
     """Load the newest whole checkpoint of `folder`, if there is one, into the pieces.
 
     Returns where the run stands: the epoch, and how many images of it all ranks have seen.
-    `identity` is what the function of that name gives; a checkpoint with another one is a UserError
+    `run_identity` is what `identity` gives; a checkpoint with another one is a UserError
     unless `allow_changed_args`. Raises UserError also for states that do not fit.
     """
     with utils.main_process_first():
@@ -125,7 +127,7 @@ def resume(folder: Path, pieces: dict, identity: dict, allow_changed_args: bool 
         return 0, 0
 
     known = checkpoint.get("identity") or checkpoint.get("args")
-    differences = changed(known, identity) if isinstance(known, dict) else {}
+    differences = changed(known, run_identity) if isinstance(known, dict) else {}
     listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in differences.items())
     if differences and not allow_changed_args:
         fix = "give the old values, another --output_dir, or --allow_changed_args"
@@ -140,6 +142,8 @@ def resume(folder: Path, pieces: dict, identity: dict, allow_changed_args: bool 
         raise UserError(f"checkpoint lacks {lacks}", str(path), "give another --output_dir")
     for name, piece in pieces.items():
         if checkpoint.get(name) is None:  # the published format knows fewer
+            continue
+        if isinstance(piece, torch.amp.GradScaler) and not checkpoint[name]:  # until now, in full precision
             continue
         try:
             if isinstance(piece, nn.Module):

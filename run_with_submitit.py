@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--qos", default="", help="quality of service, where the cluster has several")
     group.add_argument("--constraint", default="", help="features that nodes must have, e.g. a100")
     group.add_argument("--cpus_per_task", default=10, type=int,
-        help="cores per process; --num_workers and one more is enough")
+        help="cores per process; --num_workers and one more is best: 11 with its default of 10")
     group.add_argument("--mem_gb", default=None, type=float,
         help="memory per node; without it, 40 per GPU, or what the cluster gives a CPU job")
     group.add_argument("--slurm_setup", default=[], nargs="+", metavar="COMMAND",
@@ -130,10 +130,10 @@ def make_executor(job: argparse.Namespace, folder: Path) -> submitit.AutoExecuto
         return executor
     # While Python loads, before submitit has its handlers, a signal would end the job for good. Ignored,
     # it leaves a preempted job to SLURM, which requeues what still runs when the grace period is over.
-    wait = f"""sh -c 'trap "" TERM {submitit.JobEnvironment.USR_SIG}; exec "$@"' sh"""
+    deaf = f"""sh -c 'trap "" TERM {submitit.JobEnvironment.USR_SIG}; exec "$@"' sh"""
     try:
         executor = submitit.AutoExecutor(
-            folder, cluster="slurm", slurm_python=f"{wait} {python}", slurm_max_num_timeout=30
+            folder, cluster="slurm", slurm_python=f"{deaf} {python}", slurm_max_num_timeout=30
         )
     except RuntimeError:
         raise UserError("no srun on this machine", "", "go to a login node, or try --local") from None

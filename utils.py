@@ -10,6 +10,8 @@ https://arxiv.org/abs/2104.14294.
 import argparse
 import contextlib
 import itertools
+import math
+import os
 import random
 import sys
 import time
@@ -52,7 +54,8 @@ class MultiCropWrapper(nn.Module):
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         for classifier in ("fc", "head"):
-            if hasattr(backbone, classifier):
+            # timm's convnets have their pooling in a `head`, and no classifier in it any more
+            if isinstance(getattr(backbone, classifier, None), nn.Linear):
                 setattr(backbone, classifier, nn.Identity())
         self.backbone = backbone
         self.head = head
@@ -285,8 +288,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 view_p.sub_(view_q, alpha=scale)
             grad = p.flatten(0, 1).to(features.dtype)
             grad_views[:, rows] = (grad @ weight).to(exact).unflatten(0, (len(views), -1))
-            if half:
-                grad_weight += grad.T @ x
+            if half:  # in float16 the sum over rows that are alike could overflow
+                room = 2.0 ** max(0, math.ceil(math.log2(len(x) * 2 * scale / 2**15)))
+                grad_weight.add_(grad.T @ (x / room), alpha=room)
             else:
                 grad_weight.addmm_(grad.T, x)
         terms = 2 * B * (len(views) - 1)
@@ -430,14 +434,17 @@ class LARS(torch.optim.Optimizer):
 # ---------------------------------------------------------------------------------------------
 
 
-def init_distributed_mode(dist_url: str = "env://", use_cuda: bool = True) -> torch.device:
-    """Choose this process's device, and join the group if there are several processes."""
+def init_distributed_mode(dist_url: str = "env://") -> torch.device:
+    """Choose this process's device, and join the group if there are several. Raises UserError."""
     rank, world_size, local_rank = rendezvous.launched_as()
-    if use_cuda and torch.cuda.is_available():
+    if torch.cuda.is_available():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(f"{processes} processes for {gpus} GPUs", "torchrun", "start one process per GPU")
         # SLURM may show each task one GPU of its own, which is then number 0.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    elif use_cuda and world_size == 1 and torch.backends.mps.is_available():
+    elif world_size == 1 and torch.backends.mps.is_available():
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
@@ -628,13 +635,16 @@ class UserError(Exception):
     """Something the user can mend. Printed as `error: <what> (<where>): <fix>`, exit code 2."""
 
     label, exit_code = "error", 2
+    alone = False  # whether only the process that raises it knows of it, and so has to say it
 
     def __init__(self, what: str, where: str = "", fix: str = ""):
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
 
 
 class ImageError(UserError):
-    """An image that cannot be read. Only the process that reads it knows, so that one says it."""
+    """An image that cannot be read."""
+
+    alone = True
 
 
 class TrainingError(UserError):

@@ -191,7 +191,7 @@ def heat_map(attention: Tensor) -> Image.Image:
 
 
 def draw(image: Image.Image, attention: Tensor, threshold: float | None) -> dict[str, Image.Image]:
-    """File names and pictures of an image's heads (h, R, C), the image being R and C patches long."""
+    """File names and pictures of an image's heads (h, R, C), an image of R x C patches."""
     size = (image.height, image.width)
     pictures = {"img": image}
     maps = {"mean": attention.mean(dim=0)} | {f"head{i}": head for i, head in enumerate(attention)}

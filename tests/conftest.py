@@ -67,6 +67,6 @@ def run(*command: str, check: bool = True, env: dict | None = None) -> subproces
     return result
 
 
-def torchrun(processes: int, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+def torchrun(processes: int, *command: str, **kwargs) -> subprocess.CompletedProcess:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    return run(*launcher, *command, check=check)
+    return run(*launcher, *command, **kwargs)

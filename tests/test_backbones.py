@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 import backbones
 from utils import DINOHead, MultiCropWrapper, UserError
@@ -15,6 +16,8 @@ from utils import DINOHead, MultiCropWrapper, UserError
         ("xcit_nano_12_p16_224", 128, (64, 32)),
         ("vit_tiny_patch16_224", 192, (224, 96)),
         ("resnet10t", 512, (64, 32)),
+        ("regnety_002", 368, (64, 32)),  # pools in what it calls its head
+        ("mobilenetv3_small_050", 1024, (64, 32)),  # has a layer behind the pooling
     ],
 )
 def test_backbones_by_name_take_both_crop_sizes(arch, dim, sizes):
@@ -25,6 +28,20 @@ def test_backbones_by_name_take_both_crop_sizes(arch, dim, sizes):
     wrapper([torch.randn(2, 3, size, size) for size in sizes]).sum().backward()
     unused = [n for n, p in wrapper.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []  # else DistributedDataParallel would wait for ever
+
+
+def test_batch_norms_over_all_ranks_keep_timms_activations():
+    model = backbones.convert_batchnorms(backbones.build_backbone("tf_efficientnet_b0")[0])
+    norms = [type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert set(norms) == {"SyncBatchNormAct"}
+    model = backbones.convert_batchnorms(backbones.build_backbone("resnet18")[0])
+    assert isinstance(model.bn1, nn.SyncBatchNorm)
+
+
+def test_models_that_cannot_checkpoint_are_named():
+    for arch in ("pit_ti_224", "resnet18"):
+        with pytest.raises(UserError, match=f"{arch} cannot do it"):
+            backbones.checkpoint_activations(backbones.build_backbone(arch)[0], arch)
 
 
 def test_unknown_and_unfit_backbones_are_named():

@@ -9,6 +9,7 @@ import utils
     [
         (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: the same command goes on"),
         (MemoryError("Unable to allocate 8 PiB"), 1, "error: out of memory: Unable to allocate 8 PiB: lower"),
+        (RuntimeError("MPS backend out of memory (x)"), 1, "error: out of memory: MPS backend"),
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): mend it"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
         (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
@@ -31,3 +32,25 @@ def test_what_is_a_fault_of_the_program_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="shapes"):
         cli.run_script(main, None)
+    in_a_worker = RuntimeError("Caught TypeError in DataLoader worker process 0.\nOriginal Traceback")
+    assert cli.from_outside(in_a_worker) is None
+
+
+def test_the_one_that_knows_says_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
+    cli.say(cli.from_outside(MemoryError("no room")))
+    cli.say(utils.ImageError("cannot read image"))
+    cli.say(utils.UserError("all of them know"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: out of memory: no room: lower") and second == "error: cannot read image"
+
+
+def test_help_shows_defaults_where_there_are_some(capsys):
+    parser = cli.ArgumentParser()
+    parser.add_argument("--text", default="", help="words")
+    parser.add_argument("--switch", action="store_true", help="turns")
+    parser.add_argument("--number", default=0, help="counts")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert "counts (default: 0)" in out and out.count("(default:") == 1

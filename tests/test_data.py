@@ -2,6 +2,7 @@ import gzip
 import os
 import random
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path
         ({"data_path": "/tmp", "dataset": "FashionMINST"}, "did you mean FashionMNIST"),
         ({"data_path": "", "dataset": "FashionMNIST"}, "--data_path"),
         ({"data_path": "/nowhere", "dataset": "FashionMNIST"}, "--download"),
+        ({"data_path": "/nowhere", "dataset": "EMNIST"}, "use a folder instead"),
     ],
 )
 def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
@@ -172,6 +174,21 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no image can be read"):
         dataset[0, 0]
+
+
+def test_the_last_image_of_a_large_dataset_costs_what_the_first_one_does():
+    class Large(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10**6
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (40, 40)), 0
+
+    dataset = TrainingViews(Large(), DataAugmentationDINO((0.4, 1), (0.05, 0.4), 2, 32, 16), 0)
+    tracemalloc.start()
+    dataset[0, 10**6 - 1]
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
 
 
 def test_sixteen_bits_keep_their_greys(tmp_path):

@@ -471,10 +471,19 @@ def test_a_short_demo_learns_and_shows_it(tmp_path):
     assert top1 == pytest.approx(accuracy["trained teacher"], abs=0.051)
 
 
-def test_the_demo_runs_under_torchrun(tmp_path):
+def test_the_demo_runs_under_torchrun_and_without_matplotlib(tmp_path):
+    (tmp_path / "few.py").write_text(
+        "import sys\n"
+        "sys.modules['matplotlib'] = None  # as if it were not there\n"
+        "import cli, main_dino\n"
+        "from shapes import Shapes\n"
+        "main_dino.open_train_and_val = lambda *_, **__: (Shapes('train', 64), Shapes('val', 32))\n"
+        "cli.run_script(main_dino.main, main_dino.parse_args())\n"
+    )
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--output_dir", str(tmp_path)
-    out = torchrun(2, "main_dino.py", *flags).stdout
+    out = torchrun(2, str(tmp_path / "few.py"), *flags, env={"PYTHONPATH": str(ROOT)}).stdout
     assert out.count("trained teacher") == 1 and "2 process(es)" in out
+    assert "note: no picture: colours need matplotlib" in out and not (tmp_path / "demo.png").exists()
 
 
 def test_a_terminal_gets_a_live_progress_bar(images, tmp_path):

@@ -179,9 +179,9 @@ def submit_script(folder: Path, command: str) -> Job:
         "#!/bin/bash\n"
         "#SBATCH --nodes=2 --ntasks-per-node=1 --partition=low --mem=2G\n"
         "#SBATCH --signal=USR1@120 --requeue --open-mode=append\n"
-        f"{command}\n"
-        "[ $? -eq 75 ] && scontrol requeue $SLURM_JOB_ID\n"
-        "true\n"
+        f"{command}; code=$?\n"
+        "[ $code -eq 75 ] && scontrol requeue $SLURM_JOB_ID\n"
+        "exit $code\n"
     )
     (folder / "job.sh").write_text(script)
     out, err = folder / "job.out", folder / "job.err"
