@@ -28,9 +28,9 @@ def write_run(folder, speeds, knn=None):
     (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in log))
 
 
-def test_seconds_add_up(tmp_path):
-    write_run(tmp_path / "a", [40, 20])
-    assert [record["seconds"] for record in records(tmp_path / "a")] == [1, 3]
+def test_seconds_are_those_of_the_fastest_epoch(tmp_path):
+    write_run(tmp_path / "a", [20, 40])
+    assert [record["seconds"] for record in records(tmp_path / "a")] == [1, 2]
 
 
 def test_curves_are_where_both_numbers_were_measured(tmp_path):
@@ -70,15 +70,15 @@ def test_a_finished_run_is_not_done_again_and_a_failed_one_is_named(tmp_path):
 
 @pytest.fixture
 def made_up(tmp_path) -> Runs:
-    """Two seeds in which every variant ends alike, but for the entropies of the collapsed ones."""
+    """Two seeds in which each variant ends with a k-NN of its own, higher in the order of `VARIANTS`."""
     entropies = {
         "centering": (1, 0),
         "sharpening": (0, 0),
     }  # of ln 64: of an output, and what the mean has more
     for seed in range(2):
-        for name in VARIANTS:
+        for place, name in enumerate(VARIANTS):
             folder = tmp_path / f"{name}_seed{seed}"
-            write_run(folder, [40, 40], [30, 60 + seed])
+            write_run(folder, [40, 40], [30, 60 + place + seed])
             log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
             entropy, more = entropies.get(name, (0.5, 0.4))
             for record in log:
@@ -89,7 +89,7 @@ def made_up(tmp_path) -> Runs:
             folder = tmp_path / f"{name}_seed{seed}"
             folder.mkdir(exist_ok=True)
             (folder / "knn.json").write_text(json.dumps({"top1": top1}))
-            found = {"jaccard60": 30 - top1 / 10, "jaccard90": top1, "on_object": top1}
+            found = {"jaccard60": 30 - top1 / 10, "jaccard90": top1, "on_object": top1, "object": 45}
             (folder / "attention.json").write_text(json.dumps(found))
     return Runs(tmp_path, 2)
 
@@ -102,10 +102,17 @@ def test_the_table_says_what_shows_and_what_does_not(made_up):
         return found
 
     assert said("uniform collapse") == said("one-dimension") == said("neither") == "yes"
-    assert said("Momentum").startswith("momentum > untrained: yes, +35.5 ± 0.7; last epoch > untrained: yes")
-    assert said("copying").startswith("untrained > copy: no, -35.5 ± 0.7")
+    assert said("momentum").startswith("momentum > untrained: yes, +35.5 ± 0.7; last epoch > untrained: yes")
+    assert said("momentum").endswith("momentum's student > last epoch: no, -21.5 ± 0.7")
+    assert said("copying") == "untrained > copy: no, -37.5 ± 0.7; last epoch > copy: no, -1.0 ± 0.0"
     assert said("throughout") == "teacher > student: yes, +5.2 ± 0.4; in 2 of 4 evaluations"
-    assert said("Smaller").startswith("patch 16 > patch 32: no, +0.0")
+    gains = {"2": -5.0, "6": 1.0, "10": 2.0}  # base comes first, then 0, 6 and 10
+    shows_crops = [
+        f"{n} local > 0 local: {'yes' if g > 0 else 'no'}, {g:+.1f} ± 0.0" for n, g in gains.items()
+    ]
+    assert said("Multi-crop") == "; ".join(shows_crops)
+    assert said("Smaller").startswith("patch 16 > patch 32: no, -8.0")
+    assert said("rivals").startswith("DINO - supervised: -10.0 ± 0.0; DINO > untrained: yes, +35.0 ± 0.0")
     assert said("as in the paper") == "DINO > supervised: yes, +1.0 ± 0.0; DINO > untrained: no, -3.5 ± 0.0"
 
 
