@@ -212,7 +212,7 @@ def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int)
         found = {t: segment_shapes(network, shapes, [size], t, torch.device("cpu")) for t in (0.6, 0.9)}
         heads = {"jaccard60": found[0.6][0], "jaccard90": found[0.9][0], "on_object": found[0.6][1]}
         found = {name: each.max().item() for name, each in heads.items()}
-        found["object"] = statistics.mean(shapes.mask(i).mean() for i in range(count))
+        found["object"] = statistics.mean(float(shapes.mask(i).mean()) for i in range(count))
         return {name: 100 * share for name, share in found.items()}
 
     keep(folder / "attention.json", measure)
@@ -411,7 +411,7 @@ def shapes_rows(runs: Runs) -> list[Row]:
     pairs = ("DINO", "supervised"), ("DINO", "untrained")
     for key, measured in {
         "jaccard60": "Jaccard index of 60 % of the attention, as in the paper, and the true mask, %",
-        "jaccard90": f"of 90 %; the whole image would have {runs.kept('base', 'attention', 'object')[0]:.0f} %",
+        "jaccard90": f"of 90 %; the whole image has {runs.kept('base', 'attention', 'object')[0]:.0f} %",
         "on_object": "share of the attention on the object, %",
     }.items():
         values = {label: runs.kept(name, "attention", key) for label, name in names.items()}
@@ -431,9 +431,8 @@ def feature_row(runs: Runs, prefix: str, kind: str, claim: str, measured: str) -
     names = {"pixels": "pixels", "untrained": "random", "supervised": "supervised", "DINO": "base"}
     values = {label: runs.kept(prefix + name, kind) for label, name in names.items()}
     rival = f"DINO - supervised: {spread(values['DINO'] - values['supervised'], '+')}"
-    return Row(
-        claim, measured, values, f"{rival}; {compare(values, ('DINO', 'untrained'), ('DINO', 'pixels'))}"
-    )
+    better = compare(values, ("DINO", "untrained"), ("DINO", "pixels"))
+    return Row(claim, measured, values, f"{rival}; {better}")
 
 
 def table(rows: list[Row]) -> str:

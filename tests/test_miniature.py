@@ -107,10 +107,8 @@ def test_the_table_says_what_shows_and_what_does_not(made_up):
     assert said("copying") == "untrained > copy: no, -37.5 ± 0.7; last epoch > copy: no, -1.0 ± 0.0"
     assert said("throughout") == "teacher > student: yes, +5.2 ± 0.4; in 2 of 4 evaluations"
     gains = {"2": -5.0, "6": 1.0, "10": 2.0}  # base comes first, then 0, 6 and 10
-    shows_crops = [
-        f"{n} local > 0 local: {'yes' if g > 0 else 'no'}, {g:+.1f} ± 0.0" for n, g in gains.items()
-    ]
-    assert said("Multi-crop") == "; ".join(shows_crops)
+    crops = [f"{n} local > 0 local: {'yes' if g > 0 else 'no'}, {g:+.1f} ± 0.0" for n, g in gains.items()]
+    assert said("Multi-crop") == "; ".join(crops)
     assert said("Smaller").startswith("patch 16 > patch 32: no, -8.0")
     assert said("rivals").startswith("DINO - supervised: -10.0 ± 0.0; DINO > untrained: yes, +35.0 ± 0.0")
     assert said("as in the paper") == "DINO > supervised: yes, +1.0 ± 0.0; DINO > untrained: no, -3.5 ± 0.0"
