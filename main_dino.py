@@ -14,15 +14,13 @@ import functools
 import importlib.util
 import math
 import os
-import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +29,7 @@ import backbones
 import cli
 import monitor
 import utils
-from augmentation import normalize, normalized_views, to_pixels
+from augmentation import normalized_views
 from checkpoints import init_from, load_backbone
 from cli import DefaultInt
 from curves import Curves
@@ -48,7 +46,7 @@ from eval_knn import PeriodicKNN, knn_top1
 from restart import RandomStates, has_checkpoint, identity, resume, save_record, save_run
 from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, UserError, bool_flag
 from vision_transformer import VITS
-from visualize_attention import cls_attention, draw
+from visualize_attention import draw_views, stack
 
 
 def demo_defaults() -> dict:
@@ -735,7 +733,7 @@ def report_demo(args: argparse.Namespace) -> None:
     if not utils.is_main_process():
         return
     try:
-        picture = draw_demo(val[1][0], build_augmentation(args), networks["trained teacher"])
+        picture = draw_views(val[1][0], build_augmentation(args), networks["trained teacher"])
     except UserError as error:  # no matplotlib, or a network without attention
         utils.log(f"note: no picture: {error}")
         return
@@ -745,34 +743,6 @@ def report_demo(args: argparse.Namespace) -> None:
         )
     picture.save(output_dir / "demo.png")
     utils.log(f"picture: {output_dir / 'demo.png'}")
-
-
-def draw_demo(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
-    """The image and one draw of its views; below each, what the teacher attends to in it."""
-    views = augmentation.uint8_views(to_pixels(image), random.Random(0))
-    rows: list[list[Image.Image]] = [[], []]
-    for pixels in (to_pixels(image), *views):
-        with torch.no_grad():
-            attention = cls_attention(teacher, normalize(pixels[None].to(next(teacher.parameters()).device)))
-        pictures = draw(TF.to_pil_image(pixels), attention[0].cpu(), None)
-        for row, name in zip(rows, ("img", "overlay-mean"), strict=True):
-            row.append(ImageOps.scale(pictures[name], 2, Image.Resampling.NEAREST))
-    return stack([stack(row, across=True) for row in rows])
-
-
-def stack(pictures: list[Image.Image], across: bool = False, gap: int = 8) -> Image.Image:
-    """Pictures below or beside each other, centred, on white."""
-    sizes = np.array([picture.size for picture in pictures])
-    along = 0 if across else 1
-    size = sizes.max(axis=0)
-    size[along] = (sizes[:, along] + gap).sum() - gap
-    sheet, start = Image.new("RGB", tuple(map(int, size)), "white"), 0
-    for picture in pictures:
-        place = [(int(a) - b) // 2 for a, b in zip(size, picture.size, strict=True)]
-        place[along] = start
-        sheet.paste(picture, tuple(place))
-        start += picture.size[along] + gap
-    return sheet
 
 
 def main(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ Shapes: B images, h heads, H x W pixels, R x C patches.
 
 import argparse
 import functools
+import random
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from torchvision.utils import make_grid
 
 import cli
 import utils
-from augmentation import normalize
+from augmentation import DataAugmentationDINO, normalize, to_pixels
 from backbones import check_divides
 from checkpoints import load_backbone, read_weights, settle_architecture
 from cli import DefaultInt
@@ -226,6 +227,34 @@ def contact_sheet(rows: list[list[Image.Image]], side: int = 160) -> Image.Image
     tiles = [transforms.functional.pil_to_tensor(ImageOps.pad(p.convert("RGB"), (side, side), color="white"))
              for row in rows for p in row]  # fmt: skip
     return transforms.functional.to_pil_image(make_grid(tiles, len(rows[0]), padding=4, pad_value=255))
+
+
+def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
+    """The image and one draw of its views; below each, what the teacher attends to in it."""
+    views = augmentation.uint8_views(to_pixels(image), random.Random(0))
+    rows: list[list[Image.Image]] = [[], []]
+    for pixels in (to_pixels(image), *views):
+        with torch.no_grad():
+            attention = cls_attention(teacher, normalize(pixels[None].to(next(teacher.parameters()).device)))
+        pictures = draw(transforms.functional.to_pil_image(pixels), attention[0].cpu(), None)
+        for row, name in zip(rows, ("img", "overlay-mean"), strict=True):
+            row.append(ImageOps.scale(pictures[name], 2, Image.Resampling.NEAREST))
+    return stack([stack(row, across=True) for row in rows])
+
+
+def stack(pictures: list[Image.Image], across: bool = False, gap: int = 8) -> Image.Image:
+    """Pictures below or beside each other, centred, on white."""
+    sizes = np.array([picture.size for picture in pictures])
+    along = 0 if across else 1
+    size = sizes.max(axis=0)
+    size[along] = (sizes[:, along] + gap).sum() - gap
+    sheet, start = Image.new("RGB", tuple(map(int, size)), "white"), 0
+    for picture in pictures:
+        place = [(int(a) - b) // 2 for a, b in zip(size, picture.size, strict=True)]
+        place[along] = start
+        sheet.paste(picture, tuple(place))
+        start += picture.size[along] + gap
+    return sheet
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ largest ratio; peak memory is that of separate processes, above what they held b
 
 import argparse
 import functools
-import itertools
 import platform
 import random
 import statistics
@@ -256,10 +255,12 @@ class PlainImages(Dataset):
             return self.views(image.convert("RGB"))
 
 
-def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8) -> None:
-    """Files to weights, one loading worker each: as the training loops run."""
+def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int = 4) -> None:
+    """Files to weights, one loading worker, which each turn starts and ends: else it would go on loading
+    while the other side computes.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_photographs(Path(folder), 24 * batch)
+        paths = write_photographs(Path(folder), steps * batch)
         dataset = TrainingViews(ImageFiles(folder), recipe(), 0)
         options = dict(batch_size=batch, num_workers=1, drop_last=True)
         loaders = {
@@ -269,15 +270,13 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8) -> None:
         plain = textbook.Trainer(arch, PROTOTYPES)
         dtypes = {"fp32": None} | ({"bf16": torch.bfloat16} if utils.cpu_has_bf16() else {})
         for name, dtype in dtypes.items():
-            batches = {side: iter(loader) for side, loader in loaders.items()}
             ours = OurTrainer(arch, PROTOTYPES, dtype)
-            loaded = to_device(batches["ours"], torch.device("cpu"))
             compare(
                 f"files to weights, {arch}/16 {name} : textbook fp32",
-                lambda ours=ours, loaded=loaded: ours.steps(itertools.islice(loaded, 2)),
-                lambda batches=batches: [plain.step(next(batches["textbook"])) for _ in range(2)],
-                min(rounds, 10),
-                2 * batch,
+                lambda ours=ours: ours.steps(to_device(iter(loaders["ours"]), torch.device("cpu"))),
+                lambda: [plain.step(views) for views in loaders["textbook"]],
+                rounds,
+                steps * batch,
                 "img/s",
             )
 
