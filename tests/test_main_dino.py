@@ -465,10 +465,6 @@ def test_a_short_demo_learns_and_shows_it(tmp_path):
     assert accuracy["trained teacher"] > 10 + max(accuracy["raw pixels"], accuracy["random initialisation"])
     with Image.open(tmp_path / "demo.png") as picture, Image.open(tmp_path / "curves.png") as curves:
         assert len(picture.getcolors(2**24)) > 1000 and picture.height > curves.height / 2
-    weights = str(tmp_path / "checkpoint.pth")
-    again = run("eval_knn.py", "--demo", "--pretrained_weights", weights, "--nb_knn", "20").stdout
-    top1 = float(re.search(r"20-NN classifier result: Top1: ([\d.]+)", again)[1])
-    assert top1 == pytest.approx(accuracy["trained teacher"], abs=0.051)
 
 
 def test_the_demo_runs_under_torchrun_and_without_matplotlib(tmp_path):
