@@ -203,6 +203,9 @@ def train(
         yield losses.detach()
 
 
+CHUNK = 4096  # images at a time
+
+
 @torch.inference_mode()
 def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
     """Loss and top-1 and top-5 accuracy in percent, of each classifier, on (N, F) and (N,).
@@ -211,7 +214,7 @@ def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -
     whose rate was too high, are all wrong.
     """
     sums = 0.0
-    for x, y in zip(features.split(4096), labels.split(4096), strict=True):
+    for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
         scores = classifiers(x)  # (H, B, C)
         hits = scores.topk(min(5, scores.shape[-1]), dim=-1).indices == y[:, None]  # (H, B, 5)
         hits &= scores.isfinite().all(dim=-1, keepdim=True)

@@ -14,8 +14,10 @@ import backbones
 import cli
 import data
 import eval_linear
-from checkpoints import load_checkpoint, save_checkpoint
-from eval_linear import LinearClassifier, LinearClassifiers, frozen_features, validate_network
+import utils
+from augmentation import eval_transform
+from checkpoints import load_backbone, load_checkpoint, save_checkpoint
+from eval_linear import LinearClassifiers, frozen_features, validate_network
 from tests import golden
 from tests.conftest import run, save_images, torchrun
 from utils import UserError
@@ -168,7 +170,9 @@ def test_classifiers_of_several_rates_do_not_touch_each_other():
         torch.testing.assert_close(together[i].state_dict(), alone[0].state_dict(), rtol=1e-5, atol=1e-6)
 
 
-def test_top1_and_top5_by_hand():
+@pytest.mark.parametrize("chunk", [4096, 3])
+def test_top1_and_top5_by_hand(monkeypatch, chunk):
+    monkeypatch.setattr(eval_linear, "CHUNK", chunk)
     scores = torch.tensor(
         [
             [9, 8, 7, 6, 5, 4, 3.0],  # label 0: first
@@ -213,6 +217,7 @@ def test_a_run_reports_the_best_of_several_rates(labelled, tmp_path, capsys):
     assert f"Best accuracy: top-1 {top:.2f} %" in out and out.count("top-1") >= 4
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth.tar")
     assert checkpoint["state_dict"]["linear.weight"].shape == (3, 512)  # classes counted in the data
+    assert [group["lr"] for group in checkpoint["optimizer"]["param_groups"]] == pytest.approx([0] * 3)
     # The classifier that was best is the one that --evaluate sees.
     again = probe(labelled, tmp_path, "--evaluate")
     assert again[0]["acc1"] == pytest.approx(top)
@@ -237,7 +242,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(labelled, tmp_path, mon
     torch.testing.assert_close(whole["classifiers"], parts["classifiers"], rtol=0, atol=0)
 
 
-def test_cached_features_are_those_of_the_plain_images(labelled, tmp_path, vit):
+def test_cached_batches_follow_the_sampler(labelled):
     train_images, _ = data.open_train_and_val(str(labelled))
     sampler = data.EpochSampler(train_images, 1, 0, seed=0)
     sampler.set_epoch(1)
@@ -246,8 +251,24 @@ def test_cached_features_are_those_of_the_plain_images(labelled, tmp_path, vit):
     order = torch.cat([y for _, y in batches])
     assert [len(y) for _, y in batches] == [4, 4, 4, 3] and order.tolist() == [i for _, i in sampler]
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
+
+
+def test_cached_features_are_those_of_the_plain_images(labelled, tmp_path, monkeypatch):
+    kept, cached_batches = [], eval_linear.cached_batches
+
+    def keep(features, *args):
+        kept.append(features)
+        return cached_batches(features, *args)
+
+    monkeypatch.setattr(eval_linear, "cached_batches", keep)
     probe(labelled, tmp_path, "--cache_features")
-    assert log_of(tmp_path)[0]["train_loss"] > 0
+    utils.fix_random_seeds(0)
+    backbone, size = load_backbone("random", arch="vit_nano", patch_size=8, image_size=32)
+    train_images, _ = data.open_train_and_val(str(labelled))
+    alone = [
+        frozen_features(backbone, eval_transform(size)(image)[None], 4, False) for image, _ in train_images
+    ]
+    torch.testing.assert_close(kept[0], torch.cat(alone))
 
 
 def test_it_learns_what_can_be_learned(tmp_path):
@@ -280,13 +301,14 @@ def test_two_processes_train_as_one_on_twice_the_batch(tmp_path):
 
 def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
     """As published: `module.linear.*` in `state_dict`, beside an optimizer and a scheduler."""
-    classifier = LinearClassifier(512, 3)
-    state = {f"module.{name}": value for name, value in classifier.state_dict().items()}
+    trained = probe(labelled, tmp_path / "run", "--lr", 1)
+    classifier = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["state_dict"]
+    state = {f"module.{name}": value for name, value in classifier.items()}
     published = {"epoch": 100, "state_dict": state, "optimizer": {"state": {}}, "best_acc": 77.0}
     torch.save(published, tmp_path / "linearweights.pth")
     flags = "--evaluate", "--linear_weights", tmp_path / "linearweights.pth"
     result = probe(labelled, tmp_path, *flags)
-    assert 0 <= result[0]["acc1"] <= 100
+    assert result[0]["acc1"] == pytest.approx(trained[0]["acc1"])
     with pytest.raises(UserError, match=r"misshapen \(linear.weight\) .*128 features.*check --n_last_blocks"):
         probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
 
