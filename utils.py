@@ -439,7 +439,7 @@ def init_distributed_mode(dist_url: str = "env://") -> torch.device:
     rank, world_size, local_rank = rendezvous.launched_as()
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if processes > gpus:
+        if 1 < gpus < processes:  # 1: perhaps each process is shown another one
             raise UserError(f"{processes} processes for {gpus} GPUs", "torchrun", "start one process per GPU")
         # SLURM may show each task one GPU of its own, which is then number 0.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
