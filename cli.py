@@ -20,7 +20,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults but where there is none: switches, and flags that are empty unless given."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        empty = action.default is None or action.default is False or action.default == ""
+        empty = action.nargs == 0 or action.default in (None, "")
         return action.help if empty else super()._get_help_string(action)
 
 

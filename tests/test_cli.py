@@ -50,7 +50,8 @@ def test_help_shows_defaults_where_there_are_some(capsys):
     parser.add_argument("--text", default="", help="words")
     parser.add_argument("--switch", action="store_true", help="turns")
     parser.add_argument("--number", default=0, help="counts")
+    parser.add_argument("--flag", default=False, type=utils.bool_flag, help="decides")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     out = capsys.readouterr().out
-    assert "counts (default: 0)" in out and out.count("(default:") == 1
+    assert "counts (default: 0)" in out and "decides (default: False)" in out and out.count("(default:") == 2
