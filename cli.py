@@ -45,7 +45,7 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> N
     group.add_argument("--dataset", default="",
         help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
     group.add_argument("--download", action="store_true",
-        help="let --dataset fetch what is missing")
+        help="let --dataset fetch what is missing; several machines have to share --data_path")
     group.add_argument("--demo", action="store_true", help=demo)
     group.add_argument("--num_workers", default=10, type=int,
         help="data-loading workers per process; more while the log's data share is above a few per cent, "
