@@ -440,9 +440,10 @@ def train_linear(
         sampler.set_epoch(epoch)
         logger = utils.MetricLogger(f"epoch {epoch}", batch_size, steps * (args.epochs - epoch - 1))
         total = torch.zeros(len(args.lr), device=classifiers[0].linear.weight.device)
-        for losses in train(model, optimizer, logger.log_every(batches(), steps)):
+        for step, losses in enumerate(train(model, optimizer, logger.log_every(batches(), steps))):
             total += losses
-            logger.update(loss=losses.mean().item())
+            if step % logger.print_freq == 0:  # the host waits here
+                logger.update(loss=losses.mean().item())
         scheduler.step()
         records = [
             {"epoch": epoch, "lr": lr, "train_loss": loss}
