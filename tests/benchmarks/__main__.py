@@ -255,7 +255,7 @@ class PlainImages(Dataset):
             return self.views(image.convert("RGB"))
 
 
-def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int = 4) -> None:
+def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int = 10) -> None:
     """Files to weights, one loading worker, which each turn starts and ends: else it would go on loading
     while the other side computes.
     """
