@@ -329,10 +329,10 @@ def settle_architecture(
     """
     shapes = _vit_shapes(weights.backbone)
     arch = _settle("arch", arch, weights.trained, shapes)
-    if canonical(arch) in VITS:  # elsewhere the name says it
+    size = weights.trained.get("global_crops_size", image_size)
+    if canonical(arch) in VITS:  # elsewhere the name says the one, and shapes do not tell the other
         patch_size = _settle("patch_size", patch_size, weights.trained, shapes)
-    size = shapes.get("image_size") if canonical(arch) in VITS else None  # timm's ViTs keep theirs
-    size = size or weights.trained.get("global_crops_size", image_size)
+        size = shapes.get("image_size") or size
     return arch, int(patch_size), int(size)
 
 

@@ -125,12 +125,13 @@ def fused_and_plain(views, batch, k, norm_last_layer, dtype, seed, chunk):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    views=st.integers(2, 6), batch=st.integers(1, 5), k=st.integers(6, 70), norm_last_layer=st.booleans(),
+    views=st.integers(2, 6), batch=st.integers(1, 5), k=st.integers(2, 70), norm_last_layer=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 2**31),
     chunk=st.integers(1, 200),
 )  # fmt: skip
 def test_fused_loss_is_the_plain_loss(views, batch, k, norm_last_layer, dtype, seed, chunk):
-    """With fewer prototypes, gradients can cancel to little more than half precision's rounding."""
+    if dtype != torch.float32:  # else gradients can cancel to little more than its rounding
+        k = max(k, 6)
     fused, plain = fused_and_plain(views, batch, k, norm_last_layer, dtype, seed, chunk)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 6e-3}[dtype]
     torch.testing.assert_close(fused[:3], plain[:3], rtol=1e-5, atol=1e-5)
