@@ -25,7 +25,8 @@ import utils
 from augmentation import eval_transform
 from checkpoints import load_backbone, load_file
 from cli import DefaultInt
-from data import EvalImages, open_train_and_val
+from data import EvalImages, ending_workers, open_train_and_val
+from monitor import StopSignals
 from utils import MultiCropWrapper, UserError, bool_flag
 
 
@@ -96,22 +97,25 @@ def extract_features(
         batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        persistent_workers=num_workers > 0,  # `ending_workers` knows no others
         pin_memory=device.type == "cuda",
+        worker_init_fn=StopSignals.ignore,  # a training that evaluates is not to lose them
         generator=torch.Generator(),  # its own: the global stream is a training's
     )
     keep_on = keep_on or device
     features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
-    for batch, label, index in loader:
-        with torch.inference_mode():
-            feature = model(batch.to(device, non_blocking=True)).float()
-            if normalized:
-                feature = F.normalize(feature, dim=1)
-        if features is None:
-            features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
-        # The sampler repeats images to fill the last batch; a repetition overwrites itself.
-        index = utils.all_gather(index.to(device)).to(keep_on)
-        features[index] = utils.all_gather(feature).to(keep_on)
-        labels[index] = utils.all_gather(label.to(device)).to(keep_on)
+    with ending_workers(loader):
+        for batch, label, index in loader:
+            with torch.inference_mode():
+                feature = model(batch.to(device, non_blocking=True)).float()
+                if normalized:
+                    feature = F.normalize(feature, dim=1)
+            if features is None:
+                features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
+            # The sampler repeats images to fill the last batch; a repetition overwrites itself.
+            index = utils.all_gather(index.to(device)).to(keep_on)
+            features[index] = utils.all_gather(feature).to(keep_on)
+            labels[index] = utils.all_gather(label.to(device)).to(keep_on)
     return features, labels
 
 
@@ -181,8 +185,12 @@ def knn_top1(
 class PeriodicKNN:
     """20-NN accuracy of networks while they train: every so many epochs, for about a `share` of the time.
 
-    Training goes on with the bits that it would have had without.
+    Training goes on with the bits that it would have had without. Where a rank is asked to stop, the
+    evaluation is left out: the weights are saved, and there may be little time.
     """
+
+    class Stopped(Exception):
+        """A rank was asked to stop."""
 
     def __init__(
         self,
@@ -194,9 +202,12 @@ class PeriodicKNN:
         num_workers: int,
         every: int,
         share: float,
+        stop_asked: Callable[[], bool] = lambda: False,
     ):
+        """`stop_asked` says whether this rank was asked to stop."""
         self.train, self.val, self.image_size, self.device = train, val, image_size, device
         self.dtype, self.num_workers, self.every, self.share = dtype, num_workers, every, share
+        self.stop_asked = stop_asked
         self.begun, self.spent = time.perf_counter(), 0.0
 
     def __call__(self, epoch: int, networks: dict[str, MultiCropWrapper]) -> dict[str, float]:
@@ -205,24 +216,31 @@ class PeriodicKNN:
         late = self.spent > self.share * (begun - self.begun)  # each rank has its own clock
         if (epoch + 1) % self.every or utils.all_gather_object(late)[0]:
             return {}
-        found = {}
-        for name, network in networks.items():
-            training = network.training
-            network.eval()
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                # forward: whatever is compiled is compiled for training
-                found[f"knn_{name}"] = knn_top1(
-                    network.backbone.forward,
-                    self.train,
-                    self.val,
-                    self.image_size,
-                    self.device,
-                    self.num_workers,
-                )
-            network.train(training)
+        try:
+            found = {f"knn_{name}": self.top1(network) for name, network in networks.items()}
+        except self.Stopped:
+            return {}
         self.spent += time.perf_counter() - begun
         utils.log(f"epoch {epoch}  " + "  ".join(f"{name} {top1:.1f}" for name, top1 in found.items()))
         return found
+
+    def top1(self, network: MultiCropWrapper) -> float:
+        """In percent. Raises Stopped, on all ranks together."""
+
+        def features(images: Tensor) -> Tensor:
+            if any(utils.all_gather_object(self.stop_asked())):
+                raise self.Stopped
+            return network.backbone.forward(images)  # as such: what is compiled is compiled for training
+
+        training = network.training
+        network.eval()
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                return knn_top1(
+                    features, self.train, self.val, self.image_size, self.device, self.num_workers
+                )
+        finally:
+            network.train(training)
 
 
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")

@@ -516,6 +516,7 @@ def train_dino(args: argparse.Namespace) -> None:
     )
 
     # ---- evaluation
+    signals = monitor.StopSignals()
     knn = None
     if args.knn_every:
         knn = PeriodicKNN(
@@ -526,10 +527,10 @@ def train_dino(args: argparse.Namespace) -> None:
             args.num_workers,
             args.knn_every,
             args.knn_share,
+            signals.asked,
         )
 
     # ---- resume
-    signals = monitor.StopSignals()
     guard = monitor.RunGuard(
         args.out_dim,
         # More than 1 % of an epoch is an error, but fewer than ten never are.

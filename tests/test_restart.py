@@ -14,7 +14,16 @@ import torch
 
 import main_dino
 from checkpoints import load_checkpoint
-from restart import FREE_FLAGS, RandomStates, add_record, changed, has_checkpoint, newest_whole, save_run
+from restart import (
+    FREE_FLAGS,
+    RandomStates,
+    add_record,
+    changed,
+    has_checkpoint,
+    newest_whole,
+    read_log,
+    save_run,
+)
 from tests.conftest import ROOT, TINY, torchrun
 from tests.faults import differing_bits, free_port
 from utils import TrainingError, UserError
@@ -118,6 +127,29 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(images, tmp_path)
     whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for part in ("student", "teacher", "dino_loss"):
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(images, labelled, tmp_path):
+    """To one process of two and its data-loading workers."""
+    for split in ("train", "val"):
+        folder = tmp_path / "labelled" / split / "a"
+        folder.mkdir(parents=True)
+        image = (labelled / split / "a" / "000.png").read_bytes()
+        for i in range(4000):  # seconds
+            (folder / f"{i}.png").write_bytes(image)
+    flags = ["--data_path", images, "--epochs", 40, "--num_workers", 1, "--output_dir", tmp_path / "out"]
+    run = Ranks(2, tmp_path, *flags, "--knn_every", 1, "--knn_data", tmp_path / "labelled")
+    run.wait_for("epoch 0 ")
+    while not (tmp_path / "out" / "checkpoint.pth").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    os.killpg(run.processes[1].pid, signal.SIGTERM)
+    assert run.codes() == [75, 75]
+    records = read_log(tmp_path / "out" / "log.txt")
+    assert len(records) == 1 and "knn_teacher" not in records[0]
+    step = records[0]["step"] + 1
+    assert load_checkpoint(tmp_path / "out" / "checkpoint.pth")["step"] == step
+    assert f"step {step} of {40 * (step - 1)} is saved" in run.said[0].read_text().splitlines()[-1]
 
 
 def test_a_signal_outside_of_training_ends_at_once_and_says_resume(tmp_path):
