@@ -198,17 +198,20 @@ class Weights(NamedTuple):
     source: str  # for messages
 
 
-def read_weights(weights: str, checkpoint_key: str) -> Weights:
+def read_weights(weights: str, checkpoint_key: str, fix: str = "") -> Weights:
     """Weights by file, or by the name of a published model, which is downloaded.
 
-    From a training checkpoint, those of `checkpoint_key`, "teacher" or "student". Raises UserError.
+    From a training checkpoint, those of `checkpoint_key`, "teacher" or "student". Raises UserError,
+    with this `fix` where it lacks them.
     """
     checkpoint = load_checkpoint(download(weights, "pretrain") if weights in PUBLISHED else weights)
     states = {name: value for name, value in checkpoint.items() if is_state(value)}
     if checkpoint_key in states:
         state = states[checkpoint_key]
     elif present := [name for name in ("student", "teacher") if name in states]:
-        raise UserError(f"no {checkpoint_key!r} in file", weights, f"give --checkpoint_key {present[0]}")
+        raise UserError(
+            f"no {checkpoint_key!r} in file", weights, fix or f"give --checkpoint_key {present[0]}"
+        )
     elif not isinstance(checkpoint_key, DefaultStr):
         raise UserError(f"no {checkpoint_key!r} in file", weights, "leave --checkpoint_key out")
     else:  # weights and nothing else, perhaps in a wrapping
@@ -306,7 +309,8 @@ def init_from(student: MultiCropWrapper, weights: str, arch: str, patch_size: in
 
     A ViT's position embedding is interpolated to the run's image size. Raises UserError.
     """
-    known = read_weights(weights, DefaultStr("teacher"))
+    fix = "give a checkpoint with a teacher, or a file of weights alone"
+    known = read_weights(weights, DefaultStr("teacher"), fix)
     arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
     backbone, _ = build_backbone(arch, patch_size, size)
     load_pretrained_weights(backbone, known)

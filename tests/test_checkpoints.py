@@ -314,6 +314,9 @@ def test_a_run_begins_with_backbone_and_head(tmp_path):
     )
     with pytest.raises(UserError, match="misshapen .*head.*give the old run's --out_dim"):
         init_from(narrow, path, "vit_nano", 8, 32)
+    path = write({"student": old.state_dict(), "args": VIT_ARGS}, tmp_path / "student.pth")
+    with pytest.raises(UserError, match="no 'teacher' in file .*give a checkpoint with a teacher"):
+        init_from(new, path, "vit_nano", 8, 32)
 
 
 def test_a_backbone_alone_leaves_the_head_as_it_is_and_fits_another_image_size(vits, tmp_path):
