@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +72,23 @@ def run(*command: str, check: bool = True, env: dict | None = None) -> subproces
 def torchrun(processes: int, *command: str, **kwargs) -> subprocess.CompletedProcess:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     return run(*launcher, *command, **kwargs)
+
+
+def wait_for(condition: Callable, what: str, seconds: float = 300):
+    """Ask until `condition()` gives something, and return that."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.05)
+    return found
+
+
+def wait_for_words(words: str, said: Path, process: subprocess.Popen) -> None:
+    """Until they are in a file that the process writes to."""
+
+    def are_there() -> bool:
+        ended, text = process.poll() is not None, said.read_text()
+        assert words in text or not ended, text
+        return words in text
+
+    wait_for(are_there, f"{words!r} in {said}")

@@ -24,7 +24,7 @@ from restart import (
     read_log,
     save_run,
 )
-from tests.conftest import ROOT, TINY, torchrun
+from tests.conftest import ROOT, TINY, torchrun, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
 from utils import TrainingError, UserError
 
@@ -62,9 +62,7 @@ class Ranks:
                 )
 
     def wait_for(self, words: str) -> None:
-        while words not in self.said[0].read_text():
-            assert self.processes[0].poll() is None, self.said[0].read_text()
-            time.sleep(0.01)
+        wait_for_words(words, self.said[0], self.processes[0])
 
     def codes(self) -> list[int]:
         return [process.wait(timeout=300) for process in self.processes]
@@ -139,9 +137,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(images, labelle
             (folder / f"{i}.png").write_bytes(image)
     flags = ["--data_path", images, "--epochs", 40, "--num_workers", 1, "--output_dir", tmp_path / "out"]
     run = Ranks(2, tmp_path, *flags, "--knn_every", 1, "--knn_data", tmp_path / "labelled")
-    run.wait_for("epoch 0 ")
-    while not (tmp_path / "out" / "checkpoint.pth").exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / "out" / "checkpoint.pth").exists, "checkpoint")
     time.sleep(1)
     os.killpg(run.processes[1].pid, signal.SIGTERM)
     assert run.codes() == [75, 75]
@@ -189,9 +185,7 @@ def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
             stdout=said,
             stderr=said,
         )
-        while "epoch 1 " not in (text := (tmp_path / "said").read_text()):
-            assert process.poll() is None, text
-            time.sleep(0.01)
+        wait_for_words("epoch 1 ", tmp_path / "said", process)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
         os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
         assert process.wait(timeout=300) == 0, (tmp_path / "said").read_text()

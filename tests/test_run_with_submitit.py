@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,9 @@ import torch
 import cli
 import run_with_submitit
 from checkpoints import load_checkpoint
-from tests.conftest import ROOT, TINY, run, save_images, torchrun
+from tests.conftest import ROOT, TINY, run, save_images, torchrun, wait_for
 
 PUBLISHED = {"ngpus": 8, "nodes": 2, "timeout": 2800, "use_volta32": False, "comment": ""}
-
-
-def wait_for(condition, what: str, seconds: float = 300):
-    """Polls until `condition()` gives something, and returns it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.2)
-    return found
 
 
 def text_of(*paths: Path) -> str:
