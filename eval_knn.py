@@ -202,7 +202,7 @@ class PeriodicKNN:
         num_workers: int,
         every: int,
         share: float,
-        stop_asked: Callable[[], bool] = lambda: False,
+        stop_asked: Callable[[], bool],
     ):
         """`stop_asked` says whether this rank was asked to stop."""
         self.train, self.val, self.image_size, self.device = train, val, image_size, device

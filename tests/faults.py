@@ -160,12 +160,13 @@ def unreadable(folder: Path) -> int:
     return count
 
 
-def wait_for_training(child: int, said: Path) -> None:
-    """Until the group of processes has come together: before that, only a launcher knows of a death."""
-    while "from step" not in said.read_text() if said.exists() else True:
+def comes_to_say(words: str, child: int, said: Path) -> bool:
+    """Wait for the words in a child's output; False if it ends without them."""
+    while words not in (said.read_text() if said.exists() else ""):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return
+            return False
         time.sleep(0.005)
+    return True
 
 
 def strike(children: list[int], folder: Path, aim: str, rng: random.Random) -> bool:
@@ -216,7 +217,8 @@ def kill_runs(work: Path, ranks: int, workers: int, kills: int, epochs: int, rng
             if row["kills"] < kills:
                 folder.mkdir(exist_ok=True)
                 if len(children) > 1 or lives % 10 == 0:
-                    wait_for_training(children[0], work / "said.0")
+                    # The processes are a group by then: before that, only a launcher knows of a death.
+                    comes_to_say("from step", children[0], work / "said.0")
                 hit = strike(children, folder, "write" if lives % 2 else "any", rng)
             began = time.monotonic()
             codes = [ended(child, 120) for child in children]
@@ -645,11 +647,8 @@ class BadInputs:
 
         def once_training(act: Callable[[], None], when: str = "epoch 0"):
             def meanwhile(child: int, said: Path) -> None:
-                while when not in (said.read_text() if said.exists() else ""):
-                    if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                        return
-                    time.sleep(0.01)
-                act()
+                if comes_to_say(when, child, said):
+                    act()
 
             return meanwhile
 
