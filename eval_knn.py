@@ -16,18 +16,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
-import cli
-import utils
-from augmentation import eval_transform
-from checkpoints import load_backbone, load_file
-from cli import DefaultInt
-from data import EvalImages, ending_workers, open_train_and_val
-from monitor import StopSignals
-from utils import MultiCropWrapper, UserError, bool_flag
+from support import cli
+from support.cli import DefaultInt, bool_flag
+from support.data import open_train_and_val
+from support.distributed import all_gather_object, fix_random_seeds, init_distributed_mode, is_main_process
+from support.errors import UserError
+from support.features import extract_features
+from support.logger import log
+from support.weights import load_backbone, load_file
+from utils import MultiCropWrapper
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -73,50 +73,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("must be at least 1", f"--nb_knn {min(args.nb_knn)}", "raise it")
     if not 0 < args.temperature < math.inf:
         raise UserError("must be above 0", f"--temperature {args.temperature}", "try 0.07")
-
-
-def extract_features(
-    model: Callable[[Tensor], Tensor],
-    images: Dataset,
-    image_size: int,
-    device: torch.device,
-    batch_size: int = 128,
-    num_workers: int = 0,
-    normalized: bool = True,
-    keep_on: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,) of all images, on every rank, in the order of the images.
-
-    They are kept on the device, unless on another. `model`, on the device, maps images (B, 3, H, W)
-    to (B, D); `normalized` features have length 1.
-    """
-    dataset = EvalImages(images, eval_transform(image_size))
-    sampler = DistributedSampler(dataset, utils.get_world_size(), utils.get_rank(), shuffle=False)
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,  # `ending_workers` knows no others
-        pin_memory=device.type == "cuda",
-        worker_init_fn=StopSignals.ignore,  # a training that evaluates is not to lose them
-        generator=torch.Generator(),  # its own: the global stream is a training's
-    )
-    keep_on = keep_on or device
-    features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
-    with ending_workers(loader):
-        for batch, label, index in loader:
-            with torch.inference_mode():
-                feature = model(batch.to(device, non_blocking=True)).float()
-                if normalized:
-                    feature = F.normalize(feature, dim=1)
-            if features is None:
-                features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
-            # The sampler repeats images to fill the last batch; a repetition overwrites itself.
-            index = utils.all_gather(index.to(device)).to(keep_on)
-            features[index] = utils.all_gather(feature).to(keep_on)
-            labels[index] = utils.all_gather(label.to(device)).to(keep_on)
-    return features, labels
 
 
 CHUNK = 2**25  # similarities at a time; 128 MiB
@@ -214,21 +170,21 @@ class PeriodicKNN:
         """{"knn_" + name: top-1 in percent}; nothing if it is not yet time. All ranks come here."""
         begun = time.perf_counter()
         late = self.spent > self.share * (begun - self.begun)  # each rank has its own clock
-        if (epoch + 1) % self.every or utils.all_gather_object(late)[0]:
+        if (epoch + 1) % self.every or all_gather_object(late)[0]:
             return {}
         try:
             found = {f"knn_{name}": self.top1(network) for name, network in networks.items()}
         except self.Stopped:
             return {}
         self.spent += time.perf_counter() - begun
-        utils.log(f"epoch {epoch}  " + "  ".join(f"{name} {top1:.1f}" for name, top1 in found.items()))
+        log(f"epoch {epoch}  " + "  ".join(f"{name} {top1:.1f}" for name, top1 in found.items()))
         return found
 
     def top1(self, network: MultiCropWrapper) -> float:
         """In percent. Raises Stopped, on all ranks together."""
 
         def features(images: Tensor) -> Tensor:
-            if any(utils.all_gather_object(self.stop_asked())):
+            if any(all_gather_object(self.stop_asked())):
                 raise self.Stopped
             return network.backbone.forward(images)  # as such: what is compiled is compiled for training
 
@@ -284,16 +240,16 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """Compute or load features, classify, print a line for each k; {k: (top1, top5)}."""
     check_args(args)
-    device = utils.init_distributed_mode(args.dist_url)
+    device = init_distributed_mode(args.dist_url)
     keep_on = device if args.use_cuda else torch.device("cpu")
-    utils.fix_random_seeds(args.seed)
+    fix_random_seeds(args.seed)
     if args.dump_features:  # now: its folder is needed when all the work is done
         cli.make_folder(args.dump_features, "dump_features")
     if args.load_features:
         tensors = load_features(args.load_features, keep_on)
     else:
         tensors = compute_features(args, device, keep_on)
-    if not utils.is_main_process():
+    if not is_main_process():
         return {}
     if args.dump_features:
         dump_features(args.dump_features, tensors)
@@ -301,13 +257,13 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     most = len(train_features)
     ks = list(dict.fromkeys(min(k, most) for k in args.nb_knn))
     if max(args.nb_knn) > most:
-        utils.log(f"note: --nb_knn limited to the {most} training images")
+        log(f"note: --nb_knn limited to the {most} training images")
     num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     accuracies = knn_accuracies(
         train_features, train_labels, test_features, test_labels, ks, args.temperature, num_classes
     )
     for k, (top1, top5) in accuracies.items():
-        utils.log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+        log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
     return accuracies
 
 

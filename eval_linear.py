@@ -15,19 +15,34 @@ import copy
 import functools
 import json
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
-import cli
-import utils
-from augmentation import normalize
-from checkpoints import (
+from support import cli
+from support.cli import DefaultInt, bool_flag
+from support.data import EpochSampler, open_labelled_images, open_train_and_val, read_labelled
+from support.distributed import (
+    all_reduce_mean,
+    fix_random_seeds,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+)
+from support.errors import UserError
+from support.features import extract_features
+from support.logger import MetricLogger, log
+from support.pixels import normalize
+from support.weights import (
     PUBLISHED,
     check_finite,
     digest,
@@ -38,10 +53,7 @@ from checkpoints import (
     load_strictly,
     save_checkpoint,
 )
-from cli import DefaultInt
-from data import AugmentedImages, EpochSampler, open_labelled_images, open_train_and_val
-from eval_knn import extract_features
-from utils import UserError, bool_flag
+from utils import HorizontalFlip, RandomResizedCrop
 from vision_transformer import VisionTransformer
 
 
@@ -140,6 +152,28 @@ def frozen_features(
         mean = layers[-1][:, 1:].float().mean(dim=1)
         classes[-1] = torch.stack([classes[-1], mean], dim=-1).flatten(1)
     return torch.cat(classes, dim=-1)
+
+
+class AugmentedImages(Dataset):
+    """Randomly cropped and flipped images with label, as a linear classifier is trained on them.
+
+    Item (epoch, i) is uint8 (3, size, size); it depends on the seed, the epoch and i alone.
+    """
+
+    def __init__(self, images: Dataset, size: int, seed: int):
+        self.images, self.seed = images, seed
+        # torchvision's defaults, which the published evaluation keeps: bilinear, unlike the training's
+        self.crop = RandomResizedCrop(size, (0.08, 1), interpolation=Image.Resampling.BILINEAR)
+        self.flip = HorizontalFlip()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = item
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        image, label = read_labelled(self.images, index)
+        return pil_to_tensor(self.flip(self.crop(image, rng), rng)), label
 
 
 class LinearClassifier(nn.Module):
@@ -262,7 +296,7 @@ def resume(path: Path, pieces: dict, args: dict) -> dict:
             pieces[name].load_state_dict(checkpoint[name])
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{name} does not fit: {error}", str(path), "give another --output_dir") from None
-    utils.log(f"resuming {path} at epoch {checkpoint['epoch']}")
+    log(f"resuming {path} at epoch {checkpoint['epoch']}")
     return {name: checkpoint[name] for name in ("epoch", "best", "state_dict")}
 
 
@@ -326,18 +360,18 @@ def count_classes(images: Dataset, num_labels: int) -> tuple[int, int]:
 
 def report(lrs: list[float], best: list[dict]) -> None:
     """A line for each learning rate, and which was best; `best` holds each one's best validation."""
-    utils.log(f"{'lr':>10} {'top-1':>7} {'top-5':>7}  epoch")
+    log(f"{'lr':>10} {'top-1':>7} {'top-5':>7}  epoch")
     for lr, row in zip(lrs, best, strict=True):
-        utils.log(f"{lr:10g} {row['acc1']:7.2f} {row['acc5']:7.2f}  {row['epoch']}")
+        log(f"{lr:10g} {row['acc1']:7.2f} {row['acc5']:7.2f}  {row['epoch']}")
     lr, row = max(zip(lrs, best, strict=True), key=lambda pair: pair[1]["acc1"])
-    utils.log(f"Best accuracy: top-1 {row['acc1']:.2f} %, top-5 {row['acc5']:.2f} %, with --lr {lr:g}")
+    log(f"Best accuracy: top-1 {row['acc1']:.2f} %, top-5 {row['acc5']:.2f} %, with --lr {lr:g}")
 
 
 def main(args: argparse.Namespace) -> list[dict[str, float]]:
     """Train classifiers on frozen features, or evaluate one; each one's best validation."""
     check_args(args)
-    device = utils.init_distributed_mode(args.dist_url)
-    utils.fix_random_seeds(args.seed)
+    device = init_distributed_mode(args.dist_url)
+    fix_random_seeds(args.seed)
 
     where = args.data_path, args.dataset, args.download, args.demo
     if args.evaluate:
@@ -372,7 +406,7 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
             raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
     width = features_of(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
     num_labels, classes = count_classes(val_images, args.num_labels)
-    utils.log(f"features: {kind}, {width} wide; {classes} classes")
+    log(f"features: {kind}, {width} wide; {classes} classes")
 
     if args.evaluate:
         weights = args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar"))
@@ -380,13 +414,13 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
             weights, width, num_labels, args.n_last_blocks, args.avgpool_patchtokens, digest(backbone)
         ).to(device)
         results = validate_network(classifier, *extract(val_images))
-        utils.log(
+        log(
             f"Accuracy of the network on the {len(val_images)} test images: "
             f"top-1 {results[0]['acc1']:.2f} %, top-5 {results[0]['acc5']:.2f} %"
         )
         return results
 
-    sampler = EpochSampler(train_images, utils.get_world_size(), utils.get_rank(), seed=args.seed)
+    sampler = EpochSampler(train_images, get_world_size(), get_rank(), seed=args.seed)
     if args.cache_features:
         cached = functools.cache(functools.partial(extract, train_images))
 
@@ -426,19 +460,19 @@ def train_linear(
     gives the features. Returns each classifier's best validation.
     """
     output_dir = cli.make_folder(args.output_dir)
-    batch_size = args.batch_size_per_gpu * utils.get_world_size()
+    batch_size = args.batch_size_per_gpu * get_world_size()
     optimizer = build_optimizer(classifiers, [lr * batch_size / 256 for lr in args.lr])
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
     pieces = {"classifiers": classifiers, "optimizer": optimizer, "scheduler": scheduler}
-    recorded = plain_args(args) | {"world_size": utils.get_world_size(), "backbone": backbone}
+    recorded = plain_args(args) | {"world_size": get_world_size(), "backbone": backbone}
     state = {"epoch": 0, "best": [{"acc1": -1.0}] * len(args.lr), "state_dict": {}, "args": recorded}
     state |= resume(output_dir / "checkpoint.pth.tar", pieces, recorded)
-    model = DistributedDataParallel(classifiers) if utils.get_world_size() > 1 else classifiers
+    model = DistributedDataParallel(classifiers) if get_world_size() > 1 else classifiers
 
     steps = math.ceil(len(sampler) / args.batch_size_per_gpu)
     for epoch in range(state["epoch"], args.epochs):
         sampler.set_epoch(epoch)
-        logger = utils.MetricLogger(f"epoch {epoch}", batch_size, steps * (args.epochs - epoch - 1))
+        logger = MetricLogger(f"epoch {epoch}", batch_size, steps * (args.epochs - epoch - 1))
         total = torch.zeros(len(args.lr), device=classifiers[0].linear.weight.device)
         for step, losses in enumerate(train(model, optimizer, logger.log_every(batches(), steps))):
             total += losses
@@ -447,7 +481,7 @@ def train_linear(
         scheduler.step()
         records = [
             {"epoch": epoch, "lr": lr, "train_loss": loss}
-            for lr, loss in zip(args.lr, utils.all_reduce_mean(total / steps).tolist(), strict=True)
+            for lr, loss in zip(args.lr, all_reduce_mean(total / steps).tolist(), strict=True)
         ]
 
         if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
@@ -459,10 +493,10 @@ def train_linear(
                 if result["acc1"] > state["best"][i]["acc1"]:
                     state["best"][i] = result | {"epoch": epoch}
             top = max(results, key=lambda result: result["acc1"])
-            utils.log(f"epoch {epoch}: top-1 {top['acc1']:.2f} %, top-5 {top['acc5']:.2f} %")
+            log(f"epoch {epoch}: top-1 {top['acc1']:.2f} %, top-5 {top['acc5']:.2f} %")
 
         state["epoch"] = epoch + 1
-        if utils.is_main_process():
+        if is_main_process():
             saved = {name: piece.state_dict() for name, piece in pieces.items()}
             save_checkpoint(state | saved, output_dir / "checkpoint.pth.tar")
             with open(output_dir / "log_linear.txt", "a") as file:

@@ -25,15 +25,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-import backbones
-import cli
-import monitor
 import utils
-from augmentation import normalized_views
-from checkpoints import init_from, load_backbone
-from cli import DefaultInt
-from curves import Curves
-from data import (
+from eval_knn import PeriodicKNN, knn_top1
+from support import backbones, cli, monitor
+from support.cli import DefaultInt, bool_flag, cpu_has_bf16
+from support.curves import Curves
+from support.data import (
     EpochSampler,
     TrainingViews,
     ending_workers,
@@ -42,9 +39,20 @@ from data import (
     sample_name,
     to_device,
 )
-from eval_knn import PeriodicKNN, knn_top1
-from restart import RandomStates, has_checkpoint, identity, resume, save_record, save_run
-from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, UserError, bool_flag
+from support.distributed import (
+    barrier,
+    fix_random_seeds,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+)
+from support.errors import Interrupted, UserError
+from support.logger import MetricLogger, log
+from support.pixels import normalized_views
+from support.restart import RandomStates, has_checkpoint, identity, resume, save_record, save_run
+from support.weights import init_from, load_backbone
+from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
 from vision_transformer import VITS
 from visualize_attention import draw_views, stack
 
@@ -65,7 +73,7 @@ def demo_defaults() -> dict:
         momentum_teacher=0.985,
         warmup_teacher_temp=0.02,
         teacher_temp=0.02,
-        precision="bf16" if utils.cpu_has_bf16() else "fp32",
+        precision="bf16" if cpu_has_bf16() else "fp32",
         weight_decay=0.04,
         weight_decay_end=0.04,
         batch_size_per_gpu=16,
@@ -292,7 +300,7 @@ def check_args(args: argparse.Namespace) -> None:
         if value > args.epochs and not isinstance(value, DefaultInt):
             raise UserError(f"longer than --epochs {args.epochs}", f"--{name} {value}", "shorten it")
         if value > args.epochs:
-            utils.log(f"warning: --{name} shortened from its default {value} to --epochs {args.epochs}")
+            log(f"warning: --{name} shortened from its default {value} to --epochs {args.epochs}")
         setattr(args, name, min(int(value), args.epochs))
 
 
@@ -367,7 +375,7 @@ def compile_in_place(*networks: MultiCropWrapper) -> None:
 
 def distribute(model: nn.Module, device: torch.device, crop_sizes: Iterable[int]) -> nn.Module:
     """Wrap the student so that ranks start from the same weights and average their gradients."""
-    if utils.get_world_size() == 1:
+    if get_world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -381,10 +389,10 @@ def distribute(model: nn.Module, device: torch.device, crop_sizes: Iterable[int]
 
 def synchronize_batchnorms(model: nn.Module, device: torch.device) -> nn.Module:
     """Batch statistics over all ranks, where the model has batch norms and torch can."""
-    if utils.get_world_size() == 1 or not utils.has_batchnorms(model):
+    if get_world_size() == 1 or not utils.has_batchnorms(model):
         return model
     if device.type == "cpu":
-        utils.log("warning: batch norms see each process's own images: torch synchronises them on GPUs only")
+        log("warning: batch norms see each process's own images: torch synchronises them on GPUs only")
         return model
     return backbones.convert_batchnorms(model)
 
@@ -440,18 +448,18 @@ def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) 
 def train_dino(args: argparse.Namespace) -> None:
     """Set up the pieces, resume if there is something to resume, train, log and save."""
     check_args(args)
-    device = utils.init_distributed_mode(args.dist_url)
-    utils.fix_random_seeds(args.seed)
+    device = init_distributed_mode(args.dist_url)
+    fix_random_seeds(args.seed)
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
 
     # ---- data
     images = open_training_images(args.data_path, args.dataset, args.download, args.demo)
     rank_batch_size = args.batch_size_per_gpu * args.accum_steps
-    batch_size = rank_batch_size * utils.get_world_size()
+    batch_size = rank_batch_size * get_world_size()
     check_batch(len(images), batch_size)
     dataset = TrainingViews(images, build_augmentation(args), args.seed, args.augment_on == "device")
-    sampler = EpochSampler(dataset, utils.get_world_size(), utils.get_rank(), seed=args.seed)
+    sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
     loader = DataLoader(
         dataset,
         batch_size=rank_batch_size,
@@ -481,8 +489,10 @@ def train_dino(args: argparse.Namespace) -> None:
     output_dir = cli.make_folder(args.output_dir)
     # Weights come from 1. the run to continue, below; 2. --init_from; 3. the random seed.
     if args.init_from and not has_checkpoint(output_dir):
-        init_from(student, args.init_from, args.arch, args.patch_size, args.global_crops_size)
-        utils.log(f"starting from the weights of {args.init_from}")
+        init_from(
+            student.backbone, student.head, args.init_from, args.arch, args.patch_size, args.global_crops_size
+        )
+        log(f"starting from the weights of {args.init_from}")
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student.backbone, args.arch)
@@ -538,7 +548,7 @@ def train_dino(args: argparse.Namespace) -> None:
         name_of=functools.partial(sample_name, images),
         stop_asked=signals.asked,
     )
-    logger = utils.MetricLogger("", batch_size)
+    logger = MetricLogger("", batch_size)
     pieces = {
         "student": student_alone,
         "teacher": teacher,
@@ -559,13 +569,13 @@ def train_dino(args: argparse.Namespace) -> None:
         state = {name: piece.state_dict() for name, piece in pieces.items()}
         state |= {"epoch": step // steps_per_epoch, "step": step, "args": vars(args)}
         state |= {"sampler": {"seen": step % steps_per_epoch * batch_size}, "identity": run_identity}
-        if utils.is_main_process():
+        if is_main_process():
             save_run(output_dir, state, record, keep_as, last)
 
     # ---- train
-    curves = Curves(output_dir, args.tensorboard, step) if utils.is_main_process() else None
-    utils.log(
-        f"training {args.arch} on {len(images)} images, {utils.get_world_size()} process(es) on "
+    curves = Curves(output_dir, args.tensorboard, step) if is_main_process() else None
+    log(
+        f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on "
         f"{device.type}, {dtype or torch.float32}, from step {step} to {last_step}"
     )
     with signals, ending_workers(loader):
@@ -613,10 +623,10 @@ def train_dino(args: argparse.Namespace) -> None:
             if record and curves:
                 save_record(output_dir, record)
                 curves.update(record)
-    utils.barrier()  # what was saved is there for every rank
+    barrier()  # what was saved is there for every rank
     if step < last_step:
         cause = signals.received.name if signals.received else "a signal to another process"
-        raise utils.Interrupted(
+        raise Interrupted(
             f"by {cause}, step {step} of {last_step} is saved", str(output_dir), "the same command resumes"
         )
 
@@ -663,7 +673,7 @@ def train_one_epoch(
     freeze_last_layer: int,
     seed: int,
     guard: monitor.RunGuard,
-    logger: utils.MetricLogger,
+    logger: MetricLogger,
 ) -> int:
     """Algorithm 1 of the paper, from global step `first_step` to the end of `batches`.
 
@@ -675,7 +685,7 @@ def train_one_epoch(
         # schedules and random numbers (drop path) of this step
         lr, wd, momentum = (float(schedules[name][step]) for name in ("lr", "wd", "momentum"))
         utils.set_schedules(optimizer, lr, wd)
-        utils.fix_random_seeds(seed, utils.get_rank(), step)
+        fix_random_seeds(seed, get_rank(), step)
 
         # forward: the teacher sees the global views, the student all; backward
         views = normalized_views(views, colours)
@@ -714,8 +724,8 @@ def train_one_epoch(
 def report_demo(args: argparse.Namespace) -> None:
     """Print k-NN accuracy before and after training; save a picture of views, attention and curves."""
     output_dir = Path(args.output_dir)
-    device = utils.init_distributed_mode(args.dist_url)
-    utils.fix_random_seeds(args.seed)  # the weights that training started from
+    device = init_distributed_mode(args.dist_url)
+    fix_random_seeds(args.seed)  # the weights that training started from
     untrained = backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size)[0]
     networks = {"raw pixels": nn.Flatten(), "random initialisation": untrained}
     for key in ("student", "teacher"):
@@ -724,26 +734,26 @@ def report_demo(args: argparse.Namespace) -> None:
             weights, key, args.arch, args.patch_size, args.global_crops_size
         )
 
-    utils.log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
+    log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
     # Drawn once for all networks.
     train, val = ([part[i] for i in range(len(part))] for part in open_train_and_val("", demo=True))
     for name, network in networks.items():
         top1 = knn_top1(network.to(device).eval(), train, val, args.global_crops_size, device)
-        utils.log(f"  {name:22} {top1:5.1f} %")
+        log(f"  {name:22} {top1:5.1f} %")
 
-    if not utils.is_main_process():
+    if not is_main_process():
         return
     try:
         picture = draw_views(val[1][0], build_augmentation(args), networks["trained teacher"])
     except UserError as error:  # no matplotlib, or a network without attention
-        utils.log(f"note: no picture: {error}")
+        log(f"note: no picture: {error}")
         return
     with contextlib.suppress(OSError), Image.open(output_dir / "curves.png") as curves:
         picture = stack(
             [picture, curves.resize((picture.width, picture.width * curves.height // curves.width))]
         )
     picture.save(output_dir / "demo.png")
-    utils.log(f"picture: {output_dir / 'demo.png'}")
+    log(f"picture: {output_dir / 'demo.png'}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -762,7 +772,7 @@ def main(args: argparse.Namespace) -> None:
 def end_at_once(number: int, _) -> None:
     """For a signal before or after training, when there is nothing to finish and nothing to save."""
     name = signal.Signals(number).name
-    cli.end_at_once(utils.Interrupted(f"by {name}, outside of training", "", "the same command resumes"))
+    cli.end_at_once(Interrupted(f"by {name}, outside of training", "", "the same command resumes"))
 
 
 if __name__ == "__main__":

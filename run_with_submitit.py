@@ -18,11 +18,10 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-import cli
 import main_dino
-import rendezvous
-import utils
-from utils import UserError
+from support import cli, distributed
+from support.distributed import barrier, is_main_process
+from support.errors import Interrupted, UserError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -75,7 +74,7 @@ class Trainer:
     def __call__(self) -> None:
         job = submitit.JobEnvironment()
         if job.cluster == "local":  # as a launcher would; under SLURM, `rendezvous` asks SLURM
-            port = rendezvous.port_of(int(job.job_id), self.attempt)
+            port = distributed.port_of(int(job.job_id), self.attempt)
             os.environ |= {
                 "RANK": str(job.global_rank), "WORLD_SIZE": str(job.num_tasks),
                 "LOCAL_RANK": str(job.local_rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -87,14 +86,14 @@ class Trainer:
         """Train; if that was stopped, and not by `scancel`, have the job requeued."""
         try:
             main_dino.main(args)
-        except utils.Interrupted as stop:
+        except Interrupted as stop:
             try:
-                if utils.is_main_process() and still_wanted():
+                if is_main_process() and still_wanted():
                     cli.say(stop)
                     # What was a signal to save is now, with all saved, submitit's signal to requeue.
                     signal.raise_signal(getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}"))
             finally:
-                utils.barrier()  # a process that ends makes SLURM end the others
+                barrier()  # a process that ends makes SLURM end the others
             raise
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:

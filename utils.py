@@ -1,38 +1,194 @@
 """What the scripts share, in the order in which data flows through training:
 
-networks - loss - schedules - optimisation - distributed - logging - run.
+augmentation - networks - loss - schedules - optimisation.
 
 Shapes: B images, V views, C x H x W pixels, D backbone width, K prototypes (`out_dim`).
 "Paper" is Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021),
 https://arxiv.org/abs/2104.14294.
 """
 
-import argparse
 import contextlib
 import itertools
 import math
-import os
 import random
-import sys
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import rendezvous
-from augmentation import (  # noqa: F401  (the published layout has these here)
-    DataAugmentationDINO,
-    GaussianBlur,
-    Solarization,
-)
+from support.distributed import all_gather, all_reduce_mean
+from support.pixels import View, cut, normalize, recolour, to_pixels
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation. Random sources have the methods of `random.Random`.
+# ---------------------------------------------------------------------------------------------
+
+
+class RandomResizedCrop:
+    """A crop of random area and aspect ratio, resized to `size` x `size` pixels."""
+
+    def __init__(
+        self,
+        size: int,
+        scale: Sequence[float],
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: Image.Resampling = Image.Resampling.BICUBIC,
+    ):
+        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
+
+    def draw(self, width: int, height: int, rng=random) -> tuple[int, int, int, int]:
+        """Top, left, height and width; as in torchvision, ten tries and then the centre."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(low, high))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        top, left, h, w = self.draw(*image.size, rng)
+        box = (left, top, left + w, top + h)
+        return image.crop(box).resize((self.size, self.size), self.interpolation)
+
+
+class HorizontalFlip:
+    """Mirror the image, with probability `p`."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def draw(self, rng=random) -> bool:
+        return rng.random() < self.p
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        return TF.hflip(image) if self.draw(rng) else image
+
+
+class ColorJitter:
+    """With probability `p`, change brightness, contrast, saturation and hue in random order."""
+
+    def __init__(self, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
+        self.p = p
+        self.ranges = (
+            (1 - brightness, 1 + brightness),
+            (1 - contrast, 1 + contrast),
+            (1 - saturation, 1 + saturation),
+            (-hue, hue),
+        )
+
+    def draw(self, rng=random) -> list[float]:
+        """What comes first to fourth, as indices into `ADJUSTMENTS` (-1: nothing), and its amount."""
+        if rng.random() >= self.p:
+            return [-1, 0.0] * 4
+        order = rng.sample(range(4), 4)
+        return [number for which in order for number in (which, rng.uniform(*self.ranges[which]))]
+
+
+class Grayscale:
+    """Drop the colour, with probability `p`."""
+
+    def __init__(self, p: float = 0.2):
+        self.p = p
+
+    def draw(self, rng=random) -> bool:
+        return rng.random() < self.p
+
+
+class GaussianBlur:
+    """With probability `p`, blur with a radius (in pixels) drawn from the given range."""
+
+    def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
+        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
+
+    def draw(self, rng=random) -> float:
+        """A radius; 0 for no blur."""
+        return rng.uniform(self.radius_min, self.radius_max) if rng.random() < self.p else 0.0
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        radius = self.draw(rng)
+        return image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
+
+
+class Solarization:
+    """Invert the pixels above half brightness, with probability `p`."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def draw(self, rng=random) -> bool:
+        return rng.random() < self.p
+
+    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
+        return TF.solarize(image, 128) if self.draw(rng) else image
+
+
+class DataAugmentationDINO:
+    """The views of one image: 2 global ones, then `local_crops_number` local ones.
+
+    Scales are (smallest, largest) shares of the image's area. Blur and solarisation differ
+    between the views as in the paper: one global view is always blurred, the other seldom and
+    sometimes solarised.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: Sequence[float],
+        local_crops_scale: Sequence[float],
+        local_crops_number: int,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+    ):
+        def recipe(size, scale, blur_p, solarize_p):
+            colour = (ColorJitter(), Grayscale(), GaussianBlur(blur_p), Solarization(solarize_p))
+            return RandomResizedCrop(size, scale), HorizontalFlip(), *colour
+
+        self.recipes = [
+            recipe(global_crops_size, global_crops_scale, blur_p=1.0, solarize_p=0.0),
+            recipe(global_crops_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
+        ]
+        local = recipe(local_crops_size, local_crops_scale, blur_p=0.5, solarize_p=0.0)
+        self.recipes += [local] * local_crops_number
+
+    def draw(self, width: int, height: int, rng=random) -> list[View]:
+        """What is random in the V views of an image of this size."""
+        return [
+            View(
+                crop.size,
+                crop.draw(width, height, rng),
+                flip.draw(rng),
+                [*jitter.draw(rng), grey.draw(rng), blur.draw(rng), solarize.draw(rng)],
+            )
+            for crop, flip, jitter, grey, blur, solarize in self.recipes
+        ]
+
+    def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], Tensor]:
+        """uint8 (3, H, W) -> V crops, uint8, and what `recolour` is to do to them, (V, 11)."""
+        views = self.draw(pixels.shape[2], pixels.shape[1], rng)
+        colours = torch.tensor([view.colour for view in views], dtype=torch.float64)
+        return [cut(pixels, view) for view in views], colours
+
+    def uint8_views(self, pixels: Tensor, rng=random) -> list[Tensor]:
+        """uint8 (3, H, W) -> V views, uint8 (3, size, size): a quarter of a float's bytes to ship."""
+        crops, colours = self.crops(pixels, rng)
+        rows = colours.tolist()
+        views = (recolour(crop[None], [row])[0] for crop, row in zip(crops, rows, strict=True))
+        # By way of NumPy, which is five times as fast at this.
+        return [torch.from_numpy(view.numpy().astype(np.uint8)) for view in views]
+
+    def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
+        """An RGB image -> V normalised views, float32 (3, size, size)."""
+        return [normalize(view) for view in self.uint8_views(to_pixels(image), rng)]
+
 
 # ---------------------------------------------------------------------------------------------
 # Networks
@@ -430,257 +586,15 @@ class LARS(torch.optim.Optimizer):
 
 
 # ---------------------------------------------------------------------------------------------
-# Distributed
+# Names that the published `utils` had and that now live in support/
 # ---------------------------------------------------------------------------------------------
 
-
-def init_distributed_mode(dist_url: str = "env://") -> torch.device:
-    """Choose this process's device, and join the group if there are several. Raises UserError."""
-    rank, world_size, local_rank = rendezvous.launched_as()
-    if torch.cuda.is_available():
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if 1 < gpus < processes:  # 1: perhaps each process is shown another one
-            raise UserError(f"{processes} processes for {gpus} GPUs", "torchrun", "start one process per GPU")
-        # SLURM may show each task one GPU of its own, which is then number 0.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    elif world_size == 1 and torch.backends.mps.is_available():
-        device = torch.device("mps")
-    else:
-        device = torch.device("cpu")
-    if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
-            store = rendezvous.meet(dist_url, rank, world_size)
-        except TimeoutError as error:
-            raise Interrupted(str(error), "", "start them together") from error
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            device_id=device if device.type == "cuda" else None,
-        )
-    return device
-
-
-def get_rank() -> int:
-    """This process's number, 0 without a group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def get_world_size() -> int:
-    """How many processes train together, 1 without a group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main_process() -> bool:
-    """Whether this process logs and saves."""
-    return get_rank() == 0
-
-
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    if get_world_size() > 1:
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def main_process_first():
-    """The main process runs the block, then the others do."""
-    if not is_main_process():
-        barrier()
-    try:
-        yield
-    finally:
-        if is_main_process():
-            barrier()
-
-
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over the ranks, in place; the tensor itself without a group."""
-    if get_world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= get_world_size()
-    return tensor
-
-
-def all_gather(tensor: Tensor) -> Tensor:
-    """Tensors of the same shape from all ranks, concatenated along the first dimension."""
-    if get_world_size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-
-
-def all_gather_object(value) -> list:
-    """Small picklable values of all ranks, in their order."""
-    values = [value] * get_world_size()
-    if get_world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-# ---------------------------------------------------------------------------------------------
-# Logging
-# ---------------------------------------------------------------------------------------------
-
-
-def log(message: str) -> None:
-    """Print once, from the main process, above a progress bar if there is one."""
-    if is_main_process():
-        tqdm.write(message)
-        sys.stdout.flush()
-
-
-class SmoothedValue:
-    """A series: its mean over the last `window` values and over all."""
-
-    def __init__(self, window: int = 20):
-        self.recent: deque[float] = deque(maxlen=window)
-        self.total, self.count = 0.0, 0
-
-    def update(self, value: float) -> None:
-        self.recent.append(value)
-        self.total += value
-        self.count += 1
-
-    @property
-    def avg(self) -> float:
-        return sum(self.recent) / max(len(self.recent), 1)
-
-    @property
-    def global_avg(self) -> float:
-        return self.total / max(self.count, 1)
-
-
-class MetricLogger:
-    """Shows an epoch while it runs: a progress bar on a terminal, else a line every 10 steps."""
-
-    def __init__(self, header: str, images_per_step: int, steps_after: int = 0, print_freq: int = 10):
-        """`images_per_step` counts all ranks; `steps_after`, for the ETA, follow this epoch."""
-        self.header, self.images_per_step = header, images_per_step
-        self.steps_after, self.print_freq = steps_after, print_freq
-        self.meters: dict[str, SmoothedValue] = {}
-        self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
-
-    def update(self, **values: float) -> None:
-        """Add one step's value to each named series."""
-        for name, value in values.items():
-            self.meters.setdefault(name, SmoothedValue()).update(value)
-
-    def start_epoch(self) -> None:
-        """Begin all series anew."""
-        self.meters.clear()
-        self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
-
-    def state_dict(self) -> dict[str, tuple[float, int]]:
-        """Sum and length of each series, so that a restart within an epoch keeps its averages."""
-        series = self.meters | {"step_time": self.step_time}
-        return {name: (meter.total, meter.count) for name, meter in series.items()}
-
-    def load_state_dict(self, state: dict[str, tuple[float, int]]) -> None:
-        """Go on from what `state_dict` gave."""
-        for name, (total, count) in state.items():
-            own = self.step_time if name == "step_time" else self.meters.setdefault(name, SmoothedValue())
-            own.total, own.count = float(total), int(count)
-
-    def averages(self) -> dict[str, float]:
-        """Each series' mean over the epoch, and its images/s."""
-        speed = self.images_per_step / self.step_time.global_avg if self.step_time.total else 0.0
-        return {n: m.global_avg for n, m in self.meters.items()} | {"images_per_second": speed}
-
-    def log_every(self, batches: Iterable, length: int) -> Iterator:
-        """Yield the batches; time them and show the meters in between."""
-        digits = len(str(length))
-        show_bar = is_main_process() and sys.stderr.isatty()
-        with tqdm(total=length, desc=self.header, leave=False, disable=not show_bar) as bar:
-            asked = time.perf_counter()
-            for step, batch in enumerate(batches, 1):
-                got = time.perf_counter()
-                yield batch
-                done = time.perf_counter()
-                self.data_time.update(got - asked)
-                self.step_time.update(done - asked)
-                asked = done
-                bar.update()
-                if show_bar:
-                    bar.set_postfix_str(self.status(length - step), refresh=False)
-                elif step % self.print_freq == 0 or step == length:
-                    log(f"{self.header} [{step:{digits}d}/{length}] {self.status(length - step)}")
-
-    def status(self, steps_left: int) -> str:
-        """Meters, speed, share of time spent waiting for data, time left, peak GPU memory."""
-        seconds = max(self.step_time.avg, 1e-9)
-        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps_left + self.steps_after)))
-        days = int(seconds * (steps_left + self.steps_after) // 86400)
-        parts = [f"{name} {meter.avg:.4g}" for name, meter in self.meters.items()]
-        parts += [
-            f"{self.images_per_step / seconds:.0f} img/s",
-            f"data {self.data_time.avg / seconds:.0%}",
-            f"eta {f'{days}d ' if days else ''}{eta}",
-        ]
-        if torch.cuda.is_available():
-            parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-        return "  ".join(parts)
-
-
-# ---------------------------------------------------------------------------------------------
-# Run
-# ---------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """Something the user can mend. Printed as `error: <what> (<where>): <fix>`, exit code 2."""
-
-    label, exit_code = "error", 2
-    alone = False  # whether only the process that raises it knows of it, and so has to say it
-
-    def __init__(self, what: str, where: str = "", fix: str = ""):
-        super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
-
-
-class ImageError(UserError):
-    """An image that cannot be read."""
-
-    alone = True
-
-
-class TrainingError(UserError):
-    """Training cannot go on as asked; what was saved stays. Exit code 1."""
-
-    exit_code = 1
-
-
-class Interrupted(UserError):
-    """The run was stopped from outside; the same command resumes it. Exit code 75, EX_TEMPFAIL."""
-
-    label, exit_code = "stopped", 75
-
-
-class StoppedAtOnce(Interrupted):
-    """Not even the step was finished. Exit code 130, as a shell has it for SIGINT."""
-
-    exit_code = 130
-
-
-def bool_flag(value: str) -> bool:
-    """`true`, `on`, `1` or `false`, `off`, `0`."""
-    words = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
-    if value.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
-    return words[value.lower()]
-
-
-def fix_random_seeds(*entropy: int) -> None:
-    """Seed Python, NumPy and torch on every device from a few numbers, e.g. (seed, rank, step)."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether bfloat16 is faster than float32 on this CPU: where it is emulated, it is far slower."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+from support.cli import bool_flag  # noqa: E402, F401
+from support.distributed import (  # noqa: E402, F401
+    fix_random_seeds,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+)
+from support.logger import MetricLogger, SmoothedValue  # noqa: E402, F401

@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.utils import make_grid
 
-import cli
-import utils
-from augmentation import DataAugmentationDINO, normalize, to_pixels
-from backbones import check_divides
-from checkpoints import load_backbone, read_weights, settle_architecture
-from cli import DefaultInt
-from data import ImageFiles, read_labelled
-from shapes import Shapes
-from utils import UserError
+from support import cli
+from support.backbones import check_divides
+from support.cli import DefaultInt
+from support.data import ImageFiles, read_labelled
+from support.distributed import fix_random_seeds, init_distributed_mode, is_main_process
+from support.errors import UserError
+from support.logger import log
+from support.pixels import normalize, to_pixels
+from support.shapes import Shapes
+from support.weights import load_backbone, read_weights, settle_architecture
+from utils import DataAugmentationDINO
 from vision_transformer import VisionTransformer
 
 DEMO = {"pretrained_weights": "demo_run/checkpoint.pth", "image_size": [64], "threshold": 0.9}
@@ -309,9 +311,9 @@ def visualize(
             picture.save(folder / f"{file}.png")
         if i < ON_SHEET:
             rows += sheet_rows(pictures)
-        utils.log(f"{images.paths[i]}: {attention.shape[0]} heads, {len(pictures)} pictures in {folder}")
+        log(f"{images.paths[i]}: {attention.shape[0]} heads, {len(pictures)} pictures in {folder}")
     contact_sheet(rows).save(output_dir / "sheet.png")
-    utils.log(f"side by side: {output_dir / 'sheet.png'}")
+    log(f"side by side: {output_dir / 'sheet.png'}")
 
 
 def segment_shapes(
@@ -345,22 +347,20 @@ def report_demo(
     """
     shapes = Shapes("val", num_images)
     known = settle_architecture(read_weights(weights, checkpoint_key), arch, patch_size, DefaultInt(224))
-    utils.fix_random_seeds(seed)  # the weights that the training started from
+    fix_random_seeds(seed)  # the weights that the training started from
     networks = {
         name: load_backbone(source, checkpoint_key, *known)[0].to(device)
         for name, source in (("random initialisation", "random"), ("trained", weights))
     }
     for size in image_size:  # what would be cut off is in the true masks
         check_divides("image_size", size, patch_size_of(networks["trained"]))
-    utils.log(f"{threshold:.0%} of the best head's attention against the true mask, {num_images} images")
+    log(f"{threshold:.0%} of the best head's attention against the true mask, {num_images} images")
     result = {}
     for name, network in networks.items():
         scores, shares = segment_shapes(network, shapes, image_size, threshold, device)
         best = int(scores.argmax())
         result[name] = 100 * scores[best].item()
-        utils.log(
-            f"  {name:22} Jaccard {result[name]:.1f} %, on the object {100 * shares[best].item():.1f} %"
-        )
+        log(f"  {name:22} Jaccard {result[name]:.1f} %, on the object {100 * shares[best].item():.1f} %")
 
     rows = []
     for i in range(4):
@@ -368,16 +368,16 @@ def report_demo(
         attention = cls_attention(networks["trained"], to_batch([image], device))[0]
         rows += sheet_rows(draw(image, attention, threshold), Image.fromarray(shapes.mask(i)))
     contact_sheet(rows, side=96).save(output_dir / "sheet.png")
-    utils.log(f"image and true mask, mean and heads: {output_dir / 'sheet.png'}")
+    log(f"image and true mask, mean and heads: {output_dir / 'sheet.png'}")
     return result
 
 
 def main(args: argparse.Namespace) -> None:
     """Write the pictures; under `--demo`, measure the segmentation too."""
     check_args(args)
-    device = utils.init_distributed_mode()
-    utils.fix_random_seeds(args.seed)
-    if not utils.is_main_process():  # there is no work to share
+    device = init_distributed_mode()
+    fix_random_seeds(args.seed)
+    if not is_main_process():  # there is no work to share
         return
     if args.demo:
         if not Path(args.pretrained_weights).is_file():

@@ -32,12 +32,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import cli
 import eval_knn
 import main_dino
-import restart
-import utils
-from checkpoints import load_checkpoint
+from support import cli, restart
+from support.errors import UserError
+from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, save_images
 
 NOBODY = 65534  # root may do everything, so that permissions are tested as somebody else
@@ -155,7 +154,7 @@ def unreadable(folder: Path) -> int:
     for path in folder.glob("*.pth"):
         try:
             load_checkpoint(path)
-        except utils.UserError:
+        except UserError:
             count += 1
     return count
 
@@ -482,7 +481,7 @@ class BadInputs:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             try:
                 main_dino.check_args(main_dino.parse_args(argv))
-            except utils.UserError as error:
+            except UserError as error:
                 code, message = 2, f"error: {error}\n"
                 said.write(message)
             except SystemExit as end:

@@ -33,16 +33,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import backbones
 import eval_knn
 import eval_linear
 import main_dino
 import utils
-from augmentation import normalize, to_pixels
-from checkpoints import load_backbone, save_checkpoint
-from cli import DefaultStr
-from data import open_labelled_images
-from shapes import Shapes
+from support import backbones
+from support.cli import DefaultStr
+from support.data import open_labelled_images
+from support.distributed import fix_random_seeds
+from support.pixels import normalize, to_pixels
+from support.shapes import Shapes
+from support.weights import load_backbone, save_checkpoint
 from tests.conftest import ROOT
 from visualize_attention import segment_shapes
 
@@ -144,7 +145,7 @@ def train_supervised(folder: Path, flags: list[str], data: list[str]) -> None:
     images = open_labelled_images("train", *data)
     pixels = [to_pixels(images[i][0].convert("RGB")) for i in range(len(images))]
     labels = torch.tensor([images[i][1] for i in range(len(images))])
-    utils.fix_random_seeds(args.seed)
+    fix_random_seeds(args.seed)
     backbone, width = backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size)
     model = nn.Sequential(backbone, nn.Linear(width, len(images.classes)))
     augmentation = main_dino.build_augmentation(args)
@@ -206,7 +207,7 @@ def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int)
     args = main_dino.parse_args(flags)
 
     def measure() -> dict[str, float]:
-        utils.fix_random_seeds(args.seed)
+        fix_random_seeds(args.seed)
         size, shapes = args.global_crops_size, Shapes("val", count)
         network, _ = load_backbone(weights, DefaultStr("teacher"), args.arch, args.patch_size, size)
         found = {t: segment_shapes(network, shapes, [size], t, torch.device("cpu")) for t in (0.6, 0.9)}

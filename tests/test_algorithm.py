@@ -5,10 +5,12 @@ import torch
 
 import main_dino
 import utils
-from augmentation import DataAugmentationDINO, normalize
-from checkpoints import load_checkpoint
-from data import ImageFiles, TrainingViews
+from support.data import ImageFiles, TrainingViews
+from support.distributed import fix_random_seeds
+from support.pixels import normalize
+from support.weights import load_checkpoint
 from tests.conftest import TINY
+from utils import DataAugmentationDINO
 
 FLAGS = (
     "--seed 3 --epochs 3 --warmup_epochs 1 --min_lr 0.02 --weight_decay 0.1 --weight_decay_end 0.3 "
@@ -30,7 +32,7 @@ def test_a_run_is_algorithm_1(images, tmp_path, name):
     main_dino.train_dino(main_dino.parse_args(argv))
     saved = load_checkpoint(tmp_path / "checkpoint.pth")
 
-    utils.fix_random_seeds(3)
+    fix_random_seeds(3)
     student, teacher = main_dino.build_networks("vit_nano", 8, [32, 16], 0.3, 64, False, False, 32, 16)
     student.head.defer_last_layer = False
     data = TrainingViews(ImageFiles(images), DataAugmentationDINO((0.5, 1), (0.1, 0.3), 2, 32, 16), seed=3)
@@ -46,7 +48,7 @@ def test_a_run_is_algorithm_1(images, tmp_path, name):
         order = torch.randperm(20, generator=torch.Generator().manual_seed(3 + epoch))  # DistributedSampler's
         items = [data[epoch, i][0] for i in order[step % 5 * 4 :][:4].tolist()]
         views = [normalize(torch.stack(view)) for view in zip(*items, strict=True)]
-        utils.fix_random_seeds(3, 0, step)  # drop path
+        fix_random_seeds(3, 0, step)  # drop path
         q = ((teacher(views[:2]) - center) / (0.03, 0.07, 0.07)[epoch]).softmax(-1).chunk(2)
         p = (student(views) / 0.1).log_softmax(-1).chunk(4)
         pairs = [(t, s) for t in range(2) for s in range(4) if t != s]

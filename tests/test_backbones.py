@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-import backbones
-from utils import DINOHead, MultiCropWrapper, UserError
+from support import backbones
+from support.errors import UserError
+from utils import DINOHead, MultiCropWrapper
 
 
 @pytest.mark.parametrize(

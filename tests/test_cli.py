@@ -1,7 +1,8 @@
 import pytest
 
-import cli
-import utils
+from support import cli
+from support.cli import bool_flag
+from support.errors import ImageError, Interrupted, UserError
 
 
 @pytest.mark.parametrize(
@@ -13,7 +14,7 @@ import utils
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): mend it"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
         (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
-        (utils.Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
+        (Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
     ],
 )  # fmt: skip
 def test_what_comes_from_outside_is_one_line(error, code, line, capsys):
@@ -39,8 +40,8 @@ def test_what_is_a_fault_of_the_program_keeps_its_traceback():
 def test_the_one_that_knows_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(cli.from_outside(MemoryError("no room")))
-    cli.say(utils.ImageError("cannot read image"))
-    cli.say(utils.UserError("all of them know"))
+    cli.say(ImageError("cannot read image"))
+    cli.say(UserError("all of them know"))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: out of memory: no room: lower") and second == "error: cannot read image"
 
@@ -50,7 +51,7 @@ def test_help_shows_defaults_where_there_are_some(capsys):
     parser.add_argument("--text", default="", help="words")
     parser.add_argument("--switch", action="store_true", help="turns")
     parser.add_argument("--number", default=0, help="counts")
-    parser.add_argument("--flag", default=False, type=utils.bool_flag, help="decides")
+    parser.add_argument("--flag", default=False, type=bool_flag, help="decides")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     out = capsys.readouterr().out

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 import main_dino
-from curves import Curves
-from utils import UserError
+from support.curves import Curves
+from support.errors import UserError
 
 RECORD = {"train_loss": 3.0, "train_entropy": 1.0, "train_kl": 2.0, "train_lr": 1e-3, "train_wd": 0.04,
           "train_momentum": 0.99, "knn_teacher": 50.0, "epoch": 0, "step": 10}  # fmt: skip

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from augmentation import DataAugmentationDINO, eval_transform, normalized_views, to_pixels
-from data import (
+from support.data import (
     EpochSampler,
     EvalImages,
     ImageFiles,
@@ -20,8 +19,10 @@ from data import (
     open_labelled_images,
     open_training_images,
 )
+from support.errors import UserError
+from support.pixels import eval_transform, normalized_views, to_pixels
 from tests.conftest import save_images
-from utils import UserError
+from utils import DataAugmentationDINO
 
 
 def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path):

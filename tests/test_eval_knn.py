@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import eval_knn
-from augmentation import eval_transform
-from data import open_labelled_images
+from support.data import open_labelled_images
+from support.errors import UserError
+from support.pixels import eval_transform
 from tests.conftest import run, save_images, torchrun
-from utils import UserError
 
 
 def brute_force(train, train_labels, test, test_labels, k, T, num_classes):

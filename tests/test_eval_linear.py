@@ -10,17 +10,15 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision import transforms
 
-import backbones
-import cli
-import data
 import eval_linear
-import utils
-from augmentation import eval_transform
-from checkpoints import load_backbone, load_checkpoint, save_checkpoint
 from eval_linear import LinearClassifiers, frozen_features, validate_network
+from support import backbones, cli, data
+from support.distributed import fix_random_seeds
+from support.errors import UserError
+from support.pixels import eval_transform
+from support.weights import load_backbone, load_checkpoint, save_checkpoint
 from tests import golden
 from tests.conftest import run, save_images, torchrun
-from utils import UserError
 
 PUBLISHED = {
     "n_last_blocks": 4, "avgpool_patchtokens": False, "arch": "vit_small", "patch_size": 16,
@@ -97,7 +95,7 @@ def test_precision_is_that_of_the_forward_pass(vit):
 def test_training_images_are_cropped_and_flipped_as_torchvision_does():
     ramp = Image.linear_gradient("L").convert("RGB").resize((64, 48))
     images = [(ramp, 3)]
-    dataset = data.AugmentedImages(images, 16, seed=0)
+    dataset = eval_linear.AugmentedImages(images, 16, seed=0)
     views = torch.stack([dataset[epoch, 0][0] for epoch in range(1500)]).double()
     assert dataset[0, 0][1] == 3 and torch.equal(dataset[5, 0][0], dataset[5, 0][0])
     torch.manual_seed(0)
@@ -262,7 +260,7 @@ def test_cached_features_are_those_of_the_plain_images(labelled, tmp_path, monke
 
     monkeypatch.setattr(eval_linear, "cached_batches", keep)
     probe(labelled, tmp_path, "--cache_features")
-    utils.fix_random_seeds(0)
+    fix_random_seeds(0)
     backbone, size = load_backbone("random", arch="vit_nano", patch_size=8, image_size=32)
     train_images, _ = data.open_train_and_val(str(labelled))
     alone = [

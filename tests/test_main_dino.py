@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cli
 import main_dino
-from augmentation import normalized_views
-from checkpoints import load_checkpoint
+from support import cli
+from support.errors import UserError
+from support.pixels import normalized_views
+from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
-from utils import UserError
 
 PUBLISHED = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
@@ -471,8 +471,8 @@ def test_the_demo_runs_under_torchrun_and_without_matplotlib(tmp_path):
     (tmp_path / "few.py").write_text(
         "import sys\n"
         "sys.modules['matplotlib'] = None  # as if it were not there\n"
-        "import cli, main_dino\n"
-        "from shapes import Shapes\n"
+        "import main_dino\nfrom support import cli\n"
+        "from support.shapes import Shapes\n"
         "main_dino.open_train_and_val = lambda *_, **__: (Shapes('train', 64), Shapes('val', 32))\n"
         "cli.run_script(main_dino.main, main_dino.parse_args())\n"
     )

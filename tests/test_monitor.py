@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import monitor
-from monitor import StopSignals
-from utils import DINOLoss, TrainingError, UserError
+from support import monitor
+from support.errors import TrainingError, UserError
+from support.monitor import StopSignals
+from utils import DINOLoss
 
 NONE_UNREADABLE = torch.full((8,), -1)
 

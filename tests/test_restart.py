@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import main_dino
-from checkpoints import load_checkpoint
-from restart import (
+from support.errors import TrainingError, UserError
+from support.restart import (
     FREE_FLAGS,
     RandomStates,
     add_record,
@@ -24,9 +24,9 @@ from restart import (
     read_log,
     save_run,
 )
+from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, torchrun, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
-from utils import TrainingError, UserError
 
 
 def train(*flags) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 import run_with_submitit
-from checkpoints import load_checkpoint
+from support import cli
+from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun, wait_for
 
 PUBLISHED = {"ngpus": 8, "nodes": 2, "timeout": 2800, "use_volta32": False, "comment": ""}

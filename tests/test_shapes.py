@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shapes import Shapes
+from support.shapes import Shapes
 
 
 def test_images_depend_on_split_and_index_alone():

@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import backbones
 import utils
+from support import backbones
+from support.cli import bool_flag
+from support.distributed import (
+    all_gather,
+    all_reduce_mean,
+    fix_random_seeds,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
+from support.logger import MetricLogger, SmoothedValue
 from utils import DINOHead, DINOLoss, MultiCropWrapper
 
 # ---------------------------------------------------------------------------------------------
@@ -332,8 +342,8 @@ def test_lars_adapts_weights_and_leaves_biases_alone():
 
 def test_reductions_do_nothing_outside_a_group():
     x = torch.arange(3.0)
-    assert utils.all_reduce_mean(x) is x and utils.all_gather(x) is x
-    assert (utils.get_rank(), utils.get_world_size(), utils.is_main_process()) == (0, 1, True)
+    assert all_reduce_mean(x) is x and all_gather(x) is x
+    assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -342,14 +352,14 @@ def test_reductions_do_nothing_outside_a_group():
 
 
 def test_smoothed_value():
-    series = utils.SmoothedValue(window=2)
+    series = SmoothedValue(window=2)
     for value in (1.0, 2.0, 6.0):
         series.update(value)
     assert series.avg == 4 and series.global_avg == 3
 
 
 def test_a_line_every_ten_steps(capsys):
-    logger = utils.MetricLogger("epoch 0", images_per_step=4, steps_after=5)
+    logger = MetricLogger("epoch 0", images_per_step=4, steps_after=5)
     for value in logger.log_every(range(25), 25):
         logger.update(loss=value)
     lines = capsys.readouterr().out.splitlines()
@@ -364,14 +374,14 @@ def test_a_line_every_ten_steps(capsys):
 
 
 def test_bool_flag():
-    assert [utils.bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
+    assert [bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
     with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
-        utils.bool_flag("maybe")
+        bool_flag("maybe")
 
 
 def test_seeds_decide_every_generator():
     def draw(*entropy):
-        utils.fix_random_seeds(*entropy)
+        fix_random_seeds(*entropy)
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     assert draw(0, 1, 2) == draw(0, 1, 2)

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import backbones
 import visualize_attention
-from shapes import Shapes
+from support import backbones
+from support.errors import UserError
+from support.shapes import Shapes
 from tests.conftest import run, save_images
-from utils import UserError
 from vision_transformer import Attention
 from visualize_attention import cls_attention, enlarge, jaccard, keep_mass
 

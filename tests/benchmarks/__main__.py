@@ -27,15 +27,18 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import decode_image
 
-import backbones
 import main_dino
-import monitor
 import utils
-from augmentation import DataAugmentationDINO, normalize, to_pixels
-from data import EpochSampler, ImageFiles, TrainingViews, load_pixels, to_device
 from eval_knn import knn_accuracies
 from eval_linear import LinearClassifiers, build_optimizer, frozen_features, train
+from support import backbones, monitor
+from support.cli import cpu_has_bf16
+from support.data import EpochSampler, ImageFiles, TrainingViews, load_pixels, to_device
+from support.distributed import fix_random_seeds
+from support.logger import MetricLogger
+from support.pixels import normalize, to_pixels
 from tests.benchmarks import textbook
+from utils import DataAugmentationDINO
 
 Side = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,7 +180,7 @@ class OurTrainer:
     """The pieces of `main_dino.train_dino`, and its epoch function on batches made before."""
 
     def __init__(self, arch: str, out_dim: int, dtype: torch.dtype | None = None, compiled: bool = False):
-        utils.fix_random_seeds(0)
+        fix_random_seeds(0)
         student, self.teacher = main_dino.build_networks(
             arch, 16, [224, 96], 0.1, out_dim, False, True, 2048, 256
         )
@@ -194,7 +197,7 @@ class OurTrainer:
     def steps(self, batches: Iterator) -> None:
         main_dino.train_one_epoch(
             self.student, self.teacher, self.loss, batches, self.optimizer, self.scaler, self.schedules, 0, 0,
-            torch.device("cpu"), self.dtype, 1, 3.0, 0, 0, self.guard, utils.MetricLogger("", 1),
+            torch.device("cpu"), self.dtype, 1, 3.0, 0, 0, self.guard, MetricLogger("", 1),
         )  # fmt: skip
 
 
@@ -232,7 +235,7 @@ def compare_steps(arch: str, images: int, rounds: int) -> None:
         ours()
     share = counter.get_total_flops() / min(seconds(ours) for _ in range(3)) / gemm_peak()
     print_row("its share of the machine's fp32 GEMM peak", f"{share:.0%}")
-    if utils.cpu_has_bf16():
+    if cpu_has_bf16():
         ours = our_step(dtype=torch.bfloat16)
         compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
     else:
@@ -268,7 +271,7 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int =
             "textbook": DataLoader(PlainImages(paths), shuffle=True, **options),
         }
         plain = textbook.Trainer(arch, PROTOTYPES)
-        dtypes = {"fp32": None} | ({"bf16": torch.bfloat16} if utils.cpu_has_bf16() else {})
+        dtypes = {"fp32": None} | ({"bf16": torch.bfloat16} if cpu_has_bf16() else {})
         for name, dtype in dtypes.items():
             ours = OurTrainer(arch, PROTOTYPES, dtype)
             compare(

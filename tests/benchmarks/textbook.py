@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from augmentation import IMAGENET_MEAN, IMAGENET_STD
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD
 from utils import DINOHead, MultiCropWrapper, get_params_groups
 from vision_transformer import VITS
 

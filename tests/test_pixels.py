@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-import augmentation
-from augmentation import DataAugmentationDINO, to_pixels
+import utils
+from support import pixels as px
+from support.pixels import to_pixels
+from utils import DataAugmentationDINO
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (60, 45)) -> Image.Image:
@@ -56,13 +58,13 @@ def test_each_view_is_cut_at_its_own_scale():
 
 
 def test_amounts_cover_their_ranges_and_adjustments_come_in_any_order():
-    jitter, rng = augmentation.ColorJitter(p=1), random.Random(0)
+    jitter, rng = utils.ColorJitter(p=1), random.Random(0)
     rows = np.array([jitter.draw(rng) for _ in range(4000)])
     assert len(np.unique(rows[:, ::2], axis=0)) == 24
     for which, ends in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
         amounts = rows[:, 1::2][rows[:, ::2] == which]
         assert (amounts.min(), amounts.max()) == pytest.approx(ends, abs=0.01)
-    radii = [augmentation.GaussianBlur(1).draw(rng) for _ in range(4000)]
+    radii = [utils.GaussianBlur(1).draw(rng) for _ in range(4000)]
     assert (min(radii), max(radii)) == pytest.approx((0.1, 2), abs=0.01)
 
 
@@ -108,7 +110,7 @@ def test_jitter_four_views_in_five_within_its_ranges():
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 def test_crops_are_distributed_as_torchvisions(scale):
     width, height, draws = 500, 375, 3000
-    crop, rng = augmentation.RandomResizedCrop(224, scale), random.Random(0)
+    crop, rng = utils.RandomResizedCrop(224, scale), random.Random(0)
     ours = torch.tensor([crop.draw(width, height, rng) for _ in range(draws)]).double()
     image = torch.empty(3, height, width)
     torch.manual_seed(0)
@@ -163,9 +165,9 @@ OPERATIONS = {  # what `recolour` is told, what torchvision does to PIL's image,
 def test_operations_equal_pils_up_to_rounding(name):
     colours, reference, largest, mean = OPERATIONS[name]
     for colour in colours:
-        amount = colour[augmentation.BLUR] or colour[1]
+        amount = colour[px.BLUR] or colour[1]
         for image in pictures():
-            ours = augmentation.recolour(to_pixels(image)[None], [colour])
+            ours = px.recolour(to_pixels(image)[None], [colour])
             theirs = to_pixels(reference(image, amount)).float()
             difference = (ours[0] - theirs).abs()
             print(f"{name} {amount}: largest {difference.max():.0f}, mean {difference.mean():.3f}")
@@ -186,7 +188,7 @@ def test_hue_equals_the_exact_one(shift, seed):
         ]
     )
     expected = TF.adjust_hue(pixels / 255, shift) * 255
-    augmentation.adjust_hue(pixels, [shift, shift])
+    px.adjust_hue(pixels, [shift, shift])
     torch.testing.assert_close(pixels, expected, rtol=0, atol=2e-3)
 
 
@@ -200,7 +202,7 @@ def test_cutting_equals_pils(size, box):
         theirs = image.crop((left, top, left + width, top + height))
         theirs = theirs.resize((size, size), Image.Resampling.BICUBIC)
         for flip in (False, True):
-            ours = augmentation.cut(to_pixels(image), augmentation.View(size, box, flip, []))
+            ours = px.cut(to_pixels(image), px.View(size, box, flip, []))
             difference = (ours.int() - to_pixels(TF.hflip(theirs) if flip else theirs).int()).abs()
             print(f"cut {box} to {size}: largest {difference.max()}, mean {difference.float().mean():.3f}")
             assert difference.max() <= largest and difference.float().mean() < 0.3
@@ -210,8 +212,8 @@ def test_a_batch_is_recoloured_image_by_image():
     augment = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 30, 32, 32)
     crops, colours = augment.crops(to_pixels(picture()), random.Random(1))
     rows = colours.tolist()
-    together = augmentation.recolour(torch.stack(crops), rows)
-    apart = [augmentation.recolour(crop[None], [row])[0] for crop, row in zip(crops, rows, strict=True)]
+    together = px.recolour(torch.stack(crops), rows)
+    apart = [px.recolour(crop[None], [row])[0] for crop, row in zip(crops, rows, strict=True)]
     difference = (together - torch.stack(apart)).abs()
     assert difference.max() <= 1 and difference.mean() < 1e-3
     assert together.min() >= 0 and together.max() <= 255 and torch.equal(together, together.round())
@@ -294,7 +296,7 @@ def test_normalisation_and_evaluation_transform_equal_torchvisions():
             transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(224),
             transforms.ToTensor(),
-            transforms.Normalize(augmentation.IMAGENET_MEAN, augmentation.IMAGENET_STD),
+            transforms.Normalize(px.IMAGENET_MEAN, px.IMAGENET_STD),
         ]
     )
-    torch.testing.assert_close(augmentation.eval_transform(224)(image), reference(image), rtol=0, atol=2e-6)
+    torch.testing.assert_close(px.eval_transform(224)(image), reference(image), rtol=0, atol=2e-6)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch.distributed as dist
 
-import rendezvous
+from support import distributed
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
 
@@ -26,9 +26,9 @@ def test_launchers(monkeypatch, env, expected):
             monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert rendezvous.launched_as() == expected
+    assert distributed.launched_as() == expected
 
 
 def test_processes_that_do_not_come_are_not_waited_for():
     with pytest.raises(TimeoutError, match="not all of 2 processes have come"):
-        rendezvous._fresh_store(dist.HashStore(), 0, 2, patience=0.1)
+        distributed._fresh_store(dist.HashStore(), 0, 2, patience=0.1)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rendezvous import launched_as
-from utils import Interrupted, StoppedAtOnce, TrainingError, UserError
+from support.distributed import launched_as
+from support.errors import Interrupted, StoppedAtOnce, TrainingError, UserError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -83,6 +83,19 @@ def add_launch_flags(group) -> None:
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def bool_flag(value: str) -> bool:
+    """`true`, `on`, `1` or `false`, `off`, `0`."""
+    words = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+    if value.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
+    return words[value.lower()]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bfloat16 is faster than float32 on this CPU: where it is emulated, it is far slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class DefaultInt(int):
     """A flag's default, told from the same number given by the user."""
 
@@ -117,7 +130,7 @@ def say(error: UserError) -> None:
     """The error in one line, from the first rank, or from the only one that knows of it."""
     if launched_as()[0] == 0 or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
-        line = re.sub(r"^utils\.\w+: ", "", str(error).strip().splitlines()[-1])
+        line = re.sub(r"^support\.errors\.\w+: ", "", str(error).strip().splitlines()[-1])
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)
 
 

@@ -17,12 +17,11 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms.functional import pil_to_tensor
 
-from augmentation import DataAugmentationDINO, HorizontalFlip, RandomResizedCrop, to_pixels
-from backbones import nearest
-from shapes import Shapes
-from utils import ImageError, UserError, main_process_first
+from support.distributed import main_process_first
+from support.errors import ImageError, UserError, nearest
+from support.pixels import to_pixels
+from support.shapes import Shapes
 
 
 def load_image(path: str) -> Image.Image:
@@ -220,9 +219,7 @@ class TrainingViews(Dataset):
     can, and its index comes along (-1 when all went well), so that training can name and count it.
     """
 
-    def __init__(
-        self, images: Dataset, augmentation: DataAugmentationDINO, seed: int, recolour_later: bool = False
-    ):
+    def __init__(self, images: Dataset, augmentation, seed: int, recolour_later: bool = False):
         self.images, self.augmentation, self.seed = images, augmentation, seed
         self.recolour_later = recolour_later
 
@@ -278,28 +275,6 @@ class EvalImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image, label = read_labelled(self.images, index)
         return self.transform(image), label, index
-
-
-class AugmentedImages(Dataset):
-    """Randomly cropped and flipped images with label, as a linear classifier is trained on them.
-
-    Item (epoch, i) is uint8 (3, size, size); it depends on the seed, the epoch and i alone.
-    """
-
-    def __init__(self, images: Dataset, size: int, seed: int):
-        self.images, self.seed = images, seed
-        # torchvision's defaults, which the published evaluation keeps: bilinear, unlike the training's
-        self.crop = RandomResizedCrop(size, (0.08, 1), interpolation=Image.Resampling.BILINEAR)
-        self.flip = HorizontalFlip()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = item
-        rng = random.Random(f"{self.seed} {epoch} {index}")
-        image, label = read_labelled(self.images, index)
-        return pil_to_tensor(self.flip(self.crop(image, rng), rng)), label
 
 
 class EpochSampler(DistributedSampler):

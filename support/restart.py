@@ -15,9 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-import utils
-from checkpoints import load_checkpoint, load_strictly, replacing, save_checkpoint
-from utils import TrainingError, UserError
+from support.distributed import (
+    all_gather_object,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    main_process_first,
+)
+from support.errors import TrainingError, UserError
+from support.logger import log
+from support.weights import load_checkpoint, load_strictly, replacing, save_checkpoint
 
 CHECKPOINT, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_prev.pth", "checkpoint_damaged.pth"
 
@@ -45,13 +52,13 @@ class RandomStates:
         own["numpy"] = (kind, words.tolist(), *rest)
         if torch.cuda.is_available():
             own["cuda"] = torch.cuda.get_rng_state()
-        return utils.all_gather_object(own)
+        return all_gather_object(own)
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Take this rank's state; a rank that did not exist when it was saved keeps its own."""
-        if utils.get_rank() >= len(states):
+        if get_rank() >= len(states):
             return
-        own = states[utils.get_rank()]
+        own = states[get_rank()]
         version, words, gauss = own["python"]
         random.setstate((version, tuple(words), gauss))
         np.random.set_state(tuple(own["numpy"]))
@@ -63,7 +70,7 @@ class RandomStates:
 def identity(args: dict, num_images: int, dtype: torch.dtype | None, schedules: dict) -> dict:
     """All that decides the maths of a run, by name; the schedules as digests."""
     own = {name: value for name, value in args.items() if name not in FREE_FLAGS}
-    own |= {"world_size": utils.get_world_size(), "images": num_images, "dtype": str(dtype or torch.float32)}
+    own |= {"world_size": get_world_size(), "images": num_images, "dtype": str(dtype or torch.float32)}
     for name, values in schedules.items():
         own[f"{name} schedule"] = hashlib.sha256(np.ascontiguousarray(values)).hexdigest()[:12]
     return json.loads(json.dumps(own))  # lists for tuples, plain numbers: as they compare
@@ -91,12 +98,12 @@ def newest_whole(folder: Path) -> tuple[Path, dict] | None:
         try:
             checkpoint = load_checkpoint(path)
         except UserError as error:
-            utils.log(f"warning: {error}")
+            log(f"warning: {error}")
             damaged = damaged or error
             continue
         if damaged:
-            utils.log(f"warning: going on from {path}; the damaged file is now {DAMAGED}")
-            if utils.is_main_process():  # else the next save would put it in the place of this one
+            log(f"warning: going on from {path}; the damaged file is now {DAMAGED}")
+            if is_main_process():  # else the next save would put it in the place of this one
                 os.replace(folder / CHECKPOINT, folder / DAMAGED)
         return path, checkpoint
     if damaged:
@@ -113,10 +120,10 @@ def resume(
     `run_identity` is what `identity` gives; a checkpoint with another one is a UserError
     unless `allow_changed_args`. Raises UserError also for states that do not fit.
     """
-    with utils.main_process_first():
+    with main_process_first():
         found = newest_whole(folder)
     path, checkpoint = found or (folder / CHECKPOINT, {"epoch": 0, "step": 0})
-    steps = utils.all_gather_object(checkpoint.get("step"))
+    steps = all_gather_object(checkpoint.get("step"))
     if any(step != steps[0] for step in steps):
         raise UserError(
             f"processes see checkpoints of different steps: {steps}",
@@ -133,7 +140,7 @@ def resume(
         fix = "give the old values, another --output_dir, or --allow_changed_args"
         raise UserError(f"flags differ from those of the checkpoint: {listed}", str(path), fix)
     if differences:
-        utils.log(f"warning: going on with {listed}: from here on {consequences(differences)} differ")
+        log(f"warning: going on with {listed}: from here on {consequences(differences)} differ")
 
     epoch, seen = checkpoint.get("epoch"), (checkpoint.get("sampler") or {}).get("seen", 0)
     missing = [name for name in ("student", "teacher", "optimizer") if name not in checkpoint]
@@ -155,7 +162,7 @@ def resume(
             raise UserError(
                 f"{name} does not fit: {reason}", str(path), "give another --output_dir"
             ) from None
-    utils.log(f"resuming {path} at step {checkpoint.get('step', '?')}, epoch {epoch}")
+    log(f"resuming {path} at step {checkpoint.get('step', '?')}, epoch {epoch}")
     return epoch, seen
 
 
@@ -208,7 +215,7 @@ def try_to_write(path: Path, write: Callable[[Path], None], last: bool = False) 
             raise TrainingError(
                 what, str(path), "mend it and start again; the earlier checkpoint is whole"
             ) from None
-        utils.log(f"warning: {what} ({path}): training goes on, and tries again at the next save")
+        log(f"warning: {what} ({path}): training goes on, and tries again at the next save")
 
 
 def read_log(path: Path) -> list[dict]:

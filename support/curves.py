@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from checkpoints import replacing
-from restart import read_log, try_to_write
-from utils import log
+from support.logger import log
+from support.restart import read_log, try_to_write
+from support.weights import replacing
 
 
 class Curves:

@@ -12,17 +12,15 @@ import timm
 import torch
 import torchvision
 
-import backbones
-import checkpoints
-import cli
 import eval_knn
 import eval_linear
 import main_dino
 import utils
 import visualize_attention
-from checkpoints import init_from, load_backbone, load_checkpoint, save_checkpoint
+from support import backbones, cli, weights
+from support.errors import UserError
+from support.weights import init_from, load_backbone, load_checkpoint, save_checkpoint
 from tests.conftest import TINY
-from utils import UserError
 from vision_transformer import VITS
 
 
@@ -197,8 +195,9 @@ def test_weights_that_are_no_numbers_are_refused(vits, tmp_path):
     path = write(state, tmp_path / "nan.pth")
     with pytest.raises(UserError, match=r"not finite: .*norm.weight, norm.bias \(.*nan.pth\)"):
         load_backbone(path, TEACHER, *ANY_VIT)
+    new = students(32)
     with pytest.raises(UserError, match="not finite"):
-        init_from(students(32), path, "vit_nano", 8, 32)
+        init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
 
 
 @pytest.mark.parametrize("args", ["a word", {"arch": None, "patch_size": None}])
@@ -211,9 +210,9 @@ def test_a_digest_tells_weights_apart(vits):
     a, b = (backbones.build_backbone("vit_nano", 8, 32)[0] for _ in range(2))
     a.load_state_dict(vits[0])
     b.load_state_dict(vits[0])
-    assert checkpoints.digest(a) == checkpoints.digest(b)
+    assert weights.digest(a) == weights.digest(b)
     b.norm.bias.data[3] += 1e-6
-    assert checkpoints.digest(a) != checkpoints.digest(b)
+    assert weights.digest(a) != weights.digest(b)
 
 
 def test_flags_that_contradict_the_checkpoint_are_an_error(vits, tmp_path):
@@ -251,7 +250,7 @@ def server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/{{stem}}_pretrain/{{stem}}_{{kind}}.pth"
-    monkeypatch.setattr(checkpoints, "PUBLISHED_URL", address)
+    monkeypatch.setattr(weights, "PUBLISHED_URL", address)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     yield folder
     server.shutdown()
@@ -277,7 +276,7 @@ def test_a_published_model_is_downloaded_by_name_once(server, vits):
 
 
 def test_offline_a_published_model_is_a_clear_error(server, monkeypatch):
-    monkeypatch.setattr(checkpoints, "PUBLISHED_URL", "http://127.0.0.1:9/{stem}_{kind}.pth")
+    monkeypatch.setattr(weights, "PUBLISHED_URL", "http://127.0.0.1:9/{stem}_{kind}.pth")
     with pytest.raises(UserError, match="cannot download: .*refused.*check the network"):
         load_backbone("dino_resnet50", TEACHER, *ANY_VIT)
     with pytest.raises(UserError, match="no such file .*did you mean dino_vits16"):
@@ -285,9 +284,9 @@ def test_offline_a_published_model_is_a_clear_error(server, monkeypatch):
 
 
 def test_the_nine_published_models_are_known_networks():
-    assert len(checkpoints.PUBLISHED) == 9
-    for stem, arch, patch_size in checkpoints.PUBLISHED.values():
-        url = checkpoints.PUBLISHED_URL.format(stem=stem, kind="pretrain")
+    assert len(weights.PUBLISHED) == 9
+    for stem, arch, patch_size in weights.PUBLISHED.values():
+        url = weights.PUBLISHED_URL.format(stem=stem, kind="pretrain")
         assert url == f"https://dl.fbaipublicfiles.com/dino/{stem}_pretrain/{stem}_pretrain.pth"
         name = backbones.canonical(arch)
         assert name in VITS or name == "resnet50" or timm.is_model(name)
@@ -305,24 +304,24 @@ def students(image_size: int) -> utils.MultiCropWrapper:
 def test_a_run_begins_with_backbone_and_head(tmp_path):
     old, new = students(32), students(32)
     path = write({"teacher": old.state_dict(), "args": VIT_ARGS}, tmp_path / "old.pth")
-    init_from(new, path, "vit_nano", 8, 32)
+    init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
     torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
     with pytest.raises(UserError, match="trained with vit_nano .*give --arch vit_nano"):
-        init_from(new, path, "vit_tiny", 8, 32)
+        init_from(new.backbone, new.head, path, "vit_tiny", 8, 32)
     narrow = utils.MultiCropWrapper(
         students(32).backbone, utils.DINOHead(128, 32, hidden_dim=32, bottleneck_dim=16)
     )
     with pytest.raises(UserError, match="misshapen .*head.*give the old run's --out_dim"):
-        init_from(narrow, path, "vit_nano", 8, 32)
+        init_from(narrow.backbone, narrow.head, path, "vit_nano", 8, 32)
     path = write({"student": old.state_dict(), "args": VIT_ARGS}, tmp_path / "student.pth")
     with pytest.raises(UserError, match="no 'teacher' in file .*give a checkpoint with a teacher"):
-        init_from(new, path, "vit_nano", 8, 32)
+        init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
 
 
 def test_a_backbone_alone_leaves_the_head_as_it_is_and_fits_another_image_size(vits, tmp_path):
     new = students(48)
     head = copy.deepcopy(new.head.state_dict())
-    init_from(new, write(vits[0], tmp_path / "backbone.pth"), "vit_nano", 8, 48)
+    init_from(new.backbone, new.head, write(vits[0], tmp_path / "backbone.pth"), "vit_nano", 8, 48)
     torch.testing.assert_close(new.head.state_dict(), head, rtol=0, atol=0)
     old = backbones.build_backbone("vit_nano", 8, 32)[0]
     old.load_state_dict(vits[0])

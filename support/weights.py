@@ -19,9 +19,11 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backbones import build_backbone, canonical, check_crop_sizes, check_divides, nearest
-from cli import DefaultInt, DefaultStr
-from utils import MultiCropWrapper, UserError, log, main_process_first
+from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides
+from support.cli import DefaultInt, DefaultStr
+from support.distributed import main_process_first
+from support.errors import UserError, nearest
+from support.logger import log
 from vision_transformer import VITS, VisionTransformer
 
 # The models published with the paper: name -> (stem of the files, architecture, patch size).
@@ -304,7 +306,9 @@ def load_backbone(
     return model.eval().requires_grad_(False), int(image_size)
 
 
-def init_from(student: MultiCropWrapper, weights: str, arch: str, patch_size: int, image_size: int) -> None:
+def init_from(
+    own_backbone: nn.Module, own_head: nn.Module, weights: str, arch: str, patch_size: int, image_size: int
+) -> None:
     """Begin a run with weights by file or name: the backbone's, and the head's where there is one.
 
     A ViT's position embedding is interpolated to the run's image size. Raises UserError.
@@ -317,10 +321,10 @@ def init_from(student: MultiCropWrapper, weights: str, arch: str, patch_size: in
     state = backbone.state_dict()
     if isinstance(backbone, VisionTransformer):
         state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
-    load_strictly(student.backbone, state, weights)
+    load_strictly(own_backbone, state, weights)
     if known.head:
         fix = "give the old run's --out_dim, --use_bn_in_head and --head_ flags, or its backbone alone"
-        load_strictly(student.head, known.head, f"{weights}: head", fix)
+        load_strictly(own_head, known.head, f"{weights}: head", fix)
 
 
 def settle_architecture(

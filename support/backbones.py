@@ -1,7 +1,6 @@
 """Networks by name, and what they have to be able to do: ours, torchvision's, timm's."""
 
 import contextlib
-import difflib
 import re
 import sys
 from collections.abc import Iterable
@@ -10,14 +9,8 @@ import torch
 import torchvision
 from torch import nn
 
-from utils import UserError
+from support.errors import UserError, nearest
 from vision_transformer import VITS, VisionTransformer
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint with the known names most like `name`."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else "check the name"
 
 
 def canonical(arch: str) -> str:

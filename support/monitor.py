@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import TrainingError, UserError, all_reduce_mean, get_world_size, log
+from support.distributed import all_reduce_mean, get_world_size
+from support.errors import TrainingError, UserError
+from support.logger import log
 
 
 class RunGuard:

@@ -4,7 +4,7 @@ First everything random is drawn, as numbers; then it is done. So a view depends
 alone, and its colours can be changed where that is fastest: by the worker that loads the image, or for
 whole batches on the device.
 
-Pixels are changed as PIL changes them, up to rounding (tests/test_augmentation.py says how far), but by
+Pixels are changed as PIL changes them, up to rounding (tests/test_pixels.py says how far), but by
 tensor operations, several times as fast.
 
 Shapes: B images of one size, V views, H x W pixels.
@@ -13,15 +13,13 @@ Shapes: B images of one size, V views, H x W pixels.
 import functools
 import itertools
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
@@ -59,113 +57,6 @@ def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# What is drawn. Random sources have the methods of `random.Random`.
-# ---------------------------------------------------------------------------------------------
-
-
-class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized to `size` x `size` pixels."""
-
-    def __init__(
-        self,
-        size: int,
-        scale: Sequence[float],
-        ratio: Sequence[float] = (3 / 4, 4 / 3),
-        interpolation: Image.Resampling = Image.Resampling.BICUBIC,
-    ):
-        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
-
-    def draw(self, width: int, height: int, rng=random) -> tuple[int, int, int, int]:
-        """Top, left, height and width; as in torchvision, ten tries and then the centre."""
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        for _ in range(10):
-            area = width * height * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(low, high))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-        return (height - h) // 2, (width - w) // 2, h, w
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        top, left, h, w = self.draw(*image.size, rng)
-        box = (left, top, left + w, top + h)
-        return image.crop(box).resize((self.size, self.size), self.interpolation)
-
-
-class HorizontalFlip:
-    """Mirror the image, with probability `p`."""
-
-    def __init__(self, p: float = 0.5):
-        self.p = p
-
-    def draw(self, rng=random) -> bool:
-        return rng.random() < self.p
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return TF.hflip(image) if self.draw(rng) else image
-
-
-class ColorJitter:
-    """With probability `p`, change brightness, contrast, saturation and hue in random order."""
-
-    def __init__(self, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
-        self.p = p
-        self.ranges = (
-            (1 - brightness, 1 + brightness),
-            (1 - contrast, 1 + contrast),
-            (1 - saturation, 1 + saturation),
-            (-hue, hue),
-        )
-
-    def draw(self, rng=random) -> list[float]:
-        """What comes first to fourth, as indices into `ADJUSTMENTS` (-1: nothing), and its amount."""
-        if rng.random() >= self.p:
-            return [-1, 0.0] * 4
-        order = rng.sample(range(4), 4)
-        return [number for which in order for number in (which, rng.uniform(*self.ranges[which]))]
-
-
-class Grayscale:
-    """Drop the colour, with probability `p`."""
-
-    def __init__(self, p: float = 0.2):
-        self.p = p
-
-    def draw(self, rng=random) -> bool:
-        return rng.random() < self.p
-
-
-class GaussianBlur:
-    """With probability `p`, blur with a radius (in pixels) drawn from the given range."""
-
-    def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
-        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
-
-    def draw(self, rng=random) -> float:
-        """A radius; 0 for no blur."""
-        return rng.uniform(self.radius_min, self.radius_max) if rng.random() < self.p else 0.0
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        radius = self.draw(rng)
-        return image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
-
-
-class Solarization:
-    """Invert the pixels above half brightness, with probability `p`."""
-
-    def __init__(self, p: float):
-        self.p = p
-
-    def draw(self, rng=random) -> bool:
-        return rng.random() < self.p
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return TF.solarize(image, 128) if self.draw(rng) else image
-
-
 class View(NamedTuple):
     """All that is random in one view."""
 
@@ -178,69 +69,6 @@ class View(NamedTuple):
 # In `View.colour`: four times an adjustment and its amount; grey; blur radius; solarise.
 COLOUR_NUMBERS = 11
 GREY, BLUR, SOLARIZE = 8, 9, 10
-
-
-class DataAugmentationDINO:
-    """The views of one image: 2 global ones, then `local_crops_number` local ones.
-
-    Scales are (smallest, largest) shares of the image's area. Blur and solarisation differ
-    between the views as in the paper: one global view is always blurred, the other seldom and
-    sometimes solarised.
-    """
-
-    def __init__(
-        self,
-        global_crops_scale: Sequence[float],
-        local_crops_scale: Sequence[float],
-        local_crops_number: int,
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
-    ):
-        def recipe(size, scale, blur_p, solarize_p):
-            colour = (ColorJitter(), Grayscale(), GaussianBlur(blur_p), Solarization(solarize_p))
-            return RandomResizedCrop(size, scale), HorizontalFlip(), *colour
-
-        self.recipes = [
-            recipe(global_crops_size, global_crops_scale, blur_p=1.0, solarize_p=0.0),
-            recipe(global_crops_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
-        ]
-        local = recipe(local_crops_size, local_crops_scale, blur_p=0.5, solarize_p=0.0)
-        self.recipes += [local] * local_crops_number
-
-    def draw(self, width: int, height: int, rng=random) -> list[View]:
-        """What is random in the V views of an image of this size."""
-        return [
-            View(
-                crop.size,
-                crop.draw(width, height, rng),
-                flip.draw(rng),
-                [*jitter.draw(rng), grey.draw(rng), blur.draw(rng), solarize.draw(rng)],
-            )
-            for crop, flip, jitter, grey, blur, solarize in self.recipes
-        ]
-
-    def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], Tensor]:
-        """uint8 (3, H, W) -> V crops, uint8, and what `recolour` is to do to them, (V, 11)."""
-        views = self.draw(pixels.shape[2], pixels.shape[1], rng)
-        colours = torch.tensor([view.colour for view in views], dtype=torch.float64)
-        return [cut(pixels, view) for view in views], colours
-
-    def uint8_views(self, pixels: Tensor, rng=random) -> list[Tensor]:
-        """uint8 (3, H, W) -> V views, uint8 (3, size, size): a quarter of a float's bytes to ship."""
-        crops, colours = self.crops(pixels, rng)
-        rows = colours.tolist()
-        views = (recolour(crop[None], [row])[0] for crop, row in zip(crops, rows, strict=True))
-        # By way of NumPy, which is five times as fast at this.
-        return [torch.from_numpy(view.numpy().astype(np.uint8)) for view in views]
-
-    def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
-        """An RGB image -> V normalised views, float32 (3, size, size)."""
-        return [normalize(view) for view in self.uint8_views(to_pixels(image), rng)]
-
-
-# ---------------------------------------------------------------------------------------------
-# What is done with it
-# ---------------------------------------------------------------------------------------------
 
 
 def cut(pixels: Tensor, view: View) -> Tensor:
