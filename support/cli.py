@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import math
+import operator
 import os
 import re
 import sys
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from support.distributed import launched_as
-from support.errors import Interrupted, StoppedAtOnce, TrainingError, UserError
+from support.errors import Interrupted, TrainingError, UserError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -96,6 +98,37 @@ def cpu_has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def number(
+    kind: type,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], float]:
+    """An argparse type: a finite int or float within these bounds; an int also below 2**31."""
+    bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
+    if kind is int and at_most is None and below is None:
+        bounds["below"] = 2**31  # torch takes no larger sizes
+    holds = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {NUMBER_WORDS[kind]}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        for words, bound in bounds.items():
+            if bound is not None and not holds[words](value, bound):
+                raise argparse.ArgumentTypeError(f"must be {words} {bound}, not {text}")
+        return value
+
+    return parse
+
+
+NUMBER_WORDS = {int: "a whole number", float: "a number"}
+
+
 class DefaultInt(int):
     """A flag's default, told from the same number given by the user."""
 
@@ -130,7 +163,7 @@ def say(error: UserError) -> None:
     """The error in one line, from the first rank, or from the only one that knows of it."""
     if launched_as()[0] == 0 or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
-        line = re.sub(r"^support\.errors\.\w+: ", "", str(error).strip().splitlines()[-1])
+        line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)
 
 
@@ -146,26 +179,21 @@ def from_outside(error: Exception) -> UserError | None:
     lacks_memory = re.search("out of memory|can't allocate memory", message)  # MPS has no class for it
     if lacks_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
         fix = "lower --batch_size_per_gpu; in training, also try --grad_checkpointing"
-        return _alone(TrainingError(f"out of memory: {message}", "", fix))
+        return TrainingError(f"out of memory: {message}", "", fix, alone=True)
     if message.startswith("DataLoader worker (pid"):  # it died; its own exceptions are not meant
-        return _alone(Interrupted(f"a data-loading worker died: {message}", "", "the same command resumes"))
+        what = f"a data-loading worker died: {message}"
+        return Interrupted(what, "", "run the same command to resume", alone=True)
     if isinstance(error, dist.DistError) or "/gloo/" in message:
         message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
-        return Interrupted(f"lost another process: {message}", "", "the same command resumes")
+        return Interrupted(f"lost another process: {message}", "", "run the same command to resume")
     if isinstance(error, OSError):
-        where = str(error.filename or "")
-        return _alone(TrainingError(error.strerror or message, where, "mend it and start again"))
+        fix = "correct this, then run the same command"
+        return TrainingError(error.strerror or message, str(error.filename or ""), fix, alone=True)
     return None
 
 
-def _alone(error: UserError) -> UserError:
-    """The same error, of which other processes do not know."""
-    error.alone = True
-    return error
-
-
 def run_script(main: Callable, args: argparse.Namespace) -> None:
-    """Call `main(args)`; end in one clear line when the user can mend what went wrong."""
+    """Call `main(args)`; end in one clear line when the user can correct what went wrong."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -173,7 +201,9 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        end_at_once(StoppedAtOnce("at once, by Ctrl-C", "", "the same command goes on from what is saved"))
+        stop = Interrupted("at once, by Ctrl-C", "", "run the same command to resume from what is saved")
+        stop.exit_code = 130  # what a shell reports for SIGINT
+        end_at_once(stop)
     except Exception as error:
         outside = from_outside(error)
         if outside is None:

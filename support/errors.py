@@ -5,19 +5,22 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend. Printed as `error: <what> (<where>): <fix>`, exit code 2."""
+    """Something the user can correct. Printed as `error: <what> (<where>): <fix>`, exit code 2.
 
-    label, exit_code = "error", 2
-    alone = False  # whether only the process that raises it knows of it, and so has to say it
+    `alone`: raised by one process only, which therefore prints it itself.
+    """
 
-    def __init__(self, what: str, where: str = "", fix: str = ""):
+    label, exit_code, alone = "error", 2, False
+
+    def __init__(self, what: str, where: str = "", fix: str = "", alone: bool = False):
+        self.alone = alone or type(self).alone
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
 
 
 class ImageError(UserError):
     """An image that cannot be read."""
 
-    alone = True
+    alone = True  # of the class, because torch rebuilds an error of a data-loading worker from its text
 
 
 class TrainingError(UserError):
@@ -32,13 +35,7 @@ class Interrupted(UserError):
     label, exit_code = "stopped", 75
 
 
-class StoppedAtOnce(Interrupted):
-    """Not even the step was finished. Exit code 130, as a shell has it for SIGINT."""
-
-    exit_code = 130
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint with the known names most like `name`."""
+    """A hint that names the known names most similar to `name`."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else "check the name"

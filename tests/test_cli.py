@@ -8,10 +8,10 @@ from support.errors import ImageError, Interrupted, UserError
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: the same command goes on"),
+        (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: run the same command"),
         (MemoryError("Unable to allocate 8 PiB"), 1, "error: out of memory: Unable to allocate 8 PiB: lower"),
         (RuntimeError("MPS backend out of memory (x)"), 1, "error: out of memory: MPS backend"),
-        (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): mend it"),
+        (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): correct"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
         (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
         (Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
@@ -56,3 +56,31 @@ def test_help_shows_defaults_where_there_are_some(capsys):
         parser.parse_args(["--help"])
     out = capsys.readouterr().out
     assert "counts (default: 0)" in out and "decides (default: False)" in out and out.count("(default:") == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "words"),
+    [
+        (cli.number(int, at_least=1), "0", "must be at least 1, not 0"),
+        (cli.number(int, at_least=1), "2147483648", "must be below 2147483648"),
+        (cli.number(int, at_least=0), "1.5", "'1.5' is not a whole number"),
+        (cli.number(float, above=0, at_most=1), "0", "must be above 0, not 0"),
+        (cli.number(float, above=0, at_most=1), "1.01", "must be at most 1, not 1.01"),
+        (cli.number(float), "nan", "must be finite, not nan"),
+        (cli.number(float), "inf", "must be finite, not inf"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_where_the_flag_is_declared(number, text, words, capsys):
+    parser = cli.ArgumentParser()
+    parser.add_argument("--flag", type=number, default=3)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(["--flag", text])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: argument --flag: {words}") and said.count("\n") == 1
+
+
+def test_a_number_within_its_range_is_taken():
+    parser = cli.ArgumentParser()
+    parser.add_argument("--flag", type=cli.number(int, at_least=1))
+    assert parser.parse_args(["--flag", "7"]).flag == 7 and parser.parse_args([]).flag is None
