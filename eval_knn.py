@@ -16,16 +16,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from support import cli
 from support.cli import DefaultInt, bool_flag
-from support.data import open_train_and_val
+from support.data import Source, open_train_and_val
 from support.distributed import all_gather_object, fix_random_seeds, init_distributed_mode, is_main_process
 from support.errors import UserError
 from support.features import extract_features
 from support.logger import log
+from support.pixels import eval_transform
 from support.weights import load_backbone, load_file
 from utils import MultiCropWrapper
 
@@ -133,7 +135,10 @@ def knn_top1(
     """Top-1 accuracy in percent, on every rank, of `model` as in `extract_features`."""
     data: list[Tensor] = []
     for images in (train, val):
-        data += extract_features(model, images, image_size, device, num_workers=num_workers)
+        features, labels = extract_features(
+            model, images, eval_transform(image_size), device, num_workers=num_workers
+        )
+        data += [F.normalize(features), labels]
     num_classes = int(torch.cat([data[1], data[3]]).max()) + 1
     return knn_classifier(*data, min(k, len(train)), T=0.07, num_classes=num_classes)[0]
 
@@ -224,16 +229,23 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
 
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> list[Tensor]:
     """Train and test features and labels, from images and weights named by the flags."""
-    train, test = open_train_and_val(args.data_path, args.dataset, args.download, args.demo)
+    train, test = open_train_and_val(Source.of(args))
     model, image_size = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
     )
     model.to(device)
     tensors: list[Tensor] = []
     for images in (train, test):
-        tensors += extract_features(
-            model, images, image_size, device, args.batch_size_per_gpu, args.num_workers, keep_on=keep_on
+        features, labels = extract_features(
+            model,
+            images,
+            eval_transform(image_size),
+            device,
+            args.batch_size_per_gpu,
+            args.num_workers,
+            keep_on,
         )
+        tensors += [F.normalize(features), labels]
     return tensors
 
 

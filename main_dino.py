@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 
 import utils
 from eval_knn import PeriodicKNN, knn_top1
@@ -31,9 +30,10 @@ from support import backbones, cli, monitor
 from support.cli import DefaultInt, bool_flag, cpu_has_bf16
 from support.curves import Curves
 from support.data import (
-    EpochSampler,
+    EpochBatches,
+    Source,
     TrainingViews,
-    ending_workers,
+    make_loader,
     open_train_and_val,
     open_training_images,
     sample_name,
@@ -454,24 +454,13 @@ def train_dino(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.cpu_threads)
 
     # ---- data
-    images = open_training_images(args.data_path, args.dataset, args.download, args.demo)
+    images = open_training_images(Source.of(args))
     rank_batch_size = args.batch_size_per_gpu * args.accum_steps
     batch_size = rank_batch_size * get_world_size()
     check_batch(len(images), batch_size)
     dataset = TrainingViews(images, build_augmentation(args), args.seed, args.augment_on == "device")
-    sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
-    loader = DataLoader(
-        dataset,
-        batch_size=rank_batch_size,
-        sampler=sampler,
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=device.type == "cuda",
-        drop_last=True,
-        worker_init_fn=monitor.StopSignals.ignore,
-        generator=torch.Generator(),  # its own, so that loading does not move the global stream
-    )
-    steps_per_epoch = sampler.num_samples // rank_batch_size
+    sampler = EpochBatches(len(images), rank_batch_size, args.seed)
+    steps_per_epoch = sampler.steps_per_epoch
 
     # ---- student and teacher
     crop_sizes = [args.global_crops_size] + [args.local_crops_size] * bool(args.local_crops_number)
@@ -530,7 +519,7 @@ def train_dino(args: argparse.Namespace) -> None:
     knn = None
     if args.knn_every:
         knn = PeriodicKNN(
-            *open_knn_data(args.knn_data, args.data_path, args.dataset, args.download, args.demo),
+            *open_train_and_val(Source(args.knn_data) if args.knn_data else Source.of(args)),
             args.global_crops_size,
             device,
             dtype,
@@ -578,24 +567,22 @@ def train_dino(args: argparse.Namespace) -> None:
         f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on "
         f"{device.type}, {dtype or torch.float32}, from step {step} to {last_step}"
     )
-    with signals, ending_workers(loader):
+    sampler.first_step, sampler.last_step = step, last_step
+    batches = to_device(iter(make_loader(dataset, sampler, args.num_workers, device)), device)
+    with signals:
         while step < last_step and not guard.stopping:
             epoch = step // steps_per_epoch
             epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-            sampler.set_epoch(epoch)
-            sampler.start = step % steps_per_epoch * rank_batch_size
             if step % steps_per_epoch == 0:  # else the sums go on from before the restart
                 guard.start_epoch()
                 logger.start_epoch()
             logger.header, logger.steps_after = f"epoch {epoch}", last_step - epoch_end
-            batches = save_between(
-                to_device(iter(loader), device), range(step, epoch_end), args.save_every_steps, save, guard
-            )
+            stretch = save_between(batches, range(step, epoch_end), args.save_every_steps, save, guard)
             step = train_one_epoch(
                 student,
                 teacher,
                 dino_loss,
-                logger.log_every(batches, epoch_end - step),
+                logger.log_every(stretch, epoch_end - step),
                 optimizer,
                 scaler,
                 schedules,
@@ -629,15 +616,6 @@ def train_dino(args: argparse.Namespace) -> None:
         raise Interrupted(
             f"by {cause}, step {step} of {last_step} is saved", str(output_dir), "the same command resumes"
         )
-
-
-def open_knn_data(
-    knn_data: str, data_path: str, dataset: str, download: bool, demo: bool
-) -> tuple[Dataset, Dataset]:
-    """Labelled images to evaluate on during training. Raises UserError."""
-    if knn_data:
-        return open_train_and_val(knn_data)
-    return open_train_and_val(data_path, dataset, download, demo)
 
 
 def save_between(
@@ -736,7 +714,7 @@ def report_demo(args: argparse.Namespace) -> None:
 
     log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
     # Drawn once for all networks.
-    train, val = ([part[i] for i in range(len(part))] for part in open_train_and_val("", demo=True))
+    train, val = ([part[i] for i in range(len(part))] for part in open_train_and_val(Source(demo=True)))
     for name, network in networks.items():
         top1 = knn_top1(network.to(device).eval(), train, val, args.global_crops_size, device)
         log(f"  {name:22} {top1:5.1f} %")

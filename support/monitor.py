@@ -145,3 +145,6 @@ class StopSignals:
         """In a data-loading worker: schedulers signal the whole job, but only the training stops."""
         for number in cls.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+ignore_signals = StopSignals.ignore
