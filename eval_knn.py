@@ -23,11 +23,12 @@ from torch.utils.data import Dataset
 
 from support import cli
 from support.cli import DefaultInt, bool_flag
-from support.data import open_train_and_val
+from support.data import Source, open_train_and_val
 from support.distributed import all_gather_object, fix_random_seeds, init_distributed_mode, is_main_process
 from support.errors import UserError
 from support.features import extract_features
 from support.logger import log
+from support.pixels import eval_transform
 from support.weights import load_backbone, load_file
 from utils import MultiCropWrapper
 
@@ -222,16 +223,23 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
 
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> list[Tensor]:
     """Train and test features and labels, from images and weights named by the flags."""
-    train, test = open_train_and_val(args.data_path, args.dataset, args.download, args.demo)
+    train, test = open_train_and_val(Source.of(args))
     model, image_size = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
     )
     model.to(device)
     tensors: list[Tensor] = []
     for images in (train, test):
-        tensors += extract_features(
-            model, images, image_size, device, args.batch_size_per_gpu, args.num_workers, keep_on=keep_on
+        features, labels = extract_features(
+            model,
+            images,
+            eval_transform(image_size),
+            device,
+            args.batch_size_per_gpu,
+            args.num_workers,
+            keep_on,
         )
+        tensors += [F.normalize(features), labels]
     return tensors
 
 

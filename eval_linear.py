@@ -24,16 +24,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from support import cli
 from support.cli import DefaultInt, bool_flag
-from support.data import EpochSampler, open_labelled_images, open_train_and_val, read_labelled
+from support.data import (
+    EpochBatches,
+    Source,
+    make_loader,
+    open_labelled_images,
+    open_train_and_val,
+    read_labelled,
+)
 from support.distributed import (
     all_reduce_mean,
     fix_random_seeds,
-    get_rank,
     get_world_size,
     init_distributed_mode,
     is_main_process,
@@ -41,7 +47,7 @@ from support.distributed import (
 from support.errors import UserError
 from support.features import extract_features
 from support.logger import MetricLogger, log
-from support.pixels import normalize
+from support.pixels import eval_transform, normalize
 from support.weights import (
     PUBLISHED,
     check_finite,
@@ -218,10 +224,11 @@ def image_batches(
 
 
 def cached_batches(
-    features: Tensor, labels: Tensor, sampler: EpochSampler, batch_size: int
+    features: Tensor, labels: Tensor, batches: EpochBatches
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The sampler's rows of features (N, F) and labels (N,), in batches."""
-    for rows in torch.tensor([index for _, index in sampler], device=features.device).split(batch_size):
+    """Rows of features (N, F) and labels (N,), batch by batch."""
+    for batch in batches:
+        rows = torch.tensor([index for _, index in batch], device=features.device)
         yield features[rows], labels[rows]
 
 
@@ -373,11 +380,11 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
     device = init_distributed_mode(args.dist_url)
     fix_random_seeds(args.seed)
 
-    where = args.data_path, args.dataset, args.download, args.demo
+    source = Source.of(args)
     if args.evaluate:
-        val_images = open_labelled_images("val", *where)
+        val_images = open_labelled_images(source, "val")
     else:
-        train_images, val_images = open_train_and_val(*where)
+        train_images, val_images = open_train_and_val(source)
         cli.make_folder(args.output_dir)
     backbone, image_size = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
@@ -392,11 +399,10 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
     extract = functools.partial(
         extract_features,
         features_of,
-        image_size=image_size,
+        transform=eval_transform(image_size),
         device=device,
         batch_size=args.batch_size_per_gpu,
         num_workers=args.num_workers,
-        normalized=False,
     )
     kind = "the network's output"
     if isinstance(backbone, VisionTransformer):
@@ -420,22 +426,16 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
         )
         return results
 
-    sampler = EpochSampler(train_images, get_world_size(), get_rank(), seed=args.seed)
+    sampler = EpochBatches(len(train_images), args.batch_size_per_gpu, args.seed, drop_last=False)
     if args.cache_features:
         cached = functools.cache(functools.partial(extract, train_images))
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            return cached_batches(*cached(), sampler, args.batch_size_per_gpu)
+            return cached_batches(*cached(), sampler)
 
     else:
-        loader = DataLoader(
-            AugmentedImages(train_images, image_size, args.seed),
-            args.batch_size_per_gpu,
-            sampler=sampler,
-            num_workers=args.num_workers,
-            persistent_workers=args.num_workers > 0,
-            pin_memory=device.type == "cuda",
-        )
+        augmented = AugmentedImages(train_images, image_size, args.seed)
+        loader = make_loader(augmented, sampler, args.num_workers, device)
         batches = functools.partial(image_batches, loader, features_of, device)
     classifiers = LinearClassifiers(len(args.lr), width, num_labels).to(device)
     # The backbone is frozen: one pass over the validation images serves all epochs.
@@ -448,14 +448,14 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
 def train_linear(
     args: argparse.Namespace,
     classifiers: LinearClassifiers,
-    sampler: EpochSampler,
+    sampler: EpochBatches,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     val_data: Callable[[], tuple[Tensor, Tensor]],
     backbone: str,
 ) -> list[dict[str, float]]:
     """Train for `--epochs`, validate, log and save; resume if there is something to resume.
 
-    `batches()` are those of the epoch that the sampler is set to, `val_data()` features and labels;
+    `batches()` are those of the steps that the sampler is set to, `val_data()` features and labels;
     neither is asked for before it is clear that the run can go on. `backbone` is the digest of what
     gives the features. Returns each classifier's best validation.
     """
@@ -469,9 +469,9 @@ def train_linear(
     state |= resume(output_dir / "checkpoint.pth.tar", pieces, recorded)
     model = DistributedDataParallel(classifiers) if get_world_size() > 1 else classifiers
 
-    steps = math.ceil(len(sampler) / args.batch_size_per_gpu)
+    steps = sampler.steps_per_epoch
     for epoch in range(state["epoch"], args.epochs):
-        sampler.set_epoch(epoch)
+        sampler.first_step, sampler.last_step = epoch * steps, (epoch + 1) * steps
         logger = MetricLogger(f"epoch {epoch}", batch_size, steps * (args.epochs - epoch - 1))
         total = torch.zeros(len(args.lr), device=classifiers[0].linear.weight.device)
         for step, losses in enumerate(train(model, optimizer, logger.log_every(batches(), steps))):
