@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision import transforms
 
 from support import cli
 from support.cli import DefaultInt, bool_flag
@@ -59,7 +58,6 @@ from support.weights import (
     load_strictly,
     save_checkpoint,
 )
-from utils import HorizontalFlip, RandomResizedCrop
 from vision_transformer import VisionTransformer
 
 
@@ -161,25 +159,28 @@ def frozen_features(
 
 
 class AugmentedImages(Dataset):
-    """Randomly cropped and flipped images with label, as a linear classifier is trained on them.
+    """Randomly cropped and flipped images with label, to train a linear classifier on.
 
-    Item (epoch, i) is uint8 (3, size, size); it depends on the seed, the epoch and i alone.
+    Item (epoch, i) is uint8 (3, size, size) and the label; it depends on the seed, the epoch and i alone.
     """
 
     def __init__(self, images: Dataset, size: int, seed: int):
         self.images, self.seed = images, seed
-        # torchvision's defaults, which the published evaluation keeps: bilinear, unlike the training's
-        self.crop = RandomResizedCrop(size, (0.08, 1), interpolation=Image.Resampling.BILINEAR)
-        self.flip = HorizontalFlip()
+        # torchvision's defaults, as in the published evaluation: bilinear, where training is bicubic.
+        crop, flip = transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()
+        self.transform = transforms.Compose([crop, flip, transforms.PILToTensor()])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
-        rng = random.Random(f"{self.seed} {epoch} {index}")
         image, label = read_labelled(self.images, index)
-        return pil_to_tensor(self.flip(self.crop(image, rng), rng)), label
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also seed the GPUs, whose state is not restored here.
+            seed = random.Random(f"{self.seed} {epoch} {index}").getrandbits(32)
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image), label
 
 
 class LinearClassifier(nn.Module):

@@ -56,7 +56,7 @@ from support.distributed import (
 from support.errors import UserError
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
-from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalized_views
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD, Colour, eval_transform, normalized_views
 from support.restart import Run
 from support.weights import init_from, load_backbone
 from utils import CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
@@ -371,9 +371,10 @@ def build_loader(
 ) -> DataLoader:
     """Batches of this rank's views from `first_step` to the end of the run."""
     augmentation = build_augmentation(args)
+    make_views = augmentation.crops if args.augment_on == "device" else augmentation.views
     batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
     return make_loader(
-        TrainingViews(images, augmentation, args.seed, args.augment_on == "device"),
+        TrainingViews(images, make_views, args.seed),
         batches,
         args.num_workers,
         device,
@@ -682,7 +683,7 @@ def save(
 
 def train_one_epoch(
     t: Training,
-    batches: Iterator[tuple[list[Tensor], Tensor, Tensor]],
+    batches: Iterator[tuple[list[Tensor], Colour | list, Tensor]],
     epoch: int,
     stretch: range,
     monitor: Monitor,
@@ -690,8 +691,8 @@ def train_one_epoch(
 ) -> int:
     """Algorithm 1 of the paper, for these global steps of an epoch. Returns the step to go on from.
 
-    A batch is as `to_device` gives it: uint8 views on the device, what is left to do to their colours,
-    and (B,) indices of images that had to be replaced.
+    A batch is as `to_device` gives it: uint8 views on the device, one tensor (B, V, 3, H, W) for each
+    size; how their colours are still to change; and (B,) indices of images that were replaced, or -1.
     """
     wanted = logger.log_every(
         itertools.islice(batches, len(stretch)),

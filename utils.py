@@ -11,134 +11,119 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.distributed import all_gather, all_reduce_mean
 from support.logger import log
-from support.pixels import View, cut, normalize, recolour, to_pixels
+from support.pixels import Colour, View, apply_colours, crop_and_resize, normalize, stack_colours, to_pixels
 
 # ---------------------------------------------------------------------------------------------
-# Augmentation. Random sources have the methods of `random.Random`.
+# Augmentation. Random sources have the methods of `random.Random`; in the order of the draws below,
+# a view follows from its source alone.
 # ---------------------------------------------------------------------------------------------
 
-
-class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized to `size` x `size` pixels."""
-
-    def __init__(
-        self,
-        size: int,
-        scale: Sequence[float],
-        ratio: Sequence[float] = (3 / 4, 4 / 3),
-        interpolation: Image.Resampling = Image.Resampling.BICUBIC,
-    ):
-        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
-
-    def draw(self, width: int, height: int, rng=random) -> tuple[int, int, int, int]:
-        """Top, left, height and width; as in torchvision, ten tries and then the centre."""
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        for _ in range(10):
-            area = width * height * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(low, high))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-        return (height - h) // 2, (width - w) // 2, h, w
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        top, left, h, w = self.draw(*image.size, rng)
-        box = (left, top, left + w, top + h)
-        return image.crop(box).resize((self.size, self.size), self.interpolation)
+JITTER = (  # smallest and largest amount, in the order of `support.pixels.ADJUSTMENTS`
+    (0.6, 1.4),  # brightness
+    (0.6, 1.4),  # contrast
+    (0.8, 1.2),  # saturation
+    (-0.1, 0.1),  # hue, as a share of the circle
+)
 
 
-class HorizontalFlip:
-    """Mirror the image, with probability `p`."""
+class Recipe(NamedTuple):
+    """What differs between the kinds of views."""
 
-    def __init__(self, p: float = 0.5):
-        self.p = p
-
-    def draw(self, rng=random) -> bool:
-        return rng.random() < self.p
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return TF.hflip(image) if self.draw(rng) else image
+    size: int  # pixels per side
+    scale: Sequence[float]  # smallest and largest share of the image's area
+    blur: float  # probability
+    solarize: float  # probability
 
 
-class ColorJitter:
-    """With probability `p`, change brightness, contrast, saturation and hue in random order."""
-
-    def __init__(self, p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
-        self.p = p
-        self.ranges = (
-            (1 - brightness, 1 + brightness),
-            (1 - contrast, 1 + contrast),
-            (1 - saturation, 1 + saturation),
-            (-hue, hue),
-        )
-
-    def draw(self, rng=random) -> list[float]:
-        """What comes first to fourth, as indices into `ADJUSTMENTS` (-1: nothing), and its amount."""
-        if rng.random() >= self.p:
-            return [-1, 0.0] * 4
-        order = rng.sample(range(4), 4)
-        return [number for which in order for number in (which, rng.uniform(*self.ranges[which]))]
+def draw_view(width: int, height: int, recipe: Recipe, rng=random) -> View:
+    """All that is random in one view of an image of this size (paper, Section 3.2; BYOL's colours)."""
+    return View(
+        size=recipe.size,
+        box=draw_box(width, height, recipe.scale, rng),
+        flip=happens(0.5, rng),
+        colour=Colour(
+            *draw_jitter(rng),
+            grey=happens(0.2, rng),
+            blur=draw_radius(recipe.blur, rng),
+            solarize=happens(recipe.solarize, rng),
+        ),
+    )
 
 
-class Grayscale:
-    """Drop the colour, with probability `p`."""
+def happens(p: float, rng=random) -> bool:
+    """True with probability `p`."""
+    return rng.random() < p
 
-    def __init__(self, p: float = 0.2):
-        self.p = p
 
-    def draw(self, rng=random) -> bool:
-        return rng.random() < self.p
+def draw_box(
+    width: int, height: int, scale: Sequence[float], rng=random, ratio: Sequence[float] = (3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop of random area and aspect ratio, as in torchvision: ten
+    tries, then the centre.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def draw_jitter(rng=random, p: float = 0.8) -> tuple[Sequence[int], Sequence[float]]:
+    """`Colour.order` and `Colour.amounts`: four adjustments in random order, with probability `p`."""
+    if not happens(p, rng):
+        return (-1,) * 4, (0.0,) * 4
+    order = rng.sample(range(4), 4)
+    return order, [rng.uniform(*JITTER[which]) for which in order]
+
+
+def draw_radius(p: float, rng=random, smallest: float = 0.1, largest: float = 2.0) -> float:
+    """A radius of blur in pixels, with probability `p`; else 0."""
+    return rng.uniform(smallest, largest) if happens(p, rng) else 0.0
 
 
 class GaussianBlur:
-    """With probability `p`, blur with a radius (in pixels) drawn from the given range."""
+    """With probability `p`, blur an image with a radius (in pixels) from the given range."""
 
     def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
         self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
 
-    def draw(self, rng=random) -> float:
-        """A radius; 0 for no blur."""
-        return rng.uniform(self.radius_min, self.radius_max) if rng.random() < self.p else 0.0
-
     def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        radius = self.draw(rng)
+        radius = draw_radius(self.p, rng, self.radius_min, self.radius_max)
         return image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
 
 
 class Solarization:
-    """Invert the pixels above half brightness, with probability `p`."""
+    """With probability `p`, invert the pixels of an image from half brightness on."""
 
     def __init__(self, p: float):
         self.p = p
 
-    def draw(self, rng=random) -> bool:
-        return rng.random() < self.p
-
     def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return TF.solarize(image, 128) if self.draw(rng) else image
+        return ImageOps.solarize(image, 128) if happens(self.p, rng) else image
 
 
 class DataAugmentationDINO:
     """The views of one image: 2 global ones, then `local_crops_number` local ones.
 
     Scales are (smallest, largest) shares of the image's area. Blur and solarisation differ
-    between the views as in the paper: one global view is always blurred, the other seldom and
-    sometimes solarised.
+    between the views as in the paper.
     """
 
     def __init__(
@@ -149,46 +134,48 @@ class DataAugmentationDINO:
         global_crops_size: int = 224,
         local_crops_size: int = 96,
     ):
-        def recipe(size, scale, blur_p, solarize_p):
-            colour = (ColorJitter(), Grayscale(), GaussianBlur(blur_p), Solarization(solarize_p))
-            return RandomResizedCrop(size, scale), HorizontalFlip(), *colour
-
         self.recipes = [
-            recipe(global_crops_size, global_crops_scale, blur_p=1.0, solarize_p=0.0),
-            recipe(global_crops_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
+            Recipe(global_crops_size, global_crops_scale, blur=1.0, solarize=0.0),
+            Recipe(global_crops_size, global_crops_scale, blur=0.1, solarize=0.2),
+            *[Recipe(local_crops_size, local_crops_scale, blur=0.5, solarize=0.0)] * local_crops_number,
         ]
-        local = recipe(local_crops_size, local_crops_scale, blur_p=0.5, solarize_p=0.0)
-        self.recipes += [local] * local_crops_number
 
     def draw(self, width: int, height: int, rng=random) -> list[View]:
-        """What is random in the V views of an image of this size."""
-        return [
-            View(
-                crop.size,
-                crop.draw(width, height, rng),
-                flip.draw(rng),
-                [*jitter.draw(rng), grey.draw(rng), blur.draw(rng), solarize.draw(rng)],
-            )
-            for crop, flip, jitter, grey, blur, solarize in self.recipes
-        ]
+        """What is random in the views of an image of this size."""
+        return [draw_view(width, height, recipe, rng) for recipe in self.recipes]
 
-    def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], Tensor]:
-        """uint8 (3, H, W) -> V crops, uint8, and what `recolour` is to do to them, (V, 11)."""
+    def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], Colour]:
+        """uint8 (3, H, W) -> crops, and the colours that `normalized_views` gives them.
+
+        One uint8 tensor (V, 3, size, size) for each size, and a `Colour` of tensors over all views.
+        """
         views = self.draw(pixels.shape[2], pixels.shape[1], rng)
-        colours = torch.tensor([view.colour for view in views], dtype=torch.float64)
-        return [cut(pixels, view) for view in views], colours
+        crops = [torch.stack([crop_and_resize(pixels, view) for view in group]) for group in by_size(views)]
+        return crops, stack_colours([view.colour for view in views])
 
-    def uint8_views(self, pixels: Tensor, rng=random) -> list[Tensor]:
-        """uint8 (3, H, W) -> V views, uint8 (3, size, size): a quarter of a float's bytes to ship."""
-        crops, colours = self.crops(pixels, rng)
-        rows = colours.tolist()
-        views = (recolour(crop[None], [row])[0] for crop, row in zip(crops, rows, strict=True))
-        # By way of NumPy, which is five times as fast at this.
-        return [torch.from_numpy(view.numpy().astype(np.uint8)) for view in views]
+    def views(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], tuple[()]]:
+        """As `crops`, but with the colours applied: none are left to do.
+
+        uint8, because floats would be four times as many bytes to ship.
+        """
+        done = []
+        for group in by_size(self.draw(pixels.shape[2], pixels.shape[1], rng)):
+            views = np.empty((len(group), 3, group[0].size, group[0].size), np.uint8)
+            for out, view in zip(views, group, strict=True):
+                crop = crop_and_resize(pixels, view)
+                out[:] = apply_colours(crop[None], [view.colour])[0].numpy()  # NumPy casts 5x as fast
+            done.append(torch.from_numpy(views))
+        return done, ()
 
     def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
-        """An RGB image -> V normalised views, float32 (3, size, size)."""
-        return [normalize(view) for view in self.uint8_views(to_pixels(image), rng)]
+        """An RGB image -> normalised views, float32 (3, size, size)."""
+        views, _ = self.views(to_pixels(image), rng)
+        return [normalize(view) for part in views for view in part]
+
+
+def by_size(views: Iterable[View]) -> list[list[View]]:
+    """Consecutive views of one size together."""
+    return [list(group) for _, group in itertools.groupby(views, key=lambda view: view.size)]
 
 
 # ---------------------------------------------------------------------------------------------

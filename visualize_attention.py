@@ -233,7 +233,7 @@ def contact_sheet(rows: list[list[Image.Image]], side: int = 160) -> Image.Image
 
 def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
     """The image and one draw of its views; below each, what the teacher attends to in it."""
-    views = augmentation.uint8_views(to_pixels(image), random.Random(0))
+    views = [view for part in augmentation.views(to_pixels(image), random.Random(0))[0] for view in part]
     rows: list[list[Image.Image]] = [[], []]
     for pixels in (to_pixels(image), *views):
         with torch.no_grad():

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,29 +25,19 @@ from torch.utils.data import DataLoader, Dataset
 from support.distributed import get_rank, get_world_size, main_process_first
 from support.errors import ImageError, UserError, nearest
 from support.monitor import ignore_signals
-from support.pixels import to_pixels
+from support.pixels import Colour, to_pixels, to_rgb
 from support.shapes import Shapes
 
 
 def load_image(path: str) -> Image.Image:
-    """The first frame of an image file, in RGB; as stored, whatever EXIF says of its rotation.
+    """The first frame of an image file, as `to_rgb` reads it; EXIF rotation is ignored.
 
-    16-bit grey values keep their upper 8 bits, where PIL would turn nearly all of them white.
     Raises nearly anything for a file that cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would never end
         raise OSError("not a file")
     with open(path, "rb") as file, Image.open(file) as image:
-        if image.mode.startswith("I"):
-            values = np.asarray(image)
-            if values.max() > 65_535:
-                raise ValueError("32-bit values have no agreed range")
-            image = Image.fromarray((values >> 8).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("floating-point values have no agreed range")
-        if "transparency" in image.info:  # in a palette, PIL warns of it
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 def load_pixels(path: str) -> Tensor:
@@ -225,14 +215,20 @@ def sample_name(dataset: Dataset, index: int) -> str:
 class TrainingViews(Dataset):
     """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
 
-    It is V uint8 views (3, H, W), what is left to do to their colours, (V, 11) for `recolour` or
-    (V, 0) for nothing, and an index: an image that cannot be read is replaced by the next one that
-    can, and its index comes along (-1 when all went well), so that training can name and count it.
+    It is `make_views(pixels, rng)` and an index. `make_views` takes uint8 (3, H, W) and a
+    `random.Random`; it returns uint8 views, one tensor (V, 3, H, W) for each size, and how their
+    colours are still to change, as `pixels.normalized_views` takes it. The index is -1; for an image
+    that cannot be read, which the next readable one replaces, it is that image's, so that training can
+    name and count it.
     """
 
-    def __init__(self, images: Dataset, augmentation, seed: int, recolour_later: bool = False):
-        self.images, self.augmentation, self.seed = images, augmentation, seed
-        self.recolour_later = recolour_later
+    def __init__(
+        self,
+        images: Dataset,
+        make_views: Callable[[Tensor, random.Random], tuple[list[Tensor], Colour | Sequence]],
+        seed: int,
+    ):
+        self.images, self.make_views, self.seed = images, make_views, seed
 
     def __len__(self) -> int:
         return len(self.images)
@@ -240,9 +236,9 @@ class TrainingViews(Dataset):
     def _pixels(self, index: int) -> Tensor:
         if isinstance(self.images, ImageFiles):
             return self.images.pixels(index)
-        return to_pixels(self.images[index][0].convert("RGB"))
+        return to_pixels(to_rgb(self.images[index][0]))
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Tensor, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Colour | Sequence, int]:
         epoch, index = item
         rng = random.Random(f"{self.seed} {epoch} {index}")
         unreadable = -1
@@ -254,10 +250,7 @@ class TrainingViews(Dataset):
                 unreadable = index
         else:
             raise UserError("no image can be read", sample_name(self.images, index))
-        if self.recolour_later:
-            return *self.augmentation.crops(pixels, rng), unreadable
-        views = self.augmentation.uint8_views(pixels, rng)
-        return views, torch.empty(len(views), 0), unreadable
+        return *self.make_views(pixels, rng), unreadable
 
 
 def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:

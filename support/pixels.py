@@ -1,17 +1,16 @@
-"""The views of an image (paper, Section 3.2; colour and blur are those of BYOL).
+"""Operations on pixels: reading modes, crop and resize, colours, blur, normalisation.
 
-First everything random is drawn, as numbers; then it is done. So a view depends on its random source
-alone, and its colours can be changed where that is fastest: by the worker that loads the image, or for
-whole batches on the device.
+A view is first drawn, as numbers (`View`, filled by `utils.DataAugmentationDINO`), and then made from
+these numbers. So it depends on its random source only, and its colours can be changed where that is
+fastest: by the worker that loads the image, or for whole batches on the device.
 
-Pixels are changed as PIL changes them, up to rounding (tests/test_pixels.py says how far), but by
-tensor operations, several times as fast.
+Colours change as in PIL, up to rounding (tests/test_pixels.py states the differences), but with tensor
+operations, which are several times as fast.
 
-Shapes: B images of one size, V views, H x W pixels.
+Shapes: B images of one size, V views of one size, H x W pixels.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,38 +22,82 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+# ---------------------------------------------------------------------------------------------
+# Images in, normalised pixels out
+# ---------------------------------------------------------------------------------------------
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-@functools.cache
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation in grey levels, (3, 1, 1) each, copied to the device once."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean.to(device), std.to(device)
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode -> RGB, 8 bits. Transparency is dropped; the pixels below it stay.
 
-
-def normalize(images: Tensor) -> Tensor:
-    """Grey levels (..., 3, H, W) -> float32 with ImageNet's mean and deviation, where they are."""
-    mean, std = _pixel_statistics(images.device)
-    return (images.float() - mean) / std
+    16-bit grey values keep their upper 8 bits; PIL would clip nearly all of them to white. Raises
+    ValueError for values without an agreed range: floating point, or outside 0..65535.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ValueError("32-bit values have no agreed range")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point values have no agreed range")
+    if "transparency" in image.info:  # PIL warns of it in a palette
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image -> uint8 (3, H, W) that shares its memory order, which resizing likes best."""
+    """An RGB image -> uint8 (3, H, W), channels last in memory, which is fastest to resize."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
-    """Resize to 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, size, size)."""
+@functools.cache
+def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values per channel, of 1 -> of 255, (3, 1, 1), copied to the device once."""
+    return (torch.tensor(values).view(3, 1, 1) * 255).to(device)
+
+
+def normalize(
+    images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Tensor:
+    """Grey levels (..., 3, H, W) -> float32 (x / 255 - mean) / std, on the images' device."""
+    mean, std = (_grey_levels(tuple(values), images.device) for values in (mean, std))
+    return (images.float() - mean) / std
+
+
+def eval_transform(
+    size: int = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Callable[[Image.Image], Tensor]:
+    """Resize to 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, size, size).
+
+    Takes images of any mode that `to_rgb` takes.
+    """
     return transforms.Compose(
         [
+            to_rgb,
             transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
-            normalize,
+            functools.partial(normalize, mean=tuple(mean), std=tuple(std)),
         ]
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------
+
+
+class Colour(NamedTuple):
+    """How the colours of a view change, in this order. Numbers for one view; tensors for a batch."""
+
+    order: Sequence[int]  # the jitter, first to fourth: indices into ADJUSTMENTS, or -1 for none
+    amounts: Sequence[float]  # the argument of each of the four
+    grey: bool  # drop the colour
+    blur: float  # standard deviation in pixels; 0 for none
+    solarize: bool
 
 
 class View(NamedTuple):
@@ -63,15 +106,16 @@ class View(NamedTuple):
     size: int  # pixels per side
     box: tuple[int, int, int, int]  # of the image: top, left, height, width
     flip: bool
-    colour: list[float]  # COLOUR_NUMBERS of them, for `recolour`
+    colour: Colour
 
 
-# In `View.colour`: four times an adjustment and its amount; grey; blur radius; solarise.
-COLOUR_NUMBERS = 11
-GREY, BLUR, SOLARIZE = 8, 9, 10
+def stack_colours(colours: Sequence[Colour]) -> Colour:
+    """V `Colour`s of numbers -> one of tensors, whose first dimension is V."""
+    # NumPy keeps the amounts in float64, as they were drawn.
+    return Colour(*(torch.from_numpy(np.array(field)) for field in zip(*colours, strict=True)))
 
 
-def cut(pixels: Tensor, view: View) -> Tensor:
+def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
     """Crop, resize (bicubic, antialiased) and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
     top, left, height, width = view.box
     crop = pixels[None, :, top : top + height, left : left + width]
@@ -80,36 +124,40 @@ def cut(pixels: Tensor, view: View) -> Tensor:
 
 
 @torch.inference_mode()
-def recolour(images: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
-    """Jitter, drop, blur and solarise colours, each image's its own way: uint8 (B, 3, H, W) -> float32.
-
-    There is a `View.colour` for each image. The result has whole grey levels.
-    """
+def apply_colours(images: Tensor, colours: Sequence[Colour]) -> Tensor:
+    """Change each image by its `Colour`: uint8 (B, 3, H, W) -> float32, whole grey levels."""
     images = images.float()
-    for place in range(0, 8, 2):
-        for which in sorted({row[place] for row in rows} - {-1.0}):
-            amounts = [row[place + 1] if row[place] == which else None for row in rows]
-            _change(images, amounts, ADJUSTMENTS[int(which)])
-    _change(images, [row[GREY] or None for row in rows], drop_colour)
-    _change(images, [row[BLUR] or None for row in rows], gaussian_blur)
+    for place in range(4):
+        for which in sorted({colour.order[place] for colour in colours} - {-1}):
+            amounts = [c.amounts[place] if c.order[place] == which else None for c in colours]
+            _change(images, amounts, ADJUSTMENTS[which])
+    _change(images, [colour.grey or None for colour in colours], drop_colour)
+    _change(images, [colour.blur or None for colour in colours], gaussian_blur)
     images.round_()
-    _change(images, [row[SOLARIZE] or None for row in rows], solarize)
+    _change(images, [colour.solarize or None for colour in colours], solarize)
     return images
 
 
-def normalized_views(views: list[Tensor], colours: Tensor) -> list[Tensor]:
-    """V batches of uint8 views (B, 3, H, W), on the device -> normalised, float32.
+def normalized_views(
+    views: Sequence[Tensor],
+    colours: Colour | Sequence = (),
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> list[Tensor]:
+    """A batch of views as loaded, uint8, on the device -> a list of all views, normalised (B, 3, H, W).
 
-    `colours` (B, V, 11), on the CPU, says what loading has left to do to them; (B, V, 0) for nothing.
+    `views` has one tensor (B, V, 3, H, W) for each size. `colours`, on the CPU, says how the colours of
+    all views are still to change, (B, number of views, ...) in each field; it is empty if they are done.
     """
-    if not colours.shape[-1]:
-        return [normalize(view) for view in views]
-    done = []
-    for _, group in itertools.groupby(range(len(views)), key=lambda v: views[v].shape):
-        group = list(group)  # views of one size together
-        rows = torch.cat([colours[:, v] for v in group]).tolist()
-        batch = recolour(torch.cat([views[v] for v in group]), rows)
-        done += normalize(batch).chunk(len(group))
+    done: list[Tensor] = []
+    for part in views:
+        count, first = part.shape[1], len(done)
+        part = part.transpose(0, 1).flatten(0, 1)  # (V * B, 3, H, W)
+        if colours:
+            fields = (field[:, first : first + count].transpose(0, 1).flatten(0, 1) for field in colours)
+            rows = zip(*(field.tolist() for field in fields), strict=True)
+            part = apply_colours(part, [Colour(*row) for row in rows])
+        done += normalize(part, mean, std).chunk(count)
     return done
 
 

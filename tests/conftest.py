@@ -36,6 +36,12 @@ def save_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None
         Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:03}.png")
 
 
+def picture(seed: int = 0, size: tuple[int, int] = (60, 45)) -> Image.Image:
+    """A smooth colourful image."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """Twenty images in a folder without classes."""

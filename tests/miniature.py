@@ -157,7 +157,7 @@ def train_supervised(folder: Path, flags: list[str], data: Source) -> None:
         if step % steps.per_epoch == 0:
             batches = iter(torch.randperm(len(images)).split(args.batch_size_per_gpu))
         batch = next(batches)
-        views = torch.stack([augmentation.uint8_views(pixels[i], rng)[0] for i in batch])
+        views = torch.cat([augmentation.views(pixels[i], rng)[0][0] for i in batch])
         utils.set_schedules(optimizer, float(schedules["lr"][step]), float(schedules["wd"][step]))
         optimizer.zero_grad()
         F.cross_entropy(model(normalize(views)), labels[batch]).backward()

@@ -37,7 +37,8 @@ def test_a_run_is_algorithm_1(images, tmp_path, name):
     student, teacher = main_dino.build_networks(args)
     teacher.load_state_dict(student.state_dict())
     student.head.defer_last_layer = False
-    data = TrainingViews(ImageFiles(images), DataAugmentationDINO((0.5, 1), (0.1, 0.3), 2, 32, 16), seed=3)
+    augmentation = DataAugmentationDINO((0.5, 1), (0.1, 0.3), 2, 32, 16)
+    data = TrainingViews(ImageFiles(images), augmentation.views, seed=3)
     groups, center = utils.get_params_groups(student), torch.zeros(1, 64)
     make = {
         "sgd": lambda g: torch.optim.SGD(g, lr=0, momentum=0.9),
@@ -49,7 +50,7 @@ def test_a_run_is_algorithm_1(images, tmp_path, name):
         epoch = step // 5
         order = torch.randperm(20, generator=torch.Generator().manual_seed(3 + epoch))  # DistributedSampler's
         items = [data[epoch, i][0] for i in order[step % 5 * 4 :][:4].tolist()]
-        views = [normalize(torch.stack(view)) for view in zip(*items, strict=True)]
+        views = [normalize(part[:, v]) for part in map(torch.stack, zip(*items, strict=True)) for v in (0, 1)]
         fix_random_seeds(3, 0, step)  # drop path
         q = ((teacher(views[:2]) - center) / (0.03, 0.07, 0.07)[epoch]).softmax(-1).chunk(2)
         p = (student(views) / 0.1).log_softmax(-1).chunk(4)

@@ -83,15 +83,14 @@ def test_torchvision_dataset_by_name_from_gzipped_files(tmp_path):
     source = Source(str(tmp_path), "FashionMNIST")
     train, val = open_training_images(source), open_labelled_images(source, "val")
     assert (len(train), len(val)) == (30, 20) and train.classes == val.classes
-    views, _, unreadable = TrainingViews(train, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14), 0)[
-        0, 3
-    ]
-    assert views[0].shape == (3, 28, 28) and unreadable == -1
+    augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14)
+    views, _, unreadable = TrainingViews(train, augmentation.views, 0)[0, 3]
+    assert views[0].shape == (2, 3, 28, 28) and unreadable == -1
 
 
-def small_views(images, seed: int = 0, recolour_later: bool = False) -> TrainingViews:
+def small_views(images, seed: int = 0, method: str = "views") -> TrainingViews:
     augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 2, 16, 8)
-    return TrainingViews(ImageFiles(images), augmentation, seed, recolour_later)
+    return TrainingViews(ImageFiles(images), getattr(augmentation, method), seed)
 
 
 def test_views_depend_on_seed_epoch_and_index_alone(images):
@@ -122,11 +121,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
 
 def test_views_are_the_same_wherever_their_colours_change(images):
     batches = []
-    for later in (False, True):
-        dataset = small_views(images, recolour_later=later)
+    for method in ("views", "crops"):
+        dataset = small_views(images, method=method)
         views, colours, _ = next(iter(DataLoader(dataset, batch_sampler=EpochBatches(20, 20, seed=5))))
-        assert all(view.dtype == torch.uint8 for view in views) and colours.shape == (20, 4, 11 * later)
+        assert [tuple(part.shape) for part in views] == [(20, 2, 3, 16, 16), (20, 2, 3, 8, 8)]
+        assert all(part.dtype == torch.uint8 for part in views) and bool(colours) == (method == "crops")
         batches.append(normalized_views(views, colours))
+        assert [tuple(view.shape) for view in batches[-1]] == [(20, 3, 16, 16)] * 2 + [(20, 3, 8, 8)] * 2
     for worker, device in zip(*batches, strict=True):
         grey_levels = (worker - device).abs() * 255 * 0.225
         assert grey_levels.max() < 1.1 and grey_levels.mean() < 0.001  # a rounding here and there
@@ -217,7 +218,7 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
     dataset = small_views(tmp_path)
     assert [dataset[0, i][2] for i in range(4)] == [-1, 1, 2, -1]
-    assert len(dataset[0, 1][0]) == 4
+    assert sum(len(part) for part in dataset[0, 1][0]) == 4
     evaluation = EvalImages(ImageFiles(tmp_path), eval_transform(16))
     with pytest.raises(UserError, match="002.png"):
         evaluation[2]
@@ -235,7 +236,7 @@ def test_the_last_image_of_a_large_dataset_costs_what_the_first_one_does():
         def __getitem__(self, index):
             return Image.new("RGB", (40, 40)), 0
 
-    dataset = TrainingViews(Large(), DataAugmentationDINO((0.4, 1), (0.05, 0.4), 2, 32, 16), 0)
+    dataset = TrainingViews(Large(), DataAugmentationDINO((0.4, 1), (0.05, 0.4), 2, 32, 16).views, 0)
     tracemalloc.start()
     dataset[0, 10**6 - 1]
     assert tracemalloc.get_traced_memory()[1] < 2**22

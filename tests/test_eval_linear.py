@@ -1,10 +1,11 @@
 import copy
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -15,7 +16,7 @@ from eval_linear import LinearClassifiers, frozen_features, validate_network
 from support import backbones, cli, data
 from support.distributed import fix_random_seeds
 from support.errors import UserError
-from support.pixels import eval_transform
+from support.pixels import eval_transform, to_pixels
 from support.weights import load_backbone, load_checkpoint, save_checkpoint
 from tests import golden
 from tests.conftest import run, save_images, torchrun
@@ -92,25 +93,26 @@ def test_precision_is_that_of_the_forward_pass(vit):
     torch.testing.assert_close(exact, half, rtol=0.1, atol=0.1)
 
 
-def test_training_images_are_cropped_and_flipped_as_torchvision_does():
-    ramp = Image.linear_gradient("L").convert("RGB").resize((64, 48))
-    images = [(ramp, 3)]
-    dataset = eval_linear.AugmentedImages(images, 16, seed=0)
-    views = torch.stack([dataset[epoch, 0][0] for epoch in range(1500)]).double()
-    assert dataset[0, 0][1] == 3 and torch.equal(dataset[5, 0][0], dataset[5, 0][0])
-    torch.manual_seed(0)
-    theirs = transforms.Compose(
-        [transforms.RandomResizedCrop(16), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-    )
-    others = torch.stack([theirs(ramp) for _ in range(1500)]).double()
-    for statistic in (lambda x: x.mean((1, 2, 3)), lambda x: x.diff(dim=2).mean((1, 2, 3))):
-        a, b = statistic(views), statistic(others)
-        error = (a.var() / len(a) + b.var() / len(b)).sqrt()
-        assert abs(a.mean() - b.mean()) < 4 * error
-    sharp = torchvision.transforms.functional.resized_crop(ramp, 5, 7, 30, 40, [16, 16])
-    crop = dataset.crop
-    crop.draw = lambda width, height, rng: (5, 7, 30, 40)
-    assert crop(ramp).tobytes() == sharp.tobytes()  # bilinear, torchvision's default
+def test_training_images_are_cropped_and_flipped_by_torchvisions_defaults():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    dataset = eval_linear.AugmentedImages([(noise, 3)], 16, seed=7)
+    published = transforms.Compose([transforms.RandomResizedCrop(16), transforms.RandomHorizontalFlip()])
+    for epoch in range(20):
+        image, label = dataset[epoch, 0]
+        torch.manual_seed(random.Random(f"7 {epoch} 0").getrandbits(32))
+        assert torch.equal(image, to_pixels(published(noise))) and label == 3
+
+
+def test_a_training_image_depends_on_seed_epoch_and_index_alone():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    dataset, other = (eval_linear.AugmentedImages([(noise, 0)] * 2, 16, seed) for seed in (0, 1))
+    first = dataset[3, 1][0]
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(dataset[3, 1][0], first)
+    assert torch.equal(torch.get_rng_state(), state)
+    for change in (dataset[3, 0], dataset[4, 1], other[3, 1]):
+        assert not torch.equal(change[0], first)
 
 
 # ---- training

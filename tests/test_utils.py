@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import transforms
 
 import utils
 from support import backbones
+from support import pixels as px
 from support.distributed import (
     all_gather,
     all_reduce_mean,
@@ -23,7 +26,219 @@ from support.distributed import (
     get_world_size,
     is_main_process,
 )
-from utils import DINOHead, DINOLoss, MultiCropWrapper
+from support.pixels import to_pixels
+from tests.conftest import picture
+from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_views(image: Image.Image, draws: int, **kwargs) -> list[torch.Tensor]:
+    """For each kind of view (global 1, global 2, local), `draws` of them: (draws, 3, H, W)."""
+    settings = dict(
+        global_crops_scale=(1, 1),
+        local_crops_scale=(1, 1),
+        local_crops_number=1,
+        global_crops_size=image.width,
+        local_crops_size=image.width,
+    )
+    augment = DataAugmentationDINO(**(settings | kwargs))
+    draws = [augment.views(to_pixels(image), random.Random(seed))[0] for seed in range(draws)]
+    together = [torch.stack(parts) for parts in zip(*draws, strict=True)]  # one for each size
+    return [views for part in together for views in part.unbind(1)]
+
+
+def is_close_share(share: float, p: float, draws: int) -> bool:
+    """Within four standard errors of a probability."""
+    return abs(share - p) <= 4 * math.sqrt(p * (1 - p) / draws)
+
+
+def test_views_have_the_published_number_order_and_sizes():
+    views = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 8)(picture())
+    assert [tuple(v.shape) for v in views] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 8
+    assert all(v.dtype == torch.float32 for v in views)
+
+
+def test_each_view_is_cut_at_its_own_scale():
+    augment, rng = DataAugmentationDINO((0.5, 1), (0.05, 0.2), 3, 64, 32), random.Random(0)
+    boxes = np.array([[view.box for view in augment.draw(500, 400, rng)] for _ in range(300)])
+    shares = boxes[..., 2] * boxes[..., 3] / (500 * 400)
+    assert 0.48 < shares[:, :2].min() < 0.55 and shares[:, :2].max() > 0.9
+    assert 0.045 < shares[:, 2:].min() < 0.06 and 0.18 < shares[:, 2:].max() < 0.21
+
+
+ADJUSTED = {  # the paper's ranges
+    px.adjust_brightness: (0.6, 1.4),
+    px.adjust_contrast: (0.6, 1.4),
+    px.adjust_saturation: (0.8, 1.2),
+    px.adjust_hue: (-0.1, 0.1),
+}
+
+
+def test_amounts_cover_their_ranges_and_adjustments_come_in_any_order():
+    rng = random.Random(0)
+    orders, amounts = map(np.array, zip(*[utils.draw_jitter(rng, p=1) for _ in range(4000)], strict=True))
+    assert len(np.unique(orders, axis=0)) == 24
+    for adjust, ends in ADJUSTED.items():
+        own = amounts[orders == px.ADJUSTMENTS.index(adjust)]
+        assert (own.min(), own.max()) == pytest.approx(ends, abs=0.01)
+    radii = [utils.draw_radius(1, rng) for _ in range(4000)]
+    assert (min(radii), max(radii)) == pytest.approx((0.1, 2), abs=0.01)
+
+
+def test_solarise_one_fifth_of_the_second_view_only():
+    white = Image.new("RGB", (16, 16), "white")  # jitter leaves it above 128, solarising does not
+    shares = [(v.float().mean((1, 2, 3)) < 128).float().mean().item() for v in draw_views(white, 600)]
+    assert shares[0] == 0 and shares[2] == 0 and is_close_share(shares[1], 0.2, 600)
+
+
+def test_blur_always_sometimes_half_the_time():
+    noise = np.random.default_rng(0).choice([64, 192], (16, 16)).astype(np.uint8)
+    image = Image.fromarray(noise).convert("RGB")  # two grey levels, more once blurred
+    shares = []
+    for views in draw_views(image, 600):
+        blurred = [view.unique().numel() > 2 for view in views]
+        shares.append(sum(blurred) / 600)
+    # A radius below about 0.3 pixels, a tenth of the range, leaves no trace in 8 bits.
+    seen = shares[0]
+    assert seen > 0.8
+    assert is_close_share(shares[1], 0.1 * seen, 600) and is_close_share(shares[2], 0.5 * seen, 600)
+
+
+def test_flip_half_the_views():
+    halves = Image.fromarray(np.repeat([[0] * 8 + [200] * 8], 16, axis=0).astype(np.uint8)).convert("RGB")
+    for views in draw_views(halves, 400, local_crops_number=1)[::2]:  # unsolarised
+        flipped = views[..., :4].float().mean((1, 2, 3)) > views[..., -4:].float().mean((1, 2, 3))
+        assert is_close_share(flipped.float().mean().item(), 0.5, 400)
+
+
+def test_grey_one_view_in_five():
+    for views in draw_views(Image.new("RGB", (8, 8), (200, 60, 40)), 600):
+        grey = (views[:, 0] == views[:, 1]).flatten(1).all(1) & (views[:, 1] == views[:, 2]).flatten(1).all(1)
+        assert is_close_share(grey.float().mean().item(), 0.2, 600)
+
+
+def test_jitter_four_views_in_five_within_its_ranges():
+    grey = Image.new("RGB", (8, 8), (120, 120, 120))  # only brightness moves a grey image
+    levels = draw_views(grey, 800)[0].float().mean((1, 2, 3))
+    assert is_close_share((levels != 120).float().mean().item(), 0.8, 800)
+    assert 0.6 * 120 - 1 <= levels.min() <= 80 and 160 <= levels.max() <= 1.4 * 120 + 1
+
+
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
+def test_crops_are_distributed_as_torchvisions(scale):
+    width, height, draws = 500, 375, 3000
+    rng = random.Random(0)
+    ours = torch.tensor([utils.draw_box(width, height, scale, rng) for _ in range(draws)]).double()
+    image = torch.empty(3, height, width)
+    torch.manual_seed(0)
+    draw = transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([draw(image, scale, (3 / 4, 4 / 3)) for _ in range(draws)]).double()
+    shares = ours[:, 2] * ours[:, 3] / (width * height)
+    assert scale[0] * 0.98 <= shares.min() and shares.max() <= min(1, scale[1] * 1.02)
+    assert two_sample_z(ours, theirs) < 4  # top, left, height, width
+    assert two_sample_z(ours**2, theirs**2) < 4
+    other = torch.tensor([utils.draw_box(width, height, scale, rng) for _ in range(draws)]).double() * 1.1
+    assert two_sample_z(other, theirs) > 4  # the test would see a scale that is 10 % off
+
+
+def two_sample_z(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of column means, in standard errors."""
+    error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+    return ((a.mean(0) - b.mean(0)).abs() / error.clamp(min=1e-12)).max().item()
+
+
+def test_the_order_of_the_draws_is_kept():
+    """A change of order would change the views of a run that goes on with a newer version."""
+    recipe = utils.Recipe(32, (0.4, 1), blur=1.0, solarize=0.2)
+    size, box, flip, colour = utils.draw_view(500, 375, recipe, random.Random(1))
+    assert (size, box, flip) == (32, (97, 16, 272, 332), True)
+    assert list(colour.order) == [3, 1, 2, 0]
+    assert colour.amounts == pytest.approx([-0.0812281, 0.6226780, 1.1343060, 0.9462137], abs=1e-7)
+    assert colour[2:] == (False, pytest.approx(0.9462357, abs=1e-7), False)
+    again = utils.draw_view(500, 375, recipe, random.Random(11)).colour  # without jitter
+    assert again == ((-1,) * 4, (0.0,) * 4, True, pytest.approx(1.0039501, abs=1e-7), False)
+
+
+def test_published_callables_change_pil_images():
+    image = picture()
+    blur, solarize = utils.GaussianBlur(1.0, 1.5, 1.5), utils.Solarization(1.0)
+    assert blur(image).tobytes() == image.filter(ImageFilter.GaussianBlur(1.5)).tobytes()
+    assert solarize(image).tobytes() == ImageOps.solarize(image, 128).tobytes()
+    for never in (utils.GaussianBlur(0.0), utils.Solarization(0.0)):
+        assert never(image).tobytes() == image.tobytes()
+    random.seed(0)
+    changed = sum(utils.Solarization(0.2)(image).tobytes() != image.tobytes() for _ in range(600))
+    assert is_close_share(changed / 600, 0.2, 600)
+
+
+def torchvision_recipe(blur_p: float, solarize_p: float, grey_p=0.2, brightness=0.4, blur_first=False):
+    """One kind of view, composed from torchvision's transforms as the paper says, or with an error."""
+
+    def blur(image):
+        if torch.rand(()) >= blur_p:
+            return image
+        radius = torch.empty(()).uniform_(0.1, 2).item()
+        return image.filter(ImageFilter.GaussianBlur(radius))
+
+    steps = [
+        transforms.RandomResizedCrop(32, (0.4, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(brightness, 0.4, 0.2, 0.1)], p=0.8),
+        transforms.RandomGrayscale(grey_p),
+        transforms.RandomSolarize(128, solarize_p),
+        transforms.PILToTensor(),
+    ]
+    steps.insert(0 if blur_first else 4, blur)
+    return transforms.Compose(steps)
+
+
+def pixel_statistics(views: torch.Tensor) -> torch.Tensor:
+    """Per view: mean and deviation of each channel, colourfulness, sharpness, left - right."""
+    x = views.float()
+    return torch.cat(
+        [
+            x.mean((2, 3)),
+            x.std((2, 3)),
+            (x[:, 0] - x[:, 2]).abs().mean((1, 2))[:, None],
+            x.diff(dim=3).abs().mean((1, 2, 3))[:, None],
+            (x[..., :16].mean((1, 2, 3)) - x[..., 16:].mean((1, 2, 3)))[:, None],
+        ],
+        dim=1,
+    )
+
+
+KINDS = {"global 1": (1.0, 0.0), "global 2": (0.1, 0.2), "local": (0.5, 0.0)}  # blur, solarisation
+ERRORS = {
+    "none": {},
+    "probability": {"grey_p": 0.4},
+    "range": {"brightness": 0.8},
+    "order": {"blur_first": True},
+}
+SEEN_IN = {"probability": KINDS, "range": KINDS, "order": ["global 1"]}
+
+
+def test_views_are_distributed_as_torchvisions():
+    """First and second moments of what is measured agree; an error in the recipe would be seen."""
+    image, draws = picture(size=(64, 48)), 1500
+    ours = draw_views(
+        image, draws, global_crops_scale=(0.4, 1), global_crops_size=32, local_crops_scale=(0.4, 1),
+        local_crops_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for views, (kind, shares) in zip(ours, KINDS.items(), strict=True):
+        measured = pixel_statistics(views)
+        for error, change in ERRORS.items():
+            recipe = torchvision_recipe(*shares, **change)
+            theirs = pixel_statistics(torch.stack([recipe(image) for _ in range(draws)]))
+            z = max(two_sample_z(measured, theirs), two_sample_z(measured**2, theirs**2))
+            if error == "none":
+                assert z < 4.5, kind
+            elif kind in SEEN_IN[error]:
+                assert z > 4.5, (kind, error)
+
 
 # ---------------------------------------------------------------------------------------------
 # Networks

@@ -35,7 +35,7 @@ from support.data import EpochBatches, ImageFiles, TrainingViews, load_pixels, m
 from support.distributed import fix_random_seeds
 from support.logger import MetricLogger
 from support.monitor import Monitor
-from support.pixels import normalize, to_pixels
+from support.pixels import normalized_views, to_pixels
 from tests.benchmarks import textbook
 from utils import DataAugmentationDINO
 
@@ -146,13 +146,13 @@ def augmentation(rounds: int) -> None:
 
         theirs = all_of(lambda path: plain(read(path)))
         rows = {
-            "views from JPEG, one worker": lambda path: ours.uint8_views(load_pixels(str(path))),
+            "views from JPEG, one worker": lambda path: ours.views(load_pixels(str(path))),
             "its share with `--augment_on device`": lambda path: ours.crops(load_pixels(str(path))),
         }
         for name, make in rows.items():
             compare(name, all_of(make), theirs, rounds, n, "img/s")
         image = read(paths[0])
-        a, b = (sum(v.nbytes for v in views) for views in (ours.uint8_views(to_pixels(image)), plain(image)))
+        a, b = (sum(v.nbytes for v in views) for views in (ours.views(to_pixels(image))[0], plain(image)))
         print_row(
             "what a worker ships per image", f"{a / 1e6:.2f} MB", f"{b / 1e6:.2f} MB", f"**{b / a:.2f}x**"
         )
@@ -203,9 +203,9 @@ class Quiet(MetricLogger):
 def random_batch(images: int) -> tuple:
     """As `to_device` gives it."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [224] * 2 + [96] * 8
-    views = [torch.randint(256, (images, 3, s, s), dtype=torch.uint8, generator=generator) for s in sizes]
-    return views, torch.empty(images, 10, 0), torch.full((images,), -1)
+    shapes = [(images, count, 3, side, side) for count, side in ((2, 224), (8, 96))]
+    views = [torch.randint(256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
+    return views, (), torch.full((images,), -1)
 
 
 def cpu_has_bf16() -> bool:
@@ -226,7 +226,7 @@ def step(rounds: int) -> None:
 
 def compare_steps(arch: str, images: int, rounds: int) -> None:
     batch = random_batch(images)
-    views = [normalize(view) for view in batch[0]]
+    views = normalized_views(batch[0])
     theirs = functools.partial(textbook.Trainer(arch, PROTOTYPES).step, views)
 
     def our_step(**kwargs) -> Side:
@@ -268,7 +268,7 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int =
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), steps * batch)
-        dataset, cpu = TrainingViews(ImageFiles(folder), recipe(), 0), torch.device("cpu")
+        dataset, cpu = TrainingViews(ImageFiles(folder), recipe().views, 0), torch.device("cpu")
         loaders = {
             "ours": make_loader(dataset, EpochBatches(len(dataset), batch, 0, last_step=steps), 1, cpu),
             "textbook": DataLoader(PlainImages(paths), batch, shuffle=True, num_workers=1, drop_last=True),
