@@ -26,8 +26,7 @@ from support.logger import log
 from support.pixels import Colour, View, apply_colours, crop_and_resize, normalize, stack_colours, to_pixels
 
 # ---------------------------------------------------------------------------------------------
-# Augmentation. Random sources have the methods of `random.Random`; in the order of the draws below,
-# a view follows from its source alone.
+# Augmentation. `rng` has the methods of `random.Random`. Another order of the draws gives other views.
 # ---------------------------------------------------------------------------------------------
 
 JITTER = (  # smallest and largest amount, in the order of `support.pixels.ADJUSTMENTS`
@@ -48,8 +47,11 @@ class Recipe(NamedTuple):
 
 
 def draw_view(width: int, height: int, recipe: Recipe, rng=random) -> View:
-    """All that is random in one view of an image of this size (paper, Section 3.2; BYOL's colours)."""
-    return View(
+    """All that is random in one view of an image of this size.
+
+    Paper, Section 3.2 (multi-crop), with colours and blur as in BYOL.
+    """
+    return View(  # drawn in the order in which it is written
         size=recipe.size,
         box=draw_box(width, height, recipe.scale, rng),
         flip=happens(0.5, rng),
@@ -70,8 +72,9 @@ def happens(p: float, rng=random) -> bool:
 def draw_box(
     width: int, height: int, scale: Sequence[float], rng=random, ratio: Sequence[float] = (3 / 4, 4 / 3)
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a crop of random area and aspect ratio, as in torchvision: ten
-    tries, then the centre.
+    """Top, left, height and width of a crop of random area and aspect ratio.
+
+    As in torchvision, the centre is taken if ten draws do not fit into the image.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -86,7 +89,7 @@ def draw_box(
 
 
 def draw_jitter(rng=random, p: float = 0.8) -> tuple[Sequence[int], Sequence[float]]:
-    """`Colour.order` and `Colour.amounts`: four adjustments in random order, with probability `p`."""
+    """`Colour.order` and `Colour.amounts`: with probability `p` all four, in random order; else none."""
     if not happens(p, rng):
         return (-1,) * 4, (0.0,) * 4
     order = rng.sample(range(4), 4)
@@ -122,8 +125,7 @@ class Solarization:
 class DataAugmentationDINO:
     """The views of one image: 2 global ones, then `local_crops_number` local ones.
 
-    Scales are (smallest, largest) shares of the image's area. Blur and solarisation differ
-    between the views as in the paper.
+    Scales are the smallest and the largest share of the image's area that a view may show.
     """
 
     def __init__(
@@ -145,19 +147,17 @@ class DataAugmentationDINO:
         return [draw_view(width, height, recipe, rng) for recipe in self.recipes]
 
     def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], Colour]:
-        """uint8 (3, H, W) -> crops, and the colours that `normalized_views` gives them.
+        """uint8 (3, H, W) -> crops, and the colours that `normalized_views` is to give them.
 
-        One uint8 tensor (V, 3, size, size) for each size, and a `Colour` of tensors over all views.
+        Crops are uint8 tensors, one (V, 3, size, size) for each size; few tensors are cheap to pass
+        between processes. The `Colour` holds tensors over all views.
         """
         views = self.draw(pixels.shape[2], pixels.shape[1], rng)
         crops = [torch.stack([crop_and_resize(pixels, view) for view in group]) for group in by_size(views)]
         return crops, stack_colours([view.colour for view in views])
 
     def views(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], tuple[()]]:
-        """As `crops`, but with the colours applied: none are left to do.
-
-        uint8, because floats would be four times as many bytes to ship.
-        """
+        """uint8 (3, H, W) -> views, as `crops` gives them but with their colours applied, and no colours."""
         done = []
         for group in by_size(self.draw(pixels.shape[2], pixels.shape[1], rng)):
             views = np.empty((len(group), 3, group[0].size, group[0].size), np.uint8)
@@ -168,7 +168,7 @@ class DataAugmentationDINO:
         return done, ()
 
     def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
-        """An RGB image -> normalised views, float32 (3, size, size)."""
+        """An image -> a list of normalised views, float32 (3, size, size)."""
         views, _ = self.views(to_pixels(image), rng)
         return [normalize(view) for part in views for view in part]
 

@@ -236,7 +236,7 @@ class TrainingViews(Dataset):
     def _pixels(self, index: int) -> Tensor:
         if isinstance(self.images, ImageFiles):
             return self.images.pixels(index)
-        return to_pixels(to_rgb(self.images[index][0]))
+        return to_pixels(self.images[index][0])
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Colour | Sequence, int]:
         epoch, index = item

@@ -1,8 +1,7 @@
 """Operations on pixels: reading modes, crop and resize, colours, blur, normalisation.
 
-A view is first drawn, as numbers (`View`, filled by `utils.DataAugmentationDINO`), and then made from
-these numbers. So it depends on its random source only, and its colours can be changed where that is
-fastest: by the worker that loads the image, or for whole batches on the device.
+A view is first drawn as numbers (`View`, by `utils.DataAugmentationDINO`), then made from them. So its
+colours can change where that is fastest: in the worker that loads the image, or on the device, in batches.
 
 Colours change as in PIL, up to rounding (tests/test_pixels.py states the differences), but with tensor
 operations, which are several times as fast.
@@ -49,8 +48,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image -> uint8 (3, H, W), channels last in memory, which is fastest to resize."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize."""
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 @functools.cache

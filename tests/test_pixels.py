@@ -45,7 +45,7 @@ def test_normalisation_takes_other_statistics():
     torch.testing.assert_close(px.eval_transform(32, mean, std)(square), expected, rtol=0, atol=2e-6)
 
 
-def test_the_evaluation_transform_reads_images_of_any_mode():
+def test_images_of_any_mode_are_read_as_their_colours():
     image = picture(size=(40, 40))
     transform = px.eval_transform(32)
     grey, palette = image.convert("L"), image.quantize(200)
@@ -60,6 +60,7 @@ def test_the_evaluation_transform_reads_images_of_any_mode():
         (deep, grey.convert("RGB")),
         (deep.convert("I"), grey.convert("RGB")),
     ):
+        assert torch.equal(to_pixels(other), to_pixels(rgb)), other.mode
         assert torch.equal(transform(other), transform(rgb)), other.mode
 
 
