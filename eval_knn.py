@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -122,7 +123,7 @@ def knn_top1(
     model: Callable[[Tensor], Tensor],
     train: Dataset,
     val: Dataset,
-    image_size: int,
+    transform: Callable[[Image.Image], Tensor],
     device: torch.device,
     num_workers: int = 0,
     k: int = 20,
@@ -130,16 +131,17 @@ def knn_top1(
     """Top-1 accuracy in percent, on every rank, of `model` as in `extract_features`."""
     data: list[Tensor] = []
     for images in (train, val):
-        data += extract_features(model, images, image_size, device, num_workers=num_workers)
+        features, labels = extract_features(model, images, transform, device, num_workers=num_workers)
+        data += [F.normalize(features, dim=1), labels]
     num_classes = int(torch.cat([data[1], data[3]]).max()) + 1
     return knn_classifier(*data, min(k, len(train)), T=0.07, num_classes=num_classes)[0]
 
 
 class PeriodicKNN:
-    """20-NN accuracy of networks while they train: every so many epochs, for about a `share` of the time.
+    """k-NN accuracy of networks while they train: every few epochs, for about a `share` of the time.
 
-    Training goes on with the bits that it would have had without. Where a rank is asked to stop, the
-    evaluation is left out: the weights are saved, and there may be little time.
+    Does not change the bits of the training. When a rank is asked to stop, the evaluation is skipped: the
+    weights are saved, and there may be little time.
     """
 
     class Stopped(Exception):
@@ -147,51 +149,46 @@ class PeriodicKNN:
 
     def __init__(
         self,
-        train: Dataset,
-        val: Dataset,
-        image_size: int,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        num_workers: int,
+        evaluate: Callable[[Callable[[Tensor], Tensor]], float],
         every: int,
         share: float,
+        dtype: torch.dtype | None,
         stop_asked: Callable[[], bool],
     ):
-        """`stop_asked` says whether this rank was asked to stop."""
-        self.train, self.val, self.image_size, self.device = train, val, image_size, device
-        self.dtype, self.num_workers, self.every, self.share = dtype, num_workers, every, share
-        self.stop_asked = stop_asked
+        """`evaluate(model)` returns the accuracy in percent of a function from images (B, 3, H, W) to
+        features (B, D); `stop_asked()` says whether this rank was asked to stop.
+        """
+        self.evaluate, self.every, self.share = evaluate, every, share
+        self.dtype, self.stop_asked = dtype, stop_asked
         self.begun, self.spent = time.perf_counter(), 0.0
 
     def __call__(self, epoch: int, networks: dict[str, MultiCropWrapper]) -> dict[str, float]:
-        """{"knn_" + name: top-1 in percent}; nothing if it is not yet time. All ranks come here."""
+        """{"knn_" + name: percent}; {} if no evaluation is due. All ranks call this together."""
         begun = time.perf_counter()
         late = self.spent > self.share * (begun - self.begun)  # each rank has its own clock
         if (epoch + 1) % self.every or all_gather_object(late)[0]:
             return {}
         try:
-            found = {f"knn_{name}": self.top1(network) for name, network in networks.items()}
+            found = {f"knn_{name}": self.accuracy(network) for name, network in networks.items()}
         except self.Stopped:
             return {}
         self.spent += time.perf_counter() - begun
         log(f"epoch {epoch}  " + "  ".join(f"{name} {top1:.1f}" for name, top1 in found.items()))
         return found
 
-    def top1(self, network: MultiCropWrapper) -> float:
+    def accuracy(self, network: MultiCropWrapper) -> float:
         """In percent. Raises Stopped, on all ranks together."""
 
         def features(images: Tensor) -> Tensor:
             if any(all_gather_object(self.stop_asked())):
                 raise self.Stopped
-            return network.backbone.forward(images)  # as such: what is compiled is compiled for training
+            with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+                return network.backbone.forward(images)  # not the compiled call, which is for training
 
         training = network.training
         network.eval()
         try:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                return knn_top1(
-                    features, self.train, self.val, self.image_size, self.device, self.num_workers
-                )
+            return self.evaluate(features)
         finally:
             network.train(training)
 

@@ -5,18 +5,20 @@
         --data_path /data/imagenet/train --output_dir runs/vit_small    # one node, 8 GPUs
     srun python main_dino.py ...                                        # in a SLURM job
 
-A run continues from `checkpoint.pth` in its `--output_dir` when there is one.
+A run resumes from `checkpoint.pth` in its `--output_dir` when there is one.
 """
 
 import argparse
 import contextlib
-import functools
 import importlib.util
+import itertools
 import math
 import os
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +27,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+import eval_knn
 import utils
-from eval_knn import PeriodicKNN, knn_top1
-from support import backbones, cli, monitor
-from support.cli import DefaultInt, bool_flag, cpu_has_bf16
+from support import backbones, cli
+from support.cli import bool_flag, number
 from support.curves import Curves
 from support.data import (
-    EpochSampler,
+    EpochBatches,
+    Source,
     TrainingViews,
-    ending_workers,
+    describe,
+    digest,
+    make_loader,
+    open_labelled_images,
     open_train_and_val,
     open_training_images,
     sample_name,
@@ -47,20 +53,20 @@ from support.distributed import (
     init_distributed_mode,
     is_main_process,
 )
-from support.errors import Interrupted, UserError
+from support.errors import UserError
 from support.logger import MetricLogger, log
-from support.pixels import normalized_views
-from support.restart import RandomStates, has_checkpoint, identity, resume, save_record, save_run
+from support.monitor import Monitor
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalized_views
+from support.restart import Run
 from support.weights import init_from, load_backbone
-from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
+from utils import CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
 from vision_transformer import VITS
 from visualize_attention import draw_views, stack
 
 
 def demo_defaults() -> dict:
-    """What `--demo` sets where the user does not say otherwise.
-
-    The recipe for a tiny network and tiny images, in minutes on a CPU.
+    """The values of flags that `--demo` sets unless the user gives them: a recipe for a tiny network and
+    tiny images, in minutes on a CPU.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return dict(
@@ -73,7 +79,7 @@ def demo_defaults() -> dict:
         momentum_teacher=0.985,
         warmup_teacher_temp=0.02,
         teacher_temp=0.02,
-        precision="bf16" if cpu_has_bf16() else "fp32",
+        precision="fp32",
         weight_decay=0.04,
         weight_decay_end=0.04,
         batch_size_per_gpu=16,
@@ -103,92 +109,90 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--arch", default="vit_small",
         help="vit_nano, vit_tiny, vit_small, vit_base, or any torchvision classifier or timm "
              "model by name")
-    group.add_argument("--patch_size", default=16, type=int,
-        help="pixels per patch side of our ViTs; smaller patches learn better features and "
-             "cost more time and memory; for torchvision and timm the name says it")
-    group.add_argument("--out_dim", default=65536, type=int,
-        help="number of prototypes; fewer do for small datasets")
+    group.add_argument("--patch_size", default=16, type=number(int, at_least=1),
+        help="patch size in pixels, for our ViTs only; smaller patches learn better features but cost more "
+             "time and memory")
+    group.add_argument("--out_dim", default=65536, type=number(int, at_least=1),
+        help="number of prototypes; small datasets need fewer")
     group.add_argument("--norm_last_layer", default=True, type=bool_flag,
-        help="keep the prototypes at unit length: more stable; off can be better for ViT-S, "
-             "not for ViT-B")
-    group.add_argument("--momentum_teacher", default=0.996, type=float,
+        help="keep the prototypes at unit length: more stable; false can be better for ViT-S, not for ViT-B")
+    group.add_argument("--momentum_teacher", default=0.996, type=number(float, at_least=0, at_most=1),
         help="first value of the teacher's EMA momentum, which rises to 1; raise it for "
              "small batches (e.g. 0.9995 at 256)")
     group.add_argument("--use_bn_in_head", default=False, type=bool_flag,
-        help="batch norm in the projection head: helps a small network over a collapse at "
-             "the start")
-    group.add_argument("--head_hidden_dim", default=2048, type=int,
+        help="batch norm in the projection head: helps small networks that collapse at the start")
+    group.add_argument("--head_hidden_dim", default=2048, type=number(int, at_least=1),
         help="width of the projection head's MLP; narrower for small networks and data, e.g. 512")
-    group.add_argument("--head_bottleneck_dim", default=256, type=int,
+    group.add_argument("--head_bottleneck_dim", default=256, type=number(int, at_least=1),
         help="width of the head's output before the prototypes; narrower for few of them, e.g. 128")
 
     group = parser.add_argument_group("ablations (paper, Section 5)")
     group.add_argument("--teacher_update", default="ema", choices=["ema", "epoch", "copy"],
-        help="what the teacher is: a moving average of the student; the student after the last epoch, "
-             "which learns less; or after the last step, which collapses")
+        help="how the teacher follows the student: ema = moving average; epoch = copied after each epoch "
+             "(learns less); copy = copied after each step (collapses)")
     group.add_argument("--centering", default="ema", choices=["ema", "none", "sinkhorn"],
-        help="what keeps one prototype from winning always: the running mean of the teacher's outputs; "
-             "nothing, which collapses; or Sinkhorn-Knopp over the batch")
+        help="how the teacher's outputs are centred: ema = running mean; none = not at all (collapses); "
+             "sinkhorn = Sinkhorn-Knopp over the batch")
 
     group = parser.add_argument_group("teacher temperature")
-    group.add_argument("--warmup_teacher_temp", default=0.04, type=float,
+    group.add_argument("--warmup_teacher_temp", default=0.04, type=number(float, above=0),
         help="first value; lower it when the loss does not fall at the start")
-    group.add_argument("--teacher_temp", default=0.04, type=float,
+    group.add_argument("--teacher_temp", default=0.04, type=number(float, above=0),
         help="value after the warm-up; above 0.07 training tends to be unstable")
-    group.add_argument("--warmup_teacher_temp_epochs", default=DefaultInt(0), type=int,
-        help="epochs of linear warm-up (the paper's long runs: 30)")
+    group.add_argument("--warmup_teacher_temp_epochs", default=0, type=number(float, at_least=0),
+        help="epochs of linear warm-up, or a fraction of one (the paper's long runs: 30)")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--use_fp16", default=True, type=bool_flag,
         help="float16 autocast with loss scaling on CUDA; turn off if the loss becomes NaN; "
              "--precision overrides it")
     group.add_argument("--precision", default=None, choices=cli.PRECISIONS,
-        help="autocast precision on any device; without it, fp16 on CUDA as --use_fp16 says, "
-             "else fp32")
-    group.add_argument("--weight_decay", default=0.04, type=float,
+        help="autocast precision on any device; if not given, --use_fp16 decides on CUDA, and other "
+             "devices take fp32")
+    group.add_argument("--weight_decay", default=0.04, type=number(float, at_least=0),
         help="first value; weights only, not biases and norms; small, and the same at the end, for convnets "
              "(1e-4)")
-    group.add_argument("--weight_decay_end", default=0.4, type=float,
+    group.add_argument("--weight_decay_end", default=0.4, type=number(float, at_least=0),
         help="last value, reached along a cosine; a larger one helps ViTs")
-    group.add_argument("--clip_grad", default=3.0, type=float,
+    group.add_argument("--clip_grad", default=3.0, type=number(float, at_least=0),
         help="largest norm of each parameter's gradient; lower (0.3) if the loss becomes NaN; 0 turns "
              "clipping off")
-    group.add_argument("--batch_size_per_gpu", default=64, type=int,
+    group.add_argument("--batch_size_per_gpu", default=64, type=number(int, at_least=1),
         help="images per process and forward pass: as many as fit; the learning rate follows")
-    group.add_argument("--accum_steps", default=1, type=int,
-        help="add up the gradients of so many batches before each update: like a larger batch than fits "
-             "into memory, but for batch norms, Sinkhorn-Knopp and the draws of drop path")
-    group.add_argument("--epochs", default=100, type=int,
+    group.add_argument("--accum_steps", default=1, type=number(int, at_least=1),
+        help="accumulate gradients over this many batches per update, to simulate a batch that does not fit "
+             "into memory; batch norm, Sinkhorn-Knopp and drop path see one batch at a time")
+    group.add_argument("--epochs", default=100, type=number(int, at_least=1),
         help="passes over the data; 100 for a first result, 300 and more are better")
-    group.add_argument("--max_steps", default=0, type=int,
+    group.add_argument("--max_steps", default=0, type=number(int, at_least=0),
         help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
-    group.add_argument("--freeze_last_layer", default=1, type=int,
-        help="epochs in which the prototypes stay fixed; raise it if the loss does not fall")
-    group.add_argument("--lr", default=0.0005, type=float,
-        help="peak learning rate for 256 images a step; scaled linearly with the batch of "
-             "all processes")
-    group.add_argument("--warmup_epochs", default=DefaultInt(10), type=int,
-        help="epochs of linear warm-up of the learning rate")
-    group.add_argument("--min_lr", default=1e-6, type=float,
+    group.add_argument("--freeze_last_layer", default=1, type=number(float, at_least=0),
+        help="epochs, or a fraction of one, in which the prototypes stay fixed; raise it if the loss does "
+             "not fall")
+    group.add_argument("--lr", default=0.0005, type=number(float, at_least=0),
+        help="peak learning rate for 256 images a step; scaled linearly with the batch of all processes")
+    group.add_argument("--warmup_epochs", default=10, type=number(float, at_least=0),
+        help="epochs of linear warm-up of the learning rate, or a fraction of one")
+    group.add_argument("--min_lr", default=1e-6, type=number(float, at_least=0),
         help="last learning rate, reached along a cosine; seldom worth a change")
     group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
         help="adamw for ViTs, sgd or lars for convnets")
-    group.add_argument("--drop_path_rate", default=0.1, type=float,
+    group.add_argument("--drop_path_rate", default=0.1, type=number(float, at_least=0, at_most=1),
         help="stochastic depth of the student's last block; 0 for small networks or short runs; "
              "torchvision's models keep their own, in the teacher too")
 
     group = parser.add_argument_group("crops")
     group.add_argument("--global_crops_scale", default=(0.4, 1.0),
-        type=float, nargs=2, metavar=("MIN", "MAX"),
+        type=number(float, above=0, at_most=1), nargs=2, metavar=("MIN", "MAX"),
         help="share of the image's area; (0.14, 1) without local crops")
-    group.add_argument("--local_crops_number", default=8, type=int,
+    group.add_argument("--local_crops_number", default=8, type=number(int, at_least=0),
         help="small views per image, for the student only; 0 turns multi-crop off")
     group.add_argument("--local_crops_scale", default=(0.05, 0.4),
-        type=float, nargs=2, metavar=("MIN", "MAX"),
+        type=number(float, above=0, at_most=1), nargs=2, metavar=("MIN", "MAX"),
         help="share of the image's area; larger where objects are small or fill the image")
-    group.add_argument("--global_crops_size", default=224, type=int,
+    group.add_argument("--global_crops_size", default=224, type=number(int, at_least=1),
         help="pixels per side of a global view, a multiple of the patch; smaller for small images")
-    group.add_argument("--local_crops_size", default=96, type=int,
+    group.add_argument("--local_crops_size", default=96, type=number(int, at_least=1),
         help="pixels per side of a local view, a multiple of the patch; smaller for small images")
 
     cli.add_data_flags(parser, "folder of images, with or without class folders",
@@ -196,43 +200,81 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",
-        help="folder for checkpoints and log.txt; a run continues from the checkpoint in it")
+        help="folder for checkpoints and log.txt; a run resumes from the checkpoint in it")
     group.add_argument("--init_from", default="",
-        help="begin a new run with the teacher's weights of a file, or a published model by name; a run "
-             "that continues does not look at it")
-    group.add_argument("--saveckp_freq", default=20, type=int,
-        help="keep a numbered checkpoint every so many epochs; 0: never")
-    group.add_argument("--save_every_steps", default=0, type=int,
-        help="write the checkpoint also every so many steps, where epochs are long and machines "
-             "die without a signal; 0: after each epoch only")
+        help="start a new run from the teacher's weights in a file, or from a published model by name; "
+             "ignored when the run resumes")
+    group.add_argument("--saveckp_freq", default=20, type=number(int, at_least=0),
+        help="epochs between numbered checkpoints, which are kept; 0: none")
+    group.add_argument("--save_every_steps", default=0, type=number(int, at_least=0),
+        help="steps between checkpoints within an epoch, for long epochs on machines that die without a "
+             "signal; 0: after each epoch only")
     group.add_argument("--allow_changed_args", action="store_true",
-        help="resume although flags, or the number of processes or images, are not those that the "
-             "run was started with")
-    group.add_argument("--knn_every", default=0, type=int,
-        help="epochs between k-NN evaluations of student and teacher, which go to log.txt and do not "
-             "change the training; 0: none")
+        help="resume even if flags, the number of processes or the images have changed")
+    group.add_argument("--knn_every", default=0, type=number(int, at_least=0),
+        help="epochs between k-NN evaluations of student and teacher, which are written to log.txt and do "
+             "not change the training; 0: none")
     group.add_argument("--knn_data", default="",
-        help="folder with train/ and val/ of class folders to evaluate on; --dataset and --demo have "
-             "their own")
-    group.add_argument("--knn_share", default=0.1, type=float,
-        help="an evaluation is left out as long as those before have taken more than this share of the "
-             "time; 1: none is")
+        help="folder with train/ and val/ of class folders to evaluate on; not needed with --dataset or "
+             "--demo")
+    group.add_argument("--knn_share", default=0.1, type=number(float, at_least=0, at_most=1),
+        help="skip an evaluation while evaluations have used more than this share of the run time; 1: never "
+             "skip")
     group.add_argument("--tensorboard", action="store_true",
-        help="write the numbers of log.txt also for TensorBoard, to OUTPUT_DIR/tensorboard")
+        help="also write the numbers of log.txt for TensorBoard, to OUTPUT_DIR/tensorboard")
     group.add_argument("--augment_on", default="worker", choices=["worker", "device"],
-        help="where colours change; device, where the workers cannot keep up with it: they then only "
-             "decode and crop")
+        help="where to apply colour augmentation: worker, or device if the data workers are the bottleneck")
     group.add_argument("--compile", action="store_true",
         help="torch.compile student and teacher: minutes at the start, faster steps on GPUs")
     group.add_argument("--grad_checkpointing", action="store_true",
-        help="compute activations twice instead of keeping them: less memory, a third more time")
-    group.add_argument("--cpu_threads", default=0, type=int,
-        help="threads that compute on a CPU; 0: as torch decides; fewer leave cores to the workers")
-    group.add_argument("--seed", default=0, type=int,
-        help="decides weights, order, views and drop path; another one repeats the experiment")
+        help="recompute activations instead of keeping them: less memory, a third more time")
+    group.add_argument("--cpu_threads", default=0, type=number(int, at_least=0, below=2**10),
+        help="threads for computing on a CPU; 0: torch decides; fewer leave cores to the workers")
+    group.add_argument("--seed", default=0, type=number(int, at_least=0, below=2**63),
+        help="decides weights, order, views and drop path; change it to repeat the experiment")
     cli.add_launch_flags(group)
     # fmt: on
     return parser
+
+
+# Flags that may differ between a run and its restart: they do not change the maths.
+FREE_FLAGS = {
+    "data_path", "download", "num_workers", "output_dir", "saveckp_freq", "save_every_steps", "max_steps",
+    "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision",
+    "init_from", "augment_on", "compile", "grad_checkpointing", "knn_every", "knn_data", "knn_share",
+    "tensorboard",
+}  # fmt: skip
+
+# A flag, when it has no effect, and why.
+NO_EFFECT = [
+    ("warmup_teacher_temp",
+     lambda a: not a.warmup_teacher_temp_epochs and a.warmup_teacher_temp != a.teacher_temp,
+     "--warmup_teacher_temp_epochs is 0"),
+    ("momentum_teacher", lambda a: a.teacher_update != "ema", "--teacher_update is not ema"),
+    ("local_crops_size", lambda a: not a.local_crops_number, "--local_crops_number is 0"),
+    ("local_crops_scale", lambda a: not a.local_crops_number, "--local_crops_number is 0"),
+    ("patch_size", lambda a: a.arch not in VITS, "it shapes our ViTs only"),
+    ("use_fp16", lambda a: a.precision, "--precision overrides it"),
+    ("data_path", lambda a: a.demo, "--demo draws its own images"),
+    ("dataset", lambda a: a.demo, "--demo draws its own images"),
+    ("download", lambda a: not a.dataset or a.demo, "only --dataset downloads"),
+    ("knn_data", lambda a: not a.knn_every, "--knn_every is 0"),
+    ("knn_share", lambda a: not a.knn_every, "--knn_every is 0"),
+]  # fmt: skip
+
+# The panels of curves.png: a title, and the numbers of log.txt in it.
+PANELS = [
+    ("loss", ["train_loss"]),
+    ("teacher entropy and KL from the student, nats", ["train_entropy", "train_kl"]),
+    ("learning rate", ["train_lr"]),
+    ("weight decay", ["train_wd"]),
+    ("teacher momentum", ["train_momentum"]),
+    ("k-NN, %", ["knn_teacher", "knn_student"]),
+]
+
+
+# What to try when the loss is not finite.
+ADVICE = "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.3"
 
 
 def parse_args(
@@ -249,73 +291,45 @@ def parse_args(
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checks before anything is built
-# ---------------------------------------------------------------------------------------------
-
-
 def check_args(args: argparse.Namespace) -> None:
-    """Settle what the flags leave open; UserError for values that contradict each other."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError("must be a number", f"--{name} {value}", "mend it")
-        most = {"seed": 2**63, "num_workers": 2**10, "cpu_threads": 2**10}.get(name, 2**31)
-        if isinstance(value, int) and value >= most:
-            raise UserError(f"must be below {most}", f"--{name} {value}", "lower it")
-    cli.check_least(
-        args, 1, "batch_size_per_gpu", "accum_steps", "epochs", "out_dim", "patch_size", "global_crops_size",
-        "local_crops_size", "head_hidden_dim", "head_bottleneck_dim",
-    )  # fmt: skip
-    for name in ("local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs",
-                 "saveckp_freq", "save_every_steps", "max_steps", "cpu_threads", "seed", "clip_grad",
-                 "freeze_last_layer", "lr", "min_lr", "weight_decay", "weight_decay_end",
-                 "knn_every"):  # fmt: skip
-        if getattr(args, name) < 0:
-            raise UserError("must not be negative", f"--{name} {getattr(args, name)}", "raise it")
-    for name in ("warmup_teacher_temp", "teacher_temp"):
-        if not getattr(args, name) > 0:
-            raise UserError("must be above 0", f"--{name} {getattr(args, name)}", "try 0.04")
+    """Check what flags say together, and settle what they leave open. Raises UserError."""
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
-        if not 0 < low <= high <= 1:
-            raise UserError("must be 0 < MIN <= MAX <= 1", f"--{name} {low} {high}", "mend it")
-    for name in ("momentum_teacher", "drop_path_rate", "knn_share"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError("must be between 0 and 1", f"--{name} {getattr(args, name)}", "mend it")
-
+        if low > high:
+            raise UserError("MIN is larger than MAX", f"--{name} {low} {high}", "give MIN <= MAX")
+    if args.arch in VITS:
+        for size, name in zip(crop_sizes(args), ("global_crops_size", "local_crops_size"), strict=False):
+            backbones.check_divides(name, size, args.patch_size)
     if args.knn_every and not (args.knn_data or args.dataset or args.demo):
         raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
+    parser = get_args_parser()
+    cli.warn_no_effect(args, parser, NO_EFFECT)
 
-    if args.arch in VITS:
-        sizes = {"global_crops_size": args.global_crops_size}
-        if args.local_crops_number:
-            sizes["local_crops_size"] = args.local_crops_size
-        for name, size in sizes.items():
-            backbones.check_divides(name, size, args.patch_size)
-
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
         value = getattr(args, name)
-        if value > args.epochs and not isinstance(value, DefaultInt):
-            raise UserError(f"longer than --epochs {args.epochs}", f"--{name} {value}", "shorten it")
-        if value > args.epochs:
-            log(f"warning: --{name} shortened from its default {value} to --epochs {args.epochs}")
-        setattr(args, name, min(int(value), args.epochs))
-
-
-def check_batch(num_images: int, batch_size: int) -> None:
-    """UserError if the images do not fill one batch of all processes."""
-    if num_images < batch_size:
-        raise UserError(
-            f"a batch of {batch_size} over all processes is larger than the dataset of {num_images}",
-            "--batch_size_per_gpu", "lower it",
-        )  # fmt: skip
+        # A last layer that is frozen to the end learns nothing.
+        if value < args.epochs or (value == args.epochs and name != "freeze_last_layer"):
+            continue
+        if value != parser.get_default(name):
+            raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", "shorten it")
+        setattr(args, name, args.epochs / 10)  # as long as in the published recipe, or shorter
+        log(f"warning: --{name} shortened from {value} to {args.epochs / 10:g}, as --epochs is {args.epochs}")
 
 
 # ---------------------------------------------------------------------------------------------
 # Builders
 # ---------------------------------------------------------------------------------------------
+
+
+def crop_sizes(args: argparse.Namespace) -> list[int]:
+    """Pixels per side of the global views and, if there are any, of the local ones."""
+    return (
+        [args.global_crops_size, args.local_crops_size]
+        if args.local_crops_number
+        else [args.global_crops_size]
+    )
 
 
 def build_augmentation(args: argparse.Namespace) -> DataAugmentationDINO:
@@ -329,39 +343,63 @@ def build_augmentation(args: argparse.Namespace) -> DataAugmentationDINO:
     )
 
 
-def build_networks(
-    arch: str,
-    patch_size: int,
-    crop_sizes: list[int],
-    drop_path_rate: float,
-    out_dim: int,
-    use_bn_in_head: bool,
-    norm_last_layer: bool,
-    head_hidden_dim: int,
-    head_bottleneck_dim: int,
-) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher with the same weights; the teacher has no gradient, and drop path only where
-    the name decides it (torchvision).
+class Steps(NamedTuple):
+    """How many images a step takes, and how many steps there are."""
+
+    per_rank: int  # images of one process
+    batch: int  # images of all processes
+    per_epoch: int
+    last: int  # the step at which the run ends
+
+
+def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
+    """Raises UserError if the images do not fill one batch of all processes."""
+    per_rank = args.batch_size_per_gpu * args.accum_steps
+    batch = per_rank * get_world_size()
+    if num_images < batch:
+        what = f"a batch of {batch} over all processes is larger than the dataset of {num_images}"
+        raise UserError(what, "--batch_size_per_gpu", "lower it")
+    per_epoch = math.ceil(num_images / get_world_size()) // per_rank
+    last = min(args.max_steps or math.inf, args.epochs * per_epoch)
+    if last <= args.freeze_last_layer * per_epoch:
+        log(f"warning: --max_steps {last}: the prototypes stay frozen for all of it (--freeze_last_layer)")
+    return Steps(per_rank, batch, per_epoch, last)
+
+
+def build_loader(args: argparse.Namespace, images: Dataset, steps: Steps, first_step: int) -> DataLoader:
+    """Batches of this rank's views from `first_step` to the end of the run."""
+    augmentation = build_augmentation(args)
+    make_views = augmentation.crops if args.augment_on == "device" else augmentation.uint8_views
+    batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
+    return make_loader(
+        TrainingViews(images, make_views, args.seed),
+        batch_sampler=batches,
+        num_workers=args.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """Student and teacher with random weights; the teacher has no gradient, and drop path only where the
+    name decides it (torchvision).
     """
-    student, teacher = (
-        backbones.build_backbone(arch, patch_size, crop_sizes[0], rate) for rate in (drop_path_rate, 0.0)
-    )
-    backbones.check_crop_sizes(teacher[0], arch, teacher[1], crop_sizes)
-    student, teacher = (
-        MultiCropWrapper(
-            backbone,
-            DINOHead(
-                embed_dim,
-                out_dim,
-                use_bn=use_bn_in_head,
-                norm_last_layer=norm_last_layer,
-                hidden_dim=head_hidden_dim,
-                bottleneck_dim=head_bottleneck_dim,
-            ),
+
+    def build(drop_path_rate: float) -> MultiCropWrapper:
+        backbone, embed_dim = backbones.build_backbone(
+            args.arch, args.patch_size, args.global_crops_size, drop_path_rate
         )
-        for backbone, embed_dim in (student, teacher)
-    )
-    teacher.load_state_dict(student.state_dict())
+        backbones.check_crop_sizes(backbone, args.arch, embed_dim, crop_sizes(args))
+        head = DINOHead(
+            embed_dim,
+            args.out_dim,
+            use_bn=args.use_bn_in_head,
+            norm_last_layer=args.norm_last_layer,
+            hidden_dim=args.head_hidden_dim,
+            bottleneck_dim=args.head_bottleneck_dim,
+        )
+        return MultiCropWrapper(backbone, head)
+
+    student, teacher = build(args.drop_path_rate), build(0.0)
     student.head.defer_last_layer = True
     return student, teacher.requires_grad_(False)
 
@@ -373,16 +411,16 @@ def compile_in_place(*networks: MultiCropWrapper) -> None:
             part.compile(fullgraph=True, dynamic=False)
 
 
-def distribute(model: nn.Module, device: torch.device, crop_sizes: Iterable[int]) -> nn.Module:
+def distribute(model: nn.Module, device: torch.device, sizes: Iterable[int]) -> nn.Module:
     """Wrap the student so that ranks start from the same weights and average their gradients."""
     if get_world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # After its first backward pass, DDP groups the gradients anew, and the groups decide in which
-    # order the ranks' sums are rounded. A blank pass first: else a restart would change a bit.
+    # After its first backward pass, DDP regroups the gradients, and the groups decide in which order
+    # the ranks' sums are rounded. Without a blank pass first, a restart would change bits.
     model.eval()
-    model([torch.zeros(1, 3, size, size, device=device) for size in crop_sizes]).sum().backward()
+    model([torch.zeros(1, 3, size, size, device=device) for size in sizes]).sum().backward()
     model.zero_grad()
     return model.train()
 
@@ -407,31 +445,22 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return utils.LARS(groups)
 
 
-def build_schedules(
-    lr: tuple[float, float],
-    weight_decay: tuple[float, float],
-    momentum: float,
-    warmup_epochs: int,
-    epochs: int,
-    steps_per_epoch: int,
-    teacher_update: str = "ema",
-) -> dict[str, np.ndarray]:
+def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndarray]:
     """Learning rate, weight decay and teacher momentum, one value per global step.
 
-    Pairs are (first or peak, last); the momentum rises to 1. Other teachers are other momenta: 0
-    copies the student, 1 leaves the teacher as it is.
+    Other teachers are other momenta: 0 copies the student, 1 leaves the teacher as it is.
     """
-    cosine = functools.partial(utils.cosine_scheduler, epochs=epochs, niter_per_ep=steps_per_epoch)
-    steps = np.arange(1, epochs * steps_per_epoch + 1)
+    cosine = partial(utils.cosine_scheduler, epochs=args.epochs, niter_per_ep=steps.per_epoch)
+    step = np.arange(1, args.epochs * steps.per_epoch + 1)
     momenta = {
-        "ema": cosine(momentum, 1.0),
-        "epoch": (steps % steps_per_epoch > 0).astype(float),
-        "copy": np.zeros(len(steps)),
+        "ema": cosine(args.momentum_teacher, 1.0),
+        "epoch": (step % steps.per_epoch > 0).astype(float),
+        "copy": np.zeros(len(step)),
     }
     return {
-        "lr": cosine(*lr, warmup_epochs=warmup_epochs),
-        "wd": cosine(*weight_decay),
-        "momentum": momenta[teacher_update],
+        "lr": cosine(args.lr * steps.batch / 256, args.min_lr, warmup_epochs=args.warmup_epochs),
+        "wd": cosine(args.weight_decay, args.weight_decay_end),
+        "momentum": momenta[args.teacher_update],
     }
 
 
@@ -440,68 +469,51 @@ def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) 
     return cli.PRECISIONS[precision or ("fp16" if use_fp16 and device.type == "cuda" else "fp32")]
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
+@dataclass
+class Training:
+    """What is trained, and how a step is done; it has no behaviour."""
+
+    student: nn.Module  # as it is called: within DistributedDataParallel for several processes
+    student_without_ddp: MultiCropWrapper
+    teacher: MultiCropWrapper
+    dino_loss: DINOLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedules: dict[str, np.ndarray]
+    steps: Steps
+    device: torch.device
+    dtype: torch.dtype | None  # autocast's
+    accum_steps: int
+    clip_grad: float
+    freeze_last_layer: float
+    seed: int
+
+    def pieces(self) -> dict:
+        """What a checkpoint holds, by its keys."""
+        return {
+            "student": self.student_without_ddp,
+            "teacher": self.teacher,
+            "optimizer": self.optimizer,
+            "dino_loss": self.dino_loss,
+            "fp16_scaler": self.scaler,
+        }
 
 
-def train_dino(args: argparse.Namespace) -> None:
-    """Set up the pieces, resume if there is something to resume, train, log and save."""
-    check_args(args)
-    device = init_distributed_mode(args.dist_url)
-    fix_random_seeds(args.seed)
-    if args.cpu_threads:
-        torch.set_num_threads(args.cpu_threads)
-
-    # ---- data
-    images = open_training_images(args.data_path, args.dataset, args.download, args.demo)
-    rank_batch_size = args.batch_size_per_gpu * args.accum_steps
-    batch_size = rank_batch_size * get_world_size()
-    check_batch(len(images), batch_size)
-    dataset = TrainingViews(images, build_augmentation(args), args.seed, args.augment_on == "device")
-    sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
-    loader = DataLoader(
-        dataset,
-        batch_size=rank_batch_size,
-        sampler=sampler,
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=device.type == "cuda",
-        drop_last=True,
-        worker_init_fn=monitor.StopSignals.ignore,
-        generator=torch.Generator(),  # its own, so that loading does not move the global stream
-    )
-    steps_per_epoch = sampler.num_samples // rank_batch_size
-
-    # ---- student and teacher
-    crop_sizes = [args.global_crops_size] + [args.local_crops_size] * bool(args.local_crops_number)
-    student, teacher = build_networks(
-        args.arch,
-        args.patch_size,
-        crop_sizes,
-        args.drop_path_rate,
-        args.out_dim,
-        args.use_bn_in_head,
-        args.norm_last_layer,
-        args.head_hidden_dim,
-        args.head_bottleneck_dim,
-    )
-    output_dir = cli.make_folder(args.output_dir)
-    # Weights come from 1. the run to continue, below; 2. --init_from; 3. the random seed.
-    if args.init_from and not has_checkpoint(output_dir):
-        init_from(
-            student.backbone, student.head, args.init_from, args.arch, args.patch_size, args.global_crops_size
-        )
-        log(f"starting from the weights of {args.init_from}")
+def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
+    """Networks, loss, optimizer and schedules. Raises UserError."""
+    # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
+    student, teacher = build_networks(args)
+    center = None
+    if args.init_from and not resumes:
+        center = start_from(args, student)
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student.backbone, args.arch)
-    student_alone, student = student, distribute(student, device, crop_sizes)
+    student_without_ddp, student = student, distribute(student, device, crop_sizes(args))
     if args.compile:
-        compile_in_place(student_alone, teacher)
-    teacher.load_state_dict(student_alone.state_dict())  # the ranks now agree on the student
+        compile_in_place(student_without_ddp, teacher)
+    teacher.load_state_dict(student_without_ddp.state_dict())  # the ranks now agree on the student
 
-    # ---- loss, optimizer, schedules
     dino_loss = DINOLoss(
         args.out_dim,
         args.local_crops_number + 2,
@@ -511,208 +523,212 @@ def train_dino(args: argparse.Namespace) -> None:
         args.epochs,
         accum_steps=args.accum_steps,
         centering=args.centering,
-    ).to(device)
-    optimizer = build_optimizer(args.optimizer, student_alone)
+    )
+    if center is not None:
+        dino_loss.center.copy_(center)
     dtype = autocast_dtype(args.precision, args.use_fp16, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    schedules = build_schedules(
-        (args.lr * batch_size / 256, args.min_lr),
-        (args.weight_decay, args.weight_decay_end),
-        args.momentum_teacher,
-        args.warmup_epochs,
-        args.epochs,
-        steps_per_epoch,
-        args.teacher_update,
+    return Training(
+        student=student,
+        student_without_ddp=student_without_ddp,
+        teacher=teacher,
+        dino_loss=dino_loss.to(device),
+        optimizer=build_optimizer(args.optimizer, student_without_ddp),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        schedules=build_schedules(args, steps),
+        steps=steps,
+        device=device,
+        dtype=dtype,
+        accum_steps=args.accum_steps,
+        clip_grad=args.clip_grad,
+        freeze_last_layer=args.freeze_last_layer,
+        seed=args.seed,
     )
 
-    # ---- evaluation
-    signals = monitor.StopSignals()
-    knn = None
-    if args.knn_every:
-        knn = PeriodicKNN(
-            *open_knn_data(args.knn_data, args.data_path, args.dataset, args.download, args.demo),
-            args.global_crops_size,
-            device,
-            dtype,
-            args.num_workers,
-            args.knn_every,
-            args.knn_share,
-            signals.asked,
-        )
 
-    # ---- resume
-    guard = monitor.RunGuard(
-        args.out_dim,
-        # More than 1 % of an epoch is an error, but fewer than ten never are.
-        unreadable_limit=max(9, len(images) // 100),
-        name_of=functools.partial(sample_name, images),
-        stop_asked=signals.asked,
+def start_from(args: argparse.Namespace, student: MultiCropWrapper) -> Tensor | None:
+    """Load `--init_from` into the student; returns the centre (1, K) that belongs to the head, if any."""
+    weights = init_from(
+        student.backbone, student.head, args.init_from, args.arch, args.patch_size, args.global_crops_size
     )
-    logger = MetricLogger("", batch_size)
-    pieces = {
-        "student": student_alone,
-        "teacher": teacher,
-        "optimizer": optimizer,
-        "dino_loss": dino_loss,
-        "fp16_scaler": scaler,
-        "random": RandomStates(),
-        "guard": guard,
-        "metrics": logger,
+    taken = ["backbone", *["head"] * bool(weights.head), *["centre"] * (weights.center is not None)]
+    log(f"starting from the weights of {args.init_from}: {', '.join(taken)}")
+    return weights.center
+
+
+def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:
+    """The k-NN evaluation of student and teacher during training. Raises UserError."""
+    source = Source(args.knn_data) if args.knn_data else Source.of(args)
+    train, val = open_train_and_val(source)
+    log(f"k-NN every {args.knn_every} epochs: train {describe(train)}; val {describe(val)}")
+    evaluate = partial(
+        eval_knn.knn_top1,
+        train=train,
+        val=val,
+        transform=eval_transform(args.global_crops_size),
+        device=training.device,
+        num_workers=args.num_workers,
+    )
+    return eval_knn.PeriodicKNN(evaluate, args.knn_every, args.knn_share, training.dtype, monitor.stop_asked)
+
+
+def run_identity(args: argparse.Namespace, images: Dataset, dtype: torch.dtype | None) -> dict:
+    """Everything that decides the maths of a run, by name."""
+    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    return flags | {
+        "world_size": get_world_size(),
+        "images": len(images),
+        "digest of the images": digest(images),
+        "dtype": str(dtype or torch.float32),
     }
-    run_identity = identity(vars(args), len(images), dtype, schedules)
-    epoch, seen = resume(output_dir, pieces, run_identity, args.allow_changed_args)
-    step = epoch * steps_per_epoch + min(seen // batch_size, steps_per_epoch)
-    last_step = min(args.max_steps or math.inf, args.epochs * steps_per_epoch)
 
-    def save(step: int, record: dict | None = None, keep_as: str = "", last: bool = False) -> None:
-        """All ranks come here, rank 0 writes."""
-        state = {name: piece.state_dict() for name, piece in pieces.items()}
-        state |= {"epoch": step // steps_per_epoch, "step": step, "args": vars(args)}
-        state |= {"sampler": {"seen": step % steps_per_epoch * batch_size}, "identity": run_identity}
-        if is_main_process():
-            save_run(output_dir, state, record, keep_as, last)
 
-    # ---- train
-    curves = Curves(output_dir, args.tensorboard, step) if is_main_process() else None
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+def train_dino(args: argparse.Namespace) -> None:
+    """Set up, resume the run in --output_dir if there is one, train, save."""
+    check_args(args)
+    device = init_distributed_mode(args.dist_url)
+    fix_random_seeds(args.seed)
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+
+    images = open_training_images(Source.of(args))
+    steps = count_steps(args, len(images))
+    required = "student", "teacher", "optimizer"
+    run = Run(cli.make_folder(args.output_dir), required, advice=ADVICE)
+    training = build_training(args, device, steps, resumes=run.exists())
+
+    # More than 1 % of an epoch is an error, but fewer than ten never are.
+    unreadable_limit = max(9, len(images) // 100)
+    monitor = Monitor(unreadable_limit, partial(sample_name, images), CollapseWatch(args.out_dim), ADVICE)
+    logger = MetricLogger(images_per_step=steps.batch)
+    knn = build_knn(args, training, monitor) if args.knn_every else None
+
+    pieces = training.pieces() | {"guard": monitor, "metrics": logger}
+    found = run.resume(pieces, run_identity(args, images, training.dtype), args.allow_changed_args)
+    step = first_step(found, steps)
+    curves = Curves(run.folder, PANELS, args.tensorboard, step) if is_main_process() else None
     log(
-        f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on "
-        f"{device.type}, {dtype or torch.float32}, from step {step} to {last_step}"
+        f"training {args.arch} on {describe(images)}, {get_world_size()} process(es) on {device.type}, "
+        f"{training.dtype or torch.float32}, from step {step} to {steps.last}"
     )
-    with signals, ending_workers(loader):
-        while step < last_step and not guard.stopping:
-            epoch = step // steps_per_epoch
-            epoch_end = min((epoch + 1) * steps_per_epoch, last_step)
-            sampler.set_epoch(epoch)
-            sampler.start = step % steps_per_epoch * rank_batch_size
-            if step % steps_per_epoch == 0:  # else the sums go on from before the restart
-                guard.start_epoch()
-                logger.start_epoch()
-            logger.header, logger.steps_after = f"epoch {epoch}", last_step - epoch_end
-            batches = save_between(
-                to_device(iter(loader), device), range(step, epoch_end), args.save_every_steps, save, guard
-            )
-            step = train_one_epoch(
-                student,
-                teacher,
-                dino_loss,
-                logger.log_every(batches, epoch_end - step),
-                optimizer,
-                scaler,
-                schedules,
-                step,
-                epoch,
-                device,
-                dtype,
-                args.accum_steps,
-                args.clip_grad,
-                args.freeze_last_layer,
-                args.seed,
-                guard,
-                logger,
-            )
-
-            record, keep_as = None, ""
-            if step == epoch_end:
+    batches = to_device(iter(build_loader(args, images, steps, step)), device)
+    with run, monitor, contextlib.closing(batches):
+        while step < steps.last and not monitor.stopping:  # a stretch, then a checkpoint
+            epoch = step // steps.per_epoch
+            if step % steps.per_epoch == 0:  # else the sums continue from before the restart
+                monitor.start_epoch(), logger.start_epoch()
+            stretch = range(step, end_of_stretch(step, steps, args.save_every_steps))
+            step = train_one_epoch(training, batches, epoch, stretch, monitor, logger)
+            record = None
+            if step in (steps.last, (epoch + 1) * steps.per_epoch):
                 record = {f"train_{name}": value for name, value in logger.averages().items()}
-                record |= {"epoch": epoch, "step": step, "unreadable": guard.unreadable}
-                if step % steps_per_epoch == 0 and args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                    keep_as = f"checkpoint{epoch:04}.pth"
-            save(step, record, keep_as, last=guard.stopping or step == last_step)
-            if record and knn and not guard.stopping:  # now that nothing can be lost
-                record |= knn(epoch, {"student": student_alone, "teacher": teacher})
+                record |= {"epoch": epoch, "step": step, "unreadable": monitor.unreadable}
+            save(run, args, step, steps, record, last=monitor.stopping or step == steps.last)
+            if record and knn and not monitor.stopping:  # now that nothing can be lost
+                record |= knn(epoch, {"student": training.student_without_ddp, "teacher": training.teacher})
+                run.log([record])
             if record and curves:
-                save_record(output_dir, record)
                 curves.update(record)
     barrier()  # what was saved is there for every rank
-    if step < last_step:
-        cause = signals.received.name if signals.received else "a signal to another process"
-        raise Interrupted(
-            f"by {cause}, step {step} of {last_step} is saved", str(output_dir), "the same command resumes"
-        )
+    monitor.raise_if_stopped(step, steps.last, run.folder)
 
 
-def open_knn_data(
-    knn_data: str, data_path: str, dataset: str, download: bool, demo: bool
-) -> tuple[Dataset, Dataset]:
-    """Labelled images to evaluate on during training. Raises UserError."""
-    if knn_data:
-        return open_train_and_val(knn_data)
-    return open_train_and_val(data_path, dataset, download, demo)
+def first_step(found: dict, steps: Steps) -> int:
+    """The step to resume at, by what a checkpoint holds; 0 for a new run.
 
-
-def save_between(
-    batches: Iterator, steps: range, save_every: int, save: Callable[[int], None], guard: monitor.RunGuard
-) -> Iterator:
-    """The batches of these steps; saves after each `save_every` steps, ends early if the ranks stop.
-
-    The last save is left to the caller.
+    A checkpoint counts images, as the number of images a step may have changed.
     """
-    for step, batch in zip(steps, batches, strict=False):
-        yield batch
-        done = step + 1
-        if guard.stopping or done == steps.stop:
-            return
-        if save_every and done % save_every == 0:
-            save(done)
+    seen = (found.get("sampler") or {}).get("seen", 0)
+    return found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch)
+
+
+def end_of_stretch(step: int, steps: Steps, save_every: int) -> int:
+    """The step at which to save next: the end of the epoch or of the run, or the next save within it."""
+    epoch_end = (step // steps.per_epoch + 1) * steps.per_epoch
+    next_save = (step // save_every + 1) * save_every if save_every else math.inf
+    return min(epoch_end, steps.last, next_save)
+
+
+def save(
+    run: Run, args: argparse.Namespace, step: int, steps: Steps, record: dict | None, last: bool
+) -> None:
+    """Write the checkpoint, after an epoch also its `record`, and a numbered copy where one is due."""
+    values = {
+        "epoch": step // steps.per_epoch,
+        "step": step,
+        "sampler": {"seen": step % steps.per_epoch * steps.batch},
+        "args": vars(args),
+        "normalization": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+    }
+    keep_as = ""
+    if (
+        record
+        and step % steps.per_epoch == 0
+        and args.saveckp_freq
+        and record["epoch"] % args.saveckp_freq == 0
+    ):
+        keep_as = f"checkpoint{record['epoch']:04}.pth"
+    run.save(values, [record] if record else [], keep_as, last)
 
 
 def train_one_epoch(
-    student: nn.Module,
-    teacher: nn.Module,
-    dino_loss: DINOLoss,
-    batches: Iterable[tuple[list[Tensor], Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    schedules: dict[str, np.ndarray],
-    first_step: int,
+    t: Training,
+    batches: Iterator[tuple[list[Tensor], Tensor, Tensor]],
     epoch: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    accum_steps: int,
-    clip_grad: float,
-    freeze_last_layer: int,
-    seed: int,
-    guard: monitor.RunGuard,
+    stretch: range,
+    monitor: Monitor,
     logger: MetricLogger,
 ) -> int:
-    """Algorithm 1 of the paper, from global step `first_step` to the end of `batches`.
+    """Algorithm 1 of the paper, for these global steps of an epoch. Returns the step to go on from.
 
-    A batch is as `data.to_device` gives it: V uint8 views (B, 3, H, W) on the device, what is left
-    to do to their colours, and (B,) indices of images that had to be replaced. Returns the step to
-    go on from.
+    A batch is as `to_device` gives it: uint8 views on the device, what is left to do to their colours,
+    and (B,) indices of images that had to be replaced.
     """
-    for step, (views, colours, unreadable) in enumerate(batches, first_step):
+    wanted = logger.log_every(
+        itertools.islice(batches, len(stretch)),
+        header=f"epoch {epoch}",
+        length=len(stretch),
+        steps_after=t.steps.last - stretch.stop,
+    )
+    for step, (views, colours, unreadable) in enumerate(wanted, stretch.start):
         # schedules and random numbers (drop path) of this step
-        lr, wd, momentum = (float(schedules[name][step]) for name in ("lr", "wd", "momentum"))
-        utils.set_schedules(optimizer, lr, wd)
-        fix_random_seeds(seed, get_rank(), step)
+        lr, wd, momentum = (float(t.schedules[name][step]) for name in ("lr", "wd", "momentum"))
+        utils.set_schedules(t.optimizer, lr, wd)
+        fix_random_seeds(t.seed, get_rank(), step)
+        progress = step / t.steps.per_epoch  # in epochs
 
         # forward: the teacher sees the global views, the student all; backward
         views = normalized_views(views, colours)
-        optimizer.zero_grad()
-        for part in utils.in_parts(views, accum_steps, student):
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                teacher_output = teacher(part[:2])
-                student_output = student(part)
-            loss = dino_loss(student_output, teacher_output, epoch)
-            scaler.scale(loss / accum_steps).backward()
+        t.optimizer.zero_grad()
+        for part in utils.in_parts(views, t.accum_steps, t.student):
+            with torch.autocast(t.device.type, t.dtype, enabled=t.dtype is not None):
+                teacher_output = t.teacher(part[:2])
+                student_output = t.student(part)  # the last layer is left to the loss: `Prototypes`
+            loss = t.dino_loss(student_output, teacher_output, progress)
+            t.scaler.scale(loss / t.accum_steps).backward()
 
         # check: on a GPU, the host waits here while the gradients are computed
-        metrics = guard.check(step, dino_loss.stats, unreadable)
+        metrics = monitor.check(step, t.dino_loss.stats, unreadable)
 
         # student
-        scaler.unscale_(optimizer)
-        if clip_grad:
-            utils.clip_gradients(student, clip_grad)
-        utils.cancel_gradients_last_layer(epoch, student, freeze_last_layer)
-        scaler.step(optimizer)
-        scaler.update()
+        t.scaler.unscale_(t.optimizer)
+        if t.clip_grad:
+            utils.clip_gradients(t.student, t.clip_grad)
+        utils.cancel_gradients_last_layer(progress, t.student, t.freeze_last_layer)
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
 
         # teacher
-        utils.update_teacher(student, teacher, momentum)
+        utils.update_teacher(t.student, t.teacher, momentum)
 
         # log
         logger.update(**metrics, lr=lr, wd=wd, momentum=momentum)
+        if monitor.stopping:
+            break
     return step + 1
 
 
@@ -722,60 +738,46 @@ def train_one_epoch(
 
 
 def report_demo(args: argparse.Namespace) -> None:
-    """Print k-NN accuracy before and after training; save a picture of views, attention and curves."""
-    output_dir = Path(args.output_dir)
-    device = init_distributed_mode(args.dist_url)
-    fix_random_seeds(args.seed)  # the weights that training started from
-    untrained = backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size)[0]
-    networks = {"raw pixels": nn.Flatten(), "random initialisation": untrained}
-    for key in ("student", "teacher"):
-        weights = str(output_dir / "checkpoint.pth")
-        networks[f"trained {key}"], _ = load_backbone(
-            weights, key, args.arch, args.patch_size, args.global_crops_size
-        )
-
-    log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
-    # Drawn once for all networks.
-    train, val = ([part[i] for i in range(len(part))] for part in open_train_and_val("", demo=True))
-    for name, network in networks.items():
-        top1 = knn_top1(network.to(device).eval(), train, val, args.global_crops_size, device)
-        log(f"  {name:22} {top1:5.1f} %")
-
+    """Evaluate before and after training as a user would; save a picture of views, attention and curves."""
+    weights = str(Path(args.output_dir, "checkpoint.pth"))
+    size = f"--image_size {args.global_crops_size}".split()
+    # The seed gives the weights that the training started from.
+    start = f"--arch {args.arch} --patch_size {args.patch_size} --seed {args.seed}".split()
+    networks = {
+        "raw pixels": ["pixels", *size],
+        "random initialisation": ["random", *size, *start],
+        "trained student": [weights, "--checkpoint_key", "student"],
+        "trained teacher": [weights],
+    }
+    found = {}
+    for name, flags in networks.items():
+        argv = ["--demo", "--num_workers", "0", "--nb_knn", "20", "--pretrained_weights", *flags]
+        found[name] = eval_knn.main(eval_knn.parse_args(argv))
     if not is_main_process():
         return
+    log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
+    for name, accuracies in found.items():
+        log(f"  {name:22} {accuracies[20][0]:5.1f} %")
+
     try:
-        picture = draw_views(val[1][0], build_augmentation(args), networks["trained teacher"])
+        image = open_labelled_images(Source.of(args), "val")[1][0]
+        picture = draw_views(image, build_augmentation(args), load_backbone(weights).network)
     except UserError as error:  # no matplotlib, or a network without attention
         log(f"note: no picture: {error}")
         return
-    with contextlib.suppress(OSError), Image.open(output_dir / "curves.png") as curves:
-        picture = stack(
-            [picture, curves.resize((picture.width, picture.width * curves.height // curves.width))]
-        )
-    picture.save(output_dir / "demo.png")
-    log(f"picture: {output_dir / 'demo.png'}")
+    with contextlib.suppress(OSError), Image.open(Path(args.output_dir, "curves.png")) as curves:
+        curves = curves.resize((picture.width, picture.width * curves.height // curves.width))
+        picture = stack([picture, curves])
+    picture.save(Path(args.output_dir, "demo.png"))
+    log(f"picture: {Path(args.output_dir, 'demo.png')}")
 
 
 def main(args: argparse.Namespace) -> None:
     """Train; under `--demo`, show what was learned."""
-    try:
-        train_dino(args)
-    except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        reason = f"cannot compile {args.arch}: {str(error).strip().splitlines()[0]}"
-        raise UserError(reason, "--compile", "leave it out") from error
+    train_dino(args)
     if args.demo:
         report_demo(args)
 
 
-def end_at_once(number: int, _) -> None:
-    """For a signal before or after training, when there is nothing to finish and nothing to save."""
-    name = signal.Signals(number).name
-    cli.end_at_once(Interrupted(f"by {name}, outside of training", "", "the same command resumes"))
-
-
 if __name__ == "__main__":
-    for number in monitor.StopSignals.SCHEDULERS:
-        signal.signal(number, end_at_once)
-    cli.run_script(main, parse_args())
+    cli.run_script(main, parse_args(), resumable=True)

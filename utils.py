@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.distributed import all_gather, all_reduce_mean
+from support.logger import log
 from support.pixels import View, cut, normalize, recolour, to_pixels
 
 # ---------------------------------------------------------------------------------------------
@@ -315,9 +316,10 @@ class DINOLoss(nn.Module):
     the mean output over all ranks), "none", or "sinkhorn" over the batch of all ranks.
 
     A batch may come in `accum_steps` parts of one size: the centre moves after the last of them, by
-    the mean over all. Then `stats` holds means over the parts, (4,), on the device: the loss, and
-    what tells a collapse: the teacher's entropy, the entropy of its mean over the images, and
-    KL(teacher || student), in nats.
+    the mean over all. Then `stats` holds means over the parts as scalars on the device, in nats:
+    "loss"; the teacher's "entropy"; the "spread" of its outputs over the images, which is the entropy
+    of their mean less the mean of their entropies, 0 where all images get the same output; and "kl",
+    KL(teacher || student).
     """
 
     def __init__(
@@ -340,14 +342,24 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.ncrops = ncrops
         self.register_buffer("center", torch.zeros(1, out_dim))
-        self.stats = torch.zeros(4)
-        warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
-        constant = np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)
-        self.teacher_temp_schedule = np.concatenate([warmup, constant])
+        self.stats: dict[str, Tensor] = {}
+        self.teacher_temps = warmup_teacher_temp, teacher_temp
+        self.warmup_epochs = warmup_teacher_temp_epochs
 
-    def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: int) -> Tensor:
+    def teacher_temp(self, epoch: float) -> float:
+        """The teacher's temperature, which rises from epoch to epoch in a warm-up of whole epochs, and
+        continuously in one of a fraction.
+        """
+        first, last = self.teacher_temps
+        if epoch >= self.warmup_epochs:
+            return last
+        if self.warmup_epochs == int(self.warmup_epochs):
+            return float(np.linspace(first, last, int(self.warmup_epochs))[int(epoch)])
+        return first + (last - first) * epoch / self.warmup_epochs
+
+    def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: float) -> Tensor:
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
-        temp = float(self.teacher_temp_schedule[epoch])
+        temp = self.teacher_temp(epoch)
         with torch.autocast(teacher_output.device.type, enabled=False):
             with torch.no_grad():
                 teacher_logits = (teacher_output.float() - self.center).div_(temp)
@@ -368,13 +380,14 @@ class DINOLoss(nn.Module):
 
             with torch.no_grad():
                 mean_p = teacher_p.mean(dim=(0, 1))
-                batch_entropy = _entropy(mean_p, mean_p.clamp(min=1e-30).log())
-                stats = torch.stack([loss, entropy, batch_entropy, loss - entropy])
+                spread = _entropy(mean_p, mean_p.clamp(min=1e-30).log()) - entropy
+                stats = torch.stack([loss, entropy, spread, loss - entropy])
                 self.parts.append((stats, teacher_output.float().mean(dim=0, keepdim=True)))
                 if len(self.parts) == self.accum_steps:
-                    self.stats, batch_center = (
+                    stats, batch_center = (
                         torch.stack(part).mean(0) for part in zip(*self.parts, strict=True)
                     )
+                    self.stats = dict(zip(("loss", "entropy", "spread", "kl"), stats.unbind(), strict=True))
                     self.update_center(batch_center)
                     self.parts.clear()
         return loss
@@ -463,8 +476,51 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 def _entropy(p: Tensor, logits: Tensor) -> Tensor:
     """Entropy in nats of p = softmax(logits) over the last dimension."""
-    log_norm = logits.amax(dim=-1) - p.amax(dim=-1).log()
+    log_norm = logits.amax(dim=-1) - p.amax(dim=-1).log()  # because max p = exp(max logit) / norm
     return log_norm - torch.linalg.vecdot(p, logits)
+
+
+class CollapseWatch:
+    """Names a training that has collapsed, by the numbers of `DINOLoss.stats`.
+
+    Uniform collapse: the teacher's outputs are flat and the loss stays at ln K. Constant collapse: they
+    are peaked, but the same for every image, so their spread is near 0 (paper, Section 5.3 and Figure 7).
+    Warns once, when either has lasted for `patience` steps.
+    """
+
+    ADVICE = {
+        "uniform collapse": "try --use_bn_in_head true, a lower --teacher_temp or another --lr",
+        "constant collapse": "try --use_bn_in_head true, a higher --teacher_temp or a lower --lr",
+    }
+
+    def __init__(self, out_dim: int, patience: int = 200):
+        self.max_entropy, self.patience = math.log(out_dim), patience
+        self.lasted = dict.fromkeys(self.ADVICE, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """For how many steps each collapse has lasted."""
+        return dict(self.lasted)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.lasted = {name: int(state[name]) for name in self.ADVICE}
+
+    def __call__(self, numbers: dict[str, float]) -> None:
+        """Take the numbers of a step."""
+        loss, entropy, small = numbers["loss"], numbers["entropy"], 0.005 * self.max_entropy
+        flat = entropy > 0.995 * self.max_entropy
+        found = {
+            "uniform collapse": flat and abs(loss - self.max_entropy) < small,
+            "constant collapse": not flat and numbers["spread"] < small,
+        }
+        for name, present in found.items():
+            self.lasted[name] = self.lasted[name] + 1 if present else 0
+            if self.lasted[name] == self.patience:
+                log(
+                    f"warning: {name}: for {self.patience} steps the teacher's outputs were "
+                    f"{'flat' if flat else 'the same for every image'} (loss {loss:.4f}, ln out_dim "
+                    f"{self.max_entropy:.4f}, teacher entropy {entropy:.4f}): {self.ADVICE[name]}"
+                )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -477,17 +533,17 @@ def cosine_scheduler(
     final_value: float,
     epochs: int,
     niter_per_ep: int,
-    warmup_epochs: int = 0,
+    warmup_epochs: float = 0,
     start_warmup_value: float = 0,
 ) -> np.ndarray:
     """One value per global step: a linear warm-up, then half a cosine down (or up) to the final.
 
-    Raises ValueError when the warm-up is longer than the training.
+    The warm-up may be a fraction of an epoch. Raises ValueError when it is longer than the training.
     """
     if warmup_epochs > epochs:
         raise ValueError(f"a warm-up of {warmup_epochs} epochs does not fit into {epochs}")
-    warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
-    steps = (epochs - warmup_epochs) * niter_per_ep
+    warmup = np.linspace(start_warmup_value, base_value, round(warmup_epochs * niter_per_ep))
+    steps = epochs * niter_per_ep - len(warmup)
     cosine = 1 + np.cos(np.pi * np.arange(steps) / max(steps, 1))
     return np.concatenate([warmup, final_value + 0.5 * (base_value - final_value) * cosine])
 
@@ -536,8 +592,8 @@ def clip_gradients(model: nn.Module, clip: float) -> Tensor:
     return norms
 
 
-def cancel_gradients_last_layer(epoch: int, model: nn.Module, freeze_last_layer: int) -> None:
-    """In the first `freeze_last_layer` epochs, leave the head's last layer as it is."""
+def cancel_gradients_last_layer(epoch: float, model: nn.Module, freeze_last_layer: float) -> None:
+    """Keep the head's last layer as it is in the first `freeze_last_layer` epochs."""
     if epoch < freeze_last_layer:
         for name, param in model.named_parameters():
             if "last_layer" in name:

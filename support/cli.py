@@ -6,9 +6,10 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 from support.distributed import launched_as
 from support.errors import Interrupted, TrainingError, UserError
+from support.logger import log
+from support.monitor import SCHEDULERS
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -91,11 +94,6 @@ def bool_flag(value: str) -> bool:
     if value.lower() not in words:
         raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
     return words[value.lower()]
-
-
-def cpu_has_bf16() -> bool:
-    """Whether bfloat16 is faster than float32 on this CPU: where it is emulated, it is far slower."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def number(
@@ -186,14 +184,35 @@ def from_outside(error: Exception) -> UserError | None:
     if isinstance(error, dist.DistError) or "/gloo/" in message:
         message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
         return Interrupted(f"lost another process: {message}", "", "run the same command to resume")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return UserError(f"cannot compile the network: {message}", "--compile", "leave it out")
     if isinstance(error, OSError):
         fix = "correct this, then run the same command"
         return TrainingError(error.strerror or message, str(error.filename or ""), fix, alone=True)
     return None
 
 
-def run_script(main: Callable, args: argparse.Namespace) -> None:
-    """Call `main(args)`; end in one clear line when the user can correct what went wrong."""
+def warn_no_effect(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, rules: Iterable[tuple[str, Callable, str]]
+) -> None:
+    """Warn of flags that are not at their defaults and have no effect beside the others.
+
+    A rule is a flag's name, whether it has no effect given `args`, and why.
+    """
+    for name, holds, reason in rules:
+        value, default = getattr(args, name), parser.get_default(name)
+        given = tuple(value) != tuple(default) if isinstance(value, list | tuple) else value != default
+        if given and holds(args):
+            log(f"warning: --{name} has no effect: {reason}")
+
+
+def run_script(main: Callable, args: argparse.Namespace, resumable: bool = False) -> None:
+    """Call `main(args)`; end in one clear line when the user can correct what went wrong.
+
+    A `resumable` script also ends with "resume me" (75) at a scheduler's signal that `main` does not handle.
+    """
+    for number in SCHEDULERS if resumable else ():
+        signal.signal(number, _end_by_signal)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -212,6 +231,12 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_by_signal(signum: int, _):
+    """For a signal outside of training, when there is nothing to finish and nothing to save."""
+    what = f"by {signal.Signals(signum).name}, outside of training"
+    end_at_once(Interrupted(what, "", "run the same command to resume"))
 
 
 def end_at_once(error: UserError):

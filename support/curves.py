@@ -1,31 +1,27 @@
-"""A run's log.txt as a picture, and for TensorBoard. Neither library is needed for training."""
+"""A run's log as a picture, and for TensorBoard. Training needs neither library."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from support.logger import log
 from support.restart import read_log, try_to_write
 from support.weights import replacing
 
+# A title, and the names of the numbers that share its panel.
+Panels = Sequence[tuple[str, Sequence[str]]]
+
 
 class Curves:
     """Draws curves.png from log.txt after each epoch; gives the same numbers to TensorBoard if asked to.
 
-    Without matplotlib, a note says so.
+    Says so in a note where matplotlib is missing.
     """
 
-    PANELS = (
-        ("loss", ["train_loss"]),
-        ("teacher entropy and KL from the student, nats", ["train_entropy", "train_kl"]),
-        ("learning rate", ["train_lr"]),
-        ("weight decay", ["train_wd"]),
-        ("teacher momentum", ["train_momentum"]),
-        ("k-NN, %", ["knn_teacher", "knn_student"]),
-    )
-
-    def __init__(self, folder: Path, tensorboard: bool = False, first_step: int = 0):
-        """`folder` is the run's; what TensorBoard has from `first_step` on is made anew."""
-        self.folder, self.writer, self.can_draw = folder, None, True
-        try:  # now, as after an epoch it would be late for a note
+    def __init__(self, folder: Path, panels: Panels, tensorboard: bool = False, first_step: int = 0):
+        """`folder` is the run's; TensorBoard drops what it has from `first_step` on."""
+        self.folder, self.panels, self.writer, self.can_draw = folder, panels, None, True
+        try:  # checked at the start, so that the user learns it before training
             import matplotlib.figure  # noqa: F401
         except ImportError as error:
             log(f"note: no curves.png without matplotlib ({error}): pip install matplotlib")
@@ -36,22 +32,25 @@ class Curves:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def update(self, record: dict) -> None:
-        """The epoch of `record` has come to log.txt."""
+        """Draw again after `record` was added to log.txt."""
         if self.can_draw:
-            try_to_write(self.folder / "curves.png", lambda path: draw_curves(self.folder / "log.txt", path))
+            picture, log_file = self.folder / "curves.png", self.folder / "log.txt"
+            try_to_write(picture, lambda path: draw_curves(log_file, path, self.panels))
         if self.writer:
             for name, value in record.items():
                 self.writer.add_scalar(name, value, record["step"])
             self.writer.flush()
 
 
-def draw_curves(log_file: Path, picture: Path) -> None:
-    """The numbers of each epoch in log.txt, as a PNG."""
+def draw_curves(log_file: Path, picture: Path, panels: Panels) -> None:
+    """Draw the numbers of each epoch in log.txt as a PNG."""
     from matplotlib.figure import Figure
 
     records = read_log(log_file)
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, Curves.PANELS, strict=True):
+    for axes, (title, names) in zip_longest(
+        figure.subplots(2, -(-len(panels) // 2)).flat, panels, fillvalue=("", ())
+    ):
         for name in names:
             points = [(record["epoch"] + 1, record[name]) for record in records if name in record]
             if points:

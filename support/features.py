@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from support.data import EvalImages, ending_workers
 from support.distributed import all_gather, get_rank, get_world_size
-from support.monitor import StopSignals
+from support.monitor import ignore_signals
 from support.pixels import eval_transform
 
 
@@ -37,7 +37,7 @@ def extract_features(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,  # `ending_workers` knows no others
         pin_memory=device.type == "cuda",
-        worker_init_fn=StopSignals.ignore,  # a training that evaluates is not to lose them
+        worker_init_fn=ignore_signals,  # a training that evaluates is not to lose them
         generator=torch.Generator(),  # its own: the global stream is a training's
     )
     keep_on = keep_on or device

@@ -1,5 +1,6 @@
-"""What a run says: lines on the terminal and the numbers of an epoch."""
+"""What a run says: lines on the terminal, and the numbers of an epoch."""
 
+import functools
 import sys
 import time
 from collections import deque
@@ -12,50 +13,52 @@ from support.distributed import is_main_process
 
 
 def log(message: str) -> None:
-    """Print once, from the main process, above a progress bar if there is one."""
+    """Print from the main process only, above a progress bar if there is one."""
     if is_main_process():
         tqdm.write(message)
         sys.stdout.flush()
 
 
 class SmoothedValue:
-    """A series: its mean over the last `window` values and over all."""
+    """A series: its mean over the last `window_size` values and over all."""
 
-    def __init__(self, window: int = 20):
-        self.recent: deque[float] = deque(maxlen=window)
+    def __init__(self, window_size: int = 20):
+        self.recent: deque[float] = deque(maxlen=window_size)
         self.total, self.count = 0.0, 0
 
     def update(self, value: float) -> None:
+        """Append a value."""
         self.recent.append(value)
         self.total += value
         self.count += 1
 
     @property
     def avg(self) -> float:
+        """Mean over the window."""
         return sum(self.recent) / max(len(self.recent), 1)
 
     @property
     def global_avg(self) -> float:
+        """Mean over all values."""
         return self.total / max(self.count, 1)
 
 
 class MetricLogger:
-    """Shows an epoch while it runs: a progress bar on a terminal, else a line every 10 steps."""
+    """Shows an epoch while it runs: a progress bar on a terminal, else a line every `print_freq` steps."""
 
-    def __init__(self, header: str, images_per_step: int, steps_after: int = 0, print_freq: int = 10):
-        """`images_per_step` counts all ranks; `steps_after`, for the ETA, follow this epoch."""
-        self.header, self.images_per_step = header, images_per_step
-        self.steps_after, self.print_freq = steps_after, print_freq
+    def __init__(self, delimiter: str = "  ", images_per_step: int = 0):
+        """`images_per_step` counts all ranks, for the speed; 0 leaves the speed out."""
+        self.delimiter, self.images_per_step = delimiter, images_per_step
         self.meters: dict[str, SmoothedValue] = {}
         self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
 
     def update(self, **values: float) -> None:
-        """Add one step's value to each named series."""
+        """Append one step's value to each named series."""
         for name, value in values.items():
             self.meters.setdefault(name, SmoothedValue()).update(value)
 
     def start_epoch(self) -> None:
-        """Begin all series anew."""
+        """Empty all series."""
         self.meters.clear()
         self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
 
@@ -65,7 +68,7 @@ class MetricLogger:
         return {name: (meter.total, meter.count) for name, meter in series.items()}
 
     def load_state_dict(self, state: dict[str, tuple[float, int]]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         for name, (total, count) in state.items():
             own = self.step_time if name == "step_time" else self.meters.setdefault(name, SmoothedValue())
             own.total, own.count = float(total), int(count)
@@ -75,13 +78,25 @@ class MetricLogger:
         speed = self.images_per_step / self.step_time.global_avg if self.step_time.total else 0.0
         return {n: m.global_avg for n, m in self.meters.items()} | {"images_per_second": speed}
 
-    def log_every(self, batches: Iterable, length: int) -> Iterator:
-        """Yield the batches; time them and show the meters in between."""
+    def log_every(
+        self,
+        iterable: Iterable,
+        print_freq: int = 10,
+        header: str = "",
+        length: int | None = None,
+        steps_after: int = 0,
+    ) -> Iterator:
+        """Yield the batches; time them and show the meters in between.
+
+        `length` is the number of batches, `len(iterable)` if not given; `steps_after` follow them, for the
+        remaining time.
+        """
+        length = len(iterable) if length is None else length
         digits = len(str(length))
         show_bar = is_main_process() and sys.stderr.isatty()
-        with tqdm(total=length, desc=self.header, leave=False, disable=not show_bar) as bar:
+        with tqdm(total=length, desc=header, leave=False, disable=not show_bar) as bar:
             asked = time.perf_counter()
-            for step, batch in enumerate(batches, 1):
+            for step, batch in enumerate(iterable, 1):
                 got = time.perf_counter()
                 yield batch
                 done = time.perf_counter()
@@ -89,22 +104,21 @@ class MetricLogger:
                 self.step_time.update(done - asked)
                 asked = done
                 bar.update()
+                status = functools.partial(self.status, length - step + steps_after)
                 if show_bar:
-                    bar.set_postfix_str(self.status(length - step), refresh=False)
-                elif step % self.print_freq == 0 or step == length:
-                    log(f"{self.header} [{step:{digits}d}/{length}] {self.status(length - step)}")
+                    bar.set_postfix_str(status(), refresh=False)
+                elif step % print_freq == 0 or step == length:
+                    log(f"{header} [{step:{digits}d}/{length}] {status()}")
 
     def status(self, steps_left: int) -> str:
         """Meters, speed, share of time spent waiting for data, time left, peak GPU memory."""
         seconds = max(self.step_time.avg, 1e-9)
-        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps_left + self.steps_after)))
-        days = int(seconds * (steps_left + self.steps_after) // 86400)
+        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * steps_left))
+        days = int(seconds * steps_left // 86400)
         parts = [f"{name} {meter.avg:.4g}" for name, meter in self.meters.items()]
-        parts += [
-            f"{self.images_per_step / seconds:.0f} img/s",
-            f"data {self.data_time.avg / seconds:.0%}",
-            f"eta {f'{days}d ' if days else ''}{eta}",
-        ]
+        if self.images_per_step:
+            parts.append(f"{self.images_per_step / seconds:.0f} img/s")
+        parts += [f"data {self.data_time.avg / seconds:.0%}", f"eta {f'{days}d ' if days else ''}{eta}"]
         if torch.cuda.is_available():
             parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-        return "  ".join(parts)
+        return self.delimiter.join(parts)

@@ -34,8 +34,9 @@ from PIL import Image
 
 import eval_knn
 import main_dino
-from support import cli, restart
+from support import cli
 from support.errors import UserError
+from support.restart import Run
 from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, save_images
 
@@ -551,7 +552,7 @@ class BadInputs:
         argv = [*self.flags, "--output_dir"]
         assert self.run([*argv, whole])[0] == 0
         assert self.run([*argv, run, "--max_steps", "8"])[0] == 0
-        names = restart.CHECKPOINT, restart.PREVIOUS, "log.txt"
+        names = "checkpoint.pth", "checkpoint_prev.pth", "log.txt"
         saved = {name: (run / name).read_bytes() for name in names}
 
         def reset(**changed: bytes | None) -> None:
@@ -561,8 +562,8 @@ class BadInputs:
                 if content is not None:
                     (run / name).write_bytes(content)
 
-        half = saved[restart.CHECKPOINT][: len(saved[restart.CHECKPOINT]) // 2]
-        flipped = bytearray(saved[restart.CHECKPOINT])
+        half = saved["checkpoint.pth"][: len(saved["checkpoint.pth"]) // 2]
+        flipped = bytearray(saved["checkpoint.pth"])
         flipped[len(flipped) // 2] ^= 1
         for what, content in (
             ("truncated", half), ("of zero bytes", b""), ("of random bytes", self.rng.randbytes(5000)),
@@ -571,14 +572,14 @@ class BadInputs:
             reset(checkpoint=content)
             code, said = self.run([*argv, run])
             same = code == 0 and differing_bits(whole, run) == 0
-            kept = content is None or (run / restart.DAMAGED).read_bytes() == content
-            from_previous = f"resuming {run / restart.PREVIOUS} at step 6" in said
+            kept = content is None or (run / "checkpoint_damaged.pth").read_bytes() == content
+            from_previous = f"resuming {run / 'checkpoint_prev.pth'} at step 6" in said
             came = f"exit {code}: goes on from `checkpoint_prev.pth`, {'same' if same else 'OTHER'} bits"
             ok = same and kept and from_previous and "Traceback" not in said
             self.row(f"`checkpoint.pth` {what}", came, ok)
         reset(checkpoint=half, checkpoint_prev=half[:-9])
         self.expect("both checkpoints truncated", [*argv, run], 2, "error: file is damaged")
-        untouched = (run / restart.CHECKPOINT).read_bytes() == half
+        untouched = (run / "checkpoint.pth").read_bytes() == half
         self.row("... and afterwards", "both files as they were", untouched)
 
         for position, what in (
@@ -615,9 +616,9 @@ class BadInputs:
             self.expect(f"a checkpoint that {what}", [*argv, run], 2, "error: ")
 
         same, fell_back, wrong = 0, 0, 0
-        good = torch.load(io.BytesIO(saved[restart.CHECKPOINT]), weights_only=True)["teacher"]
+        good = torch.load(io.BytesIO(saved["checkpoint.pth"]), weights_only=True)["teacher"]
         for _ in range(examples):
-            content = bytearray(saved[restart.CHECKPOINT])
+            content = bytearray(saved["checkpoint.pth"])
             for _ in range(self.rng.choice([1, 1, 3, 30])):
                 place = self.rng.randrange(len(content))
                 if self.rng.random() < 0.1:
@@ -628,8 +629,8 @@ class BadInputs:
                     content[place] = self.rng.randrange(256)
             reset(checkpoint=bytes(content))
             with contextlib.redirect_stdout(io.StringIO()):
-                path, found = restart.newest_whole(run)
-            if path.name == restart.PREVIOUS:
+                path, found = Run(run, required=()).newest_whole()
+            if path.name == "checkpoint_prev.pth":
                 fell_back += 1
             elif all(torch.equal(value, found["teacher"][name]) for name, value in good.items()):
                 same += 1
@@ -652,7 +653,7 @@ class BadInputs:
             return meanwhile
 
         argv = [*self.flags, "--output_dir", out, "--epochs", "4"]
-        self.expect("`--output_dir` vanishes during training", argv, 0, "has vanished: made anew",
+        self.expect("`--output_dir` vanishes during training", argv, 0, "has vanished",
                     meanwhile=once_training(lambda: out.rename(self.work / "moved")))  # fmt: skip
         self.row(
             "... and afterwards",

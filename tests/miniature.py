@@ -38,7 +38,6 @@ import eval_linear
 import main_dino
 import utils
 from support import backbones
-from support.cli import DefaultStr
 from support.data import open_labelled_images
 from support.distributed import fix_random_seeds
 from support.pixels import normalize, to_pixels
@@ -151,14 +150,11 @@ def train_supervised(folder: Path, flags: list[str], data: list[str]) -> None:
     augmentation = main_dino.build_augmentation(args)
     augmentation.recipes = augmentation.recipes[1:2]
     optimizer = main_dino.build_optimizer(args.optimizer, model)
-    steps_per_epoch = len(images) // args.batch_size_per_gpu
-    schedules = main_dino.build_schedules(
-        (args.lr * args.batch_size_per_gpu / 256, args.min_lr), (args.weight_decay, args.weight_decay_end),
-        args.momentum_teacher, args.warmup_epochs, args.epochs, steps_per_epoch,
-    )  # fmt: skip
+    steps = main_dino.count_steps(args, len(images))
+    schedules = main_dino.build_schedules(args, steps)
     rng = random.Random(args.seed)
-    for step in range(args.epochs * steps_per_epoch):
-        if step % steps_per_epoch == 0:
+    for step in range(steps.last):
+        if step % steps.per_epoch == 0:
             batches = iter(torch.randperm(len(images)).split(args.batch_size_per_gpu))
         batch = next(batches)
         views = torch.stack([augmentation.uint8_views(pixels[i], rng)[0] for i in batch])
@@ -209,8 +205,10 @@ def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int)
     def measure() -> dict[str, float]:
         fix_random_seeds(args.seed)
         size, shapes = args.global_crops_size, Shapes("val", count)
-        network, _ = load_backbone(weights, DefaultStr("teacher"), args.arch, args.patch_size, size)
-        found = {t: segment_shapes(network, shapes, [size], t, torch.device("cpu")) for t in (0.6, 0.9)}
+        frozen = load_backbone(weights, None, args.arch, args.patch_size, size)
+        found = {
+            t: segment_shapes(frozen.network, shapes, [size], t, torch.device("cpu")) for t in (0.6, 0.9)
+        }
         heads = {"jaccard60": found[0.6][0], "jaccard90": found[0.9][0], "on_object": found[0.6][1]}
         found = {name: each.max().item() for name, each in heads.items()}
         found["object"] = statistics.mean(float(shapes.mask(i).mean()) for i in range(count))

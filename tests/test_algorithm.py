@@ -29,11 +29,13 @@ def test_a_run_is_algorithm_1(images, tmp_path, name):
     """With no flag at its default, against the paper's loop written plainly: 3 epochs of 5 steps."""
     flags = [*FLAGS, "--optimizer", name, "--lr", {"sgd": "6", "adamw": "0.6", "lars": "60"}[name]]
     argv = [*TINY, *flags, "--data_path", str(images), "--output_dir", str(tmp_path)]
-    main_dino.train_dino(main_dino.parse_args(argv))
+    args = main_dino.parse_args(argv)
+    main_dino.train_dino(args)
     saved = load_checkpoint(tmp_path / "checkpoint.pth")
 
     fix_random_seeds(3)
-    student, teacher = main_dino.build_networks("vit_nano", 8, [32, 16], 0.3, 64, False, False, 32, 16)
+    student, teacher = main_dino.build_networks(args)
+    teacher.load_state_dict(student.state_dict())
     student.head.defer_last_layer = False
     data = TrainingViews(ImageFiles(images), DataAugmentationDINO((0.5, 1), (0.1, 0.3), 2, 32, 16), seed=3)
     groups, center = utils.get_params_groups(student), torch.zeros(1, 64)

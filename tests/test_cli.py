@@ -1,3 +1,5 @@
+import argparse
+
 import pytest
 
 from support import cli
@@ -84,3 +86,24 @@ def test_a_number_within_its_range_is_taken():
     parser = cli.ArgumentParser()
     parser.add_argument("--flag", type=cli.number(int, at_least=1))
     assert parser.parse_args(["--flag", "7"]).flag == 7 and parser.parse_args([]).flag is None
+
+
+def test_bool_flag():
+    assert [bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
+    with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
+        bool_flag("maybe")
+
+
+def test_flags_without_effect_are_named(capsys):
+    parser = cli.ArgumentParser()
+    parser.add_argument("--size", type=int, default=3)
+    parser.add_argument("--pair", type=int, nargs=2, default=(1, 2))
+    rules = [("size", lambda a: True, "a reason"), ("pair", lambda a: a.size == 4, "another")]
+    cli.warn_no_effect(parser.parse_args([]), parser, rules)
+    cli.warn_no_effect(parser.parse_args(["--pair", "1", "2", "--size", "3"]), parser, rules)
+    assert capsys.readouterr().out == ""
+    cli.warn_no_effect(parser.parse_args(["--pair", "1", "3", "--size", "4"]), parser, rules)
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: --size has no effect: a reason",
+        "warning: --pair has no effect: another",
+    ]

@@ -15,7 +15,7 @@ RECORD = {"train_loss": 3.0, "train_entropy": 1.0, "train_kl": 2.0, "train_lr": 
 
 def drawn(folder, *records) -> Image.Image:
     (folder / "log.txt").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    Curves(folder).update(records[-1])
+    Curves(folder, main_dino.PANELS).update(records[-1])
     with Image.open(folder / "curves.png") as picture:
         return picture.convert("RGB")
 
@@ -29,21 +29,21 @@ def test_the_curves_show_what_the_log_says(tmp_path):
 
 def test_lines_of_others_and_a_log_without_knn_are_drawn_as_well(tmp_path):
     (tmp_path / "log.txt").write_text('not of ours\n[1]\n{"epoch": 0, "train_loss": 1.0}\n')
-    Curves(tmp_path).update({})
+    Curves(tmp_path, main_dino.PANELS).update({})
     assert (tmp_path / "curves.png").exists()
 
 
 def test_a_disk_that_fails_is_a_warning(tmp_path, capsys):
     (tmp_path / "curves.png").mkdir()
     (tmp_path / "log.txt").write_text(json.dumps(RECORD))
-    Curves(tmp_path).update(RECORD)
+    Curves(tmp_path, main_dino.PANELS).update(RECORD)
     assert "warning: cannot save" in capsys.readouterr().out
 
 
 def test_without_the_libraries(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    Curves(tmp_path).update(RECORD)
+    Curves(tmp_path, main_dino.PANELS).update(RECORD)
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="pip install tensorboard"):
         main_dino.check_args(main_dino.parse_args(["--tensorboard"]))
@@ -51,7 +51,7 @@ def test_without_the_libraries(tmp_path, monkeypatch, capsys):
 
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    writer = Curves(tmp_path, tensorboard=True)
+    writer = Curves(tmp_path, main_dino.PANELS, tensorboard=True)
     writer.update(RECORD)
     writer.update(RECORD | {"step": 20, "train_loss": 2.0})
     shown = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()

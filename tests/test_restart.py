@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -8,22 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import main_dino
+from main_dino import FREE_FLAGS
 from support.errors import TrainingError, UserError
-from support.restart import (
-    FREE_FLAGS,
-    RandomStates,
-    add_record,
-    changed,
-    has_checkpoint,
-    newest_whole,
-    read_log,
-    save_run,
-)
+from support.restart import Run, add_records, read_log
 from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, torchrun, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
@@ -100,8 +90,8 @@ def test_a_signal_finishes_the_step_saves_and_says_resume(images, tmp_path, numb
     assert run.codes() == [75]
     said = run.said[0].read_text()
     step = load_checkpoint(tmp_path / "out" / "checkpoint.pth")["step"]
-    saved = f"step {step} of 200 is saved ({tmp_path / 'out'})"
-    assert said.splitlines()[-1] == f"stopped: by {number.name}, {saved}: the same command resumes"
+    saved = f"saved step {step} of 200 ({tmp_path / 'out'})"
+    assert said.splitlines()[-1] == f"stopped: by {number.name}, {saved}: run the same command to resume"
     assert "Traceback" not in said and step > 5
 
 
@@ -145,7 +135,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(images, labelle
     assert len(records) == 1 and "knn_teacher" not in records[0]
     step = records[0]["step"] + 1
     assert load_checkpoint(tmp_path / "out" / "checkpoint.pth")["step"] == step
-    assert f"step {step} of {40 * (step - 1)} is saved" in run.said[0].read_text().splitlines()[-1]
+    assert f"saved step {step} of {40 * (step - 1)} (" in run.said[0].read_text().splitlines()[-1]
 
 
 def test_a_signal_outside_of_training_ends_at_once_and_says_resume(tmp_path):
@@ -154,7 +144,7 @@ def test_a_signal_outside_of_training_ends_at_once_and_says_resume(tmp_path):
     run.processes[0].send_signal(signal.SIGUSR1)
     assert run.codes() == [75]
     said = run.said[0].read_text()
-    assert said.splitlines()[-1] == "stopped: by SIGUSR1, outside of training: the same command resumes"
+    assert said.splitlines()[-1] == "stopped: by SIGUSR1, outside of training: run the same command to resume"
 
 
 def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
@@ -209,49 +199,54 @@ def test_processes_that_see_different_checkpoints_end(images, tmp_path):
 # ---- pieces
 
 
-def test_random_states_go_on_where_they_were():
-    random.seed(1), np.random.seed(2), torch.manual_seed(3)
-    states = RandomStates().state_dict()
-    draws = [(random.random(), np.random.rand(), torch.rand(1).item()) for _ in range(2)]
-    RandomStates().load_state_dict(states)
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws[0]
-    RandomStates().load_state_dict([])  # saved by fewer processes: nothing for this one
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws[1]
-
-
 def test_a_line_takes_the_place_of_those_from_before_a_restart(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text('a note\n{"epoch": 0, "x": 1}\n{"epoch": 1, "x": 2}\n{"epoch": 2}\n')
-    add_record({"epoch": 1, "x": 3}, path)
+    add_records([{"epoch": 1, "x": 3}], path)
     assert path.read_text() == 'a note\n{"epoch": 0, "x": 1}\n{"epoch": 1, "x": 3}\n'
 
 
 def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
-    assert newest_whole(tmp_path) is None and not has_checkpoint(tmp_path)
+    run = Run(tmp_path, required=())
+    assert run.newest_whole() is None and not run.exists()
     for step in (1, 2):
-        save_run(tmp_path, {"step": step})
-    (tmp_path / "checkpoint.pth").write_bytes(b"x")
-    path, checkpoint = newest_whole(tmp_path)
-    assert (path.name, checkpoint) == ("checkpoint_prev.pth", {"step": 1})
+        run.save({"step": step})
+    assert run.exists()
+    run.checkpoint.write_bytes(b"x")
+    path, checkpoint = run.newest_whole()
+    assert (path.name, checkpoint["step"]) == ("checkpoint_prev.pth", 1)
     assert (tmp_path / "checkpoint_damaged.pth").read_bytes() == b"x"
     assert re.search(r"warning: .*damaged.*checkpoint.pth", capsys.readouterr().out)
-    save_run(tmp_path, {"step": 3})  # what is damaged does not come back
-    assert [newest_whole(tmp_path)[1]["step"], load_checkpoint(path)["step"]] == [3, 1]
-    (tmp_path / "checkpoint.pth").write_bytes(b"x"), path.write_bytes(b"y")
+    run.save({"step": 3})  # what is damaged does not come back
+    assert [run.newest_whole()[1]["step"], load_checkpoint(path)["step"]] == [3, 1]
+    run.checkpoint.write_bytes(b"x"), path.write_bytes(b"y")
     with pytest.raises(UserError, match="damaged"):
-        newest_whole(tmp_path)
+        run.newest_whole()
     assert path.read_bytes() == b"y"
 
 
 def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
     (tmp_path / "file").touch()
-    save_run(tmp_path / "file", {"step": 1})
+    Run(tmp_path / "file", required=()).save({"step": 1})
     assert "warning: cannot save: " in capsys.readouterr().out
     with pytest.raises(TrainingError, match="cannot save"):
-        save_run(tmp_path / "file", {"step": 1}, last=True)
-    save_run(tmp_path / "gone", {"step": 1}, {"epoch": 0})
-    assert "gone has vanished: made anew" in capsys.readouterr().out
+        Run(tmp_path / "file", required=()).save({"step": 1}, last=True)
+    Run(tmp_path / "gone", required=()).save({"step": 1}, [{"epoch": 0}])
+    assert "gone has vanished" in capsys.readouterr().out
     assert json.loads((tmp_path / "gone" / "log.txt").read_text()) == {"epoch": 0}
+
+
+def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
+    """As in a checkpoint of the published format."""
+    weights = torch.nn.Linear(1, 1)
+    torch.save({"student": weights.state_dict(), "epoch": 2}, tmp_path / "checkpoint.pth")
+    other = torch.nn.Linear(1, 1)
+    pieces = {"student": other, "fp16_scaler": torch.amp.GradScaler("cpu")}
+    Run(tmp_path, required=("student",)).resume(pieces, {})
+    assert "has no fp16_scaler: starting from their initial state" in capsys.readouterr().out
+    torch.testing.assert_close(other.state_dict(), weights.state_dict(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="checkpoint lacks teacher"):
+        Run(tmp_path, required=("student", "teacher")).resume(pieces, {})
 
 
 def test_flags_that_change_the_maths_are_not_free():
@@ -264,9 +259,3 @@ def test_flags_that_change_the_maths_are_not_free():
         "local_crops_number local_crops_scale global_crops_size local_crops_size dataset seed"
     )
     assert flags - FREE_FLAGS == set(maths.split()) and flags >= FREE_FLAGS
-
-
-def test_schedules_speak_only_where_no_flag_does():
-    old = {"lr": 1, "lr schedule": "a", "gone": 3}
-    assert changed(old, {"lr": 2, "lr schedule": "b", "new": 4}) == {"lr": (1, 2)}
-    assert changed(old, {"lr": 1, "lr schedule": "b"}) == {"lr schedule": ("a", "b")}

@@ -1,6 +1,5 @@
 """One section per section of utils.py, in its order."""
 
-import argparse
 import copy
 import math
 import random
@@ -16,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from support import backbones
-from support.cli import bool_flag
 from support.distributed import (
     all_gather,
     all_reduce_mean,
@@ -25,7 +23,6 @@ from support.distributed import (
     get_world_size,
     is_main_process,
 )
-from support.logger import MetricLogger, SmoothedValue
 from utils import DINOHead, DINOLoss, MultiCropWrapper
 
 # ---------------------------------------------------------------------------------------------
@@ -100,8 +97,8 @@ def test_loss_is_the_mean_cross_entropy_over_pairs_of_different_views(views, bat
     torch.testing.assert_close(loss_fn.center, 0.9 * center + 0.1 * teacher.mean(0, keepdim=True))
 
     entropy = -(torch.cat(targets) * torch.cat(targets).clamp(min=1e-30).log()).sum(-1).mean()
-    torch.testing.assert_close(loss_fn.stats[1], entropy, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss_fn.stats[3], loss.detach() - entropy, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(loss_fn.stats["entropy"], entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_fn.stats["kl"], loss.detach() - entropy, rtol=1e-3, atol=1e-4)
 
 
 def fused_and_plain(views, batch, k, norm_last_layer, dtype, seed, chunk):
@@ -209,8 +206,7 @@ def test_a_batch_in_parts_is_the_batch(deferred):
         results.append(([p.grad for p in head.parameters() if p.grad is not None], loss_fn))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[1][1].center, results[0][1].center)
-    loss, entropy, _, kl = (0, 1, 2, 3)
-    for which in (loss, entropy, kl):
+    for which in ("loss", "entropy", "kl"):
         torch.testing.assert_close(results[1][1].stats[which], results[0][1].stats[which])
 
 
@@ -220,7 +216,7 @@ def test_without_centering_the_centre_stays_where_it_is():
     loss_fn(torch.randn(6, 5), teacher, 0)
     assert torch.equal(loss_fn.center, torch.zeros(1, 5))
     p = (teacher / 0.04).softmax(-1)
-    torch.testing.assert_close(loss_fn.stats[1], -(p * p.clamp(min=1e-30).log()).sum(-1).mean())
+    torch.testing.assert_close(loss_fn.stats["entropy"], -(p * p.clamp(min=1e-30).log()).sum(-1).mean())
 
 
 def test_sinkhorn_shares_the_prototypes():
@@ -347,36 +343,8 @@ def test_reductions_do_nothing_outside_a_group():
 
 
 # ---------------------------------------------------------------------------------------------
-# Logging
-# ---------------------------------------------------------------------------------------------
-
-
-def test_smoothed_value():
-    series = SmoothedValue(window=2)
-    for value in (1.0, 2.0, 6.0):
-        series.update(value)
-    assert series.avg == 4 and series.global_avg == 3
-
-
-def test_a_line_every_ten_steps(capsys):
-    logger = MetricLogger("epoch 0", images_per_step=4, steps_after=5)
-    for value in logger.log_every(range(25), 25):
-        logger.update(loss=value)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("]")[0] for line in lines] == ["epoch 0 [10/25", "epoch 0 [20/25", "epoch 0 [25/25"]
-    assert all(word in lines[0] for word in ("loss 4.5", "img/s", "data ", "eta "))
-    assert logger.averages()["loss"] == 12
-
-
-# ---------------------------------------------------------------------------------------------
 # Run
 # ---------------------------------------------------------------------------------------------
-
-
-def test_bool_flag():
-    assert [bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
-    with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
-        bool_flag("maybe")
 
 
 def test_seeds_decide_every_generator():

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -31,11 +30,11 @@ import main_dino
 import utils
 from eval_knn import knn_accuracies
 from eval_linear import LinearClassifiers, build_optimizer, frozen_features, train
-from support import backbones, monitor
-from support.cli import cpu_has_bf16
+from support import backbones
 from support.data import EpochSampler, ImageFiles, TrainingViews, load_pixels, to_device
 from support.distributed import fix_random_seeds
 from support.logger import MetricLogger
+from support.monitor import Monitor
 from support.pixels import normalize, to_pixels
 from tests.benchmarks import textbook
 from utils import DataAugmentationDINO
@@ -181,24 +180,24 @@ class OurTrainer:
 
     def __init__(self, arch: str, out_dim: int, dtype: torch.dtype | None = None, compiled: bool = False):
         fix_random_seeds(0)
-        student, self.teacher = main_dino.build_networks(
-            arch, 16, [224, 96], 0.1, out_dim, False, True, 2048, 256
+        flags = (
+            f"--arch {arch} --out_dim {out_dim} --epochs 1 --warmup_epochs 0 --freeze_last_layer 0".split()
         )
-        if compiled:
-            main_dino.compile_in_place(student, self.teacher)
-        self.student, self.dtype = student, dtype
-        self.loss = utils.DINOLoss(out_dim, 10, 0.04, 0.04, 0, 1)
-        self.optimizer = main_dino.build_optimizer("adamw", student)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        constant = np.full(10_000, 1e-6)
-        self.schedules = {"lr": constant, "wd": constant, "momentum": 1 - constant}
-        self.guard = monitor.RunGuard(out_dim, unreadable_limit=1)
+        flags += ["--precision", "fp32" if dtype is None else "bf16", *["--compile"] * compiled]
+        steps = main_dino.Steps(1, 1, per_epoch=10_000, last=10_000)
+        args = main_dino.parse_args(flags)
+        self.training = main_dino.build_training(args, torch.device("cpu"), steps, resumes=False)
 
     def steps(self, batches: Iterator) -> None:
-        main_dino.train_one_epoch(
-            self.student, self.teacher, self.loss, batches, self.optimizer, self.scaler, self.schedules, 0, 0,
-            torch.device("cpu"), self.dtype, 1, 3.0, 0, 0, self.guard, MetricLogger("", 1),
-        )  # fmt: skip
+        stretch = range(self.training.steps.last)
+        main_dino.train_one_epoch(self.training, batches, 0, stretch, Monitor(1), Quiet())
+
+
+class Quiet(MetricLogger):
+    """Prints nothing."""
+
+    def log_every(self, iterable, **_):
+        return iterable
 
 
 def random_batch(images: int) -> tuple:
@@ -207,6 +206,11 @@ def random_batch(images: int) -> tuple:
     sizes = [224] * 2 + [96] * 8
     views = [torch.randint(256, (images, 3, s, s), dtype=torch.uint8, generator=generator) for s in sizes]
     return views, torch.empty(images, 10, 0), torch.full((images,), -1)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bfloat16 is faster than float32 on this CPU: where it is emulated, it is far slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def gemm_peak() -> float:

@@ -1,0 +1,146 @@
+"""Keeps a second run out of a folder that a run writes to."""
+
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from support.errors import TrainingError, UserError
+from support.logger import log
+
+
+class FolderLock:
+    """A file that names the process which holds a folder, rewritten every `beat` seconds.
+
+    Needs no locks of the file system. A lock left by a process that died does not hold: on the same
+    machine its process number tells, elsewhere it no longer changes.
+    """
+
+    def __init__(self, path: Path, beat: float = 10.0):
+        self.path, self.beat = path, beat
+        self.token = uuid.uuid4().hex
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the folder. Raises UserError if another process holds it."""
+        holder = self._read()
+        if holder and not self._is_dead(holder):
+            raise UserError(
+                f"another run writes to this folder: {_name(holder)}, since {holder['since']}",
+                f"--output_dir {self.path.parent}",
+                "wait for it, stop it, or give another folder",
+            )
+        try:
+            self._write(0)
+        except OSError as error:
+            log(
+                f"warning: cannot lock {self.path.parent} ({error.strerror}): do not start a second run in it"
+            )
+            return
+        if holder:  # several may have found the holder dead: the last to write has the folder
+            time.sleep(min(1.0, self.beat / 10))
+            self.check(UserError)
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._thread:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+            if (self._read() or {}).get("token") == self.token:
+                self.path.unlink(missing_ok=True)
+
+    def check(self, error: type[UserError] = TrainingError) -> None:
+        """Raise `error` if another process has taken the folder, as after a long sleep of this one."""
+        holder = self._read()
+        if holder and holder["token"] != self.token:
+            fix = "stop one of the two, then run the same command"
+            raise error(f"{_name(holder)} has taken this folder", f"--output_dir {self.path.parent}", fix)
+
+    def _keep(self) -> None:
+        beats = 0
+        while not self._ended.wait(self.beat):
+            beats += 1
+            try:
+                holder = self._read()
+                if holder and holder["token"] != self.token:
+                    return
+                self._write(beats)
+            except OSError:  # full or gone: the saves say so
+                continue
+
+    def _read(self) -> dict | None:
+        """What the file says; None if there is none, or none that we wrote."""
+        try:
+            holder = json.loads(self.path.read_text())
+            return holder if {"token", "pid", "host", "since", "machine"} <= set(holder) else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _write(self, beats: int) -> None:
+        own = {
+            "token": self.token,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "machine": _machine(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "beats": beats,
+        }
+        if beats:
+            own["since"] = (self._read() or own)["since"]
+        temporary = self.path.with_name(f"{self.path.name}.{self.token}")
+        temporary.write_text(json.dumps(own))
+        os.replace(temporary, self.path)
+
+    def _is_dead(self, holder: dict) -> bool:
+        if holder["machine"] == _machine() and os.name != "nt":  # there, signal 0 would end a process
+            return holder["pid"] == os.getpid() or not _is_alive(holder["pid"], holder.get("started"))
+        log(f"waiting up to {2 * self.beat:.0f} s to see whether {_name(holder)} holds {self.path.parent}")
+        deadline = time.monotonic() + 2 * self.beat
+        while time.monotonic() < deadline:
+            time.sleep(self.beat / 10)
+            if (now := self._read()) != holder:
+                return now is None
+        return True
+
+
+def _name(holder: dict) -> str:
+    return f"process {holder['pid']} on {holder['host']}"
+
+
+def _machine() -> list[str]:
+    """What processes share whose numbers mean the same: host, start of the system, container."""
+    try:
+        return [
+            platform.node(),
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
+    except OSError:  # not a Linux
+        return [platform.node(), "", ""]
+
+
+def _started(pid: int) -> str:
+    """When a process started, so that a number used twice is no confusion; "" where it cannot be told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_alive(pid: int, started: str | None) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return not started or _started(pid) in ("", started)

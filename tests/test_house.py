@@ -1,0 +1,79 @@
+"""The layout: imports run one way, functions fit a screen, published names are where code expects them."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import utils
+from tests.conftest import ROOT
+
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"vision_transformer", "utils"}
+SUPPORT = sorted((ROOT / "support").glob("*.py"))
+SOURCES = [*sorted(ROOT.glob("*.py")), *SUPPORT]
+
+
+def imported(path: Path) -> set[str]:
+    """First names of all modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SUPPORT, ids=lambda path: path.name)
+def test_support_does_not_know_the_method(path):
+    assert not imported(path) & (SCRIPTS | {"utils"})
+
+
+def test_the_method_does_not_know_the_scripts():
+    assert not imported(ROOT / "vision_transformer.py") & (SCRIPTS | {"utils", "support"})
+    assert not imported(ROOT / "utils.py") & SCRIPTS
+
+
+def test_scripts_do_not_know_who_submits_them():
+    for path in ROOT.glob("*.py"):
+        assert "run_with_submitit" not in imported(path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_functions_fit_a_screen(path):
+    lengths = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and "parser" not in node.name
+    }
+    assert {name: length for name, length in lengths.items() if length > 65} == {}
+
+
+def test_the_published_names_are_in_utils_and_take_the_published_arguments():
+    published = {
+        "MultiCropWrapper": ["backbone", "head"],
+        "DINOHead": ["in_dim", "out_dim", "use_bn", "norm_last_layer", "nlayers", "hidden_dim",
+                     "bottleneck_dim"],
+        "DINOLoss": ["out_dim", "ncrops", "warmup_teacher_temp", "teacher_temp", "warmup_teacher_temp_epochs",
+                     "nepochs", "student_temp", "center_momentum"],
+        "DataAugmentationDINO": ["global_crops_scale", "local_crops_scale", "local_crops_number"],
+        "GaussianBlur": ["p", "radius_min", "radius_max"],
+        "Solarization": ["p"],
+        "LARS": ["params", "lr", "weight_decay", "momentum", "eta"],
+        "MetricLogger": ["delimiter"],
+        "SmoothedValue": ["window_size"],
+        "bool_flag": [None],
+        "cancel_gradients_last_layer": ["epoch", "model", "freeze_last_layer"],
+        "clip_gradients": ["model", "clip"],
+        "cosine_scheduler": ["base_value", "final_value", "epochs", "niter_per_ep", "warmup_epochs",
+                             "start_warmup_value"],
+        "fix_random_seeds": [],
+        "get_params_groups": ["model"],
+        "get_rank": [], "get_world_size": [], "is_main_process": [], "has_batchnorms": ["model"],
+        "init_distributed_mode": [None],
+    }  # fmt: skip
+    for name, arguments in published.items():
+        ours = list(inspect.signature(getattr(utils, name)).parameters)
+        for position, argument in enumerate(arguments):
+            assert argument in (None, ours[position]), name

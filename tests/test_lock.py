@@ -1,0 +1,86 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from support.errors import TrainingError, UserError
+from support.lock import FolderLock
+from tests.conftest import ROOT, wait_for
+
+
+def holder(path, beat: float = 10.0) -> subprocess.Popen:
+    """A process that holds the folder until it is killed."""
+    code = (
+        "import sys, time, pathlib\nfrom support.lock import FolderLock\n"
+        f"FolderLock(pathlib.Path(sys.argv[1]), {beat}).acquire()\ntime.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
+    wait_for(path.exists, "lock")
+    return process
+
+
+def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
+    path = tmp_path / "lock"
+    process = holder(path)
+    try:
+        with pytest.raises(UserError, match=rf"another run .* process {process.pid} on .*, since 20"):
+            FolderLock(path).acquire()
+    finally:
+        process.kill(), process.wait()
+    lock = FolderLock(path)  # a dead process locks nobody out
+    lock.acquire()
+    lock.release()
+    assert not path.exists()
+
+
+def test_a_lock_from_another_machine_holds_as_long_as_it_changes(tmp_path, capsys):
+    path = tmp_path / "lock"
+    mine = FolderLock(path, beat=0.2)
+    mine.acquire()
+    told = json.loads(path.read_text()) | {"machine": ["elsewhere", "", ""], "token": "x", "pid": 1}
+    mine.release()
+    path.write_text(json.dumps(told))
+    begun = time.monotonic()
+    other = FolderLock(path, beat=0.5)
+    other.acquire()  # it does not change: dead
+    assert (
+        time.monotonic() - begun >= 1
+        and "waiting up to 1 s to see whether process 1" in capsys.readouterr().out
+    )
+    other.release()
+
+    path.write_text(json.dumps(told))
+    code = (
+        "import sys, time, pathlib, json, os\np = pathlib.Path(sys.argv[1])\nq = p.with_name('new')\n"
+        "for i in range(600):\n"
+        "    q.write_text(json.dumps(json.loads(p.read_text()) | {'beats': i}))\n"
+        "    os.replace(q, p); time.sleep(0.1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    try:
+        with pytest.raises(UserError, match="another run writes to this folder: process 1 on"):
+            FolderLock(path, beat=2).acquire()
+    finally:
+        process.kill(), process.wait()
+
+
+def test_who_lost_the_folder_learns_it(tmp_path):
+    path = tmp_path / "lock"
+    lock = FolderLock(path, beat=60)
+    lock.acquire()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"token": "another"}))
+    with pytest.raises(TrainingError, match="has taken this folder"):
+        lock.check()
+    lock.release()
+    assert path.exists()  # it is not ours
+
+
+def test_what_is_no_lock_of_ours_holds_nothing(tmp_path):
+    path = tmp_path / "lock"
+    for content in ("", "[]", "{}", "\x00"):
+        path.write_text(content)
+        lock = FolderLock(path)
+        lock.acquire()
+        lock.release()

@@ -1,0 +1,28 @@
+from support.logger import MetricLogger, SmoothedValue
+
+
+def test_smoothed_value():
+    series = SmoothedValue(window_size=2)
+    for value in (1.0, 2.0, 6.0):
+        series.update(value)
+    assert series.avg == 4 and series.global_avg == 3
+
+
+def test_a_line_every_ten_steps(capsys):
+    logger = MetricLogger(images_per_step=4)
+    for value in logger.log_every(range(25), header="epoch 0", steps_after=5):
+        logger.update(loss=value)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in lines] == ["epoch 0 [10/25", "epoch 0 [20/25", "epoch 0 [25/25"]
+    assert all(word in lines[0] for word in ("loss 4.5", "img/s", "data ", "eta "))
+    assert logger.averages()["loss"] == 12
+
+
+def test_the_published_calls_work(capsys):
+    """As in code written for the published `utils`."""
+    logger = MetricLogger(delimiter="; ")
+    for value in logger.log_every([1.0, 3.0], 1, "Test:"):
+        logger.update(loss=value)
+    first, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("Test: [1/2] loss 1; data ") and "img/s" not in first
+    assert logger.meters["loss"].global_avg == 2
