@@ -3,23 +3,28 @@
 Shapes: B images, V views, H x W pixels.
 """
 
-import contextlib
+import argparse
 import inspect
 import itertools
+import multiprocessing
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
-from support.distributed import main_process_first
+from support.distributed import get_rank, get_world_size, main_process_first
 from support.errors import ImageError, UserError, nearest
+from support.monitor import ignore_signals
 from support.pixels import to_pixels
 from support.shapes import Shapes
 
@@ -99,18 +104,30 @@ class ImageFiles(Dataset):
         return load_pixels(self.paths[index])
 
 
-def open_training_images(
-    data_path: str, dataset: str = "", download: bool = False, demo: bool = False
-) -> Dataset:
-    """Images to train on: a folder, a torchvision dataset by name, or the demo's shapes.
+class Source(NamedTuple):
+    """Where images come from: a folder, a torchvision dataset by class name in a folder, or the demo."""
 
-    Items are (PIL image, label); the label is not looked at. Raises UserError.
+    data_path: str = ""
+    dataset: str = ""
+    download: bool = False
+    demo: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Source":
+        """What the data flags say."""
+        return cls(**{name: value for name, value in vars(args).items() if name in cls._fields})
+
+
+def open_training_images(source: Source) -> Dataset:
+    """Images to train on; items are (PIL image, label), and training ignores the label.
+
+    Raises UserError.
     """
-    if demo:
+    if source.demo:
         return Shapes("train", 3_584)  # five minutes of 2 cores
-    if dataset:
-        return _torchvision_dataset(dataset, data_path, "train", download)
-    root = _existing_folder(data_path)
+    if source.dataset:
+        return _torchvision_dataset(source, "train")
+    root = _existing_folder(source.data_path)
     if os.path.isdir(root / "train") and os.path.isdir(root / "val"):
         raise UserError(
             "folder has train/ and val/", f"--data_path {root}", f"give --data_path {root / 'train'}"
@@ -121,30 +138,24 @@ def open_training_images(
     return images
 
 
-def open_labelled_images(
-    split: str, data_path: str, dataset: str = "", download: bool = False, demo: bool = False
-) -> Dataset:
+def open_labelled_images(source: Source, split: str) -> Dataset:
     """The "train" or "val" images to evaluate on, with `.classes`. Raises UserError."""
-    if demo:  # few enough to be evaluated in seconds
+    if source.demo:  # few enough to be evaluated in seconds
         return Shapes(split, {"train": 4_096, "val": 1_000}[split])
-    if dataset:
-        return _torchvision_dataset(dataset, data_path, split, download)
-    root = _existing_folder(data_path) / split
+    if source.dataset:
+        return _torchvision_dataset(source, split)
+    root = _existing_folder(source.data_path) / split
     if not os.path.isdir(root):
-        raise UserError(f"no folder {split}/", f"--data_path {data_path}", "make train/ and val/")
+        raise UserError(f"no folder {split}/", f"--data_path {source.data_path}", "make train/ and val/")
     try:
         return torchvision.datasets.ImageFolder(str(root), loader=load_image)
     except OSError as error:  # no class folders, or one that is empty or cannot be listed
         raise UserError(str(error).splitlines()[0], str(root), "give each class images") from None
 
 
-def open_train_and_val(
-    data_path: str, dataset: str = "", download: bool = False, demo: bool = False
-) -> tuple[Dataset, Dataset]:
+def open_train_and_val(source: Source) -> tuple[Dataset, Dataset]:
     """Both parts of a labelled dataset. Raises UserError, also where their classes differ."""
-    train, val = (
-        open_labelled_images(split, data_path, dataset, download, demo) for split in ("train", "val")
-    )
+    train, val = (open_labelled_images(source, split) for split in ("train", "val"))
     if getattr(train, "classes", None) != getattr(val, "classes", None):
         differ = sorted(set(train.classes) ^ set(val.classes))
         names = ", ".join(map(str, differ[:5]))
@@ -163,9 +174,9 @@ def _existing_folder(data_path: str) -> Path:
     return root
 
 
-def _torchvision_dataset(name: str, root: str, split: str, download: bool) -> Dataset:
+def _torchvision_dataset(source: Source, split: str) -> Dataset:
     """A torchvision dataset by class name; its own name for the held-out part is found out."""
-    known = torchvision.datasets.__all__
+    name, root, known = source.dataset, source.data_path, torchvision.datasets.__all__
     if name not in known:
         raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
     if not root:
@@ -175,7 +186,7 @@ def _torchvision_dataset(name: str, root: str, split: str, download: bool) -> Da
         for archive in Path(root, name, "raw").glob("*-ubyte.gz"):  # MNIST's layout, not yet unpacked
             if not archive.with_suffix("").exists():
                 torchvision.datasets.utils.extract_archive(str(archive))
-        return _open_split(make, name, root, split, download)
+        return _open_split(make, name, root, split, source.download)
 
 
 def _open_split(make: Callable, name: str, root: str, split: str, download: bool) -> Dataset:
@@ -277,32 +288,89 @@ class EvalImages(Dataset):
         return self.transform(image), label, index
 
 
-class EpochSampler(DistributedSampler):
-    """This rank's (epoch, index) pairs in an order set by seed and epoch; can start mid-epoch."""
+class EpochBatches:
+    """This rank's batches of (epoch, index) for the global steps of a run, epoch after epoch.
 
-    start = 0  # samples of this rank to skip, in the epoch in which a run resumes
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, i) for i in itertools.islice(super().__iter__(), self.start, None))
-
-    def __len__(self) -> int:
-        return self.num_samples - self.start
-
-
-@contextlib.contextmanager
-def ending_workers(loader: DataLoader) -> Iterator[None]:
-    """See that the loader's persistent workers end with the block.
-
-    They ignore SIGTERM (`StopSignals.ignore`), by which Python would end them at its own exit, and
-    then wait for them for ever.
+    A batch sampler. Each epoch has an order of its own, which the seed decides, and the ranks share it:
+    the order of `DistributedSampler` with `set_epoch(epoch)`. With `drop_last`, an epoch's incomplete last
+    batch is left out. `first_step` may lie anywhere in an epoch; without `last_step` there is no end.
     """
-    try:
-        yield
-    finally:
-        if loader._iterator is not None:  # torch has no public name for it
-            loader._iterator._shutdown_workers()
-            for worker in loader._iterator._workers:
-                worker.kill()  # one that hangs
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        first_step: int = 0,
+        last_step: int | None = None,
+        drop_last: bool = True,
+    ):
+        """`batch_size` is that of one rank."""
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.first_step, self.last_step = first_step, last_step
+        self.per_rank = -(-num_images // get_world_size())  # rounded up: some images come twice
+        self.steps_per_epoch = self.per_rank // batch_size if drop_last else -(-self.per_rank // batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The indices of this rank's images in an epoch, (per_rank,)."""
+        whole = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed + epoch))
+        places = np.arange(self.per_rank) * get_world_size() + get_rank()
+        return whole.numpy()[places % self.num_images]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.first_step
+        while self.last_step is None or step < self.last_step:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            order = self.order(epoch)
+            for place in range(first, self.steps_per_epoch):
+                if step == self.last_step:
+                    return
+                batch = order[place * self.batch_size :][: self.batch_size]
+                yield [(epoch, index) for index in batch.tolist()]
+                step += 1
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers end with each pass over it, however the pass ends."""
+
+    def __iter__(self) -> Iterator:
+        others = set(multiprocessing.active_children())
+        batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
+        return self._batches(batches, set(multiprocessing.active_children()) - others)
+
+    def _batches(self, batches: Iterator, workers: set) -> Iterator:
+        try:
+            yield from batches
+        finally:
+            del batches  # with it, torch ends workers that are well
+            kill_workers(workers)
+
+
+def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, device: torch.device) -> Loader:
+    """The DataLoader of training and of evaluation; `batches` gives the items of each batch."""
+    return Loader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,  # a scheduler signals the whole job, but only the training stops
+        generator=torch.Generator(),  # its own: loading does not change the global random stream
+    )
+
+
+def kill_workers(workers: Iterable[multiprocessing.Process]) -> None:
+    """End data-loading workers that still run. They ignore SIGTERM, by which Python would end them."""
+    alive = [worker for worker in workers if worker.is_alive()]
+    if not alive:
+        return
+    # torch's handler of SIGCHLD would take their end for an accident.
+    watched = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if watched else None
+    for worker in alive:
+        worker.kill()
+        worker.join()
+    if watched:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def to_device(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:

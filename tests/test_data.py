@@ -1,21 +1,27 @@
 import gzip
+import itertools
+import multiprocessing
 import os
 import random
 import struct
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from support import data
 from support.data import (
-    EpochSampler,
+    EpochBatches,
     EvalImages,
     ImageFiles,
+    Source,
     TrainingViews,
     load_image,
+    make_loader,
     open_labelled_images,
     open_training_images,
 )
@@ -26,11 +32,11 @@ from utils import DataAugmentationDINO
 
 
 def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path):
-    found = open_training_images(str(images))
+    found = open_training_images(Source(str(images)))
     assert len(found) == 20 and found.paths == sorted(found.paths, key=lambda p: (os.path.dirname(p), p))
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match="no images found"):
-        open_training_images(str(tmp_path))
+        open_training_images(Source(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -46,17 +52,17 @@ def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path
 )
 def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
     with pytest.raises(UserError, match=message) as error:
-        open_training_images(**kwargs)
+        open_training_images(Source(**kwargs))
     assert "\n" not in str(error.value)
 
 
 def test_training_on_a_folder_with_train_and_val_would_mix_them(labelled):
     with pytest.raises(UserError, match="/train"):
-        open_training_images(str(labelled))
-    assert len(open_training_images(str(labelled / "train"))) == 15
-    assert open_labelled_images("val", str(labelled)).classes == ["a", "b", "c"]
+        open_training_images(Source(str(labelled)))
+    assert len(open_training_images(Source(str(labelled / "train")))) == 15
+    assert open_labelled_images(Source(str(labelled)), "val").classes == ["a", "b", "c"]
     with pytest.raises(UserError, match="no folder val"):
-        open_labelled_images("val", str(labelled / "train"))
+        open_labelled_images(Source(str(labelled / "train")), "val")
 
 
 def write_fashion_mnist(root, train: int, test: int) -> None:
@@ -74,8 +80,8 @@ def write_fashion_mnist(root, train: int, test: int) -> None:
 
 def test_torchvision_dataset_by_name_from_gzipped_files(tmp_path):
     write_fashion_mnist(tmp_path, 30, 20)
-    train = open_training_images(str(tmp_path), "FashionMNIST")
-    val = open_labelled_images("val", str(tmp_path), "FashionMNIST")
+    source = Source(str(tmp_path), "FashionMNIST")
+    train, val = open_training_images(source), open_labelled_images(source, "val")
     assert (len(train), len(val)) == (30, 20) and train.classes == val.classes
     views, _, unreadable = TrainingViews(train, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 28, 14), 0)[
         0, 3
@@ -107,10 +113,10 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
     dataset = small_views(images)
     batches = []
     for workers in (0, 2):
-        sampler = EpochSampler(dataset, 1, 0, seed=5)
-        sampler.set_epoch(2)
-        loader = DataLoader(dataset, 4, sampler=sampler, num_workers=workers)
+        sampler = EpochBatches(20, 4, seed=5, first_step=8, last_step=13)
+        loader = make_loader(dataset, sampler, workers, torch.device("cpu"))
         batches.append([view for views, _, _ in loader for view in views])
+    assert len(batches[0]) == 5 * 4
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
@@ -118,8 +124,7 @@ def test_views_are_the_same_wherever_their_colours_change(images):
     batches = []
     for later in (False, True):
         dataset = small_views(images, recolour_later=later)
-        loader = DataLoader(dataset, 20, sampler=EpochSampler(dataset, 1, 0, seed=5))
-        views, colours, _ = next(iter(loader))
+        views, colours, _ = next(iter(DataLoader(dataset, batch_sampler=EpochBatches(20, 20, seed=5))))
         assert all(view.dtype == torch.uint8 for view in views) and colours.shape == (20, 4, 11 * later)
         batches.append(normalized_views(views, colours))
     for worker, device in zip(*batches, strict=True):
@@ -149,15 +154,60 @@ def test_jpegs_are_decoded_to_pils_pixels(tmp_path):
         files.pixels(0)
 
 
-def test_sampler_splits_an_epoch_among_ranks_and_starts_anywhere(images):
-    dataset = small_views(images)
-    samplers = [EpochSampler(dataset, 2, rank, seed=5) for rank in range(2)]
-    for sampler in samplers:
-        sampler.set_epoch(3)
-    whole = [list(sampler) for sampler in samplers]
-    assert sorted(whole[0] + whole[1]) == [(3, i) for i in range(20)]
-    samplers[0].start = 4
-    assert list(samplers[0]) == whole[0][4:] and len(samplers[0]) == 6
+@pytest.mark.parametrize("num_images", [20, 21, 3])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_batches_are_those_of_distributed_sampler(monkeypatch, num_images, drop_last):
+    """Ranks, epochs, incomplete batches and images that come twice, from any step on."""
+    world = 4
+    for rank in range(world):
+        monkeypatch.setattr(data, "get_world_size", lambda: world)
+        monkeypatch.setattr(data, "get_rank", lambda rank=rank: rank)
+        sampler = DistributedSampler(range(num_images), world, rank, seed=5)
+        expected = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            expected += [[(epoch, i) for i in b] for b in BatchSampler(sampler, 2, drop_last=drop_last)]
+        if not expected:
+            continue
+        batches = EpochBatches(num_images, 2, seed=5, last_step=len(expected), drop_last=drop_last)
+        assert batches.steps_per_epoch == len(expected) / 3
+        assert list(batches) == list(batches) == expected
+        for first in range(len(expected)):
+            part = EpochBatches(num_images, 2, 5, first, len(expected), drop_last)
+            assert list(part) == expected[first:]
+        endless = itertools.islice(EpochBatches(num_images, 2, seed=5, drop_last=drop_last), len(expected))
+        assert list(endless) == expected
+
+
+class Waiting(torch.utils.data.Dataset):
+    """Items that are there at once, but for one that never comes."""
+
+    def __init__(self, length: int, never: int = -1):
+        self.length, self.never = length, never
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        while index == self.never:
+            time.sleep(1)
+        return index
+
+
+@pytest.mark.parametrize("never", [-1, 5])
+def test_workers_end_with_the_pass_over_the_loader(never):
+    """At its end, when it is closed early, and when a worker hangs; workers ignore SIGTERM."""
+    loader = make_loader(Waiting(8, never), [[i] for i in range(8)], 2, torch.device("cpu"))
+    other = multiprocessing.Process(target=time.sleep, args=(300,), daemon=True)
+    other.start()
+    for taken in (3, 8) if never < 0 else (3,):
+        batches = iter(loader)
+        assert [int(batch) for batch in itertools.islice(batches, taken)] == list(range(taken))
+        assert len(multiprocessing.active_children()) > 1 or taken == 8
+        batches.close()
+        assert multiprocessing.active_children() == [other]
+    other.kill()
+    other.join()
 
 
 def test_unreadable_images_are_replaced_and_named(tmp_path):

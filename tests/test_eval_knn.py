@@ -4,12 +4,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import eval_knn
-from support.data import open_labelled_images
 from support.errors import UserError
-from support.pixels import eval_transform
 from tests.conftest import run, save_images, torchrun
 
 
@@ -52,16 +49,6 @@ def test_all_k_at_once_equal_one_k_at_a_time():
     data = train, torch.randint(4, (50,)), test, torch.randint(4, (20,))
     together = eval_knn.knn_accuracies(*data, [1, 5, 50], 0.07, 4)
     assert together == {k: eval_knn.knn_classifier(*data, k, 0.07, 4) for k in (1, 5, 50)}
-
-
-def test_features_are_unit_length_and_in_the_order_of_the_images(labelled):
-    images = open_labelled_images("train", str(labelled))
-    features, labels = eval_knn.extract_features(nn.Flatten(), images, 16, torch.device("cpu"), batch_size=4)
-    assert labels.tolist() == [label for _, label in images.samples]
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(15))
-    transform = eval_transform(16)
-    alone = F.normalize(transform(images[7][0]).flatten(), dim=0)
-    torch.testing.assert_close(features[7], alone)
 
 
 def evaluate(*flags: str) -> dict:
