@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from support import cli
 from support.cli import bool_flag
-from support.data import Source, describe, open_train_and_val
+from support.data import Source, open_train_and_val
 from support.distributed import all_gather_object, fix_random_seeds, init_distributed_mode, is_main_process
 from support.errors import UserError
 from support.features import extract_features
@@ -91,7 +91,9 @@ def knn_accuracies(
     """
     correct = {k: torch.zeros(2, dtype=torch.long, device=test_features.device) for k in ks}
     rows = max(1, min(CHUNK // len(train_features), len(test_features)))
-    room = train_features.new_empty(rows, len(train_features))  # allocated once: fresh memory is slow on a CPU
+    room = train_features.new_empty(
+        rows, len(train_features)
+    )  # allocated once: fresh memory is slow on a CPU
     for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
         similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])
         similarity, neighbour = similarities.topk(max(ks), dim=1)  # (rows, k)
@@ -216,7 +218,9 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
         what = f"features and labels do not fit together: {', '.join(map(str, shapes))}"
         raise UserError(what, f"--load_features {folder}", "save (N, D), (N,), (M, D) and (M,)")
     train, train_labels, test, test_labels = tensors
-    features = [_unit_rows(x, f"{folder}/{name}.pth") for x, name in ((train, "trainfeat"), (test, "testfeat"))]
+    features = [
+        _unit_rows(x, f"{folder}/{name}.pth") for x, name in ((train, "trainfeat"), (test, "testfeat"))
+    ]
     labels = [
         _class_numbers(x, f"{folder}/{name}.pth")
         for x, name in ((train_labels, "trainlabels"), (test_labels, "testlabels"))
@@ -259,7 +263,6 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
     )
     log(f"weights: {frozen.description}")
-    log(f"data: train {describe(train)}; val {describe(val)}")
     log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
     model = frozen.network.to(device)
     tensors: list[Tensor] = []

@@ -33,7 +33,6 @@ from support.cli import bool_flag
 from support.data import (
     EpochBatches,
     Source,
-    describe,
     digest,
     make_loader,
     open_labelled_images,
@@ -114,11 +113,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# Flags that may change when a run resumes. The network is compared by its weights and the images by their
-# names, sizes and classes, not by their paths.
+# Flags that may change when a run resumes, because `run_identity` holds what follows from them: the network's
+# weights, and the names, sizes and classes of the images, wherever they are.
 FREE_FLAGS = {
     "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
-    "pretrained_weights", "checkpoint_key", "arch", "patch_size",
+    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "num_labels",
 }  # fmt: skip
 
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
@@ -250,6 +249,7 @@ def train(
 
 
 CHUNK = 4096  # images at a time
+PRINT_FREQ = 10  # steps
 
 
 @torch.inference_mode()
@@ -396,7 +396,6 @@ def load_classifier(
 def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Validate a trained classifier; returns its loss and accuracies in a list of one."""
     images = open_labelled_images(Source.of(args), "val")
-    log(f"data: val {describe(images)}")
     features = build_features(args, device)
     classifier, classes = load_classifier(
         args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
@@ -426,8 +425,8 @@ def run_identity(
     """Everything that decides the result, by name."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     return flags | {
-        "num_labels": num_labels,
-        "image_size": features.frozen.image_size,
+        "number of classes": num_labels,
+        "pixels": features.frozen.image_size,
         "mean": features.frozen.mean,
         "std": features.frozen.std,
         "world_size": get_world_size(),
@@ -470,7 +469,6 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
     """Train a classifier for each rate, or resume; returns the best validation of each."""
     train_images, val_images = open_train_and_val(Source.of(args))
     folder = cli.make_folder(args.output_dir)
-    log(f"data: train {describe(train_images)}; val {describe(val_images)}")
     features = build_features(args, device)
     classes, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
 
@@ -509,12 +507,15 @@ def train_epochs(
     model = DistributedDataParallel(classifiers) if get_world_size() > 1 else classifiers
     batch_size = args.batch_size_per_gpu * get_world_size()
     for epoch in range(state["epoch"], args.epochs):
-        logger = MetricLogger(f"epoch {epoch}", batch_size, steps * (args.epochs - epoch - 1))
+        logger = MetricLogger(images_per_step=batch_size)
         total = torch.zeros(len(args.lr), device=val_data[0].device)
-        epoch_batches = logger.log_every(itertools.islice(batches, steps), steps)
+        left = steps * (args.epochs - epoch - 1)
+        epoch_batches = logger.log_every(
+            itertools.islice(batches, steps), PRINT_FREQ, f"epoch {epoch}", steps, steps_after=left
+        )
         for step, losses in enumerate(train(model, optimizer, epoch_batches)):
             total += losses
-            if step % logger.print_freq == 0:  # the host waits here
+            if step % PRINT_FREQ == 0:  # the host waits here
                 logger.update(loss=losses.mean().item())
         scheduler.step()
         mean_losses = all_reduce_mean(total / steps).tolist()

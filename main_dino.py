@@ -61,7 +61,7 @@ from support.restart import Run
 from support.weights import init_from, load_backbone
 from utils import CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
 from vision_transformer import VITS
-from visualize_attention import draw_views, stack
+from visualize_attention import draw_views
 
 
 def demo_defaults() -> dict:
@@ -767,7 +767,7 @@ def report_demo(args: argparse.Namespace) -> None:
         return
     with contextlib.suppress(OSError), Image.open(Path(args.output_dir, "curves.png")) as curves:
         curves = curves.resize((picture.width, picture.width * curves.height // curves.width))
-        picture = stack([picture, curves])
+        picture = Image.fromarray(np.vstack([picture, curves.convert("RGB")]))
     picture.save(Path(args.output_dir, "demo.png"))
     log(f"picture: {Path(args.output_dir, 'demo.png')}")
 

@@ -28,7 +28,7 @@ from torchvision.utils import make_grid
 
 from support import cli
 from support.backbones import check_divides
-from support.data import ImageFiles, read_labelled, sample_name
+from support.data import ImageFiles, describe, read_labelled, sample_name
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import ImageError, TrainingError, UserError
 from support.logger import log
@@ -283,7 +283,9 @@ def open_images(paths: list[str]) -> ImageFiles:
     for path in paths:
         if not Path(path).exists():
             raise UserError("no such file", f"--image_path {path}", "check the path")
-    found = ImageFiles(*paths).paths
+    images = ImageFiles(*paths)
+    log(f"images: {describe(images)}")
+    found = [sample_name(images, i) for i in range(len(images))]
     kept = [path for path in found if path in paths or not is_own(path)]
     if len(kept) < len(found):
         log(f"left out {len(found) - len(kept)} pictures of an earlier run")
@@ -451,7 +453,7 @@ def main(args: argparse.Namespace) -> None:
         image_size = max(patch_size, 224 - 224 % patch_size)
     frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size, image_size)
     log(f"weights: {frozen.description}")
-    log(f"images: {len(images)}")
+    log(f"preprocessing: mean {frozen.mean}, deviation {frozen.std}")
     output_dir = cli.make_folder(args.output_dir)
     frozen.network.to(device)
     visualize(frozen, images, args.image_size, args.threshold, output_dir, device)
