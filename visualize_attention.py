@@ -34,7 +34,7 @@ from support.errors import ImageError, TrainingError, UserError
 from support.logger import log
 from support.pixels import normalize, to_pixels
 from support.shapes import Shapes
-from support.weights import Frozen, load_backbone
+from support.weights import Frozen, load_backbone, read_weights, settle_architecture
 from utils import DataAugmentationDINO
 from vision_transformer import VisionTransformer
 
@@ -402,10 +402,11 @@ def load_demo(args: argparse.Namespace, device: torch.device) -> dict[str, Froze
     """
     if not Path(args.pretrained_weights).is_file():
         raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
-    flags = args.checkpoint_key, args.arch, args.patch_size
-    trained = load_backbone(args.pretrained_weights, *flags)
+    weights = read_weights(args.pretrained_weights, args.checkpoint_key)
+    known = settle_architecture(weights, args.arch, args.patch_size)
+    trained = load_backbone(args.pretrained_weights, args.checkpoint_key, *known)
     fix_random_seeds(args.seed)
-    untrained = load_backbone("random", None, trained.arch, trained.patch_size, trained.image_size)
+    untrained = load_backbone("random", None, *known)
     for size in args.image_size:  # what cropping removed would still be in the true masks
         check_divides("image_size", size, patch_size_of(trained.network))
     for frozen in (untrained, trained):
@@ -447,11 +448,8 @@ def main(args: argparse.Namespace) -> None:
         report_demo(args, device)
         return
     images = open_images(args.image_path)
-    patch_size, image_size = args.patch_size, None
-    if args.pretrained_weights == "random":  # a size for its position embedding, which is interpolated
-        patch_size = patch_size or 8
-        image_size = max(patch_size, 224 - 224 % patch_size)
-    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size, image_size)
+    patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)
+    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size)
     log(f"weights: {frozen.description}")
     log(f"preprocessing: mean {frozen.mean}, deviation {frozen.std}")
     output_dir = cli.make_folder(args.output_dir)

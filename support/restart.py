@@ -60,8 +60,9 @@ class Run:
 
         From here to the end of the run's `with` block no other run can use the folder.
         `identity` holds everything that decides the run's maths, by name: a checkpoint with another one is
-        a UserError unless `allow_changed` (None: the script has no such flag). Returns what the checkpoint holds besides the pieces, {} for a
-        new run. Raises UserError also for states that do not fit.
+        a UserError unless `allow_changed`, which is None for a script without such a flag. Returns what the
+        checkpoint holds besides the pieces, {} for a new run. Raises UserError also for states that do not
+        fit.
         """
         self.pieces, self.identity = pieces, json.loads(json.dumps(identity))  # lists for tuples: comparable
         with main_process_first():
