@@ -366,16 +366,17 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
     return Steps(per_rank, batch, per_epoch, last)
 
 
-def build_loader(args: argparse.Namespace, images: Dataset, steps: Steps, first_step: int) -> DataLoader:
+def build_loader(
+    args: argparse.Namespace, images: Dataset, steps: Steps, first_step: int, device: torch.device
+) -> DataLoader:
     """Batches of this rank's views from `first_step` to the end of the run."""
     augmentation = build_augmentation(args)
-    make_views = augmentation.crops if args.augment_on == "device" else augmentation.uint8_views
     batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
     return make_loader(
-        TrainingViews(images, make_views, args.seed),
-        batch_sampler=batches,
-        num_workers=args.num_workers,
-        pin_memory=torch.cuda.is_available(),
+        TrainingViews(images, augmentation, args.seed, args.augment_on == "device"),
+        batches,
+        args.num_workers,
+        device,
     )
 
 
@@ -550,9 +551,13 @@ def start_from(args: argparse.Namespace, student: MultiCropWrapper) -> Tensor | 
     weights = init_from(
         student.backbone, student.head, args.init_from, args.arch, args.patch_size, args.global_crops_size
     )
-    taken = ["backbone", *["head"] * bool(weights.head), *["centre"] * (weights.center is not None)]
+    taken = [
+        "backbone",
+        *["head"] * bool(getattr(weights, "head", None)),
+        *["centre"] * (getattr(weights, "center", None) is not None),
+    ]
     log(f"starting from the weights of {args.init_from}: {', '.join(taken)}")
-    return weights.center
+    return getattr(weights, "center", None)
 
 
 def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:
@@ -615,7 +620,7 @@ def train_dino(args: argparse.Namespace) -> None:
         f"training {args.arch} on {describe(images)}, {get_world_size()} process(es) on {device.type}, "
         f"{training.dtype or torch.float32}, from step {step} to {steps.last}"
     )
-    batches = to_device(iter(build_loader(args, images, steps, step)), device)
+    batches = to_device(iter(build_loader(args, images, steps, step, device)), device)
     with run, monitor, contextlib.closing(batches):
         while step < steps.last and not monitor.stopping:  # a stretch, then a checkpoint
             epoch = step // steps.per_epoch
@@ -761,7 +766,7 @@ def report_demo(args: argparse.Namespace) -> None:
 
     try:
         image = open_labelled_images(Source.of(args), "val")[1][0]
-        picture = draw_views(image, build_augmentation(args), load_backbone(weights).network)
+        picture = draw_views(image, build_augmentation(args), load_backbone(weights)[0])
     except UserError as error:  # no matplotlib, or a network without attention
         log(f"note: no picture: {error}")
         return

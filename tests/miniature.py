@@ -38,7 +38,7 @@ import eval_linear
 import main_dino
 import utils
 from support import backbones
-from support.data import open_labelled_images
+from support.data import Source, open_labelled_images
 from support.distributed import fix_random_seeds
 from support.pixels import normalize, to_pixels
 from support.shapes import Shapes
@@ -132,7 +132,7 @@ def train_dino(folder: Path, flags: list[str]) -> None:
     finished.write_text(" ".join(flags))
 
 
-def train_supervised(folder: Path, flags: list[str], data: list[str]) -> None:
+def train_supervised(folder: Path, flags: list[str], data: Source) -> None:
     """The flags' backbone and a linear layer by cross-entropy; saves the backbone, unless it is there.
 
     Images, epochs, batches, optimizer and schedules are DINO's with these flags. Of each image it sees
@@ -141,7 +141,7 @@ def train_supervised(folder: Path, flags: list[str], data: list[str]) -> None:
     if (folder / "checkpoint.pth").exists():
         return
     args = main_dino.parse_args(flags)
-    images = open_labelled_images("train", *data)
+    images = open_labelled_images(data, "train")
     pixels = [to_pixels(images[i][0].convert("RGB")) for i in range(len(images))]
     labels = torch.tensor([images[i][1] for i in range(len(images))])
     fix_random_seeds(args.seed)
@@ -235,7 +235,7 @@ def shapes_jobs(out: Path, budget: Budget) -> Jobs:
             own = [*flags, *watch, *lasting(epochs), *changes.split()]
             trainings.append(functools.partial(train_dino, folder, own))
         folder, flags = out / f"supervised_seed{seed}", [*flags, *lasting(budget.epochs)]
-        trainings.append(functools.partial(train_supervised, folder, flags, [str(data)]))
+        trainings.append(functools.partial(train_supervised, folder, flags, Source(str(data))))
         for name, folder, weights in networks(out, "", seed):
             look_up = [*weights, "--image_size", "64", "--patch_size", "16", "--data_path", str(data)]
             evaluations.append(functools.partial(evaluate_knn, folder, look_up))
@@ -258,7 +258,9 @@ def fashion_jobs(out: Path, data_path: str, seeds: int) -> Jobs:
         flags = [*COMMON, *FASHION, *data, "--seed", str(seed)]
         trainings.append(functools.partial(train_dino, out / f"fashion_base_seed{seed}", flags))
         folder = out / f"fashion_supervised_seed{seed}"
-        trainings.append(functools.partial(train_supervised, folder, flags, [data_path, "FashionMNIST"]))
+        trainings.append(
+            functools.partial(train_supervised, folder, flags, Source(data_path, "FashionMNIST"))
+        )
         for _, folder, weights in networks(out, "fashion_", seed):
             argv = [*weights, *data, "--image_size", "28", "--patch_size", "7"]
             evaluations += [functools.partial(f, folder, argv) for f in (evaluate_knn, evaluate_linear)]

@@ -31,7 +31,7 @@ import utils
 from eval_knn import knn_accuracies
 from eval_linear import LinearClassifiers, build_optimizer, frozen_features, train
 from support import backbones
-from support.data import EpochSampler, ImageFiles, TrainingViews, load_pixels, to_device
+from support.data import EpochBatches, ImageFiles, TrainingViews, load_pixels, make_loader, to_device
 from support.distributed import fix_random_seeds
 from support.logger import MetricLogger
 from support.monitor import Monitor
@@ -268,11 +268,10 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int =
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), steps * batch)
-        dataset = TrainingViews(ImageFiles(folder), recipe(), 0)
-        options = dict(batch_size=batch, num_workers=1, drop_last=True)
+        dataset, cpu = TrainingViews(ImageFiles(folder), recipe(), 0), torch.device("cpu")
         loaders = {
-            "ours": DataLoader(dataset, sampler=EpochSampler(dataset, 1, 0), **options),
-            "textbook": DataLoader(PlainImages(paths), shuffle=True, **options),
+            "ours": make_loader(dataset, EpochBatches(len(dataset), batch, 0, last_step=steps), 1, cpu),
+            "textbook": DataLoader(PlainImages(paths), batch, shuffle=True, num_workers=1, drop_last=True),
         }
         plain = textbook.Trainer(arch, PROTOTYPES)
         dtypes = {"fp32": None} | ({"bf16": torch.bfloat16} if cpu_has_bf16() else {})
@@ -280,7 +279,7 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int =
             ours = OurTrainer(arch, PROTOTYPES, dtype)
             compare(
                 f"files to weights, {arch}/16 {name} : textbook fp32",
-                lambda ours=ours: ours.steps(to_device(iter(loaders["ours"]), torch.device("cpu"))),
+                lambda ours=ours: ours.steps(to_device(loaders["ours"], cpu)),
                 lambda: [plain.step(views) for views in loaders["textbook"]],
                 rounds,
                 steps * batch,
