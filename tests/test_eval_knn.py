@@ -81,7 +81,7 @@ def test_classes_of_train_and_val_must_agree(tmp_path):
     for split, names in (("train", "ab"), ("val", "ac")):
         for name in names:
             save_images(tmp_path / split / name, 1)
-    with pytest.raises(UserError, match="differ in classes: b, c"):
+    with pytest.raises(UserError, match="val has classes that train lacks: c"):
         pixels(tmp_path)
 
 
