@@ -196,7 +196,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="pixels per side of a local view, a multiple of the patch; smaller for small images")
 
     cli.add_data_flags(parser, "folder of images, with or without class folders",
-        "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes")
+        "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes",
+        "part of the images to train on: a split of --dataset (by default its unlabelled images, else its "
+        "training split), or a folder in --data_path")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",

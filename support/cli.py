@@ -41,14 +41,19 @@ class ArgumentParser(argparse.ArgumentParser):
         exit_with(UserError(message, "", "see --help"))
 
 
-def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> None:
-    """The flags that say what the images are; `folder` and `demo` complete their help."""
+def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, split: str = "") -> None:
+    """The flags that say what the images are; `folder` and `demo` complete their help.
+
+    `split` is the help of `--split`, for a script that reads one part of a dataset.
+    """
     # fmt: off
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",
         help=f"{folder}; with --dataset, the folder that holds the dataset")
     group.add_argument("--dataset", default="",
         help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
+    if split:
+        group.add_argument("--split", default="", help=split)
     group.add_argument("--download", action="store_true",
         help="let --dataset fetch what is missing; several machines have to share --data_path")
     group.add_argument("--demo", action="store_true", help=demo)
