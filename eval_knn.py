@@ -2,9 +2,9 @@
 
     python eval_knn.py --pretrained_weights runs/vit_small/checkpoint.pth --data_path /data/imagenet
 
-Architecture, patch size and image size come from the checkpoint. The classifier is that of Wu et
-al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018),
-https://arxiv.org/abs/1805.01978. `torchrun` shares the feature extraction among GPUs.
+Architecture, patch size, image size, mean and deviation come from the checkpoint. The classifier is
+that of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018),
+https://arxiv.org/abs/1805.01978. With `torchrun`, the GPUs share the feature extraction.
 
 Shapes: N training images, M test images, D features, k neighbours.
 """
@@ -22,38 +22,37 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from support import cli
-from support.cli import DefaultInt, bool_flag
+from support.cli import bool_flag
 from support.data import Source, open_train_and_val
 from support.distributed import all_gather_object, fix_random_seeds, init_distributed_mode, is_main_process
 from support.errors import UserError
 from support.features import extract_features
 from support.logger import log
-from support.pixels import eval_transform
 from support.weights import load_backbone, load_file
 from utils import MultiCropWrapper
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags; a parent for other parsers, hence without `--help` of its own."""
+    """All flags; a parent for other parsers, hence no `--help`."""
     parser = cli.ArgumentParser("Evaluation with weighted k-NN on ImageNet", add_help=False)
     # fmt: off
-    parser.add_argument("--batch_size_per_gpu", default=128, type=int,
+    parser.add_argument("--batch_size_per_gpu", default=128, type=cli.number(int, at_least=1),
         help="images per process and forward pass")
-    parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int,
+    parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=cli.number(int, at_least=1),
         help="numbers of neighbours; 20 is usually best")
-    parser.add_argument("--temperature", default=0.07, type=float,
-        help="of the vote: a neighbour weighs exp(similarity / temperature)")
+    parser.add_argument("--temperature", default=0.07, type=cli.number(float, above=0),
+        help="temperature of the vote: the weight of a neighbour is exp(similarity / temperature)")
     cli.add_weights_flags(parser)
-    parser.add_argument("--image_size", default=DefaultInt(224), type=int,
-        help="pixels per side; the global crops' size of the checkpoint unless given")
+    parser.add_argument("--image_size", default=None, type=cli.number(int, at_least=1),
+        help="image size in pixels (default: the checkpoint's, else 224)")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
-        help="keep the features on the GPU, where there is one; turn off if they do not fit into its "
-             "memory")
+        help="keep the features on the GPU, if there is one; turn off if they do not fit into its memory")
     parser.add_argument("--dump_features", default=None, help="folder to save the features in")
     parser.add_argument("--load_features", default=None,
-        help="folder of features saved before: skips their computation")
-    parser.add_argument("--seed", default=0, type=int,
-        help="decides the weights of --pretrained_weights random")
+        help="folder of saved features, to use instead of weights and images: torch files trainfeat.pth "
+             "(N, D), trainlabels.pth (N,), testfeat.pth (M, D), testlabels.pth (M,)")
+    parser.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+        help="seed of the weights of --pretrained_weights random")
     cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
         "evaluate on the drawn shapes of main_dino.py --demo")
     cli.add_launch_flags(parser)
@@ -62,20 +61,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    return cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]).parse_args(
-        argv
-    )
+    """Parse the command line."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+    return parser.parse_args(argv)
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """UserError for values that make no sense."""
-    cli.check_least(args, 1, "batch_size_per_gpu", "image_size", "patch_size")
-    cli.check_least(args, 0, "num_workers", "seed")
-    if min(args.nb_knn) < 1:
-        raise UserError("must be at least 1", f"--nb_knn {min(args.nb_knn)}", "raise it")
-    if not 0 < args.temperature < math.inf:
-        raise UserError("must be above 0", f"--temperature {args.temperature}", "try 0.07")
+# Flags that say how to compute the features.
+OF_FEATURES = (
+    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "data_path", "dataset",
+    "download", "demo", "batch_size_per_gpu", "num_workers", "seed",
+)  # fmt: skip
 
 
 CHUNK = 2**25  # similarities at a time; 128 MiB
@@ -90,17 +85,19 @@ def knn_accuracies(
     T: float,
     num_classes: int,
 ) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 in percent for each k, by one search for the most neighbours.
+    """Top-1 and top-5 in percent for each k, from one search for max(ks) neighbours.
 
-    Features are L2-normalised, (N, D) and (M, D). A neighbour's vote weighs exp(cosine / T).
+    Features are L2-normalised, (N, D) and (M, D). The weight of a neighbour's vote is exp(cosine / T).
     """
     correct = {k: torch.zeros(2, dtype=torch.long, device=test_features.device) for k in ks}
     rows = max(1, min(CHUNK // len(train_features), len(test_features)))
-    room = train_features.new_empty(rows, len(train_features))  # got once: fresh memory is slow on a CPU
+    room = train_features.new_empty(
+        rows, len(train_features)
+    )  # allocated once: fresh memory is slow on a CPU
     for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
         similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])
         similarity, neighbour = similarities.topk(max(ks), dim=1)  # (rows, k)
-        # Less the nearest one's: the ranking stays, and no vote grows beyond float32 for a small T.
+        # Relative to the nearest neighbour: the same ranking, without overflow for a small T.
         vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
         for k in ks:
             votes = vote.new_zeros(len(chunk), num_classes).scatter_add_(1, label[:, :k], vote[:, :k])
@@ -208,50 +205,85 @@ def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
 
 
 def load_features(folder: str, device: torch.device) -> list[Tensor]:
-    """What `dump_features` saved. Raises UserError."""
-    train, _, test, _ = tensors = [load_file(Path(folder) / name) for name in FEATURE_FILES]
+    """Features (N, D) and labels (N,) of train, then of test, as `dump_features` saves them.
+
+    Features are L2-normalised if they were not. Raises UserError for tensors that do not fit together,
+    and for values that are neither features nor class numbers.
+    """
+    tensors = [load_file(Path(folder) / name) for name in FEATURE_FILES]
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
     fit = [len(shape) for shape in shapes] == [2, 1, 2, 1] and all(map(min, shapes))
     (N, D), n, (M, d), m = shapes if fit else ((0, 0), (), (1, 1), ())
     if not (n == (N,) and m == (M,) and D == d):
         what = f"features and labels do not fit together: {', '.join(map(str, shapes))}"
-        raise UserError(what, f"--load_features {folder}", "dump anew")
-    if not (train.isfinite().all() and test.isfinite().all()):
-        raise UserError("features are not finite", f"--load_features {folder}", "dump anew")
-    return [tensor.to(device) for tensor in tensors]
+        raise UserError(what, f"--load_features {folder}", "save (N, D), (N,), (M, D) and (M,)")
+    train, train_labels, test, test_labels = tensors
+    features = [
+        _unit_rows(x, f"{folder}/{name}.pth") for x, name in ((train, "trainfeat"), (test, "testfeat"))
+    ]
+    labels = [
+        _class_numbers(x, f"{folder}/{name}.pth")
+        for x, name in ((train_labels, "trainlabels"), (test_labels, "testlabels"))
+    ]
+    unknown = int((~torch.isin(labels[1], labels[0])).sum())
+    if unknown:
+        log(f"warning: {unknown} of {M} test labels are not among the training labels: counted as wrong")
+    log(f"features: {N} training and {M} test rows of {D} from {folder}, {len(labels[0].unique())} classes")
+    return [tensor.to(device) for pair in zip(features, labels, strict=True) for tensor in pair]
+
+
+def _unit_rows(features: Tensor, where: str) -> Tensor:
+    """Features (N, D) as float32 rows of length 1. Raises UserError where that is not possible."""
+    if features.is_complex() or not features.isfinite().all():
+        raise UserError("features are not finite numbers", where, "save finite features")
+    features = features.float()
+    lengths = features.norm(dim=1)
+    shortest, longest = lengths.min().item(), lengths.max().item()
+    if not (shortest > 0 and math.isfinite(longest)):
+        what = f"rows of length {shortest:g} to {longest:g} cannot be normalised"
+        raise UserError(what, where, "save features other than zero")
+    if max(longest - 1, 1 - shortest) > 1e-3:
+        log(f"note: rows of length {shortest:.4g} to {longest:.4g} normalised to 1 ({where})")
+        features = F.normalize(features, dim=1)
+    return features
+
+
+def _class_numbers(labels: Tensor, where: str) -> Tensor:
+    """Labels (N,) as int64. Raises UserError for any that is not a whole number from 0."""
+    wrong = labels.is_complex() or (labels != labels.long()).any() or (labels < 0).any()
+    if wrong:
+        raise UserError("labels are not whole numbers from 0", where, "save class numbers")
+    return labels.long()
 
 
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> list[Tensor]:
-    """Train and test features and labels, from images and weights named by the flags."""
-    train, test = open_train_and_val(Source.of(args))
-    model, image_size = load_backbone(
+    """L2-normalised features and labels of train, then of val, from the flags' images and weights."""
+    train, val = open_train_and_val(Source.of(args))
+    frozen = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
     )
-    model.to(device)
+    log(f"weights: {frozen.description}")
+    log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
+    model = frozen.network.to(device)
     tensors: list[Tensor] = []
-    for images in (train, test):
+    for images in (train, val):
         features, labels = extract_features(
-            model,
-            images,
-            eval_transform(image_size),
-            device,
-            args.batch_size_per_gpu,
-            args.num_workers,
-            keep_on,
+            model, images, frozen.transform, device, args.batch_size_per_gpu, args.num_workers, keep_on
         )
-        tensors += [F.normalize(features), labels]
+        tensors += [F.normalize(features, dim=1), labels]
     return tensors
 
 
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
-    """Compute or load features, classify, print a line for each k; {k: (top1, top5)}."""
-    check_args(args)
+    """Compute or load features, classify, and print a line for each k; {k: (top1, top5)} on rank 0."""
     device = init_distributed_mode(args.dist_url)
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
-    if args.dump_features:  # now: its folder is needed when all the work is done
+    if args.dump_features:  # checked now, not after all the work
         cli.make_folder(args.dump_features, "dump_features")
     if args.load_features:
+        loaded = [(name, lambda args: True, "--load_features gives the features") for name in OF_FEATURES]
+        cli.warn_no_effect(args, get_args_parser(), loaded)
         tensors = load_features(args.load_features, keep_on)
     else:
         tensors = compute_features(args, device, keep_on)
@@ -259,15 +291,12 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         return {}
     if args.dump_features:
         dump_features(args.dump_features, tensors)
-    train_features, train_labels, test_features, test_labels = tensors
-    most = len(train_features)
+    most = len(tensors[0])
     ks = list(dict.fromkeys(min(k, most) for k in args.nb_knn))
     if max(args.nb_knn) > most:
         log(f"note: --nb_knn limited to the {most} training images")
-    num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    accuracies = knn_accuracies(
-        train_features, train_labels, test_features, test_labels, ks, args.temperature, num_classes
-    )
+    num_classes = int(torch.cat([tensors[1], tensors[3]]).max()) + 1
+    accuracies = knn_accuracies(*tensors, ks, args.temperature, num_classes)
     for k, (top1, top5) in accuracies.items():
         log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
     return accuracies

@@ -4,8 +4,8 @@
         --data_path /data/imagenet --lr 0.001 0.003 0.01 --output_dir runs/vit_small/linear
     python eval_linear.py --pretrained_weights ... --data_path ... --output_dir ... --evaluate
 
-Each `--lr` trains a classifier of its own on the same features, in one pass over the images. A run
-continues from `checkpoint.pth.tar` in its `--output_dir` when there is one.
+Each `--lr` trains its own classifier on the same features, in one pass over the images. A run resumes
+from `checkpoint.pth.tar` in its `--output_dir` if there is one.
 
 Shapes: B images, D backbone width, F feature width, H classifiers, C classes.
 """
@@ -13,11 +13,12 @@ Shapes: B images, D backbone width, F feature width, H classifiers, C classes.
 import argparse
 import copy
 import functools
-import json
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,105 +28,108 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from support import cli
-from support.cli import DefaultInt, bool_flag
+from support.cli import bool_flag
 from support.data import (
     EpochBatches,
     Source,
+    digest,
     make_loader,
     open_labelled_images,
     open_train_and_val,
     read_labelled,
 )
-from support.distributed import (
-    all_reduce_mean,
-    fix_random_seeds,
-    get_world_size,
-    init_distributed_mode,
-    is_main_process,
-)
-from support.errors import UserError
+from support.distributed import all_reduce_mean, fix_random_seeds, get_world_size, init_distributed_mode
+from support.errors import TrainingError, UserError
 from support.features import extract_features
 from support.logger import MetricLogger, log
-from support.pixels import eval_transform, normalize
+from support.pixels import normalize
+from support.restart import Run
 from support.weights import (
     PUBLISHED,
+    Frozen,
     check_finite,
-    digest,
     download,
     is_state,
     load_backbone,
     load_checkpoint,
     load_strictly,
-    save_checkpoint,
 )
+from support.weights import digest as digest_weights
 from vision_transformer import VisionTransformer
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags; a parent for other parsers, hence without `--help` of its own."""
+    """All flags; a parent for other parsers, hence no `--help`."""
     parser = cli.ArgumentParser("Evaluation with linear classification on ImageNet", add_help=False)
     # fmt: off
     cli.add_weights_flags(parser)
+    positive = cli.number(int, at_least=1)
     group = parser.add_argument_group("features")
-    group.add_argument("--image_size", default=DefaultInt(224), type=int,
-        help="pixels per side; the global crops' size of the checkpoint unless given")
-    group.add_argument("--n_last_blocks", default=4, type=int,
-        help="concatenate the CLS tokens of so many last blocks; the paper takes 4 for ViT-S, 1 for ViT-B; "
-             "for our ViTs, other networks give their pooled output")
+    group.add_argument("--image_size", default=None, type=positive,
+        help="image size in pixels (default: the checkpoint's, else 224)")
+    group.add_argument("--n_last_blocks", default=4, type=positive,
+        help="concatenate the CLS tokens of this many last blocks; the paper uses 4 for ViT-S, 1 for ViT-B; "
+             "for our ViTs only: other networks give their pooled output")
     group.add_argument("--avgpool_patchtokens", default=False, type=bool_flag,
-        help="add the mean of the last patch tokens; the paper does for ViT-B, not for ViT-S")
+        help="add the mean of the last block's patch tokens; the paper does so for ViT-B, not for ViT-S")
     group.add_argument("--precision", default="fp32", choices=cli.PRECISIONS,
-        help="of the backbone's forward pass; the classifiers are trained in fp32")
+        help="precision of the backbone's forward pass; the classifiers are trained in fp32")
     group.add_argument("--cache_features", action="store_true",
-        help="compute the training features once, without augmentation, then train in seconds; another "
-             "protocol than the paper's, for quick looks")
+        help="compute the training features once, without augmentation, then train in seconds; for quick "
+             "looks: this is not the paper's protocol")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", default=100, type=int, help="passes over the training images")
-    group.add_argument("--lr", default=[0.001], type=float, nargs="+",
-        help="first learning rate for 256 images a step, scaled linearly with the batch of all processes; "
-             "the best one differs between checkpoints: give several, the backbone runs but once")
-    group.add_argument("--batch_size_per_gpu", default=128, type=int, help="images per process and step")
-    group.add_argument("--val_freq", default=1, type=int, help="epochs from one validation to the next")
+    group.add_argument("--epochs", default=100, type=positive, help="passes over the training images")
+    group.add_argument("--lr", default=[0.001], type=cli.number(float, above=0), nargs="+",
+        help="first learning rate for 256 images per step, scaled linearly with the batch of all processes; "
+             "the best value differs between checkpoints: give several, the backbone runs only once")
+    group.add_argument("--batch_size_per_gpu", default=128, type=positive, help="images per process and step")
+    group.add_argument("--val_freq", default=1, type=positive, help="validate every this many epochs")
 
     cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
         "evaluate on the drawn shapes of main_dino.py --demo")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--num_labels", default=DefaultInt(1000), type=int,
-        help="number of classes; as in the data unless given")
+    group.add_argument("--num_labels", default=None, type=positive,
+        help="number of classes (default: as in the data)")
     group.add_argument("--output_dir", default=".",
-        help="folder for checkpoint.pth.tar and log_linear.txt; a run continues from the checkpoint in it")
+        help="folder for checkpoint.pth.tar and log_linear.txt; a run resumes from the checkpoint in it")
     group.add_argument("--evaluate", action="store_true",
         help="validate a trained classifier: --linear_weights, or the one in --output_dir")
     group.add_argument("--linear_weights", default="",
         help="a classifier for --evaluate: a file, or a published one by its model's name (dino_vits16, ...)")
-    group.add_argument("--seed", default=0, type=int,
-        help="decides the classifiers' first weights, order and augmentation")
+    group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+        help="seed of the classifiers' first weights, the order of the images and the augmentation")
     cli.add_launch_flags(group)
     # fmt: on
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     return parser.parse_args(argv)
 
 
+# Flags that may change when a run resumes, because `run_identity` holds what follows from them: the network's
+# weights, and the names, sizes and classes of the images, wherever they are.
+FREE_FLAGS = {
+    "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
+    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "num_labels",
+}  # fmt: skip
+
+OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
+OF_VITS = ("n_last_blocks", "avgpool_patchtokens")
+
+
 def check_args(args: argparse.Namespace) -> None:
-    """UserError for values that make no sense."""
-    cli.check_least(
-        args, 1, "n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq", "num_labels", "image_size",
-        "patch_size",
-    )  # fmt: skip
-    cli.check_least(args, 0, "num_workers", "seed")
-    if not all(0 < lr < math.inf for lr in args.lr):
-        raise UserError("must be above 0", f"--lr {' '.join(map(str, args.lr))}", "try 0.001 0.01 0.1")
+    """Warn of flags without effect; raise UserError for flags that contradict each other."""
     if len(set(args.lr)) < len(args.lr):
         raise UserError("named twice", f"--lr {' '.join(map(str, args.lr))}", "name each rate once")
     if args.linear_weights and not args.evaluate:
         raise UserError("for --evaluate only", "--linear_weights", "add --evaluate or leave it out")
+    rules = [(name, lambda args: args.evaluate, "--evaluate does not train") for name in OF_TRAINING]
+    cli.warn_no_effect(args, get_args_parser(), rules)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -141,10 +145,10 @@ def frozen_features(
     avgpool_patchtokens: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Normalised images (B, 3, H, W) -> features (B, F), float32; `dtype` is autocast's, if any.
+    """Normalised images (B, 3, H, W) -> features (B, F), float32; `dtype` is the type for autocast, if any.
 
-    Of our ViTs the CLS tokens of the last blocks, F = n D, and with `avgpool_patchtokens` the mean of
-    the last block's patches, F = (n + 1) D; of other networks their output.
+    For our ViTs, the CLS tokens of the last blocks, F = n D, and with `avgpool_patchtokens` also the mean
+    of the last block's patches, F = (n + 1) D; for other networks, their output.
     """
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         if not isinstance(backbone, VisionTransformer):
@@ -152,7 +156,7 @@ def frozen_features(
         layers = backbone.get_intermediate_layers(images, n_last_blocks)
     classes = [layer[:, 0].float() for layer in layers]
     if avgpool_patchtokens:
-        # Component by component: in this order the published classifiers of ViT-B were trained.
+        # Interleaved: the order in which the published classifiers of ViT-B were trained.
         mean = layers[-1][:, 1:].float().mean(dim=1)
         classes[-1] = torch.stack([classes[-1], mean], dim=-1).flatten(1)
     return torch.cat(classes, dim=-1)
@@ -197,7 +201,7 @@ class LinearClassifier(nn.Module):
 
 
 class LinearClassifiers(nn.ModuleList):
-    """`count` classifiers that begin with the same weights: (B, F) -> (H, B, C)."""
+    """`count` classifiers that start from the same weights: (B, F) -> (H, B, C)."""
 
     def __init__(self, count: int, dim: int, num_labels: int):
         super().__init__(LinearClassifier(dim, num_labels) for _ in range(count))
@@ -209,25 +213,25 @@ class LinearClassifiers(nn.ModuleList):
 
 
 def build_optimizer(classifiers: LinearClassifiers, lrs: list[float]) -> torch.optim.SGD:
-    """SGD with momentum 0.9, without weight decay; each classifier has a learning rate of its own."""
+    """SGD with momentum 0.9, without weight decay, and with a learning rate for each classifier."""
     groups = [{"params": c.parameters(), "lr": lr} for c, lr in zip(classifiers, lrs, strict=True)]
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
 
 
 def image_batches(
-    loader: Iterable[tuple[Tensor, Tensor]], features_of: Callable[[Tensor], Tensor], device: torch.device
+    loader: Iterable[tuple[Tensor, Tensor]], features: "Features", device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 images and labels, as loaded -> features (B, F) and labels (B,) on the device."""
     for images, labels in loader:
-        features = features_of(normalize(images.to(device, non_blocking=True)))
+        images = normalize(images.to(device, non_blocking=True), features.frozen.mean, features.frozen.std)
         # A clone, because a tensor made in inference mode cannot take part in a backward pass.
-        yield features.clone(), labels.to(device, non_blocking=True)
+        yield features.of(images).clone(), labels.to(device, non_blocking=True)
 
 
 def cached_batches(
-    features: Tensor, labels: Tensor, batches: EpochBatches
+    features: Tensor, labels: Tensor, batches: Iterable[list[tuple[int, int]]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of features (N, F) and labels (N,), batch by batch."""
+    """Rows of features (N, F) and labels (N,), for each batch of (epoch, index)."""
     for batch in batches:
         rows = torch.tensor([index for _, index in batch], device=features.device)
         yield features[rows], labels[rows]
@@ -236,24 +240,25 @@ def cached_batches(
 def train(
     classifiers: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[Tensor]:
-    """One step per batch of features and labels; yields each step's cross-entropies, (H,)."""
+    """One step per batch of features (B, F) and labels (B,); yields the cross-entropies of the step, (H,)."""
     for features, labels in batches:
         losses = torch.stack([F.cross_entropy(scores, labels) for scores in classifiers(features)])
         optimizer.zero_grad()
-        losses.sum().backward()  # no classifier has a share in another's gradient
+        losses.sum().backward()  # the gradient of each classifier comes from its own loss only
         optimizer.step()
         yield losses.detach()
 
 
 CHUNK = 4096  # images at a time
+PRINT_FREQ = 10  # steps
 
 
 @torch.inference_mode()
 def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    """Loss and top-1 and top-5 accuracy in percent, of each classifier, on (N, F) and (N,).
+    """Loss, and top-1 and top-5 accuracy in percent, of each classifier on features (N, F), labels (N,).
 
-    With fewer than five classes, top-5 counts them all. Scores that are not finite, of a classifier
-    whose rate was too high, are all wrong.
+    With fewer than five classes, top-5 counts them all. Scores that are not finite, which a too high
+    learning rate causes, count as wrong.
     """
     sums = 0.0
     for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
@@ -268,106 +273,279 @@ def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -
 
 
 # ---------------------------------------------------------------------------------------------
+# Classes
+# ---------------------------------------------------------------------------------------------
+
+
+def class_names(images: Dataset) -> list[str] | None:
+    """Names of the classes, in the order of the labels; None if the dataset does not name them."""
+    names = getattr(images, "classes", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def count_classes(images: Dataset, num_labels: int | None) -> int:
+    """How many classes to tell apart: `num_labels`, or as many as the data names. Raises UserError."""
+    names = class_names(images)
+    if num_labels is None and names is None:
+        raise UserError("dataset does not name its classes", "--num_labels", "give their number")
+    if num_labels is not None and names is not None and num_labels < len(names):
+        raise UserError(f"the data has {len(names)} classes", f"--num_labels {num_labels}", "leave it out")
+    return len(names) if num_labels is None else num_labels
+
+
+def to_classes(labels: Tensor, images: Dataset, classes: list[str] | None, num_labels: int) -> Tensor:
+    """Labels (N,) of images -> the classifier's labels, which number `classes`, matched by name.
+
+    Without names on both sides, labels count as they are. Raises UserError for classes that the
+    classifier does not know.
+    """
+    names = class_names(images)
+    if classes and names:
+        unknown = sorted(set(names) - set(classes))
+        if unknown:
+            what = f"the classifier does not know {len(unknown)} classes: {', '.join(unknown[:5])}"
+            raise UserError(what, "--data_path", "remove their folders, or train with them")
+        return torch.tensor([classes.index(name) for name in names], device=labels.device)[labels]
+    found = len(names) if names else int(labels.max()) + 1
+    if found > num_labels or (names and found < num_labels):
+        what = f"the classifier has {num_labels} classes without names, the data has {found}"
+        raise UserError(what, "--data_path", "give data with the classes that it was trained on")
+    return labels
+
+
+# ---------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------
 
-# What may change between the parts of a run; of the network, its weights are compared, not its path.
-FREE_ARGS = {
-    "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
-    "pretrained_weights",
-}  # fmt: skip
+
+class Features(NamedTuple):
+    """The features of a frozen network."""
+
+    of: Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> (B, F), on the device
+    width: int  # F
+    frozen: Frozen
+    digest: str  # of the network's weights
 
 
-def resume(path: Path, pieces: dict, args: dict) -> dict:
-    """Continue from `path` if it exists: load the pieces; its epoch and best results, {} for none.
-
-    Raises UserError, also where the run was begun with other `args`.
-    """
-    if not path.exists():
-        return {}
-    checkpoint = load_checkpoint(path)
-    kinds = dict.fromkeys((*pieces, "args", "state_dict"), dict) | {"epoch": int, "best": list}
-    missing = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
-    if missing:
-        raise UserError(f"checkpoint lacks {', '.join(missing)}", str(path), "give another --output_dir")
-    changed = [
-        f"{name} {old} -> {args[name]}"
-        for name, old in checkpoint["args"].items()
-        if name in args and name not in FREE_ARGS and old != args[name]
-    ]
-    if changed:
-        changed = ", ".join(changed)
-        raise UserError(f"run was begun otherwise: {changed}", str(path), "give another --output_dir")
-    load_strictly(pieces["classifiers"], checkpoint["classifiers"], str(path))
-    try:
-        for name in ("optimizer", "scheduler"):
-            pieces[name].load_state_dict(checkpoint[name])
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{name} does not fit: {error}", str(path), "give another --output_dir") from None
-    log(f"resuming {path} at epoch {checkpoint['epoch']}")
-    return {name: checkpoint[name] for name in ("epoch", "best", "state_dict")}
+def build_features(args: argparse.Namespace, device: torch.device) -> Features:
+    """The features that the flags describe. Raises UserError."""
+    frozen = load_backbone(
+        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
+    )
+    log(f"weights: {frozen.description}")
+    log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
+    network = frozen.network.to(device)
+    is_vit = isinstance(network, VisionTransformer)
+    if is_vit and args.n_last_blocks > len(network.blocks):
+        what = f"the network has {len(network.blocks)} blocks"
+        raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
+    rules = [(name, lambda args: not is_vit, "it is for our ViTs only") for name in OF_VITS]
+    cli.warn_no_effect(args, get_args_parser(), rules)
+    of = functools.partial(
+        frozen_features,
+        network,
+        n_last_blocks=args.n_last_blocks,
+        avgpool_patchtokens=args.avgpool_patchtokens,
+        dtype=cli.PRECISIONS[args.precision],
+    )
+    width = of(torch.zeros(1, 3, frozen.image_size, frozen.image_size, device=device)).shape[1]
+    kind = "CLS tokens" if is_vit else "the network's output"
+    log(f"features: {kind}, {width} wide")
+    return Features(of, width, frozen, digest_weights(network))
 
 
-def plain_args(args: argparse.Namespace) -> dict:
-    """Flags and values, without the types that mark defaults."""
-    plain = {DefaultInt: int, cli.DefaultStr: str}
-    return {name: plain.get(type(value), lambda v: v)(value) for name, value in vars(args).items()}
+def extract(
+    args: argparse.Namespace, features: Features, images: Dataset, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features (N, F) and labels (N,) of images without augmentation."""
+    batch_size, workers = args.batch_size_per_gpu, args.num_workers
+    return extract_features(features.of, images, features.frozen.transform, device, batch_size, workers)
 
 
 def load_classifier(
-    weights: str, width: int, num_labels: int, n_last_blocks: int, avgpool_patchtokens: bool, backbone: str
-) -> LinearClassifiers:
-    """A trained classifier, ours or published, from a file or by name, for features of `width`.
+    weights: str, width: int, n_last_blocks: int, avgpool_patchtokens: bool, backbone: str
+) -> tuple[LinearClassifiers, list[str] | None]:
+    """A trained classifier, ours or published, by file or name, and its class names if the file has them.
 
-    `backbone` is the digest of what gives the features. Raises UserError, also where our file
-    records other features.
+    It takes features of `width`, from the network whose digest is `backbone`. Raises UserError, also if
+    our file records other features.
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
-    trained = checkpoint.get("args") or {}
+    trained = checkpoint.get("identity") or checkpoint.get("args") or {}
     flags = {"n_last_blocks": n_last_blocks, "avgpool_patchtokens": avgpool_patchtokens}
     for name, flag in flags.items():
         value = trained.get(name, flag)
         if value != flag:
-            raise UserError(
-                f"classifier was trained with {value}", f"--{name} {flag}", f"give --{name} {value}"
-            )
+            what = f"classifier was trained with {value}"
+            raise UserError(what, f"--{name} {flag}", f"give --{name} {value}")
     if trained.get("backbone", backbone) != backbone:
-        raise UserError(
-            "classifier was trained on the features of other weights",
-            weights,
-            "give their --pretrained_weights",
-        )
+        what = "classifier was trained on the features of other weights"
+        raise UserError(what, weights, "give their --pretrained_weights")
     state = checkpoint.get("state_dict", checkpoint)
     if not is_state(state):
         raise UserError("no classifier in file", weights, "use another file")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     check_finite(state, weights)
+    num_labels = len(state["linear.bias"]) if "linear.bias" in state else 1000
     classifiers = LinearClassifiers(1, width, num_labels)
-    load_strictly(
-        classifiers[0],
-        state,
-        f"{weights}, for {width} features and {num_labels} classes",
-        "check --n_last_blocks, --avgpool_patchtokens and --num_labels",
+    source = f"{weights}, for {width} features and {num_labels} classes"
+    load_strictly(classifiers[0], state, source, "check --n_last_blocks and --avgpool_patchtokens")
+    return classifiers, checkpoint.get("classes")
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
+    """Validate a trained classifier; returns its loss and accuracies in a list of one."""
+    images = open_labelled_images(Source.of(args), "val")
+    features = build_features(args, device)
+    classifier, classes = load_classifier(
+        args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
+        features.width,
+        args.n_last_blocks,
+        args.avgpool_patchtokens,
+        features.digest,
     )
-    return classifiers
+    num_labels = classifier[0].linear.out_features
+    if args.num_labels not in (None, num_labels):
+        what = f"the classifier has {num_labels} classes"
+        raise UserError(what, f"--num_labels {args.num_labels}", "leave it out")
+    to_classes(torch.zeros(1, dtype=torch.long), images, classes, num_labels)  # before all the work
+    x, labels = extract(args, features, images, device)
+    labels = to_classes(labels, images, classes, num_labels)
+    results = validate_network(classifier.to(device), x, labels)
+    log(
+        f"Accuracy of the network on the {len(images)} test images: "
+        f"top-1 {results[0]['acc1']:.2f} %, top-5 {results[0]['acc5']:.2f} %"
+    )
+    return results
 
 
-def count_classes(images: Dataset, num_labels: int) -> tuple[int, int]:
-    """How many classes to tell apart, and how many the data has. Raises UserError."""
-    named = getattr(images, "classes", None)
-    if named is None and isinstance(num_labels, DefaultInt):
-        raise UserError("dataset does not name its classes", "--num_labels", "give their number")
-    classes = num_labels if named is None else len(named)
-    if isinstance(num_labels, DefaultInt):
-        return classes, classes
-    if num_labels < classes:
-        raise UserError(f"the data has {classes} classes", f"--num_labels {num_labels}", "leave it out")
-    return num_labels, classes
+def run_identity(
+    args: argparse.Namespace, features: Features, num_labels: int, train_images: Dataset, val_images: Dataset
+) -> dict:
+    """Everything that decides the result, by name."""
+    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    return flags | {
+        "number of classes": num_labels,
+        "pixels": features.frozen.image_size,
+        "mean": features.frozen.mean,
+        "std": features.frozen.std,
+        "world_size": get_world_size(),
+        "backbone": features.digest,
+        "training images": digest(train_images),
+        "validation images": digest(val_images),
+    }
+
+
+def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
+    """Resume the pieces if there is a checkpoint; returns the epoch to go on from, the best validation of
+    each classifier, and the best classifier's `state_dict`. Raises UserError.
+    """
+    state = {"epoch": 0, "best": [{"acc1": -1.0}] * num_rates, "state_dict": {}}
+    saved = run.resume(pieces, identity)
+    if not saved:
+        return state
+    for name, value in state.items():
+        if not isinstance(saved.get(name), type(value)):
+            raise UserError(f"checkpoint lacks {name}", str(run.checkpoint), "give another --output_dir")
+    if "classes" not in saved:
+        log("warning: the checkpoint does not record its images: they may have changed")
+    return {name: saved[name] for name in state}
+
+
+def build_batches(
+    args: argparse.Namespace, features: Features, images: Dataset, first_epoch: int, device: torch.device
+) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
+    """Features (B, F) and labels (B,), epoch after epoch, and the number of batches of an epoch."""
+    order = EpochBatches(len(images), args.batch_size_per_gpu, args.seed, drop_last=False)
+    order.first_step, order.last_step = (n * order.steps_per_epoch for n in (first_epoch, args.epochs))
+    if args.cache_features:
+        return cached_batches(*extract(args, features, images, device), order), order.steps_per_epoch
+    augmented = AugmentedImages(images, features.frozen.image_size, args.seed)
+    loader = make_loader(augmented, order, args.num_workers, device)
+    return image_batches(loader, features, device), order.steps_per_epoch
+
+
+def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
+    """Train a classifier for each rate, or resume; returns the best validation of each."""
+    train_images, val_images = open_train_and_val(Source.of(args))
+    folder = cli.make_folder(args.output_dir)
+    features = build_features(args, device)
+    classes, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
+
+    classifiers = LinearClassifiers(len(args.lr), features.width, num_labels).to(device)
+    batch_size = args.batch_size_per_gpu * get_world_size()
+    optimizer = build_optimizer(classifiers, [lr * batch_size / 256 for lr in args.lr])
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
+    pieces = {"classifiers": classifiers, "optimizer": optimizer, "scheduler": scheduler}
+    identity = run_identity(args, features, num_labels, train_images, val_images)
+    with Run(folder, list(pieces), ".pth.tar", "log_linear.txt", advice=None) as run:
+        state = resume(run, pieces, identity, len(args.lr))
+        if state["epoch"] < args.epochs:  # else nothing needs the images
+            x, labels = extract(args, features, val_images, device)
+            val_data = x, to_classes(labels, val_images, classes, num_labels)
+            batches, steps = build_batches(args, features, train_images, state["epoch"], device)
+            state |= {"args": vars(args), "classes": classes}
+            train_epochs(args, run, state, batches, steps, val_data)
+    report(args.lr, state["best"])
+    return state["best"]
+
+
+def train_epochs(
+    args: argparse.Namespace,
+    run: Run,
+    state: dict,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    val_data: tuple[Tensor, Tensor],
+) -> None:
+    """Train the pieces of the run to `--epochs`, `steps` batches each; validate, log and save.
+
+    Updates `state`: the epoch, and the best validations and classifier. Raises TrainingError if no
+    classifier's loss is finite.
+    """
+    classifiers, optimizer, scheduler = run.pieces.values()
+    model = DistributedDataParallel(classifiers) if get_world_size() > 1 else classifiers
+    batch_size = args.batch_size_per_gpu * get_world_size()
+    for epoch in range(state["epoch"], args.epochs):
+        logger = MetricLogger(images_per_step=batch_size)
+        total = torch.zeros(len(args.lr), device=val_data[0].device)
+        left = steps * (args.epochs - epoch - 1)
+        epoch_batches = logger.log_every(
+            itertools.islice(batches, steps), PRINT_FREQ, f"epoch {epoch}", steps, steps_after=left
+        )
+        for step, losses in enumerate(train(model, optimizer, epoch_batches)):
+            total += losses
+            if step % PRINT_FREQ == 0:  # the host waits here
+                logger.update(loss=losses.mean().item())
+        scheduler.step()
+        mean_losses = all_reduce_mean(total / steps).tolist()
+        if not any(map(math.isfinite, mean_losses)):
+            raise TrainingError("the loss of every --lr is not finite", f"epoch {epoch}", "lower --lr")
+        rows = zip(args.lr, mean_losses, strict=True)
+        records = [{"epoch": epoch, "lr": lr, "train_loss": loss} for lr, loss in rows]
+        if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
+            results = validate_network(classifiers, *val_data)
+            keep_best(state, classifiers, results, epoch)
+            for record, result in zip(records, results, strict=True):
+                record |= {f"test_{name}": value for name, value in result.items()}
+        state["epoch"] = epoch + 1
+        run.save(state, records, last=epoch == args.epochs - 1)
+
+
+def keep_best(state: dict, classifiers: LinearClassifiers, results: list[dict], epoch: int) -> None:
+    """Update the best validation of each classifier, and the best classifier, in `state`."""
+    for i, result in enumerate(results):
+        if result["acc1"] > max(row["acc1"] for row in state["best"]):
+            state["state_dict"] = copy.deepcopy(classifiers[i].state_dict())
+        if result["acc1"] > state["best"][i]["acc1"]:
+            state["best"][i] = result | {"epoch": epoch}
+    top = max(results, key=lambda result: result["acc1"])
+    log(f"epoch {epoch}: top-1 {top['acc1']:.2f} %, top-5 {top['acc5']:.2f} %")
 
 
 def report(lrs: list[float], best: list[dict]) -> None:
-    """A line for each learning rate, and which was best; `best` holds each one's best validation."""
+    """Print the best validation of each learning rate, and which rate was best."""
     log(f"{'lr':>10} {'top-1':>7} {'top-5':>7}  epoch")
     for lr, row in zip(lrs, best, strict=True):
         log(f"{lr:10g} {row['acc1']:7.2f} {row['acc5']:7.2f}  {row['epoch']}")
@@ -376,133 +554,11 @@ def report(lrs: list[float], best: list[dict]) -> None:
 
 
 def main(args: argparse.Namespace) -> list[dict[str, float]]:
-    """Train classifiers on frozen features, or evaluate one; each one's best validation."""
+    """Train classifiers on frozen features, or evaluate one; returns the best validation of each."""
     check_args(args)
     device = init_distributed_mode(args.dist_url)
     fix_random_seeds(args.seed)
-
-    source = Source.of(args)
-    if args.evaluate:
-        val_images = open_labelled_images(source, "val")
-    else:
-        train_images, val_images = open_train_and_val(source)
-        cli.make_folder(args.output_dir)
-    backbone, image_size = load_backbone(
-        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
-    )
-    features_of = functools.partial(
-        frozen_features,
-        backbone.to(device),
-        n_last_blocks=args.n_last_blocks,
-        avgpool_patchtokens=args.avgpool_patchtokens,
-        dtype=cli.PRECISIONS[args.precision],
-    )
-    extract = functools.partial(
-        extract_features,
-        features_of,
-        transform=eval_transform(image_size),
-        device=device,
-        batch_size=args.batch_size_per_gpu,
-        num_workers=args.num_workers,
-    )
-    kind = "the network's output"
-    if isinstance(backbone, VisionTransformer):
-        kind, blocks = "CLS tokens", len(backbone.blocks)
-        if args.n_last_blocks > blocks:
-            what = f"the network has {blocks} blocks"
-            raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
-    width = features_of(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
-    num_labels, classes = count_classes(val_images, args.num_labels)
-    log(f"features: {kind}, {width} wide; {classes} classes")
-
-    if args.evaluate:
-        weights = args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar"))
-        classifier = load_classifier(
-            weights, width, num_labels, args.n_last_blocks, args.avgpool_patchtokens, digest(backbone)
-        ).to(device)
-        results = validate_network(classifier, *extract(val_images))
-        log(
-            f"Accuracy of the network on the {len(val_images)} test images: "
-            f"top-1 {results[0]['acc1']:.2f} %, top-5 {results[0]['acc5']:.2f} %"
-        )
-        return results
-
-    sampler = EpochBatches(len(train_images), args.batch_size_per_gpu, args.seed, drop_last=False)
-    if args.cache_features:
-        cached = functools.cache(functools.partial(extract, train_images))
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            return cached_batches(*cached(), sampler)
-
-    else:
-        augmented = AugmentedImages(train_images, image_size, args.seed)
-        loader = make_loader(augmented, sampler, args.num_workers, device)
-        batches = functools.partial(image_batches, loader, features_of, device)
-    classifiers = LinearClassifiers(len(args.lr), width, num_labels).to(device)
-    # The backbone is frozen: one pass over the validation images serves all epochs.
-    val_data = functools.cache(functools.partial(extract, val_images))
-    best = train_linear(args, classifiers, sampler, batches, val_data, digest(backbone))
-    report(args.lr, best)
-    return best
-
-
-def train_linear(
-    args: argparse.Namespace,
-    classifiers: LinearClassifiers,
-    sampler: EpochBatches,
-    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    val_data: Callable[[], tuple[Tensor, Tensor]],
-    backbone: str,
-) -> list[dict[str, float]]:
-    """Train for `--epochs`, validate, log and save; resume if there is something to resume.
-
-    `batches()` are those of the steps that the sampler is set to, `val_data()` features and labels;
-    neither is asked for before it is clear that the run can go on. `backbone` is the digest of what
-    gives the features. Returns each classifier's best validation.
-    """
-    output_dir = cli.make_folder(args.output_dir)
-    batch_size = args.batch_size_per_gpu * get_world_size()
-    optimizer = build_optimizer(classifiers, [lr * batch_size / 256 for lr in args.lr])
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
-    pieces = {"classifiers": classifiers, "optimizer": optimizer, "scheduler": scheduler}
-    recorded = plain_args(args) | {"world_size": get_world_size(), "backbone": backbone}
-    state = {"epoch": 0, "best": [{"acc1": -1.0}] * len(args.lr), "state_dict": {}, "args": recorded}
-    state |= resume(output_dir / "checkpoint.pth.tar", pieces, recorded)
-    model = DistributedDataParallel(classifiers) if get_world_size() > 1 else classifiers
-
-    steps = sampler.steps_per_epoch
-    for epoch in range(state["epoch"], args.epochs):
-        sampler.first_step, sampler.last_step = epoch * steps, (epoch + 1) * steps
-        logger = MetricLogger(f"epoch {epoch}", batch_size, steps * (args.epochs - epoch - 1))
-        total = torch.zeros(len(args.lr), device=classifiers[0].linear.weight.device)
-        for step, losses in enumerate(train(model, optimizer, logger.log_every(batches(), steps))):
-            total += losses
-            if step % logger.print_freq == 0:  # the host waits here
-                logger.update(loss=losses.mean().item())
-        scheduler.step()
-        records = [
-            {"epoch": epoch, "lr": lr, "train_loss": loss}
-            for lr, loss in zip(args.lr, all_reduce_mean(total / steps).tolist(), strict=True)
-        ]
-
-        if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
-            results = validate_network(classifiers, *val_data())
-            for i, result in enumerate(results):
-                records[i] |= {f"test_{name}": value for name, value in result.items()}
-                if result["acc1"] > max(row["acc1"] for row in state["best"]):
-                    state["state_dict"] = copy.deepcopy(classifiers[i].state_dict())
-                if result["acc1"] > state["best"][i]["acc1"]:
-                    state["best"][i] = result | {"epoch": epoch}
-            top = max(results, key=lambda result: result["acc1"])
-            log(f"epoch {epoch}: top-1 {top['acc1']:.2f} %, top-5 {top['acc5']:.2f} %")
-
-        state["epoch"] = epoch + 1
-        if is_main_process():
-            saved = {name: piece.state_dict() for name, piece in pieces.items()}
-            save_checkpoint(state | saved, output_dir / "checkpoint.pth.tar")
-            with open(output_dir / "log_linear.txt", "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-    return state["best"]
+    return evaluate(args, device) if args.evaluate else train_linear(args, device)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ from support.restart import Run
 from support.weights import init_from, load_backbone
 from utils import CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
 from vision_transformer import VITS
-from visualize_attention import draw_views, stack
+from visualize_attention import draw_views
 
 
 def demo_defaults() -> dict:
@@ -196,7 +196,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="pixels per side of a local view, a multiple of the patch; smaller for small images")
 
     cli.add_data_flags(parser, "folder of images, with or without class folders",
-        "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes")
+        "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes",
+        "part of the images to train on: a split of --dataset (by default its unlabelled images, else its "
+        "training split), or a folder in --data_path")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",
@@ -773,7 +775,7 @@ def report_demo(args: argparse.Namespace) -> None:
         return
     with contextlib.suppress(OSError), Image.open(Path(args.output_dir, "curves.png")) as curves:
         curves = curves.resize((picture.width, picture.width * curves.height // curves.width))
-        picture = stack([picture, curves])
+        picture = Image.fromarray(np.vstack([picture, curves.convert("RGB")]))
     picture.save(Path(args.output_dir, "demo.png"))
     log(f"picture: {Path(args.output_dir, 'demo.png')}")
 

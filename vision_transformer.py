@@ -22,10 +22,6 @@ from torchvision.ops import StochasticDepth
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
 
-    # None: fused wherever that is faster, which is everywhere but on the CPU
-    # (there it is no faster in float32 and slower in bfloat16).
-    fused: bool | None = None
-
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.num_heads = num_heads
@@ -34,7 +30,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def project(self, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, h, N, D/h); with `cls_only`, the first token's query."""
+        """Queries, keys and values, each (B, h, N, D/h); with `cls_only`, only the first token's query."""
         if cls_only:
             D, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
             q = F.linear(x[:, :1], weight[:D], None if bias is None else bias[:D])
@@ -44,13 +40,14 @@ class Attention(nn.Module):
         return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """Attention of each token (row) over all tokens: (B, h, N, N), rows sum to 1."""
+        """Attention of each query's token (row) over all tokens: (B, h, N, N); rows sum to 1."""
         return (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         q, k, v = self.project(x, cls_only)
-        fused = x.device.type != "cpu" if self.fused is None else self.fused
-        if fused:
+        # On the CPU, the fused kernel saves memory where there are many tokens, but it is slower for the
+        # few tokens of small crops, and for any number of them in bfloat16.
+        if x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training):
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             out = self.weights(q, k) @ v
@@ -72,7 +69,7 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
-        """With `cls_only`, the first token alone, (B, 1, D): as it would be, for less."""
+        """With `cls_only`, computes the first token only, with the same result: (B, 1, D)."""
         attended = self.drop_path(self.attn(self.norm1(x), cls_only))
         x = (x[:, :1] if cls_only else x) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -165,7 +162,9 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         for block in self.blocks[:-1]:
             x = self._run(block, x)
-        x = self._run(self.blocks[-1], x, cls_only=True)  # nothing else of its output is used
+        # Training uses the CLS token only. In evaluation, forward hooks on the last block, its `attn.qkv`
+        # or `norm` expect all tokens.
+        x = self._run(self.blocks[-1], x, cls_only=self.training)
         return self.head(self.norm(x)[:, 0])
 
     def _run(self, block: Block, x: Tensor, **kwargs) -> Tensor:
@@ -175,11 +174,21 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block: (B, h, N, N)."""
+        return self._last_attention(x, cls_only=False)
+
+    def get_last_cls_attention(self, x: Tensor) -> Tensor:
+        """Attention of the last block's CLS token over all tokens: (B, h, N).
+
+        The first row of `get_last_selfattention`, without the memory for the other rows.
+        """
+        return self._last_attention(x, cls_only=True)[:, :, 0]
+
+    def _last_attention(self, x: Tensor, cls_only: bool) -> Tensor:
         x = self.prepare_tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
-        q, k, _ = last.attn.project(last.norm1(x))
+        q, k, _ = last.attn.project(last.norm1(x), cls_only)
         return last.attn.weights(q, k)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
@@ -189,7 +198,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
             outputs.append(x)
-        return [self.norm(out) for out in outputs[-n:]]
+        return [self.norm(out) for out in outputs[max(0, len(outputs) - n) :]]
 
 
 def _vit(width: int, depth: int, heads: int, patch_size: int, **kwargs) -> VisionTransformer:

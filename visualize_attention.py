@@ -1,17 +1,18 @@
-"""Look at what the CLS token of a ViT attends to in the last block.
+"""Show what the CLS token of a ViT attends to in the last block.
 
     python visualize_attention.py --pretrained_weights runs/vit_small/checkpoint.pth \\
         --image_path cat.jpg photos/ --threshold 0.6 --output_dir attention
     python visualize_attention.py --demo        # after main_dino.py --demo
 
-Per image: heat maps of the heads and of their mean, the same laid over the image, and with
-`--threshold` the masks that keep that share of each head's attention (paper, Section 4.2.2).
-`sheet.png` shows them side by side.
+For each image, it writes heat maps of the heads and of their mean, the same maps laid over the image,
+and with `--threshold` the masks that keep that share of each head's attention (paper, Section 4.2.2).
+`sheet.png` shows them side by side. It overwrites only pictures that it wrote itself.
 
 Shapes: B images, h heads, H x W pixels, R x C patches.
 """
 
 import argparse
+import contextlib
 import functools
 import random
 from pathlib import Path
@@ -20,20 +21,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
-from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
 from support import cli
 from support.backbones import check_divides
-from support.cli import DefaultInt
-from support.data import ImageFiles, read_labelled
-from support.distributed import fix_random_seeds, init_distributed_mode, is_main_process
-from support.errors import UserError
+from support.data import ImageFiles, describe, read_labelled, sample_name
+from support.distributed import choose_device, fix_random_seeds, launched_as
+from support.errors import ImageError, TrainingError, UserError
 from support.logger import log
 from support.pixels import normalize, to_pixels
 from support.shapes import Shapes
-from support.weights import load_backbone, read_weights, settle_architecture
+from support.weights import Frozen, load_backbone, read_weights, settle_architecture
 from utils import DataAugmentationDINO
 from vision_transformer import VisionTransformer
 
@@ -42,29 +43,32 @@ ON_SHEET = 16  # images at most
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags; a parent for other parsers, hence without `--help` of its own."""
+    """All flags; a parent for other parsers, hence no `--help`."""
     parser = cli.ArgumentParser("Visualize Self-Attention maps", add_help=False)
     # fmt: off
-    cli.add_weights_flags(parser, patch_size=8)
+    cli.add_weights_flags(parser)
     group = parser.add_argument_group("images")
     group.add_argument("--image_path", nargs="+", default=None, metavar="PATH",
-        help="image files, and folders of them")
-    group.add_argument("--image_size", default=(480, 480), type=int, nargs="+", metavar="PIXELS",
-        help="height and width to resize to, or the length of the shorter side; cut to whole patches")
+        help="image files, and folders to search for images")
+    group.add_argument("--image_size", default=(480, 480), type=cli.number(int, at_least=1), nargs="+",
+        metavar="PIXELS",
+        help="resize to this height and width, or to this length of the shorter side; then crop to whole "
+             "patches")
     group.add_argument("--demo", action="store_true",
-        help="look at the network of main_dino.py --demo, and measure how well its attention segments "
-             "the drawn shapes")
-    group.add_argument("--output_dir", default=".", help="folder for the pictures")
-    group.add_argument("--threshold", default=None, type=float,
-        help="also make masks that keep this share of the attention, e.g. 0.6")
-    group.add_argument("--seed", default=0, type=int,
-        help="decides the weights of --pretrained_weights random")
+        help="show the network of main_dino.py --demo, and measure how well its attention segments the "
+             "drawn shapes")
+    group.add_argument("--output_dir", default="attention",
+        help="folder for the pictures; files of other programs in it are not overwritten")
+    group.add_argument("--threshold", default=None, type=cli.number(float, above=0, at_most=1),
+        help="also write masks that keep this share of the attention, e.g. 0.6")
+    group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+        help="seed of the weights of --pretrained_weights random")
     # fmt: on
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; under `--demo`, flags not given take the demo's values."""
+    """Parse the command line; `--demo` changes the defaults of other flags."""
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
@@ -72,16 +76,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """UserError for values that make no sense."""
-    cli.check_least(args, 1, "patch_size")
-    cli.check_least(args, 0, "seed")
-    if len(args.image_size) > 2 or min(args.image_size) < 1:
+    """Raise UserError for flags that contradict each other."""
+    if len(args.image_size) > 2:
         size = " ".join(map(str, args.image_size))
-        raise UserError("must be one or two lengths", f"--image_size {size}", "try 480 or 480 640")
-    if args.threshold is not None and not 0 < args.threshold <= 1:
-        raise UserError("must be above 0 and at most 1", f"--threshold {args.threshold}", "try 0.6")
+        raise UserError("takes one or two lengths", f"--image_size {size}", "try 480 or 480 640")
     if args.demo and args.image_path:
         raise UserError("the demo draws its own images", "--image_path", "leave out one of the two")
+    if not args.demo and not args.image_path:
+        raise UserError("no images given", "--image_path", "name images or folders, or try --demo")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,53 +95,58 @@ def check_args(args: argparse.Namespace) -> None:
 def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     """Attention of the last block's CLS token over the patches: (B, 3, H, W) -> (B, h, R, C).
 
-    For our ViTs and those of timm, XCiT among them. Raises UserError for networks that do not give it.
+    Works for our ViTs and for timm's, including XCiT. Raises UserError for networks without such
+    attention, and for image sizes that the network cannot take.
     """
     if isinstance(backbone, VisionTransformer):
-        attention = backbone.get_last_selfattention(images)  # (B, h, N, N), CLS first
+        attention = backbone.get_last_cls_attention(images)  # (B, h, N), CLS first
     else:
         attention = _last_timm_attention(backbone, images)
     patch_size = patch_size_of(backbone)
     rows, cols = (side // patch_size for side in images.shape[-2:])
-    first = attention.shape[-1] - rows * cols  # before the patches come CLS, registers and the like
-    if attention.ndim != 4 or first < 1:
+    first = attention.shape[-1] - rows * cols  # CLS, registers and other tokens precede the patches
+    if attention.ndim != 3 or first < 1:
         raise UserError(f"{type(backbone).__name__} has no CLS attention over patches", "--arch", "use a ViT")
-    return attention[:, :, 0, first:].unflatten(-1, (rows, cols))
+    return attention[..., first:].unflatten(-1, (rows, cols))
 
 
 def _last_timm_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The softmax of the last attention, (B, h, N, N) in a ViT; (B, 0) for a network without.
+    """First row of the last attention map, (B, h, N) for a ViT; (B, 0) for networks without one.
 
-    Raises UserError for a size of images that the network cannot take.
+    timm's attention layers pass their softmax through a module `attn_drop`, unless a fused kernel
+    computes both, which only the last layer must not use.
     """
-    from timm.utils import AttentionExtract
-
-    for module in backbone.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # a fused kernel never holds the map
-    none = images.new_zeros(len(images), 0)
+    names = [name for name, _ in backbone.named_modules() if name.endswith("attn_drop")]
+    found = [images.new_zeros(len(images), 0)]
+    if not names:
+        return found[0]
+    layer = backbone.get_submodule(names[-1].rpartition(".")[0])
+    handle = backbone.get_submodule(names[-1]).register_forward_hook(
+        lambda module, inputs, softmax: found.append(softmax[..., 0, :])
+    )
+    fused = getattr(layer, "fused_attn", False)
+    layer.fused_attn = False
     try:
-        extract = AttentionExtract(backbone, method="hook")
-    except RuntimeError:  # nothing in it has the name of an attention
-        return none
-    try:
-        maps = list(extract(images).values())
+        backbone(images)
     except (AssertionError, RuntimeError, ValueError) as error:
         height, width = backbone.default_cfg["input_size"][1:]
         what, reason = type(backbone).__name__, str(error).splitlines()[0]
         raise UserError(f"{what}: {reason}", "--image_size", f"try {height} {width}") from None
-    return maps[-1] if maps else none
+    finally:
+        handle.remove()
+        layer.fused_attn = fused
+    return found[-1]
 
 
 def patch_size_of(backbone: nn.Module) -> int:
-    """Pixels per patch side, 1 for networks without patches."""
+    """Patch size in pixels; 1 for networks without patches."""
     size = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
     return size if isinstance(size, int) else size[0]
 
 
 def keep_mass(attention: Tensor, share: float) -> Tensor:
     """The fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
-    if share >= 1:  # a rounded sum of thousands of patches can reach 1 before the last of them
+    if share >= 1:  # rounding could make the sum reach 1 before the last patch
         return torch.ones_like(attention, dtype=torch.bool)
     values, order = attention.flatten(-2).sort(dim=-1, descending=True)
     values = values / values.sum(dim=-1, keepdim=True)
@@ -155,16 +162,16 @@ def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Each patch becomes a block of pixels: (..., R, C) -> (..., H, W)."""
+    """Repeat each patch as a block of pixels: (..., R, C) -> (..., H, W)."""
     single = maps.reshape(-1, 1, *maps.shape[-2:]).float()
     return F.interpolate(single, size=size, mode="nearest").reshape(*maps.shape[:-2], *size).to(maps.dtype)
 
 
 def segmentation(attention: Tensor, truth: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Attention (B, h, R, C) against true masks (B, H, W), for each head: two times (B, h).
+    """Compare attention (B, h, R, C) with true masks (B, H, W).
 
-    The Jaccard index of the mask that keeps the `threshold` share, and the share of the attention
-    that lies on the object.
+    Returns two tensors (B, h): the Jaccard index of the mask that keeps the `threshold` share of the
+    attention, and the share of the attention on the object.
     """
     truth = truth[:, None]
     pixels = enlarge(attention, truth.shape[-2:])
@@ -179,7 +186,7 @@ def segmentation(attention: Tensor, truth: Tensor, threshold: float) -> tuple[Te
 
 @functools.cache
 def _palette() -> np.ndarray:
-    """Colours of 256 levels, (256, 3) uint8."""
+    """Colour map of 256 levels, (256, 3) uint8. Raises UserError."""
     try:
         import matplotlib
     except ImportError:
@@ -188,13 +195,13 @@ def _palette() -> np.ndarray:
 
 
 def heat_map(attention: Tensor) -> Image.Image:
-    """One map (H, W) in colours; its largest value takes the brightest."""
+    """Draw one map (H, W) in colours, scaled to its largest value."""
     levels = (attention / attention.max().clamp(min=1e-12) * 255).round().to(torch.uint8)
     return Image.fromarray(_palette()[levels.cpu().numpy()])
 
 
 def draw(image: Image.Image, attention: Tensor, threshold: float | None) -> dict[str, Image.Image]:
-    """File names and pictures of an image's heads (h, R, C), an image of R x C patches."""
+    """Pictures of one image's attention (h, R, C), by file name; the image has R x C patches."""
     size = (image.height, image.width)
     pictures = {"img": image}
     maps = {"mean": attention.mean(dim=0)} | {f"head{i}": head for i, head in enumerate(attention)}
@@ -209,9 +216,9 @@ def draw(image: Image.Image, attention: Tensor, threshold: float | None) -> dict
 
 
 def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = None) -> list[list[Image.Image]]:
-    """What the sheet shows of one image: overlays and, below, the parts of the image that masks keep.
+    """Rows of the sheet for one image: overlays and, below, what each mask keeps of the image.
 
-    `first` stands below the image, e.g. the true mask.
+    `first` is put below the image, e.g. the true mask.
     """
     image = pictures["img"]
     white = Image.new("RGB", image.size, "white")
@@ -225,63 +232,70 @@ def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = Non
 
 
 def contact_sheet(rows: list[list[Image.Image]], side: int = 160) -> Image.Image:
-    """Pictures of any size in rows of equal length, each on a square of `side` pixels."""
-    tiles = [transforms.functional.pil_to_tensor(ImageOps.pad(p.convert("RGB"), (side, side), color="white"))
-             for row in rows for p in row]  # fmt: skip
-    return transforms.functional.to_pil_image(make_grid(tiles, len(rows[0]), padding=4, pad_value=255))
+    """Rows of pictures on white, each centred in a square of `side` pixels.
+
+    One factor scales all pictures: the largest fills its square.
+    """
+    factor = side / max(max(picture.size) for row in rows for picture in row)
+    resample = Image.Resampling.BICUBIC if factor < 1 else Image.Resampling.NEAREST
+    tiles = []
+    for picture in (picture.convert("RGB") for row in rows for picture in row):
+        small = picture.resize([max(1, round(factor * length)) for length in picture.size], resample)
+        tile = Image.new("RGB", (side, side), "white")
+        tile.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+        tiles.append(pil_to_tensor(tile))
+    return to_pil_image(make_grid(tiles, len(rows[0]), padding=4, pad_value=255))
 
 
 def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
-    """The image and one draw of its views; below each, what the teacher attends to in it."""
+    """Draw an image and its views; below each, the attention of the teacher in it."""
     views = [view for part in augmentation.views(to_pixels(image), random.Random(0))[0] for view in part]
     rows: list[list[Image.Image]] = [[], []]
     for pixels in (to_pixels(image), *views):
-        with torch.no_grad():
-            attention = cls_attention(teacher, normalize(pixels[None].to(next(teacher.parameters()).device)))
-        pictures = draw(transforms.functional.to_pil_image(pixels), attention[0].cpu(), None)
+        device = next(teacher.parameters()).device
+        attention = cls_attention(teacher, normalize(pixels[None].to(device)))
+        pictures = draw(to_pil_image(pixels), attention[0].cpu(), None)
         for row, name in zip(rows, ("img", "overlay-mean"), strict=True):
-            row.append(ImageOps.scale(pictures[name], 2, Image.Resampling.NEAREST))
-    return stack([stack(row, across=True) for row in rows])
-
-
-def stack(pictures: list[Image.Image], across: bool = False, gap: int = 8) -> Image.Image:
-    """Pictures below or beside each other, centred, on white."""
-    sizes = np.array([picture.size for picture in pictures])
-    along = 0 if across else 1
-    size = sizes.max(axis=0)
-    size[along] = (sizes[:, along] + gap).sum() - gap
-    sheet, start = Image.new("RGB", tuple(map(int, size)), "white"), 0
-    for picture in pictures:
-        place = [(int(a) - b) // 2 for a, b in zip(size, picture.size, strict=True)]
-        place[along] = start
-        sheet.paste(picture, tuple(place))
-        start += picture.size[along] + gap
-    return sheet
+            row.append(pictures[name])
+    return contact_sheet(rows, side=128)
 
 
 # ---------------------------------------------------------------------------------------------
-# The run
+# Files
 # ---------------------------------------------------------------------------------------------
 
-
-def prepare(image: Image.Image, image_size: list[int], patch_size: int) -> Image.Image:
-    """Resize, then cut at the right and the bottom to whole patches. Raises UserError."""
-    image = transforms.functional.resize(image, image_size)
-    width, height = (side - side % patch_size for side in image.size)
-    if not width or not height:
-        size = " ".join(map(str, image_size))
-        raise UserError(f"smaller than a patch of {patch_size}", f"--image_size {size}", "raise it")
-    return image.crop((0, 0, width, height))
+MARK = {"Software": "DINO visualize_attention.py"}  # text in each PNG, which identifies our pictures
 
 
-def to_batch(images: list[Image.Image], device: torch.device) -> Tensor:
-    """Images of one size -> normalised (B, 3, H, W)."""
-    pixels = torch.stack([transforms.functional.pil_to_tensor(image) for image in images])
-    return normalize(pixels.to(device))
+def is_own(path: str | Path) -> bool:
+    """Whether this script wrote the file."""
+    with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
+        return MARK.items() <= image.info.items()
+    return False
+
+
+def open_images(paths: list[str]) -> ImageFiles:
+    """The images to show: the named files, and those in the named folders that are not our pictures.
+
+    Raises UserError.
+    """
+    where = f"--image_path {' '.join(paths)}"
+    for path in paths:
+        if not Path(path).exists():
+            raise UserError("no such file", f"--image_path {path}", "check the path")
+    images = ImageFiles(*paths)
+    log(f"images: {describe(images)}")
+    found = [sample_name(images, i) for i in range(len(images))]
+    kept = [path for path in found if path in paths or not is_own(path)]
+    if len(kept) < len(found):
+        log(f"left out {len(found) - len(kept)} pictures of an earlier run")
+    if not kept:
+        raise UserError("no images found", where, "give image files")
+    return ImageFiles(*kept)
 
 
 def folder_names(paths: list[str]) -> list[str]:
-    """A name for each image's folder: the file's, with a number where that is taken."""
+    """A name for each image's folder: the file's, with a number if another image has that name."""
     names: list[str] = []
     for path in paths:
         stem = name = Path(path).stem
@@ -292,82 +306,133 @@ def folder_names(paths: list[str]) -> list[str]:
     return names
 
 
+def save_picture(picture: Image.Image, path: Path, inputs: set[Path]) -> None:
+    """Save a marked PNG. Raises UserError for a path that holds an input or another program's file."""
+    if path.resolve() in inputs or (path.exists() and not is_own(path)):
+        raise UserError(
+            "would overwrite a file that this script did not write", str(path), "give another --output_dir"
+        )
+    text = PngInfo()
+    for name, value in MARK.items():
+        text.add_text(name, value)
+    picture.save(path, pnginfo=text)
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------
+
+
+def prepare(image: Image.Image, image_size: list[int], patch_size: int) -> Image.Image:
+    """Turn as EXIF says, resize, then crop right and bottom to whole patches. Raises UserError."""
+    image = resize(ImageOps.exif_transpose(image), image_size)
+    width, height = (side - side % patch_size for side in image.size)
+    if not width or not height:
+        size = " ".join(map(str, image_size))
+        raise UserError(f"smaller than a patch of {patch_size}", f"--image_size {size}", "raise it")
+    return image.crop((0, 0, width, height))
+
+
+def attention_of(frozen: Frozen, images: list[Image.Image], device: torch.device) -> Tensor:
+    """Attention (B, h, R, C) in B images of one size, on the device."""
+    pixels = torch.stack([pil_to_tensor(image) for image in images]).to(device)
+    return cls_attention(frozen.network, normalize(pixels, frozen.mean, frozen.std))
+
+
 def visualize(
-    backbone: nn.Module,
+    frozen: Frozen,
     images: ImageFiles,
     image_size: list[int],
     threshold: float | None,
     output_dir: Path,
     device: torch.device,
 ) -> None:
-    """Write each image's pictures, into a folder of its own if there are several, and the sheet."""
-    rows = []
-    for i, name in enumerate(folder_names(images.paths)):
-        image = prepare(read_labelled(images, i)[0], image_size, patch_size_of(backbone))
-        attention = cls_attention(backbone, to_batch([image], device))[0]
+    """Write the pictures of each image, in a folder each if there are several, and the sheet.
+
+    An image that cannot be read is named and skipped. Raises TrainingError at the end if there were
+    any, ImageError if no image could be read, UserError for an output that is not ours to overwrite.
+    """
+    paths = [sample_name(images, i) for i in range(len(images))]
+    inputs = {Path(path).resolve() for path in paths}
+    rows, broken = [], []
+    for i, name in enumerate(folder_names(paths)):
+        try:
+            image = read_labelled(images, i)[0]
+        except ImageError as error:
+            broken.append(error)
+            if len(broken) == len(images):
+                raise
+            log(f"warning: {error}")
+            continue
+        image = prepare(image, image_size, patch_size_of(frozen.network))
+        attention = attention_of(frozen, [image], device)[0].cpu()
         pictures = draw(image, attention, threshold)
         folder = cli.make_folder(output_dir / name if len(images) > 1 else output_dir)
         for file, picture in pictures.items():
-            picture.save(folder / f"{file}.png")
-        if i < ON_SHEET:
+            save_picture(picture, folder / f"{file}.png", inputs)
+        if i - len(broken) < ON_SHEET:
             rows += sheet_rows(pictures)
-        log(f"{images.paths[i]}: {attention.shape[0]} heads, {len(pictures)} pictures in {folder}")
-    contact_sheet(rows).save(output_dir / "sheet.png")
-    log(f"side by side: {output_dir / 'sheet.png'}")
+        log(f"{paths[i]}: {len(attention)} heads, {len(pictures)} pictures in {folder}")
+    save_picture(contact_sheet(rows), output_dir / "sheet.png", inputs)
+    shown = len(images) - len(broken)
+    only = f", the first {ON_SHEET} of {shown} images" if shown > ON_SHEET else ""
+    log(f"side by side: {output_dir / 'sheet.png'}{only}")
+    if broken:
+        what = f"{len(broken)} of {len(images)} images could not be read"
+        raise TrainingError(what, "named above", "repair or remove them")
 
 
 def segment_shapes(
-    backbone: nn.Module, shapes: Shapes, image_size: list[int], threshold: float, device: torch.device
+    frozen: Frozen, shapes: Shapes, image_size: list[int], threshold: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """How well each head finds the drawn objects, as in `segmentation`: means over the images, (h,)."""
+    """How well each head segments the drawn objects, as in `segmentation`: means over the images, (h,)."""
     results = []
     for chunk in torch.arange(len(shapes)).split(100):
-        images = [prepare(shapes[i][0], image_size, patch_size_of(backbone)) for i in chunk.tolist()]
+        images = [prepare(shapes[i][0], image_size, patch_size_of(frozen.network)) for i in chunk.tolist()]
         truth = torch.stack([torch.from_numpy(shapes.mask(i)) for i in chunk.tolist()]).to(device)
-        results.append(segmentation(cls_attention(backbone, to_batch(images, device)), truth, threshold))
+        results.append(segmentation(attention_of(frozen, images, device), truth, threshold))
     scores, shares = (torch.cat(result).mean(dim=0) for result in zip(*results, strict=True))
     return scores, shares
 
 
-def report_demo(
-    weights: str,
-    checkpoint_key: str,
-    arch: str,
-    patch_size: int,
-    image_size: list[int],
-    threshold: float,
-    output_dir: Path,
-    device: torch.device,
-    seed: int,
-    num_images: int = 1_000,
-) -> dict[str, float]:
-    """Jaccard index in percent, best head, of random and trained weights; a sheet of the trained ones'.
+def load_demo(args: argparse.Namespace, device: torch.device) -> dict[str, Frozen]:
+    """The demo's network, with the weights that its training started from and with the trained ones.
 
-    Raises UserError, also where flags contradict the weights.
+    Raises UserError.
     """
+    if not Path(args.pretrained_weights).is_file():
+        raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
+    weights = read_weights(args.pretrained_weights, args.checkpoint_key)
+    known = settle_architecture(weights, args.arch, args.patch_size)
+    trained = load_backbone(args.pretrained_weights, args.checkpoint_key, *known)
+    fix_random_seeds(args.seed)
+    untrained = load_backbone("random", None, *known)
+    for size in args.image_size:  # what cropping removed would still be in the true masks
+        check_divides("image_size", size, patch_size_of(trained.network))
+    for frozen in (untrained, trained):
+        frozen.network.to(device)
+    return {"random initialisation": untrained, "trained": trained}
+
+
+def report_demo(args: argparse.Namespace, device: torch.device, num_images: int = 1_000) -> dict[str, float]:
+    """Print and return the Jaccard index in percent of the best head; save a sheet of the trained network."""
+    output_dir = cli.make_folder(args.output_dir)
     shapes = Shapes("val", num_images)
-    known = settle_architecture(read_weights(weights, checkpoint_key), arch, patch_size, DefaultInt(224))
-    fix_random_seeds(seed)  # the weights that the training started from
-    networks = {
-        name: load_backbone(source, checkpoint_key, *known)[0].to(device)
-        for name, source in (("random initialisation", "random"), ("trained", weights))
-    }
-    for size in image_size:  # what would be cut off is in the true masks
-        check_divides("image_size", size, patch_size_of(networks["trained"]))
-    log(f"{threshold:.0%} of the best head's attention against the true mask, {num_images} images")
+    networks = load_demo(args, device)
+    log(f"{args.threshold:.0%} of the best head's attention against the true mask, {num_images} images")
     result = {}
-    for name, network in networks.items():
-        scores, shares = segment_shapes(network, shapes, image_size, threshold, device)
+    for name, frozen in networks.items():
+        scores, shares = segment_shapes(frozen, shapes, args.image_size, args.threshold, device)
         best = int(scores.argmax())
         result[name] = 100 * scores[best].item()
         log(f"  {name:22} Jaccard {result[name]:.1f} %, on the object {100 * shares[best].item():.1f} %")
 
     rows = []
     for i in range(4):
-        image = prepare(shapes[i][0], image_size, patch_size_of(networks["trained"]))
-        attention = cls_attention(networks["trained"], to_batch([image], device))[0]
-        rows += sheet_rows(draw(image, attention, threshold), Image.fromarray(shapes.mask(i)))
-    contact_sheet(rows, side=96).save(output_dir / "sheet.png")
+        image = prepare(shapes[i][0], args.image_size, patch_size_of(networks["trained"].network))
+        attention = attention_of(networks["trained"], [image], device)[0].cpu()
+        rows += sheet_rows(draw(image, attention, args.threshold), Image.fromarray(shapes.mask(i)))
+    save_picture(contact_sheet(rows, side=128), output_dir / "sheet.png", set())
     log(f"image and true mask, mean and heads: {output_dir / 'sheet.png'}")
     return result
 
@@ -375,33 +440,21 @@ def report_demo(
 def main(args: argparse.Namespace) -> None:
     """Write the pictures; under `--demo`, measure the segmentation too."""
     check_args(args)
-    device = init_distributed_mode()
+    if launched_as()[0]:  # one process does the work, and waits for no other
+        return
+    device = choose_device()
     fix_random_seeds(args.seed)
-    if not is_main_process():  # there is no work to share
-        return
     if args.demo:
-        if not Path(args.pretrained_weights).is_file():
-            raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
-        report_demo(
-            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size,
-            args.threshold, cli.make_folder(args.output_dir), device, args.seed,
-        )  # fmt: skip
+        report_demo(args, device)
         return
-    if not args.image_path:
-        raise UserError("no images given", "--image_path", "name images or folders, or try --demo")
-    for path in args.image_path:
-        if not Path(path).exists():
-            raise UserError("no such file", f"--image_path {path}", "check the path")
-    images = ImageFiles(*args.image_path)
-    if not len(images):
-        raise UserError("no images found", f"--image_path {' '.join(args.image_path)}", "give image files")
-    # The size of a random network's position embedding; that of other images is interpolated.
-    size = DefaultInt(max(args.patch_size, 224 - 224 % args.patch_size))
-    backbone, _ = load_backbone(
-        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, size
-    )
+    images = open_images(args.image_path)
+    patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)
+    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size)
+    log(f"weights: {frozen.description}")
+    log(f"preprocessing: mean {frozen.mean}, deviation {frozen.std}")
     output_dir = cli.make_folder(args.output_dir)
-    visualize(backbone.to(device), images, args.image_size, args.threshold, output_dir, device)
+    frozen.network.to(device)
+    visualize(frozen, images, args.image_size, args.threshold, output_dir, device)
 
 
 if __name__ == "__main__":

@@ -41,18 +41,23 @@ class ArgumentParser(argparse.ArgumentParser):
         exit_with(UserError(message, "", "see --help"))
 
 
-def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str) -> None:
-    """The flags that say what the images are; `folder` and `demo` complete their help."""
+def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, split: str = "") -> None:
+    """The flags that say what the images are; `folder` and `demo` complete their help.
+
+    `split` is the help of `--split`, for a script that reads one part of a dataset.
+    """
     # fmt: off
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",
         help=f"{folder}; with --dataset, the folder that holds the dataset")
     group.add_argument("--dataset", default="",
         help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
+    if split:
+        group.add_argument("--split", default="", help=split)
     group.add_argument("--download", action="store_true",
         help="let --dataset fetch what is missing; several machines have to share --data_path")
     group.add_argument("--demo", action="store_true", help=demo)
-    group.add_argument("--num_workers", default=10, type=int,
+    group.add_argument("--num_workers", default=10, type=number(int, at_least=0),
         help="data-loading workers per process; more while the log's data share is above a few per cent, "
              "but no more than there are cores")
     # fmt: on
@@ -65,11 +70,11 @@ def add_weights_flags(parser: argparse.ArgumentParser, patch_size: int = 16) -> 
     group.add_argument("--pretrained_weights", default="",
         help="a checkpoint; or a published model by name (dino_vits16, ...), which is downloaded; or a "
              "baseline: random (a network as --arch says) or pixels (no network)")
-    group.add_argument("--checkpoint_key", default=DefaultStr("teacher"),
+    group.add_argument("--checkpoint_key", default=None,
         help="teacher or student; the teacher is better")
-    group.add_argument("--arch", default=DefaultStr("vit_small"),
+    group.add_argument("--arch", default=None,
         help="architecture; the checkpoint knows its own")
-    group.add_argument("--patch_size", default=DefaultInt(patch_size), type=int,
+    group.add_argument("--patch_size", default=None, type=number(int, at_least=1),
         help="patch size; the checkpoint knows its own")
     # fmt: on
 
@@ -171,12 +176,25 @@ def exit_with(error: UserError):
     sys.exit(error.exit_code)
 
 
-def from_outside(error: Exception) -> UserError | None:
-    """One clear line for what the machine, not the program, did wrong; None for anything else."""
+# What saves memory, by flag: a script is advised those that it has.
+MEMORY_ADVICE = {
+    "batch_size_per_gpu": "lower --batch_size_per_gpu",
+    "grad_checkpointing": "add --grad_checkpointing",
+    "use_cuda": "give --use_cuda false",
+    "image_size": "lower --image_size",
+}
+
+
+def from_outside(error: Exception, args: argparse.Namespace | None = None) -> UserError | None:
+    """One clear line for what the machine, not the program, did wrong; None for anything else.
+
+    `args` are the script's flags, for advice.
+    """
     message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     lacks_memory = re.search("out of memory|can't allocate memory", message)  # MPS has no class for it
     if lacks_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
-        fix = "lower --batch_size_per_gpu; in training, also try --grad_checkpointing"
+        fix = " or ".join(words for name, words in MEMORY_ADVICE.items() if hasattr(args, name))
+        fix = fix or "close other programs"
         return TrainingError(f"out of memory: {message}", "", fix, alone=True)
     if message.startswith("DataLoader worker (pid"):  # it died; its own exceptions are not meant
         what = f"a data-loading worker died: {message}"
@@ -224,7 +242,7 @@ def run_script(main: Callable, args: argparse.Namespace, resumable: bool = False
         stop.exit_code = 130  # what a shell reports for SIGINT
         end_at_once(stop)
     except Exception as error:
-        outside = from_outside(error)
+        outside = from_outside(error, args)
         if outside is None:
             raise
         end_at_once(outside)

@@ -4,13 +4,24 @@ Shapes: B images, V views, H x W pixels.
 """
 
 import argparse
+import contextlib
+import errno
+import gzip
+import hashlib
 import inspect
 import itertools
 import multiprocessing
+import operator
 import os
 import random
+import re
+import shutil
 import signal
+import tempfile
 import threading
+import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +31,13 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from tqdm import tqdm
 
 from support.distributed import get_rank, get_world_size, main_process_first
-from support.errors import ImageError, UserError, nearest
+from support.errors import ImageError, Interrupted, UserError, nearest
+from support.files import Paths, class_folders, find_images
+from support.logger import log
 from support.monitor import ignore_signals
 from support.pixels import Colour, to_pixels, to_rgb
 from support.shapes import Shapes
@@ -32,12 +46,21 @@ from support.shapes import Shapes
 def load_image(path: str) -> Image.Image:
     """The first frame of an image file, as `to_rgb` reads it; EXIF rotation is ignored.
 
+    16-bit values keep the upper 8 of the bits they use, which a TIFF may say.
     Raises nearly anything for a file that cannot be read.
     """
     if not os.path.isfile(path):  # a pipe would never end
         raise OSError("not a file")
     with open(path, "rb") as file, Image.open(file) as image:
-        return to_rgb(image)
+        return to_rgb(image, sample_bits(image))
+
+
+def sample_bits(image: Image.Image) -> int:
+    """The bits that the values of a 16-bit image use, from 8 to 16, as a TIFF says in its tags."""
+    tags = getattr(image, "tag_v2", {})
+    bits, largest = tags.get(258, (16,)), tags.get(281, (65_535,))  # BitsPerSample, MaxSampleValue
+    said = [int(np.max(bits)), int(np.max(largest)).bit_length()]
+    return min(16, max(8, min(said)))
 
 
 def load_pixels(path: str) -> Tensor:
@@ -56,32 +79,25 @@ def load_pixels(path: str) -> Tensor:
     return to_pixels(load_image(path))
 
 
-def find_images(root: str | Path) -> Iterator[str]:
-    """Paths of all image files below a folder, sorted, links followed. Raises UserError."""
-
-    def unlistable(error: OSError):
-        raise UserError(error.strerror, error.filename, "mend it, or give another folder")
-
-    def leads_up(folder: str, name: str) -> bool:
-        target = os.path.realpath(os.path.join(folder, name))
-        return (os.path.realpath(folder) + os.sep).startswith(target + os.sep)
-
-    is_image = torchvision.datasets.folder.is_image_file
-    found = []
-    for folder, folders, names in os.walk(root, onerror=unlistable, followlinks=True):
-        found.append((folder, sorted(filter(is_image, names))))
-        # A link to a folder above would lead round and round.
-        folders[:] = [n for n in folders if not (os.path.islink(f"{folder}/{n}") and leads_up(folder, n))]
-    return (os.path.join(folder, name) for folder, names in sorted(found) for name in names)
-
-
 class ImageFiles(Dataset):
     """The given image files, and all those below the given folders, sorted; without labels."""
 
     def __init__(self, *roots: str | Path):
-        self.paths = []
-        for root in roots:
-            self.paths += [str(root)] if os.path.isfile(root) else find_images(root)
+        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        if len(roots) == 1 and not os.path.isfile(roots[0]):
+            self.paths = Paths(self._found(roots[0]), str(roots[0]))
+        else:
+            self.paths = Paths(path for root in roots for path in self._named(str(root)))
+
+    def _named(self, root: str) -> list[str]:
+        return [root] if os.path.isfile(root) else [os.path.join(root, name) for name in self._found(root)]
+
+    def _found(self, root: str | Path) -> list[str]:
+        """Image files below a folder, relative to it, and counted. Raises UserError."""
+        found = find_images(root)
+        self.taken, self.left_out = self.taken + found.taken, self.left_out + found.left_out
+        self.hidden += found.hidden
+        return found.names
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -94,6 +110,34 @@ class ImageFiles(Dataset):
         return load_pixels(self.paths[index])
 
 
+class LabelledFiles(ImageFiles):
+    """Image files below class folders; the classes are the names of the folders, sorted.
+
+    Raises UserError, also for a class without images.
+    """
+
+    def __init__(self, root: str | Path):
+        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        self.classes = class_folders(root)
+        if not self.classes:
+            raise UserError("no class folders", str(root), "put the images of each class into a folder")
+        found = [self._found(os.path.join(root, name)) for name in self.classes]
+        if empty := [name for name, names in zip(self.classes, found, strict=True) if not names]:
+            few = ", ".join(empty[:5])
+            raise UserError(f"no images in class folders {few}", str(root), "give each class images")
+        names = (f"{name}/{path}" for name, paths in zip(self.classes, found, strict=True) for path in paths)
+        self.paths = Paths(names, str(root))
+        self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return load_image(self.paths[index]), int(self.labels[index])
+
+    def renumber(self, classes: list[str]) -> None:
+        """Give each class the number that it has in `classes`, which has to name all of them."""
+        self.labels = np.array([classes.index(name) for name in self.classes])[self.labels]
+        self.classes = classes
+
+
 class Source(NamedTuple):
     """Where images come from: a folder, a torchvision dataset by class name in a folder, or the demo."""
 
@@ -101,6 +145,7 @@ class Source(NamedTuple):
     dataset: str = ""
     download: bool = False
     demo: bool = False
+    split: str = ""  # to train on; empty: as `open_training_images` chooses
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Source":
@@ -111,46 +156,108 @@ class Source(NamedTuple):
 def open_training_images(source: Source) -> Dataset:
     """Images to train on; items are (PIL image, label), and training ignores the label.
 
-    Raises UserError.
+    Of a dataset with a split of unlabelled images that one is taken, else the training split, unless
+    `source.split` names another. Logs what was taken. Raises UserError.
     """
     if source.demo:
+        if source.split:
+            raise UserError("has no effect with --demo", f"--split {source.split}", "leave it out")
         return Shapes("train", 3_584)  # five minutes of 2 cores
     if source.dataset:
-        return _torchvision_dataset(source, "train")
+        return _torchvision_dataset(source, "unlabelled")
     root = _existing_folder(source.data_path)
-    if os.path.isdir(root / "train") and os.path.isdir(root / "val"):
-        raise UserError(
-            "folder has train/ and val/", f"--data_path {root}", f"give --data_path {root / 'train'}"
-        )
+    if source.split:
+        root = _split_folder(root, source.split)
+    others = [name for name in ("val", "validation", "valid", "test") if os.path.isdir(root / name)]
+    if os.path.isdir(root / "train") and others:
+        what = f"folder has train/ and {'/ and '.join(others)}/"
+        raise UserError(what, f"--data_path {root}", f"give --data_path {root / 'train'}")
     images = ImageFiles(root)
     if not len(images):
-        raise UserError("no images found", f"--data_path {root}", "give a folder of image files")
+        others = f", only {_by_extension(images.left_out)}" if images.left_out else ""
+        raise UserError(f"no images found{others}", f"--data_path {root}", "give a folder of image files")
+    log(f"training images: {root}: {describe(images)}")
     return images
 
 
 def open_labelled_images(source: Source, split: str) -> Dataset:
-    """The "train" or "val" images to evaluate on, with `.classes`. Raises UserError."""
+    """The "train" or "val" images to evaluate on, with `.classes`. Logs what was taken. Raises UserError."""
     if source.demo:  # few enough to be evaluated in seconds
         return Shapes(split, {"train": 4_096, "val": 1_000}[split])
     if source.dataset:
         return _torchvision_dataset(source, split)
-    root = _existing_folder(source.data_path) / split
-    if not os.path.isdir(root):
-        raise UserError(f"no folder {split}/", f"--data_path {source.data_path}", "make train/ and val/")
-    try:
-        return torchvision.datasets.ImageFolder(str(root), loader=load_image)
-    except OSError as error:  # no class folders, or one that is empty or cannot be listed
-        raise UserError(str(error).splitlines()[0], str(root), "give each class images") from None
+    root = _split_folder(_existing_folder(source.data_path), split)
+    images = LabelledFiles(root)
+    log(f"{split} images: {root}: {describe(images)}")
+    return images
 
 
 def open_train_and_val(source: Source) -> tuple[Dataset, Dataset]:
-    """Both parts of a labelled dataset. Raises UserError, also where their classes differ."""
+    """Both parts of a labelled dataset, with the same class numbers. Raises UserError.
+
+    The validation part may lack classes of the training part, but not the other way round.
+    """
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
-    if getattr(train, "classes", None) != getattr(val, "classes", None):
-        differ = sorted(set(train.classes) ^ set(val.classes))
-        names = ", ".join(map(str, differ[:5]))
-        raise UserError(f"train and val differ in classes: {names}", "--data_path", "make them agree")
+    known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
+    if known == seen:
+        return train, val
+    unknown, absent = ([c for c in a if c not in b] for a, b in ((seen, known), (known, seen)))
+    if unknown or not isinstance(val, LabelledFiles):
+        names = ", ".join(map(str, (unknown or absent)[:5]))
+        what = f"val has classes that train lacks: {names}" if unknown else f"val lacks classes: {names}"
+        fix = "give train/ images of these classes, or remove them from val/"
+        raise UserError(what, f"--data_path {source.data_path}", fix)
+    log(f"note: val lacks {len(absent)} of {len(known)} classes: {', '.join(absent[:5])}")
+    val.renumber(known)
     return train, val
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    if not os.path.isdir(root / split):
+        raise UserError(f"no folder {split}/", f"--data_path {root}", "make train/ and val/")
+    return root / split
+
+
+def _by_extension(files: Counter) -> str:
+    """The most frequent first, e.g. ".jpg 20, .txt 4"."""
+    common = sorted(files.items(), key=lambda pair: (-pair[1], pair[0]))[:6]
+    return ", ".join([f"{name} {count:,}" for name, count in common] + ["..."] * (len(files) > len(common)))
+
+
+def describe(images: Dataset) -> str:
+    """How many images and classes there are, and by extension which files were taken and left out."""
+    words = f"{len(images):,} images"
+    if classes := getattr(images, "classes", None):
+        words += f", {len(classes):,} classes"
+    if isinstance(images, ImageFiles) and images.taken:
+        words += f" ({_by_extension(images.taken)})"
+        left_out = []
+        if images.left_out:
+            left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
+        if images.hidden:
+            left_out.append(f"{images.hidden:,} hidden names")
+        words += "; left out " * bool(left_out) + " and ".join(left_out)
+    return words
+
+
+def digest(images: Dataset) -> str:
+    """12 hex digits that tell sets of images apart; a folder that was moved keeps its digits.
+
+    For files, they depend on names relative to the folder, sizes (of at most 10,000 files) and classes; for
+    other datasets on the kind, the split, the length, the classes and, where the dataset has them as an
+    array, the labels.
+    """
+    facts = [type(images).__name__, len(images), getattr(images, "split", getattr(images, "train", None))]
+    facts += [getattr(images, "size", None), list(map(str, getattr(images, "classes", None) or []))]
+    summary = hashlib.sha256(repr(facts).encode())
+    if isinstance(images, ImageFiles):
+        summary.update(images.paths.digest())
+    for name in ("labels", "targets", "_labels"):
+        labels = getattr(images, name, None)
+        if isinstance(labels, np.ndarray | Tensor | list):
+            with contextlib.suppress(ValueError, TypeError):  # labels that are no numbers
+                summary.update(np.asarray(labels, dtype=np.float64).tobytes())
+    return summary.hexdigest()[:12]
 
 
 def _existing_folder(data_path: str) -> Path:
@@ -175,41 +282,101 @@ def _torchvision_dataset(source: Source, split: str) -> Dataset:
     with main_process_first():  # only one unpacks or downloads
         for archive in Path(root, name, "raw").glob("*-ubyte.gz"):  # MNIST's layout, not yet unpacked
             if not archive.with_suffix("").exists():
-                torchvision.datasets.utils.extract_archive(str(archive))
-        return _open_split(make, name, root, split, source.download)
+                _unpack(archive)
+        images, taken = _open_split(make, source, split)
+    log(f"{split if split == 'val' else 'training'} images: {name}{taken}: {describe(images)}")
+    return images
 
 
-def _open_split(make: Callable, name: str, root: str, split: str, download: bool) -> Dataset:
+def _unpack(archive: Path) -> None:
+    """Decompress a .gz file beside it; another process sees either no file or the whole one."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=".unpacking", delete=False) as part:
+            try:
+                with gzip.open(archive) as packed:
+                    shutil.copyfileobj(packed, part)
+                part.close()
+                shutil.copymode(archive, part.name)
+                os.replace(part.name, archive.with_suffix(""))
+            except BaseException:
+                os.unlink(part.name)
+                raise
+    except (OSError, EOFError, zlib.error) as error:
+        fix = "download it again, and leave its folder writable"
+        raise UserError(f"cannot unpack: {error}", str(archive), fix) from None
+
+
+# What datasets call their parts, in the order in which the names are tried.
+SPLITS = {
+    "unlabelled": ["unlabeled", "train", "trainval"],
+    "train": ["train", "trainval"],
+    "val": ["val", "valid", "test"],
+}
+
+
+def _open_split(make: Callable, source: Source, split: str) -> tuple[Dataset, str]:
+    """The dataset, and words that say which part of it was taken."""
+    name, part = source.dataset, "val" if split == "val" else "train"
     # MNIST and its like hide their arguments behind **kwargs of a parent.
     takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
-    kwargs = {"download": True} if download and "download" in takes else {}
+    kwargs = {"download": True} if source.download and "download" in takes else {}
+    own = source.split if split == "unlabelled" else ""  # evaluations know which part they want
     if "train" in takes:
-        choices = [{"train": split == "train"}]
+        if own not in ("", "train", "test"):
+            raise UserError("dataset has train and test", f"--split {own}", "name one of them")
+        choices = [{"train": own != "test" if own else part == "train"}]
     elif "split" in takes:
-        names = {"train": ["train", "trainval"], "val": ["val", "valid", "test"]}[split]
-        choices = [{"split": n} for n in names]
+        choices = [{"split": n} for n in ([own] if own else SPLITS[split])]
+    elif split == "unlabelled" and not own:
+        choices = [{}]  # training needs no split
     else:
         raise UserError("dataset has no train/val split", f"--dataset {name}", "use a folder instead")
     for choice in choices:
+        words = "".join(f", {key} {value}" for key, value in choice.items())
         try:
-            return make(root, **choice, **kwargs)
+            return make(source.data_path, **choice, **kwargs), words
         except ValueError as error:  # this dataset calls its split by another name
             reason = error
         except TypeError as error:  # it wants to know more than where it is
             raise UserError(str(error), f"--dataset {name}", "use a folder instead") from None
         except (RuntimeError, OSError) as error:
-            fix = "check the folder, or add --download" if not download else "check the network"
+            fix = "check the folder, or add --download" if not source.download else "check the network"
             raise UserError(str(error).splitlines()[0], f"--dataset {name}", fix) from None
-    raise UserError(f"no {split} split: {reason}", f"--dataset {name}", "use a folder instead")
+    if own:
+        raise UserError(str(reason), f"--split {own}", "name one of the dataset's splits")
+    raise UserError(f"no {part} split: {reason}", f"--dataset {name}", "use a folder instead")
 
 
 def sample_name(dataset: Dataset, index: int) -> str:
-    """What to call a sample in a message: its file, if it has one."""
+    """What a message calls a sample: its file, if it has one."""
     if isinstance(dataset, ImageFiles):
         return dataset.paths[index]
     if isinstance(dataset, torchvision.datasets.ImageFolder):
         return dataset.samples[index][0]
     return f"image {index}"
+
+
+def why_unreadable(images: Dataset, index: int) -> str:
+    """Why a sample cannot be read, found by reading it once more; "" if that works."""
+    try:
+        if isinstance(images, ImageFiles):
+            images.pixels(index)
+        else:
+            images[index][0].convert("RGB")
+    except Exception as error:  # a broken file can raise nearly anything
+        return reason(error)
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without Pillow's description of the open file."""
+    return re.sub(r" <_io\.[^>]*>", "", str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _machine_lacks(error: Exception) -> bool:
+    """Whether an image could not be read for lack of memory or of open files."""
+    lacks = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return lacks or isinstance(error, MemoryError)
 
 
 class TrainingViews(Dataset):
@@ -218,9 +385,11 @@ class TrainingViews(Dataset):
     It is `make_views(pixels, rng)` and an index. `make_views` takes uint8 (3, H, W) and a
     `random.Random`; it returns uint8 views, one tensor (V, 3, H, W) for each size, and how their
     colours are still to change, as `pixels.normalized_views` takes it. The index is -1; for an image
-    that cannot be read, which the next readable one replaces, it is that image's, so that training can
-    name and count it.
+    that cannot be read and is replaced by another one, it is that image's, so that training can name
+    and count it.
     """
+
+    TRIES = 10  # other images, before the data as a whole is considered unreadable
 
     def __init__(
         self,
@@ -238,18 +407,22 @@ class TrainingViews(Dataset):
             return self.images.pixels(index)
         return to_pixels(self.images[index][0])
 
+    def _readable(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        """The image, or one drawn in its place and the index of what it replaces, else -1."""
+        others = random.Random(f"{self.seed} {epoch} {index} instead")
+        for candidate in [index] + [others.randrange(len(self)) for _ in range(self.TRIES)]:
+            try:
+                return self._pixels(candidate), -1 if candidate == index else index
+            except Exception as error:  # a broken file can raise nearly anything
+                if _machine_lacks(error):
+                    raise
+        name, reason = sample_name(self.images, index), why_unreadable(self.images, index)
+        raise UserError(f"no image can be read, in {self.TRIES + 1} tries: {reason}", name, "check the data")
+
     def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Colour | Sequence, int]:
         epoch, index = item
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        unreadable = -1
-        for candidate in itertools.chain(range(index, len(self)), range(index)):
-            try:
-                pixels = self._pixels(candidate)
-                break
-            except Exception:  # a broken file can raise nearly anything
-                unreadable = index
-        else:
-            raise UserError("no image can be read", sample_name(self.images, index))
+        pixels, unreadable = self._readable(epoch, index)
         return *self.make_views(pixels, rng), unreadable
 
 
@@ -259,12 +432,18 @@ def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
         image, label = images[index]
         image = image.convert("RGB")
     except Exception as error:  # a broken file can raise nearly anything
+        if _machine_lacks(error):
+            raise
         name = sample_name(images, index)
-        raise ImageError(f"cannot read image: {error}", name, "repair or remove it") from None
+        raise ImageError(f"cannot read image: {reason(error)}", name, "repair or remove it") from None
     try:
-        return image, int(label)
-    except TypeError:
-        raise UserError("labels are not class numbers", "--dataset", "use another") from None
+        number = operator.index(label)
+    except (TypeError, RuntimeError, ValueError):  # several labels, or a target of a regression
+        number = -1
+    if number < 0:
+        where, fix = f"{sample_name(images, index)}: {label!r:.40}", "use a dataset with one class per image"
+        raise UserError("label is not a class number", where, fix)
+    return image, number
 
 
 class EvalImages(Dataset):
@@ -324,23 +503,142 @@ class EpochBatches:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers end with each pass over it, however the pass ends."""
+    """A DataLoader that does not wait for a batch without end, and whose workers end with each pass.
+
+    A pass raises Interrupted when a worker, or a batch, was lost, when no batch comes for `patience`
+    seconds, and when `stop_asked()` during a wait. One process alone then just ends the pass.
+    """
+
+    patience, warn_every, grace, poll = 600.0, 60.0, 5.0, 1.0  # seconds
+
+    def __init__(self, *args, stop_asked: Callable[[], bool], **kwargs):
+        super().__init__(*args, collate_fn=pack, **kwargs)
+        self.stop_asked = stop_asked
 
     def __iter__(self) -> Iterator:
         others = set(multiprocessing.active_children())
-        batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
-        return self._batches(batches, set(multiprocessing.active_children()) - others)
+        with _explained():
+            batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
+        return self._pass(batches, set(multiprocessing.active_children()) - others)
 
-    def _batches(self, batches: Iterator, workers: set) -> Iterator:
+    def _pass(self, batches: Iterator, workers: set) -> Iterator:
         try:
-            yield from batches
+            while (batch := self._next(batches, workers)) is not None:
+                yield unpack(batch)
         finally:
             del batches  # with it, torch ends workers that are well
             kill_workers(workers)
 
+    def _next(self, batches: Iterator, workers: set):
+        """The next batch; None at the end, and when this process is asked to stop and no batch comes."""
+        begun, warned = time.monotonic(), 0
+        while True:
+            try:
+                with _explained():
+                    return next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):  # after `poll` seconds
+                    raise
+            waited = time.monotonic() - begun
+            if self.stop_asked() and waited > self.grace:
+                kill_workers(workers)
+                if get_world_size() == 1:
+                    return None
+                what = "asked to stop while waiting for images"
+                raise Interrupted(what, "", "run the same command to resume", alone=True)
+            if waited > self.patience:
+                kill_workers(workers)
+                raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW, alone=True)
+            if waited > (warned + 1) * self.warn_every:
+                warned += 1
+                tqdm.write(f"warning: no batch of images for {waited:.0f} s: {SLOW}")
 
-def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, device: torch.device) -> Loader:
-    """The DataLoader of training and of evaluation; `batches` gives the items of each batch."""
+
+SLOW = "check that the file system of --data_path responds, or lower --num_workers"
+
+# What the message of a lost worker or batch tells about its cause, and what helps.
+CAUSES = {
+    "Too many open files|ancdata": "raise the limit of open files (ulimit -n), or lower --num_workers",
+    "Bus error|shared memory|No space left on device|Cannot allocate memory": (
+        "give /dev/shm more room (docker run --shm-size 8g), or lower --num_workers"
+    ),
+    r"^DataLoader worker \(pid": "run the same command to resume; if memory was short, lower --num_workers",
+}
+
+
+@contextlib.contextmanager
+def _explained():
+    """Raise Interrupted, with the cause and what helps, for an error by which a worker or a batch is lost."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        message = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+        for cause, fix in CAUSES.items():
+            if re.search(cause, message):
+                raise Interrupted(f"data loading failed: {message}", "", fix, alone=True) from error
+        raise
+
+
+def pack(items: list) -> tuple:
+    """torch's default_collate, except that views of one size become one tensor, (V B, 3, H, W).
+
+    Each tensor costs a worker and the process that it loads for an open file.
+    """
+    if isinstance(items[0], tuple) and isinstance(items[0][0], list):
+        views = itertools.groupby(zip(*(item[0] for item in items), strict=True), lambda v: v[0].shape)
+        packed = [default_collate([view for same in group for view in same]) for _, group in views]
+        batch = (Packed(packed), *default_collate([item[1:] for item in items]))
+    else:
+        batch = default_collate(items)
+    if get_worker_info():
+        _check_open_files(2 * len(_tensors(batch)) + 8)
+    return batch
+
+
+class Packed(list):
+    """Tensors of several views each."""
+
+
+def unpack(batch):
+    """A batch from `pack`, with its views as V tensors (B, 3, H, W)."""
+    if not (isinstance(batch, list | tuple) and isinstance(batch[0], Packed)):
+        return batch
+    packed, *rest = batch
+    size = len(rest[-1])
+    return [[view for views in packed for view in views.split(size)], *rest]
+
+
+def _tensors(batch) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    return [t for part in batch for t in _tensors(part)] if isinstance(batch, list | tuple) else []
+
+
+def _check_open_files(count: int) -> None:
+    """Raise OSError, where it reaches the training, if a worker cannot open so many files.
+
+    It sends tensors from another thread, where the error would only lose the batch.
+    """
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def make_loader(
+    dataset: Dataset,
+    batches: Iterable[list],
+    num_workers: int,
+    device: torch.device,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> Loader:
+    """The DataLoader of training and of evaluation; `batches` gives the items of each batch.
+
+    `stop_asked` says whether this process was asked to stop.
+    """
     return Loader(
         dataset,
         batch_sampler=batches,
@@ -348,6 +646,8 @@ def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, dev
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,  # a scheduler signals the whole job, but only the training stops
         generator=torch.Generator(),  # its own: loading does not change the global random stream
+        timeout=Loader.poll if num_workers else 0,
+        stop_asked=stop_asked,
     )
 
 
@@ -397,11 +697,3 @@ def to_device(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]
             yield hand_over(*ready)
     if ahead:
         yield hand_over(*ahead)
-
-
-def describe(images: Dataset) -> str:
-    return f"{len(images)} images"
-
-
-def digest(images: Dataset) -> str:
-    return "0"

@@ -29,17 +29,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     """An image of any mode -> RGB, 8 bits. Transparency is dropped; the pixels below it stay.
 
-    16-bit grey values keep their upper 8 bits; PIL would clip nearly all of them to white. Raises
-    ValueError for values without an agreed range: floating point, or outside 0..65535.
+    16-bit grey values, of which `bits` are used, keep the upper 8 of these; PIL would clip nearly all of
+    them to white. Raises ValueError for values without an agreed range: floating point, or outside 0..65535.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65_535:
             raise ValueError("32-bit values have no agreed range")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        levels = np.minimum(values.astype(np.int64) >> (bits - 8), 255)
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point values have no agreed range")
     if "transparency" in image.info:  # PIL warns of it in a palette

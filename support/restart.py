@@ -23,7 +23,7 @@ class Run:
     """A run's folder: resumes from it and saves to it.
 
     `required` names the pieces that a checkpoint has to hold; it may lack others, which is said. `advice` is
-    what to try when the weights are not finite.
+    what to try when the weights are not finite; None: save them all the same.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Run:
         required: Sequence[str],
         suffix: str = ".pth",
         log_name: str = "log.txt",
-        advice: str = "lower the learning rate",
+        advice: str | None = "lower the learning rate",
     ):
         self.folder, self.required, self.advice = folder, required, advice
         self.checkpoint = folder / f"checkpoint{suffix}"
@@ -55,13 +55,14 @@ class Run:
 
     # ---- resume
 
-    def resume(self, pieces: dict, identity: dict, allow_changed: bool = False) -> dict:
+    def resume(self, pieces: dict, identity: dict, allow_changed: bool | None = None) -> dict:
         """Load the newest whole checkpoint, if there is one, into the pieces; all ranks call this together.
 
         From here to the end of the run's `with` block no other run can use the folder.
         `identity` holds everything that decides the run's maths, by name: a checkpoint with another one is
-        a UserError unless `allow_changed`. Returns what the checkpoint holds besides the pieces, {} for a
-        new run. Raises UserError also for states that do not fit.
+        a UserError unless `allow_changed`, which is None for a script without such a flag. Returns what the
+        checkpoint holds besides the pieces, {} for a new run. Raises UserError also for states that do not
+        fit.
         """
         self.pieces, self.identity = pieces, json.loads(json.dumps(identity))  # lists for tuples: comparable
         with main_process_first():
@@ -108,14 +109,15 @@ class Run:
             raise damaged
         return None
 
-    def _check_identity(self, checkpoint: dict, path: Path, allow_changed: bool) -> None:
+    def _check_identity(self, checkpoint: dict, path: Path, allow_changed: bool | None) -> None:
         known = checkpoint.get("identity") or checkpoint.get("args")
         known = known if isinstance(known, dict) else {}
         both = [name for name in self.identity if name in known]
         changed = [name for name in both if known[name] != self.identity[name]]
         listed = ", ".join(f"{name} {known[name]} -> {self.identity[name]}" for name in changed)
         if changed and not allow_changed:
-            fix = "give the old values, another --output_dir, or --allow_changed_args"
+            fix = "give the old values or another --output_dir"
+            fix += "" if allow_changed is None else ", or --allow_changed_args"
             raise UserError(f"this differs from the run to resume: {listed}", str(path), fix)
         if changed:
             log(f"warning: resuming with {listed}: from here on the run differs from one started so")
@@ -165,7 +167,7 @@ class Run:
 
     def _check_finite(self) -> None:
         """A step can ruin the weights after its loss was finite: keep the checkpoint from before."""
-        for name, piece in self.pieces.items():
+        for name, piece in self.pieces.items() if self.advice else ():
             tensors = piece.state_dict().values() if isinstance(piece, nn.Module) else ()
             if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 what, fix = f"{name} has weights that are not finite", f"not saved; {self.advice}"

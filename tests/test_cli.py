@@ -2,6 +2,10 @@ import argparse
 
 import pytest
 
+import eval_knn
+import eval_linear
+import main_dino
+import visualize_attention
 from support import cli
 from support.cli import bool_flag
 from support.errors import ImageError, Interrupted, UserError
@@ -24,7 +28,7 @@ def test_what_comes_from_outside_is_one_line(error, code, line, capsys):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        cli.run_script(main, None)
+        cli.run_script(main, argparse.Namespace(batch_size_per_gpu=4))
     said = capsys.readouterr().err
     assert end.value.code == code and said.startswith(line) and said.count("\n") == 1
 
@@ -41,11 +45,25 @@ def test_what_is_a_fault_of_the_program_keeps_its_traceback():
 
 def test_the_one_that_knows_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    cli.say(cli.from_outside(MemoryError("no room")))
+    cli.say(cli.from_outside(MemoryError("no room"), argparse.Namespace(batch_size_per_gpu=4)))
     cli.say(ImageError("cannot read image"))
     cli.say(UserError("all of them know"))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: out of memory: no room: lower") and second == "error: cannot read image"
+
+
+@pytest.mark.parametrize(
+    ("script", "advice"),
+    [
+        (main_dino, "lower --batch_size_per_gpu or add --grad_checkpointing"),
+        (eval_knn, "lower --batch_size_per_gpu or give --use_cuda false or lower --image_size"),
+        (eval_linear, "lower --batch_size_per_gpu or lower --image_size"),
+        (visualize_attention, "lower --image_size"),
+    ],
+)
+def test_each_script_advises_the_flags_that_it_has(script, advice):
+    error = cli.from_outside(MemoryError("no room"), script.parse_args([]))
+    assert str(error) == f"out of memory: no room: {advice}"
 
 
 def test_help_shows_defaults_where_there_are_some(capsys):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import eval_knn
 from support.errors import UserError
@@ -81,7 +82,7 @@ def test_classes_of_train_and_val_must_agree(tmp_path):
     for split, names in (("train", "ab"), ("val", "ac")):
         for name in names:
             save_images(tmp_path / split / name, 1)
-    with pytest.raises(UserError, match="differ in classes: b, c"):
+    with pytest.raises(UserError, match="val has classes that train lacks: c"):
         pixels(tmp_path)
 
 
@@ -90,6 +91,9 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path):
     names = sorted(path.name for path in (tmp_path / "features").iterdir())
     assert names == ["testfeat.pth", "testlabels.pth", "trainfeat.pth", "trainlabels.pth"]
     assert evaluate("--load_features", str(tmp_path / "features"), "--nb_knn", "3") == first
+    for name in ("trainfeat", "testfeat"):
+        lengths = torch.load(tmp_path / "features" / f"{name}.pth").norm(dim=1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
     with pytest.raises(UserError, match="no such file"):
         evaluate("--load_features", str(tmp_path / "nowhere"))
 
@@ -100,7 +104,7 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path):
         ("testfeat", torch.rand(9, 5), r"do not fit together: \(15, 768\), \(15,\), \(9, 5\), \(9,\)"),
         ("testlabels", torch.arange(8), r"do not fit together: .* \(8,\)"),
         ("trainfeat", {}, r"do not fit together: \(\)"),
-        ("trainfeat", torch.full((15, 768), torch.nan), "not finite"),
+        ("trainfeat", torch.full((15, 768), torch.nan), r"features are not finite numbers \(.*trainfeat"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(labelled, tmp_path, name, tensor, message):
@@ -108,6 +112,63 @@ def test_features_that_do_not_fit_are_refused(labelled, tmp_path, name, tensor, 
     torch.save(tensor, tmp_path / f"{name}.pth")
     with pytest.raises(UserError, match=message):
         evaluate("--load_features", str(tmp_path))
+
+
+def saved_features(folder, **changes) -> dict:
+    """Features of three classes, with a train and a test row that others differ from by their length."""
+    generator = torch.Generator().manual_seed(0)
+    centre = F.normalize(torch.randn(3, 8, generator=generator), dim=1)
+    tensors = {"trainlabels": torch.arange(30) % 3, "testlabels": torch.arange(9) % 3}
+    for name, noise in (("train", 0.5), ("test", 0.4)):
+        labels = tensors[f"{name}labels"]
+        rows = centre[labels] + noise * torch.randn(len(labels), 8, generator=generator)
+        tensors[f"{name}feat"] = F.normalize(rows, dim=1)
+    tensors |= {name: change(tensors[name]) for name, change in changes.items()}
+    for name, tensor in tensors.items():
+        torch.save(tensor, folder / f"{name}.pth")
+    return evaluate("--load_features", str(folder), "--nb_knn", "5")
+
+
+def test_rows_of_any_length_give_the_same_accuracy(tmp_path, capsys):
+    unit = saved_features(tmp_path)
+    assert "normalised" not in capsys.readouterr().out
+    lengths = torch.linspace(0.1, 30, 30)[:, None]
+    longer = saved_features(tmp_path, trainfeat=lambda rows: lengths * rows, testfeat=lambda rows: 7 * rows)
+    said = capsys.readouterr().out
+    assert longer == unit and 0 < unit[5][0]
+    assert "rows of length 0.1 to 30 normalised to 1" in said and "rows of length 7 to 7" in said
+    assert saved_features(tmp_path, trainfeat=lambda rows: rows.half(), testfeat=lambda rows: rows.double())
+    assert saved_features(tmp_path, trainlabels=lambda labels: labels.float()) == unit
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("trainlabels", lambda labels: labels + 0.5, r"labels are not whole numbers from 0 \(.*trainlabels"),
+        ("testlabels", lambda labels: labels - 1, r"labels are not whole numbers from 0 \(.*testlabels"),
+        ("testlabels", lambda labels: torch.full((9,), torch.nan), "labels are not whole numbers from 0"),
+        ("trainfeat", torch.zeros_like, r"rows of length 0 to 0 cannot be normalised \(.*trainfeat"),
+        ("testfeat", lambda rows: rows * 1j, "features are not finite numbers"),
+    ],
+)
+def test_values_that_are_no_features_or_labels_are_refused(tmp_path, name, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        saved_features(tmp_path, **{name: change})
+    assert "\n" not in str(error.value)
+
+
+def test_test_labels_that_training_lacks_are_named(tmp_path, capsys):
+    saved_features(tmp_path, testlabels=lambda labels: labels + 2)
+    assert "warning: 6 of 9 test labels are not among the training labels" in capsys.readouterr().out
+
+
+def test_flags_without_effect_beside_loaded_features_are_named(tmp_path, capsys):
+    saved_features(tmp_path)
+    assert "no effect" not in capsys.readouterr().out.replace("--num_workers has no effect", "")
+    evaluate("--load_features", str(tmp_path), "--pretrained_weights", "x.pth", "--image_size", "64")
+    said = capsys.readouterr().out
+    assert "warning: --pretrained_weights has no effect: --load_features gives the features" in said
+    assert "warning: --image_size has no effect" in said and "--arch" not in said
 
 
 def test_a_small_temperature_leaves_the_nearest_alone():
@@ -121,20 +182,64 @@ def test_a_small_temperature_leaves_the_nearest_alone():
     [
         ([], "no weights given"),
         (["--pretrained_weights", "/nowhere.pth"], "no such file"),
-        (["--pretrained_weights", "pixels", "--nb_knn", "0"], "--nb_knn"),
-        (["--temperature", "0"], "--temperature 0"),
-        (["--temperature", "nan"], "--temperature nan"),
-        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
-        (["--num_workers=-1"], "--num_workers -1"),
-        (["--seed=-1"], "--seed -1"),
-        (["--image_size", "0"], "--image_size 0"),
-        (["--patch_size", "0"], "--patch_size 0"),
         (["--pretrained_weights", "pixels", "--dump_features", __file__], "File exists .*--dump_features"),
     ],
 )
 def test_bad_usage_is_one_clear_line(labelled, flags, message):
     with pytest.raises(UserError, match=message):
         eval_knn.main(eval_knn.parse_args(["--num_workers", "0", "--data_path", str(labelled), *flags]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nb_knn", "20", "0"], "--nb_knn: must be at least 1, not 0"),
+        (["--temperature", "0"], "--temperature: must be above 0, not 0"),
+        (["--temperature", "nan"], "--temperature: must be finite, not nan"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu: must be at least 1, not 0"),
+        (["--num_workers=-1"], "--num_workers: must be at least 0, not -1"),
+        (["--seed=-1"], "--seed: must be at least 0, not -1"),
+        (["--image_size", "0"], "--image_size: must be at least 1, not 0"),
+        (["--patch_size", "0"], "--patch_size: must be at least 1, not 0"),
+    ],
+)
+def test_a_number_out_of_range_is_one_clear_line(capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        eval_knn.parse_args(flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_it_says_what_it_took(labelled, capsys):
+    pixels(labelled, "--nb_knn", "3")
+    train, val, weights, preprocessing = capsys.readouterr().out.splitlines()[:4]
+    assert "/train: 15 images, 3 classes" in train and "/val: 9 images, 3 classes" in val
+    assert weights.startswith("weights: pixels")
+    normalization = "mean (0.485, 0.456, 0.406), deviation (0.229, 0.224, 0.225)"
+    assert preprocessing == f"preprocessing: 16 pixels, {normalization}"
+
+
+@pytest.mark.parametrize("weights", ["pixels", "random"])
+def test_the_demos_images_are_evaluated_as_a_user_would(monkeypatch, weights):
+    monkeypatch.setattr("support.data.Shapes.__len__", lambda shapes: 40)
+    flags = "--demo", "--pretrained_weights", weights, "--image_size", "64"
+    arch = ("--arch", "vit_nano") if weights == "random" else ()
+    result = evaluate(*flags, *arch, "--nb_knn", "20")
+    assert list(result) == [20] and 0 <= result[20][0] <= result[20][1] <= 100
+
+
+def test_a_class_that_val_lacks_changes_no_label(tmp_path):
+    """Images that are white on one side: pixels tell which."""
+    white = {"a": (0, 0, 8, 16), "b": (0, 0, 16, 8), "c": (8, 0, 16, 16)}
+    for split, names in (("train", "abc"), ("val", "ac")):
+        for name in names:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                image = Image.new("RGB", (16, 16))
+                image.paste((255, 255, 255), white[name])
+                image.save(folder / f"{i}.png")
+    assert pixels(tmp_path, "--nb_knn", "2")[2] == (100, 100)
 
 
 def test_a_broken_image_is_named_by_the_process_that_reads_it(tmp_path):
@@ -153,11 +258,13 @@ def test_published_flags_and_defaults():
     args = vars(eval_knn.parse_args([]))
     published = {
         "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
-        "pretrained_weights": "", "use_cuda": True, "arch": "vit_small", "patch_size": 16,
-        "checkpoint_key": "teacher", "dump_features": None, "load_features": None, "num_workers": 10,
-        "dist_url": "env://", "local_rank": 0,
+        "pretrained_weights": "", "use_cuda": True, "dump_features": None, "load_features": None,
+        "num_workers": 10, "dist_url": "env://", "local_rank": 0,
     }  # fmt: skip
     assert {name: args[name] for name in published} == published
+    assert args["arch"] is args["patch_size"] is args["checkpoint_key"] is None  # as the weights say
+    replayed = eval_knn.parse_args(["--arch=vit_small", "--patch_size=16", "--checkpoint_key=teacher"])
+    assert (replayed.arch, replayed.patch_size, replayed.checkpoint_key) == ("vit_small", 16, "teacher")
 
 
 def test_two_processes_give_what_one_gives(labelled):

@@ -1,6 +1,7 @@
 import copy
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -13,20 +14,21 @@ from torchvision import transforms
 
 import eval_linear
 from eval_linear import LinearClassifiers, frozen_features, validate_network
-from support import backbones, cli, data
+from support import backbones, data, restart
 from support.distributed import fix_random_seeds
-from support.errors import UserError
-from support.pixels import eval_transform, to_pixels
+from support.errors import TrainingError, UserError
+from support.pixels import to_pixels
 from support.weights import load_backbone, load_checkpoint, save_checkpoint
 from tests import golden
 from tests.conftest import run, save_images, torchrun
 
 PUBLISHED = {
-    "n_last_blocks": 4, "avgpool_patchtokens": False, "arch": "vit_small", "patch_size": 16,
-    "pretrained_weights": "", "checkpoint_key": "teacher", "epochs": 100, "batch_size_per_gpu": 128,
-    "dist_url": "env://", "local_rank": 0, "num_workers": 10, "val_freq": 1, "output_dir": ".",
-    "num_labels": 1000, "evaluate": False,
+    "n_last_blocks": 4, "avgpool_patchtokens": False, "pretrained_weights": "", "epochs": 100,
+    "batch_size_per_gpu": 128, "dist_url": "env://", "local_rank": 0, "num_workers": 10, "val_freq": 1,
+    "output_dir": ".", "evaluate": False,
 }  # fmt: skip
+# Flags whose published default gives way to what the weights and the data say.
+OPEN = {"arch": "vit_small", "patch_size": 16, "checkpoint_key": "teacher", "num_labels": 1000}
 
 # A random network on 32 pixels, which takes no time.
 FLAGS = (
@@ -47,9 +49,11 @@ def log_of(folder) -> list[dict]:
 def test_published_flags_and_defaults():
     args = vars(eval_linear.parse_args([]))
     assert {name: args[name] for name in PUBLISHED} == PUBLISHED and args["lr"] == [0.001]
-    argv = [f"--{name}={value}" for name, value in PUBLISHED.items() if name != "evaluate"]
+    assert all(args[name] is None for name in OPEN)
+    flags = PUBLISHED | OPEN
+    argv = [f"--{name}={value}" for name, value in flags.items() if name != "evaluate"]
     replayed = vars(eval_linear.parse_args([*argv, "--lr", "0.001"]))
-    assert {name: replayed[name] for name in PUBLISHED} == PUBLISHED
+    assert {name: replayed[name] for name in flags} == flags
 
 
 # ---- features
@@ -228,13 +232,13 @@ def test_a_run_reports_the_best_of_several_rates(labelled, tmp_path, capsys):
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(labelled, tmp_path, monkeypatch, flags):
     probe(labelled, tmp_path / "whole", *flags)
 
-    def stop(state, path):
-        save_checkpoint(state, path)
+    def stop(state, path, previous=None):
+        save_checkpoint(state, path, previous)
         if state["epoch"] == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(eval_linear, "save_checkpoint", stop)
+        patch.setattr(restart, "save_checkpoint", stop)
         probe(labelled, tmp_path / "parts", *flags)
     probe(labelled, tmp_path / "parts", *flags)
     whole, parts = (load_checkpoint(tmp_path / n / "checkpoint.pth.tar") for n in ("whole", "parts"))
@@ -263,10 +267,10 @@ def test_cached_features_are_those_of_the_plain_images(labelled, tmp_path, monke
     monkeypatch.setattr(eval_linear, "cached_batches", keep)
     probe(labelled, tmp_path, "--cache_features")
     fix_random_seeds(0)
-    backbone, size = load_backbone("random", arch="vit_nano", patch_size=8, image_size=32)
+    frozen = load_backbone("random", arch="vit_nano", patch_size=8, image_size=32)
     train_images, _ = data.open_train_and_val(data.Source(str(labelled)))
     alone = [
-        frozen_features(backbone, eval_transform(size)(image)[None], 4, False) for image, _ in train_images
+        frozen_features(frozen.network, frozen.transform(image)[None], 4, False) for image, _ in train_images
     ]
     torch.testing.assert_close(kept[0], torch.cat(alone))
 
@@ -316,14 +320,9 @@ def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lr", "0"], "--lr 0"),
-        (["--lr", "0.1", "nan"], "--lr 0.1 nan"),
         (["--lr", "0.1", "0.1"], "named twice"),
         (["--n_last_blocks", "7"], "network has 6 blocks"),
-        (["--num_workers=-1"], "--num_workers -1"),
-        (["--seed=-1"], "--seed -1"),
         (["--output_dir", __file__], "File exists"),
-        (["--epochs", "0"], "--epochs 0"),
         (["--num_labels", "2"], "the data has 3 classes"),
         (["--linear_weights", "x.pth"], "add --evaluate"),
         (["--evaluate"], "no such file .*checkpoint.pth.tar"),
@@ -338,19 +337,149 @@ def test_bad_usage_is_one_clear_line(labelled, tmp_path, flags, message):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "0"], "--lr: must be above 0, not 0"),
+        (["--lr", "0.1", "nan"], "--lr: must be finite, not nan"),
+        (["--num_workers=-1"], "--num_workers: must be at least 0, not -1"),
+        (["--seed=-1"], "--seed: must be at least 0, not -1"),
+        (["--epochs", "0"], "--epochs: must be at least 1, not 0"),
+        (["--num_labels", "0"], "--num_labels: must be at least 1, not 0"),
+    ],
+)
+def test_a_number_out_of_range_is_one_clear_line(capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        eval_linear.parse_args(flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and message in said and said.count("\n") == 1
+
+
 def test_a_folder_with_another_run_is_refused(labelled, tmp_path):
     probe(labelled, tmp_path)
-    with pytest.raises(
-        UserError, match=r"begun otherwise: .*lr \[0.001\] -> \[0.1\].*give another --output_dir"
-    ):
+    with pytest.raises(UserError, match=r": lr \[0.001\] -> \[0.1\] .*or another --output_dir$"):
         probe(labelled, tmp_path, "--lr", 0.1)
     with pytest.raises(UserError, match="trained with 4 .*--n_last_blocks 3"):
         probe(labelled, tmp_path, "--evaluate", "--n_last_blocks", 3)
     pixels = "--pretrained_weights", "pixels"
-    with pytest.raises(UserError, match=r"begun otherwise: .*backbone \w+ -> \w+"):
+    with pytest.raises(UserError, match=r": backbone \w+ -> \w+ "):
         probe(labelled, tmp_path, *pixels)
     with pytest.raises(UserError, match="trained on the features of other weights"):
         probe(labelled, tmp_path, *pixels, "--evaluate")
+
+
+@pytest.mark.parametrize(("split", "words"), [("train", "training"), ("val", "validation")])
+def test_other_images_are_another_run(labelled, tmp_path, split, words):
+    shutil.copytree(labelled, tmp_path / "data")
+    best = probe(labelled, tmp_path / "out")
+    assert probe(tmp_path / "data", tmp_path / "out") == best  # a moved folder
+    save_images(tmp_path / "data" / split / "a", 2, size=50, seed=77)  # as many images, other ones
+    with pytest.raises(UserError, match=rf": {words} images \w+ -> \w+ .*another --output_dir"):
+        probe(tmp_path / "data", tmp_path / "out", "--epochs", 3)
+    assert len(log_of(tmp_path / "out")) == 3
+
+
+def test_a_checkpoint_that_does_not_record_its_images_is_said_to(labelled, tmp_path, capsys):
+    probe(labelled, tmp_path)
+    path = tmp_path / "checkpoint.pth.tar"
+    old = load_checkpoint(path)
+    save_checkpoint({name: value for name, value in old.items() if name not in ("identity", "classes")}, path)
+    probe(labelled, tmp_path)
+    assert "warning: the checkpoint does not record its images" in capsys.readouterr().out
+
+
+SHADES = {"black": 0, "dark": 80, "grey": 160, "white": 255}
+
+
+def shaded(folder, split: str, *names: str) -> None:
+    """Images of one shade per class, which pixels tell apart."""
+    for name in names:
+        (folder / split / name).mkdir(parents=True)
+        for i in range(3):
+            shade = (max(0, SHADES[name] - i),) * 3
+            Image.new("RGB", (16, 16), shade).save(folder / split / name / f"{i}.png")
+
+
+PIXELS = (
+    "--pretrained_weights pixels --image_size 8 --lr 1 --epochs 40 --cache_features --val_freq 40".split()
+)
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    """Where val/ lacks the first class, positions would give other names."""
+    shaded(tmp_path / "all", "train", "black", "dark", "white")
+    shaded(tmp_path / "all", "val", "black", "dark", "white")
+    assert probe(tmp_path / "all", tmp_path / "out", *PIXELS)[0]["acc1"] == 100
+    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoint.pth.tar")
+    assert checkpoint["classes"] == ["black", "dark", "white"]
+
+    flags = "--pretrained_weights", "pixels", "--image_size", 8, "--evaluate"
+    shaded(tmp_path / "less", "val", "dark", "white")
+    assert probe(tmp_path / "less", tmp_path / "out", *flags)[0]["acc1"] == 100
+    shaded(tmp_path / "more", "val", "dark", "grey", "white")
+    with pytest.raises(UserError, match="does not know 1 classes: grey"):
+        probe(tmp_path / "more", tmp_path / "out", *flags)
+    with pytest.raises(UserError, match="the classifier has 3 classes .*--num_labels 4"):
+        probe(tmp_path / "all", tmp_path / "out", *flags, "--num_labels", 4)
+
+
+def test_val_may_lack_classes_of_train_in_training(tmp_path):
+    shaded(tmp_path / "data", "train", "black", "dark", "white")
+    shaded(tmp_path / "data", "val", "dark", "white")
+    best = probe(tmp_path / "data", tmp_path / "out", *PIXELS)
+    assert best[0]["acc1"] == 100
+    again = probe(tmp_path / "data", tmp_path / "out", *PIXELS[:4], "--evaluate")
+    assert again[0]["acc1"] == 100
+
+
+def test_a_classifier_without_names_needs_data_with_all_its_classes(tmp_path):
+    shaded(tmp_path / "all", "train", "black", "dark", "white")
+    shaded(tmp_path / "all", "val", "black", "dark", "white")
+    probe(tmp_path / "all", tmp_path / "out", *PIXELS)
+    published = {"state_dict": load_checkpoint(tmp_path / "out" / "checkpoint.pth.tar")["state_dict"]}
+    torch.save(published, tmp_path / "linear.pth")
+    flags = *PIXELS[:4], "--evaluate", "--linear_weights", tmp_path / "linear.pth"
+    assert probe(tmp_path / "all", tmp_path / "out", *flags)[0]["acc1"] == 100
+    shaded(tmp_path / "less", "val", "dark", "white")
+    with pytest.raises(UserError, match="3 classes without names, the data has 2"):
+        probe(tmp_path / "less", tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--pretrained_weights", "pixels", "--n_last_blocks", 1), "--n_last_blocks has no effect"),
+        (
+            ("--pretrained_weights", "pixels", "--avgpool_patchtokens", "true"),
+            "--avgpool_patchtokens has no effect",
+        ),
+        (("--evaluate", "--lr", 0.1), "--lr has no effect: --evaluate does not train"),
+        ((), None),
+    ],
+)
+def test_flags_without_effect_are_named(labelled, tmp_path, capsys, flags, words):
+    probe(labelled, tmp_path, "--epochs", 1)
+    capsys.readouterr()
+    out = tmp_path if "--evaluate" in flags else tmp_path / "other"
+    probe(labelled, out, "--epochs", 1, *flags)
+    said = capsys.readouterr().out
+    assert f"warning: {words}" in said if words else "no effect" not in said
+
+
+def test_it_says_what_it_took(labelled, tmp_path, capsys):
+    probe(labelled, tmp_path, "--epochs", 1)
+    said = capsys.readouterr().out
+    assert "/train: 15 images, 3 classes" in said and "/val: 9 images, 3 classes" in said
+    assert "weights: random" in said and "preprocessing: 32 pixels, mean (0.485, " in said
+    probe(labelled, tmp_path, "--evaluate")
+    assert "/val: 9 images, 3 classes" in capsys.readouterr().out
+
+
+def test_a_rate_that_runs_away_leaves_the_others(labelled, tmp_path):
+    best = probe(labelled, tmp_path, "--lr", 1e40, 0.1, "--cache_features")
+    assert best[0]["acc1"] == 0 < best[1]["acc1"]
+    with pytest.raises(TrainingError, match="every --lr is not finite .*: lower --lr"):
+        probe(labelled, tmp_path / "all", "--lr", 1e40, 1e39, "--cache_features")
 
 
 def test_a_run_that_is_over_is_reported_without_the_images(labelled, tmp_path, monkeypatch):
@@ -362,7 +491,7 @@ def test_a_run_that_is_over_is_reported_without_the_images(labelled, tmp_path, m
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("args", 3, "lacks args"),
+        ("best", 3, "lacks best"),
         ("epoch", "three", "lacks epoch"),
         ("optimizer", {}, "optimizer does not fit"),
         ("classifiers", {"0.linear.weight": 1}, "weights do not fit"),
@@ -392,8 +521,12 @@ def test_evaluation_needs_no_training_images(labelled, tmp_path):
 def test_classes_that_the_dataset_does_not_name_have_to_be_given():
     images = [(None, 0)]
     with pytest.raises(UserError, match="--num_labels"):
-        eval_linear.count_classes(images, cli.DefaultInt(1000))
-    assert eval_linear.count_classes(images, 4) == (4, 4)
+        eval_linear.count_classes(images, None)
+    assert eval_linear.count_classes(images, 4) == 4
+    labels = torch.tensor([0, 3])
+    assert eval_linear.to_classes(labels, images, None, 4).tolist() == [0, 3]
+    with pytest.raises(UserError, match="3 classes without names, the data has 4"):
+        eval_linear.to_classes(labels, images, None, 3)
 
 
 def test_more_classes_than_the_data_has_can_be_asked_for(tmp_path):

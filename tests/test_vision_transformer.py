@@ -61,29 +61,29 @@ def test_position_embedding_is_exact_at_its_own_size_and_oriented_elsewhere():
     torch.testing.assert_close(grid[:, 0], grid[:, 1])
 
 
-def test_fused_attention_is_the_same_attention():
-    model = vit_nano(8, img_size=32).eval()
-    x = torch.randn(2, 3, 32, 32)
-    outputs, maps = [], []
-    for fused in (False, True):
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.fused = fused
-        with torch.no_grad():
-            outputs.append(model(x))
-            maps.append(model.get_last_selfattention(x))
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*maps)
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_fused_attention_is_the_same_attention(cls_only):
+    torch.manual_seed(0)
+    attention = Attention(48, 3, qkv_bias=True)
+    x = torch.randn(2, 7, 48)
+    q, k, v = attention.project(x, cls_only)
+    assert q.shape == (2, 3, 1 if cls_only else 7, 16) and k.shape == v.shape == (2, 3, 7, 16)
+    expected = attention.proj((attention.weights(q, k) @ v).transpose(1, 2).flatten(2))
+    kernels = []
+    for training in (True, False):  # explicit, then fused, on a CPU
+        out = attention.train(training)(x, cls_only)
+        torch.testing.assert_close(out, expected)
+        with torch.profiler.profile() as profile:
+            attention(x, cls_only)
+        kernels.append({event.name for event in profile.events()})
+    fused = "aten::scaled_dot_product_attention"
+    assert [fused in names for names in kernels] == [False, True]
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_last_block_computes_the_cls_token_as_if_it_computed_all(fused, dtype):
+def test_the_last_block_computes_the_cls_token_as_if_it_computed_all(dtype):
     torch.manual_seed(0)
     model = vit_nano(8, img_size=32, drop_path_rate=0.5)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.fused = fused
     images, weights = torch.randn(6, 3, 32, 16), torch.randn(6, 128)
     results = []
     for forward in (model, lambda x: model.get_intermediate_layers(x)[0][:, 0]):
@@ -130,3 +130,53 @@ def test_drop_path_grows_with_depth_and_acts_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_hooks_in_evaluation_get_all_tokens():
+    """As LOST, TokenCut and code that extracts features set them."""
+    model = vit_nano(8, img_size=32).eval()
+    seen = {}
+    for name in ("blocks.5", "blocks.5.attn.qkv", "norm"):
+        hook = lambda module, inputs, output, name=name: seen.update({name: output})  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    with torch.no_grad():
+        out = model(torch.randn(2, 3, 32, 32))
+    shapes = {name: tuple(output.shape) for name, output in seen.items()}
+    assert shapes == {"blocks.5": (2, 17, 128), "blocks.5.attn.qkv": (2, 17, 384), "norm": (2, 17, 128)}
+    assert torch.equal(out, seen["norm"][:, 0])
+
+
+def test_training_computes_the_cls_token_only():
+    model, seen = vit_nano(8, img_size=32), []
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(torch.randn(2, 3, 32, 32))
+    assert seen == [(2, 1, 128)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_cls_row_of_the_last_attention(training):
+    model = vit_nano(8, img_size=32).train(training)
+    x = torch.randn(2, 3, 40, 24)
+    with torch.no_grad():
+        whole, row = model.get_last_selfattention(x), model.get_last_cls_attention(x)
+    assert row.shape == (2, 4, 16)
+    torch.testing.assert_close(row, whole[:, :, 0])
+
+
+def test_the_cls_row_needs_no_map_of_all_tokens():
+    model = vit_nano(8, img_size=32).eval()
+    x, maps = torch.randn(1, 3, 160, 160), {}  # 401 tokens
+    for name in ("get_last_selfattention", "get_last_cls_attention"):
+        with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+            getattr(model, name)(x)
+        maps[name] = [event.input_shapes[0] for event in profile.events() if event.name == "aten::softmax"]
+    assert maps == {
+        "get_last_selfattention": [[1, 4, 401, 401]],
+        "get_last_cls_attention": [[1, 4, 1, 401]],
+    }
+
+
+def test_intermediate_layers_of_none_few_and_all_blocks():
+    model = vit_nano(8, img_size=32).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert [len(model.get_intermediate_layers(x, n)) for n in (0, 1, 5, 6, 7)] == [0, 1, 5, 6, 6]

@@ -1,0 +1,103 @@
+"""Warnings, before a training begins, about images that mean something else than their pixels say."""
+
+import random
+import time
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from support.data import ImageFiles, load_image, reason, sample_bits, sample_name
+from support.logger import log
+from support.shapes import Shapes
+
+CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows nothing
+IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
+
+
+def check_images(images: Dataset, most: int = 200, seconds: float = 5.0) -> None:
+    """Look at up to `most` images, spread over all, for about `seconds`; a warning for each kind of fault.
+
+    The faults: images that cannot be read, 16-bit values of which few bits are used, bands and
+    transparency that are dropped, images that are nearly constant, and images that are nearly the same.
+    """
+    if isinstance(images, Shapes):
+        return
+    spread = np.unique(np.linspace(0, len(images) - 1, most).astype(int)).tolist()
+    random.Random(0).shuffle(spread)  # so that those that there is time for are spread as well
+    faults: dict[str, list[int]] = {}
+    reasons: dict[int, str] = {}
+    thumbnails, deepest, begun, looked_at = {}, 0, time.monotonic(), 0
+    for index in spread:
+        if time.monotonic() - begun > seconds:
+            break
+        looked_at += 1
+        try:
+            file, image = _stored_and_read(images, index)
+        except Exception as error:  # a broken file can raise nearly anything
+            faults.setdefault("cannot be read", []).append(index)
+            reasons[index] = f" ({reason(error)})"
+            continue
+        dropped, value = _dropped(file), _largest(file)
+        if dropped:
+            faults.setdefault(f"lose {dropped}: training takes red, green and blue", []).append(index)
+        if value is not None:
+            faults.setdefault(DEEP, []).append(index)
+            deepest = max(deepest, value)
+        if np.asarray(image).std(axis=(0, 1)).max() < CONSTANT:
+            faults.setdefault("are nearly constant: check how they were converted", []).append(index)
+        else:
+            thumbnails[index] = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32).ravel()
+    _warn_of_bits(faults, deepest)
+    if same := _identical(thumbnails):
+        faults["are nearly identical to another one: training learns from differences between images"] = same
+    for words, indices in faults.items():
+        example = sample_name(images, min(indices)) + reasons.get(min(indices), "")
+        log(f"warning: {len(indices)} of {looked_at} images looked at {words}; e.g. {example}")
+
+
+DEEP = "16 bits"
+
+
+def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
+    """Turn the count of 16-bit images into a warning if they use few of their bits."""
+    deep, bits = faults.pop(DEEP, []), deepest.bit_length()
+    if deep and bits <= 14:
+        words = f"have 16 bits but use {bits} of them (largest value {deepest}), so that training sees them "
+        faults[words + f"dark: multiply their values by {2 ** (16 - bits)}"] = deep
+
+
+def _stored_and_read(images: Dataset, index: int) -> tuple[Image.Image, Image.Image]:
+    """An image as it is stored, and as training reads it."""
+    if isinstance(images, ImageFiles):
+        read = load_image(images.paths[index])  # refuses what is no file
+        with Image.open(images.paths[index]) as file:
+            file.load()
+        return file, read
+    image = images[index][0]
+    return image, image.convert("RGB")
+
+
+def _largest(file: Image.Image) -> int | None:
+    """The largest value of a 16-bit image that does not say that it uses fewer bits."""
+    if not file.mode.startswith("I") or sample_bits(file) < 16:
+        return None
+    return int(np.asarray(file).max())
+
+
+def _dropped(file: Image.Image) -> str:
+    """What the conversion to RGB drops."""
+    bands = getattr(file, "tag_v2", {}).get(277, len(file.getbands()))  # TIFF's SamplesPerPixel
+    if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
+        alpha = file.convert("RGBA").getchannel("A")
+        return "transparency" if alpha.getextrema()[0] < 255 else ""
+    return f"{bands - 3} of {bands} bands" if bands > 3 and file.mode != "CMYK" else ""
+
+
+def _identical(thumbnails: dict[int, np.ndarray]) -> list[int]:
+    """The indices of images whose thumbnail is nearly that of another one."""
+    indices = list(thumbnails)
+    return [
+        i for i in indices
+        if any(i != j and np.abs(thumbnails[i] - thumbnails[j]).mean() < IDENTICAL for j in indices)
+    ]  # fmt: skip

@@ -1,0 +1,129 @@
+"""Image files below folders, with their paths in memory that data-loading workers share."""
+
+import array
+import functools
+import hashlib
+import heapq
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from support.errors import UserError
+
+
+class Paths(Sequence[str]):
+    """Paths of files below `root`, in one buffer.
+
+    Workers share it with the process that made it. Of a list of strings each worker would get a copy over
+    time, because reading a Python object changes its reference count.
+    """
+
+    def __init__(self, names: Iterable[str], root: str = ""):
+        self.root, buffer, ends = root, bytearray(), array.array("q", [0])
+        for name in names:
+            buffer += os.fsencode(name)
+            ends.append(len(buffer))
+        self.buffer, self.ends = np.frombuffer(bytes(buffer), np.uint8), np.frombuffer(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        name = self.buffer[self.ends[index] : self.ends[index + 1]].tobytes()
+        return os.path.join(self.root, os.fsdecode(name))
+
+    def digest(self, sizes_of: int = 10_000) -> bytes:
+        """Of the names, and of the sizes in bytes of at most `sizes_of` files, evenly spread."""
+        spread = np.unique(np.linspace(0, len(self) - 1, min(len(self), sizes_of)).astype(int))
+        sizes = np.array([_size(self[i]) for i in spread.tolist()], np.int64)
+        parts = (self.buffer, self.ends, sizes)
+        return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).digest()
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
+
+
+@functools.cache
+def readable_extensions() -> frozenset[str]:
+    """The extensions of the image formats that the installed Pillow decodes, in lower case."""
+    known = Image.registered_extensions()  # also loads all formats
+    decoded = set()
+    for name, (make, _) in Image.OPEN.items():
+        stub = isinstance(make, type) and issubclass(make, ImageFile.StubImageFile)
+        if not stub and name not in ("MPEG", "EPS"):  # Pillow identifies MPEG only; EPS needs Ghostscript
+            decoded.add(name)
+    return frozenset(extension for extension, name in known.items() if name in decoded)
+
+
+class Found(NamedTuple):
+    """Files below a folder."""
+
+    names: list[str]  # of the images, relative to the folder, sorted by folder, then by name
+    taken: Counter[str]  # images by extension
+    left_out: Counter[str]  # other files by extension
+    hidden: int  # names that begin with a dot, of files and folders
+
+
+def find_images(root: str | Path) -> Found:
+    """All image files below a folder. Hidden names are left out. Raises UserError."""
+    folders, taken, left_out, hidden = [], Counter(), Counter(), 0
+    for folder, names, skipped in _folders(str(root)):
+        extensions = [os.path.splitext(name)[1].lower() for name in names]
+        is_image = [extension in readable_extensions() for extension in extensions]
+        for extension, image in zip(extensions, is_image, strict=True):
+            (taken if image else left_out)[extension or "no extension"] += 1
+        folders.append((folder, sorted(name for name, image in zip(names, is_image, strict=True) if image)))
+        hidden += skipped
+    found = [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]
+    return Found(found, taken, left_out, hidden)
+
+
+def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:
+    """Each folder at and below `root`, links followed: its path relative to `root`, its files' names, and
+    how many hidden names it has.
+
+    A folder that several links lead to is entered once, by its own path if that is below `root`.
+    """
+    entered, waiting, links = set(), [""], []
+    while waiting or links:
+        folder = waiting.pop() if waiting else heapq.heappop(links)  # by name: the same on every machine
+        path, names, hidden = os.path.join(root, folder) if folder else root, [], 0
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        hidden += 1
+                    elif not entry.is_dir():
+                        names.append(entry.name)
+                    elif entry.is_symlink():
+                        heapq.heappush(links, os.path.join(folder, entry.name))
+                    else:
+                        waiting.append(os.path.join(folder, entry.name))
+        except OSError as error:
+            fix = "make it readable, or give another folder"
+            raise UserError(error.strerror, error.filename or path, fix) from None
+        yield folder, names, hidden
+
+
+def class_folders(root: str | Path) -> list[str]:
+    """The names of the folders in a folder, sorted; hidden ones are left out. Raises UserError."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise UserError(error.strerror, str(root), "make it readable, or give another folder") from None

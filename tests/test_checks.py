@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from support.checks import check_images
+from support.data import ImageFiles
+from support.shapes import Shapes
+from tests.conftest import save_images
+
+
+def noise(seed: int, *shape: int, most: int = 255) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, most + 1, shape)
+
+
+def warnings(folder, capsys, **kwargs) -> list[str]:
+    check_images(ImageFiles(folder), **kwargs)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_images_without_fault_are_not_mentioned(images, capsys):
+    assert warnings(images, capsys) == []
+    check_images(Shapes("train", 300))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_path, capsys, extension):
+    for i in range(3):
+        values = noise(i, 32, 32, most=4095).astype(np.uint16)
+        values[0, 0] = 4095
+        Image.fromarray(values).save(tmp_path / f"{i}.{extension}")
+    found = [line for line in warnings(tmp_path, capsys) if "16 bits" in line]
+    assert len(found) == 1 and "3 of 3 images" in found[0]
+    assert "use 12 of them (largest value 4095)" in found[0] and "multiply their values by 16" in found[0]
+    assert found[0].endswith(f"e.g. {tmp_path / f'0.{extension}'}")
+
+
+def test_sixteen_bit_files_that_use_all_or_say_how_many_are_not_mentioned(tmp_path, capsys):
+    Image.fromarray(noise(0, 32, 32, most=65_535).astype(np.uint16)).save(tmp_path / "all.png")
+    twelve = Image.fromarray(noise(1, 32, 32, most=4095).astype(np.uint16))
+    twelve.save(tmp_path / "said.tif", tiffinfo={281: 4095})
+    assert warnings(tmp_path, capsys) == []
+
+
+def test_bands_that_training_drops_are_named(tmp_path, capsys):
+    Image.fromarray(noise(0, 32, 32, 4).astype(np.uint8), "RGBX").save(tmp_path / "infrared.tif")
+    Image.fromarray(noise(1, 32, 32, 4).astype(np.uint8), "RGBA").save(tmp_path / "alpha.png")
+    opaque = Image.fromarray(noise(2, 32, 32, 3).astype(np.uint8))
+    opaque.convert("RGBA").save(tmp_path / "opaque.png")
+    Image.fromarray(noise(3, 32, 32, 3).astype(np.uint8)).convert("CMYK").save(tmp_path / "print.jpg")
+    found = warnings(tmp_path, capsys)
+    assert len(found) == 2
+    assert any("lose 1 of 4 bands" in line and "infrared.tif" in line for line in found)
+    assert any("lose transparency" in line and "alpha.png" in line for line in found)
+
+
+def test_constant_and_repeated_images_are_named_and_so_are_unreadable_ones(tmp_path, capsys):
+    save_images(tmp_path, 4)
+    Image.new("RGB", (30, 30), (9, 9, 9)).save(tmp_path / "black.png")
+    same = np.asarray(Image.open(tmp_path / "001.png")).astype(int) + noise(0, 40, 40, 3, most=1)
+    Image.fromarray(same.clip(0, 255).astype(np.uint8)).save(tmp_path / "again.png")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    found = warnings(tmp_path, capsys)
+    assert [line.split(": ", 1)[1].split(" images looked at ")[0] for line in found] == [
+        "1 of 7", "1 of 7", "2 of 7",
+    ]  # fmt: skip
+    assert any("nearly constant" in line and "black.png" in line for line in found)
+    assert any("nearly identical" in line and "001.png" in line for line in found)
+    assert any(
+        line.endswith("cannot be read; e.g. {} (cannot identify image file)".format(tmp_path / "broken.png"))
+        for line in found
+    )
+
+
+def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
+    save_images(tmp_path, 30)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    found = warnings(tmp_path, capsys, most=5)
+    assert len(found) == 1 and "5 of 5 images" in found[0]
+    assert warnings(tmp_path, capsys, seconds=-1) == []
