@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from support import cli
-from support.cli import DefaultInt, bool_flag
+from support.cli import bool_flag
 from support.data import open_train_and_val
 from support.distributed import all_gather_object, fix_random_seeds, init_distributed_mode, is_main_process
 from support.errors import UserError
@@ -41,8 +41,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", default=0.07, type=float,
         help="of the vote: a neighbour weighs exp(similarity / temperature)")
     cli.add_weights_flags(parser)
-    parser.add_argument("--image_size", default=DefaultInt(224), type=int,
-        help="pixels per side; the global crops' size of the checkpoint unless given")
+    parser.add_argument("--image_size", default=None, type=cli.number(int, at_least=1),
+        help="pixels per side (default: what the weights were trained with, else 224)")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
         help="keep the features on the GPU, where there is one; turn off if they do not fit into its "
              "memory")
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """UserError for values that make no sense."""
-    cli.check_least(args, 1, "batch_size_per_gpu", "image_size", "patch_size")
+    cli.check_least(args, 1, "batch_size_per_gpu")
     cli.check_least(args, 0, "num_workers", "seed")
     if min(args.nb_knn) < 1:
         raise UserError("must be at least 1", f"--nb_knn {min(args.nb_knn)}", "raise it")
@@ -225,14 +225,21 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> list[Tensor]:
     """Train and test features and labels, from images and weights named by the flags."""
     train, test = open_train_and_val(args.data_path, args.dataset, args.download, args.demo)
-    model, image_size = load_backbone(
+    frozen = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
     )
-    model.to(device)
+    log(frozen.description)
+    model = frozen.network.to(device)
     tensors: list[Tensor] = []
     for images in (train, test):
         tensors += extract_features(
-            model, images, image_size, device, args.batch_size_per_gpu, args.num_workers, keep_on=keep_on
+            model,
+            images,
+            frozen.image_size,
+            device,
+            args.batch_size_per_gpu,
+            args.num_workers,
+            keep_on=keep_on,
         )
     return tensors
 

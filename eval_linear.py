@@ -63,8 +63,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     cli.add_weights_flags(parser)
     group = parser.add_argument_group("features")
-    group.add_argument("--image_size", default=DefaultInt(224), type=int,
-        help="pixels per side; the global crops' size of the checkpoint unless given")
+    group.add_argument("--image_size", default=None, type=cli.number(int, at_least=1),
+        help="pixels per side (default: what the weights were trained with, else 224)")
     group.add_argument("--n_last_blocks", default=4, type=int,
         help="concatenate the CLS tokens of so many last blocks; the paper takes 4 for ViT-S, 1 for ViT-B; "
              "for our ViTs, other networks give their pooled output")
@@ -112,8 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """UserError for values that make no sense."""
     cli.check_least(
-        args, 1, "n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq", "num_labels", "image_size",
-        "patch_size",
+        args, 1, "n_last_blocks", "epochs", "batch_size_per_gpu", "val_freq", "num_labels",
     )  # fmt: skip
     cli.check_least(args, 0, "num_workers", "seed")
     if not all(0 < lr < math.inf for lr in args.lr):
@@ -379,9 +378,11 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
     else:
         train_images, val_images = open_train_and_val(*where)
         cli.make_folder(args.output_dir)
-    backbone, image_size = load_backbone(
+    frozen = load_backbone(
         args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
     )
+    log(frozen.description)
+    backbone, image_size = frozen.network, frozen.image_size
     features_of = functools.partial(
         frozen_features,
         backbone.to(device),

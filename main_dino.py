@@ -730,9 +730,9 @@ def report_demo(args: argparse.Namespace) -> None:
     networks = {"raw pixels": nn.Flatten(), "random initialisation": untrained}
     for key in ("student", "teacher"):
         weights = str(output_dir / "checkpoint.pth")
-        networks[f"trained {key}"], _ = load_backbone(
+        networks[f"trained {key}"] = load_backbone(
             weights, key, args.arch, args.patch_size, args.global_crops_size
-        )
+        ).network
 
     log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
     # Drawn once for all networks.

@@ -26,7 +26,6 @@ from torchvision.utils import make_grid
 
 from support import cli
 from support.backbones import check_divides
-from support.cli import DefaultInt
 from support.data import ImageFiles, read_labelled
 from support.distributed import fix_random_seeds, init_distributed_mode, is_main_process
 from support.errors import UserError
@@ -45,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags; a parent for other parsers, hence without `--help` of its own."""
     parser = cli.ArgumentParser("Visualize Self-Attention maps", add_help=False)
     # fmt: off
-    cli.add_weights_flags(parser, patch_size=8)
+    cli.add_weights_flags(parser)
     group = parser.add_argument_group("images")
     group.add_argument("--image_path", nargs="+", default=None, metavar="PATH",
         help="image files, and folders of them")
@@ -73,7 +72,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """UserError for values that make no sense."""
-    cli.check_least(args, 1, "patch_size")
     cli.check_least(args, 0, "seed")
     if len(args.image_size) > 2 or min(args.image_size) < 1:
         size = " ".join(map(str, args.image_size))
@@ -346,11 +344,14 @@ def report_demo(
     Raises UserError, also where flags contradict the weights.
     """
     shapes = Shapes("val", num_images)
-    known = settle_architecture(read_weights(weights, checkpoint_key), arch, patch_size, DefaultInt(224))
+    known = settle_architecture(read_weights(weights, checkpoint_key), arch, patch_size)
     fix_random_seeds(seed)  # the weights that the training started from
     networks = {
-        name: load_backbone(source, checkpoint_key, *known)[0].to(device)
-        for name, source in (("random initialisation", "random"), ("trained", weights))
+        name: load_backbone(source, key, *known).network.to(device)
+        for name, source, key in (
+            ("random initialisation", "random", None),
+            ("trained", weights, checkpoint_key),
+        )
     }
     for size in image_size:  # what would be cut off is in the true masks
         check_divides("image_size", size, patch_size_of(networks["trained"]))
@@ -395,11 +396,10 @@ def main(args: argparse.Namespace) -> None:
     images = ImageFiles(*args.image_path)
     if not len(images):
         raise UserError("no images found", f"--image_path {' '.join(args.image_path)}", "give image files")
-    # The size of a random network's position embedding; that of other images is interpolated.
-    size = DefaultInt(max(args.patch_size, 224 - 224 % args.patch_size))
-    backbone, _ = load_backbone(
-        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, size
-    )
+    patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)
+    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size)
+    log(frozen.description)
+    backbone = frozen.network
     output_dir = cli.make_folder(args.output_dir)
     visualize(backbone.to(device), images, args.image_size, args.threshold, output_dir, device)
 

