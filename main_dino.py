@@ -556,11 +556,11 @@ def start_from(args: argparse.Namespace, student: MultiCropWrapper) -> Tensor | 
     )
     taken = [
         "backbone",
-        *["head"] * bool(getattr(weights, "head", None)),
-        *["centre"] * (getattr(weights, "center", None) is not None),
+        *["head"] * bool(weights.head),
+        *["centre"] * (weights.center is not None),
     ]
     log(f"starting from the weights of {args.init_from}: {', '.join(taken)}")
-    return getattr(weights, "center", None)
+    return weights.center
 
 
 def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:
@@ -769,7 +769,7 @@ def report_demo(args: argparse.Namespace) -> None:
 
     try:
         image = open_labelled_images(Source.of(args), "val")[1][0]
-        picture = draw_views(image, build_augmentation(args), load_backbone(weights)[0])
+        picture = draw_views(image, build_augmentation(args), load_backbone(weights).network)
     except UserError as error:  # no matplotlib, or a network without attention
         log(f"note: no picture: {error}")
         return

@@ -1,4 +1,4 @@
-"""Networks by name, and what they have to be able to do: ours, torchvision's, timm's."""
+"""Networks by name (ours, torchvision's, timm's), and checks that they suit DINO."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from vision_transformer import VITS, VisionTransformer
 
 
 def canonical(arch: str) -> str:
-    """The one name of a network that the published code calls otherwise; other names as they are."""
+    """Our or timm's name for a network that the published code names differently; other names unchanged."""
     if arch in VITS:
         return VITS[arch].__name__  # deit_small -> vit_small
     return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
@@ -26,10 +26,10 @@ def build_backbone(
     """A backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
 
     The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
-    `patch_size` and `img_size` (of the position embedding) shape our ViTs only; elsewhere the
-    name says it. `drop_path_rate` is for our ViTs and timm's models; torchvision's keep their own.
-    Returns the model, whose `dropped_classifiers` names the layers that it lacks, and
-    D. Raises UserError for an unknown name.
+    `patch_size` and `img_size` (of the position embedding) apply to our ViTs only; other names
+    include theirs. `drop_path_rate` applies to our ViTs and timm's models; torchvision's keep their own.
+    Returns the model, whose attribute `dropped_classifiers` names the removed layers, and D. Raises
+    UserError for an unknown name.
     """
     arch = canonical(arch)
     if arch in VITS:
@@ -42,7 +42,9 @@ def build_backbone(
 
     if not timm.is_model(arch):
         known = [*VITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
-        raise UserError("unknown architecture", f"--arch {arch}", nearest(arch, known))
+        longer = sorted((name for name in known if arch and name.startswith(arch)), key=len)[:4]
+        fix = f"did you mean {', '.join(longer)}?" if longer else nearest(arch, known)
+        raise UserError("unknown architecture", f"--arch {arch}", fix)
     kwargs = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
     while True:
         try:
@@ -72,7 +74,7 @@ def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
 
 
 def check_divides(name: str, size: int, patch_size: int) -> None:
-    """See that patches tile an image; `name` is the flag that gave its size. Raises UserError."""
+    """Raise UserError if patches do not tile an image; `name` is the flag that gives its size."""
     if size % patch_size:
         below = size - size % patch_size
         fix = f"try {below or patch_size} or {below + patch_size}"
@@ -80,7 +82,7 @@ def check_divides(name: str, size: int, patch_size: int) -> None:
 
 
 def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[int]) -> None:
-    """See that the backbone maps images of each size to (B, D). Raises UserError."""
+    """Raise UserError unless the backbone maps images of each size to (B, D)."""
     training = backbone.training
     backbone.eval()
     for size in sorted(set(sizes)):
@@ -97,18 +99,18 @@ def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iter
 
 
 def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
-    """Save memory: compute activations again for the gradients. Raises UserError where it cannot be."""
+    """Recompute activations in the backward pass to save memory. Raises UserError if it cannot."""
     if isinstance(backbone, VisionTransformer):
         backbone.grad_checkpointing = True
         return
     with contextlib.suppress(AttributeError, AssertionError):  # how models of others refuse
         return backbone.set_grad_checkpointing()  # timm's
-    raise UserError(f"{arch} cannot do it", "--grad_checkpointing", "use a ViT")
+    raise UserError(f"{arch} cannot recompute activations", "--grad_checkpointing", "use a ViT")
 
 
 def convert_batchnorms(model: nn.Module) -> nn.Module:
-    """The model with batch norms that see the images of all ranks, on GPUs."""
-    if "timm" in sys.modules:  # whose batch norms contain the activation, which torch would drop
+    """The model with batch norms that use the statistics of all ranks' images, on GPUs."""
+    if "timm" in sys.modules:  # timm's batch norms contain the activation, which torch would drop
         from timm.layers import convert_sync_batchnorm
 
         return convert_sync_batchnorm(model)

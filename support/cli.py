@@ -63,19 +63,21 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, spli
     # fmt: on
 
 
-def add_weights_flags(parser: argparse.ArgumentParser, patch_size: int = 16) -> None:
-    """The flags that say which frozen network is looked at."""
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a frozen network; None where they are not given."""
     # fmt: off
     group = parser.add_argument_group("weights")
     group.add_argument("--pretrained_weights", default="",
-        help="a checkpoint; or a published model by name (dino_vits16, ...), which is downloaded; or a "
-             "baseline: random (a network as --arch says) or pixels (no network)")
+        help="a file of weights; or a published model by name (dino_vits16, ...), which is downloaded; or a "
+             "baseline: random (an untrained network) or pixels (no network)")
     group.add_argument("--checkpoint_key", default=None,
-        help="teacher or student; the teacher is better")
+        help="teacher or student, or another network in the file by its prefix, e.g. momentum_backbone "
+             "(default: the teacher, or the only network)")
     group.add_argument("--arch", default=None,
-        help="architecture; the checkpoint knows its own")
+        help="architecture: one of our ViTs, or a torchvision or timm model by name (default: the file's, "
+             "else vit_small)")
     group.add_argument("--patch_size", default=None, type=number(int, at_least=1),
-        help="patch size; the checkpoint knows its own")
+        help="pixels per patch side, for our ViTs only (default: the file's, else 16)")
     # fmt: on
 
 

@@ -6,24 +6,41 @@ state dicts of timm and torchvision models, `.safetensors`; nothing in a file is
 
 import argparse
 import contextlib
+import datetime
 import errno
 import hashlib
 import http.client
 import math
+import numbers
 import os
+import re
+import sys
+import types
 import zipfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides
-from support.cli import DefaultInt, DefaultStr
 from support.distributed import main_process_first
 from support.errors import UserError, nearest
+from support.layouts import (
+    BESIDE,
+    WITHIN,
+    groups,
+    is_state,
+    select_network,
+    to_timm_names,
+    unwrap,
+    vit_shapes,
+)
 from support.logger import log
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from vision_transformer import VITS, VisionTransformer
 
 # The models published with the paper: name -> (stem of the files, architecture, patch size).
@@ -99,29 +116,103 @@ def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None =
                 os.replace(path, previous)
 
 
-def load_file(path: str | Path):
-    """What a `.safetensors` or torch file holds, on the CPU; runs no code from it. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError("no such file", str(path), nearest(str(path), PUBLISHED))
+def _stand_in(name: str, function: Callable) -> Callable:
+    """`function` under the name by which pickled data calls another one."""
+
+    def call(*args):
+        return function(*args)
+
+    call.__module__, _, call.__name__ = name.rpartition(".")
+    call.__qualname__ = call.__name__
+    return call
+
+
+def _data_types() -> list:
+    """Types and functions that pickled data may name, beyond those that torch allows: none runs code."""
+    path_types = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+    path_types |= {"PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
+    path_modules = ("pathlib", "pathlib._local")  # the second in Python 3.13
+    numpy_functions = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
+    numpy_modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # before NumPy 2, and since
+    return [
+        *(argparse.Namespace, types.SimpleNamespace),  # the published checkpoints carry a Namespace
+        *(int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice),
+        *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+        *(torch.torch_version.TorchVersion, np.ndarray, np.dtype),
+        *{type(np.dtype(code)) for code in np.typecodes["All"]},
+        *(_stand_in(f"{m}.{f.__name__}", f) for m in numpy_modules for f in numpy_functions),
+        *(_stand_in(f"{m}.{name}", kind) for m in path_modules for name, kind in path_types.items()),
+        # torch fills no other mappings and lists than its own
+        _stand_in("collections.defaultdict", lambda *args: {}),
+        _stand_in("collections.deque", lambda items=(), *args: list(items)),
+    ]
+
+
+# What begins a file that is no file of weights: what it is, and what helps.
+FOREIGN = {
+    b"version https://git-lfs": ("is a Git LFS pointer, not the file", "run git lfs pull"),
+    b"<!doctype html": ("is a web page, not the file", "download the file itself"),
+    b"<html": ("is a web page, not the file", "download the file itself"),
+    b"<?xml": ("is an XML document, often a server's error message", "download the file itself"),
+    b"{": ("is a JSON document", "give the file that it describes, *.safetensors or *.bin"),
+    b"\x89hdf": ("is an HDF5 file, as TensorFlow writes it", "convert it to a torch state_dict"),
+    b"\x93numpy": ("is a NumPy file", "convert it to a torch state_dict"),
+    b"\x1f\x8b": ("is compressed", "unpack it"),
+}
+
+
+def find_file(name: str | Path) -> Path:
+    """The file of this name, `~` expanded. Raises UserError, which says what the name is instead."""
+    if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
+        raise UserError("is a URL, and only published models are downloaded", str(name), "download the file")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(f.name for f in path.iterdir() if f.suffix in (".pth", ".pt", ".bin", ".safetensors"))
+        raise UserError(
+            "is a folder", str(name), f"give a file in it: {', '.join(files[:3]) or 'it has no weights'}"
+        )
+    if not path.is_file():
+        raise UserError("no such file", str(name), nearest(str(name), PUBLISHED))
     if not os.access(path, os.R_OK):
-        raise UserError("no permission to read", str(path), "change its permissions")
+        raise UserError("no permission to read", str(name), "change its permissions")
+    return path
+
+
+def load_file(name: str | Path):
+    """What a `.safetensors` or torch file holds, on the CPU; runs no code from it. Raises UserError."""
+    path = find_file(name)
+    with open(path, "rb") as file:
+        begin = file.read(64)
+    for sign, (what, fix) in FOREIGN.items():
+        if begin.lstrip().lower().startswith(sign):
+            raise UserError(f"file {what}", str(name), fix)
     try:
-        if Path(path).suffix == ".safetensors":
+        if begin[8:9] == b"{":  # after the length of the header: safetensors, whatever the file's name
             from safetensors.torch import load_file as load_safetensors  # comes with timm
 
             return load_safetensors(path)
         _check_sums(path)
-        # The published checkpoints carry their arguments as a pickled Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_data_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a garbled file can raise nearly anything
-        if any(sign in str(error) for sign in ("GLOBAL", "Can only", "unrecognized function")):
-            raise UserError("file wants to run code", str(path), "refused; use another file") from None
-        raise UserError("file is damaged or of another kind", str(path), "use another file") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        text = str(error)
+        found = re.search(r"GLOBAL (\S+)", text) or re.search(
+            r"(?:but got|function) (?:<(?:class|function) ')?([^\s'>]+)", text
+        )
+        if found and ("GLOBAL" in text or "Can only" in text or "unrecognized function" in text):
+            what = f"file contains {found[1]}, which may run code, and was not loaded"
+            raise UserError(what, str(name), f"save weights only, with {SAVE}") from None
+        if "TorchScript" in text:
+            raise UserError("file is a TorchScript program", str(name), f"save weights with {SAVE}") from None
+        what = "file is empty" if not begin else "file is damaged or of another kind"
+        raise UserError(what, str(name), "use another file") from None
 
 
-def _check_sums(path: str | Path) -> None:
-    """Raises ValueError for a byte that has changed since the file was written; torch does not look."""
+SAVE = "torch.save(model.state_dict(), path)"
+
+
+def _check_sums(path: Path) -> None:
+    """Raises ValueError for a byte that has changed since the file was written; torch does not check."""
     if zipfile.is_zipfile(path):  # older formats of torch have no sums
         with zipfile.ZipFile(path) as archive:
             garbled = archive.testzip()
@@ -130,25 +221,18 @@ def _check_sums(path: str | Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A file's dict; `args` becomes a plain dict, keys lose the `module.` that DataParallel adds.
+    """A file's dict; `args` becomes a plain dict, and names lose what wrappers added (`module.`, ...).
 
     Raises UserError.
     """
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict):
-        raise UserError("not a checkpoint", str(path), "use one written by main_dino.py")
+        what = f"file holds a {type(checkpoint).__name__}, not a checkpoint"
+        raise UserError(what, str(path), "use one written by main_dino.py, or a state_dict")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
-
-    def plain(state: Mapping) -> dict:
-        return {str(name).removeprefix("module."): value for name, value in state.items()}
-
-    return plain({k: plain(v) if is_state(v) else v for k, v in checkpoint.items()})
-
-
-def is_state(value) -> bool:
-    """Whether it is a state dict: nothing but named tensors."""
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    entries = {name: unwrap(v, str(path)) if is_state(v) else v for name, v in checkpoint.items()}
+    return unwrap(entries, str(path))
 
 
 def load_strictly(
@@ -160,6 +244,9 @@ def load_strictly(
         "missing": [k for k in own if k not in state],
         "unexpected": [k for k in state if k not in own],
         "misshapen": [k for k in own if k in state and own[k].shape != getattr(state[k], "shape", None)],
+        "of another type": [
+            k for k in own if k in state and own[k].is_floating_point() != _is_floating_point(state[k])
+        ],
     }
     found = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -171,12 +258,16 @@ def load_strictly(
     module.load_state_dict(state)
 
 
-def check_finite(state: dict[str, Tensor], source: str) -> None:
-    """See that no weight is infinite or no number: what they gave would still look like a result.
+def _is_floating_point(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
-    Raises UserError.
-    """
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
+
+def check_finite(state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError if a weight is infinite or NaN, since its output could still look like a result."""
+    empty = [name for name, value in state.items() if value.is_meta]
+    if empty:
+        raise UserError(f"weights without values: {', '.join(empty[:3])}", source, f"save with {SAVE}")
+    broken = [name for name, value in state.items() if not value.float().isfinite().all()]
     if broken:
         what = f"weights are not finite: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}"
         raise UserError(what, source, "use another file")
@@ -192,47 +283,87 @@ def digest(module: nn.Module) -> str:
 
 
 class Weights(NamedTuple):
-    """A backbone's weights, a head's ({} where there are none), and what the file says of them."""
+    """The state dict chosen from a file, and what the file says of it."""
 
-    backbone: dict[str, Tensor]
-    head: dict[str, Tensor]
-    trained: dict  # arguments of the training, or what is known of a published model
+    state: dict[str, Tensor]  # all networks of the entry, with timm's names
     source: str  # for messages
+    entry: str  # of the file, "" for a file of weights alone
+    key: str | None  # the part of `state` that the user asks for
+    trained: dict  # arguments of the training, or what is known of a published model
+    epoch: int | None
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and deviation
+    center: Tensor | None  # of the loss, (1, K); belongs to the teacher's head
 
 
-def read_weights(weights: str, checkpoint_key: str, fix: str = "") -> Weights:
+def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "") -> Weights:
     """Weights by file, or by the name of a published model, which is downloaded.
 
-    From a training checkpoint, those of `checkpoint_key`, "teacher" or "student". Raises UserError,
-    with this `fix` where it lacks them.
+    `checkpoint_key` names an entry of the file or a network in it, or both, as in
+    "state_dict.momentum_backbone"; None takes the teacher of a training checkpoint, or the only
+    network of other files. Raises UserError, with this `fix` where a checkpoint has no teacher.
     """
     checkpoint = load_checkpoint(download(weights, "pretrain") if weights in PUBLISHED else weights)
-    states = {name: value for name, value in checkpoint.items() if is_state(value)}
-    if checkpoint_key in states:
-        state = states[checkpoint_key]
-    elif present := [name for name in ("student", "teacher") if name in states]:
-        raise UserError(
-            f"no {checkpoint_key!r} in file", weights, fix or f"give --checkpoint_key {present[0]}"
-        )
-    elif not isinstance(checkpoint_key, DefaultStr):
-        raise UserError(f"no {checkpoint_key!r} in file", weights, "leave --checkpoint_key out")
-    else:  # weights and nothing else, perhaps in a wrapping
-        wrapped = [states[name] for name in ("state_dict", "model") if name in states]
-        state = wrapped[0] if wrapped else checkpoint
-        if not is_state(state):
-            raise UserError("no weights in file", weights, "use another file")
-    check_finite(state, weights)
+    entry, key = _choose_entry(checkpoint, checkpoint_key, weights, fix)
+    state = checkpoint[entry] if entry else checkpoint
+    others = [f"{name} ({type(v).__name__})" for name, v in state.items() if not isinstance(v, Tensor)]
+    if others or not state:
+        what = f"values that are not tensors: {', '.join(others[:5])}" if others else "nothing"
+        raise UserError(f"{entry or 'file'} contains {what}", weights, f"save weights only, with {SAVE}")
     trained = checkpoint.get("args")
     trained = trained if isinstance(trained, dict) else {}
     if weights in PUBLISHED:
         trained = dict(zip(("arch", "patch_size"), PUBLISHED[weights][1:], strict=True))
-    backbone, head = (
-        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-        for part in ("backbone.", "head.")
+    loss, epoch = checkpoint.get("dino_loss"), checkpoint.get("epoch")
+    return Weights(
+        to_timm_names(state),
+        weights,
+        entry,
+        key,
+        trained,
+        epoch if isinstance(epoch, int) else None,
+        _recorded_normalization(checkpoint, weights),
+        loss.get("center") if is_state(loss) and entry == "teacher" else None,
     )
-    if not backbone:  # the backbone only, or with a classifier, which `load_pretrained_weights` drops
-        backbone, head = state, {}
-    return Weights(backbone, head, trained, weights)
+
+
+def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> tuple[str, str | None]:
+    """The entry of a file that holds the network, "" for the file itself, and what is left of the key."""
+    mappings = [name for name, value in checkpoint.items() if isinstance(value, Mapping)]
+    trained = [name for name in ("student", "teacher") if name in mappings]
+    wanted, _, rest = (key or "teacher").partition(".")
+    if wanted in checkpoint and not isinstance(checkpoint[wanted], Tensor):
+        if wanted not in mappings:
+            what = f"{wanted!r} is a {type(checkpoint[wanted]).__name__}, not weights"
+            raise UserError(what, source, fix or f"choose among {', '.join(mappings) or 'other files'}")
+        return wanted, rest or None
+    if trained:
+        choices = " or ".join(f"--checkpoint_key {name}" for name in trained)
+        raise UserError(f"no {wanted!r} in file", source, fix or f"give {choices}")
+    # Networks have something named weight; the centre or the queue of a loss has not.
+    networks = [name for name in mappings if any(str(k).endswith("weight") for k in checkpoint[name])]
+    if key:
+        parts = [name for name in networks if any(str(k).startswith(f"{key}.") for k in checkpoint[name])]
+        networks = parts or networks
+    if len(networks) > 1:
+        choices = " or ".join(f"--checkpoint_key {name}" for name in networks)
+        raise UserError(f"several state dicts in file: {', '.join(networks)}", source, f"give {choices}")
+    if not networks and not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise UserError("no weights in file", source, "use another file")
+    return (networks or [""])[0], key
+
+
+def _recorded_normalization(checkpoint: dict, source: str):
+    """Mean and deviation that a checkpoint records, None where it does not."""
+    record = checkpoint.get("normalization")
+    if record is None:
+        return None
+    try:
+        mean, std = (tuple(float(x) for x in record[name]) for name in ("mean", "std"))
+    except (TypeError, ValueError, KeyError):
+        mean, std = (), ()
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
+        raise UserError(f"normalization is {record}", source, "give three means and three deviations")
+    return mean, std
 
 
 def download(name: str, kind: str) -> Path:
@@ -255,110 +386,220 @@ def download(name: str, kind: str) -> Path:
     return path
 
 
-def load_pretrained_weights(model: nn.Module, weights: Weights) -> None:
-    """Load a backbone; nothing may be missing or left over but a classifier, which DINO drops.
+def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """The tensors for a backbone, those for a DINO head ({} for none), and the network's prefix in the file.
 
-    Raises UserError.
+    Classifiers, and heads of other trainings, are left out with a line that names them. Raises
+    UserError where the file holds several networks and none is chosen, or parts of unknown purpose.
     """
-    state = weights.backbone
-    if "cls_attn_blocks.0.attn.qkv.weight" in state:  # XCiT as in its own repository
-        from timm.models.xcit import checkpoint_filter_fn
-
-        state = checkpoint_filter_fn(dict(state), model)
+    own = model.state_dict()
+    prefix = select_network(weights.state, own, weights.key, weights.source)
+    parent = prefix.removesuffix("backbone.") if f".{prefix}".endswith(".backbone.") else None
+    heads = "" if parent is None else f"{parent}head."
+    backbone, head, rest = {}, {}, []
+    for name, value in weights.state.items():
+        if name.startswith(prefix):
+            backbone[name.removeprefix(prefix)] = value
+        elif heads and name.startswith(heads):
+            head[name.removeprefix(heads)] = value
+        else:
+            rest.append(name.removeprefix(parent or ""))
+    unknown = [name for name in rest if not BESIDE.search(name.partition(".")[0])]
+    if unknown and not weights.key and not prefix.startswith("teacher."):
+        fix = f"give --checkpoint_key {prefix.removesuffix('.')} to take that part alone"
+        raise UserError(f"parts of unknown purpose in file: {groups(unknown)}", weights.source, fix)
+    backbone = _as_timm_reads_it(backbone, model)
     classifiers = tuple(f"{name}." for name in model.dropped_classifiers)
-    state = {name: value for name, value in state.items() if not name.startswith(classifiers)}
+    extra = [n for n in backbone if n not in own and (n.startswith(classifiers) or WITHIN.match(n))]
+    if rest or extra:
+        log(f"note: not used of {weights.source}: {groups([*extra, *rest])}")
+    return {name: value for name, value in backbone.items() if name not in extra}, head, prefix
+
+
+def _as_timm_reads_it(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What timm makes of files in the layout of a model's own repository: DINOv2, XCiT and others."""
+    prepare = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if prepare is None or not set(model.state_dict()) - set(state):
+        return state
+    try:
+        prepared = prepare(dict(state), model)
+    except Exception:  # whatever a foreign file makes it raise; `load_strictly` says what does not fit
+        return state
+
+    def side(shape: torch.Size) -> int:
+        return math.isqrt(shape[1]) if len(shape) == 3 else 0
+
+    for name, value in state.items():
+        new = prepared.get(name)
+        if new is None or new.numel() == value.numel():
+            continue
+        # Less a CLS token, a grid of positions is the same; timm would also interpolate other grids.
+        if name != "pos_embed" or side(new.shape) != side(value.shape):
+            return state
+    return prepared
+
+
+def load_pretrained_weights(
+    model: nn.Module, weights: Weights, arch: str = ""
+) -> tuple[dict[str, Tensor], str]:
+    """Load a backbone: no tensor may be missing or left over, except what `select_weights` names.
+
+    Returns the DINO head's tensors, {} for none, and the network's prefix. Raises UserError.
+    """
+    state, head, prefix = select_weights(model, weights)
+    check_finite(state, weights.source)
+    if isinstance(model, VisionTransformer):
+        if f".{prefix}".endswith((".base_encoder.", ".momentum_encoder.")) and model.embed_dim == 384:
+            what = "MoCo v3's vit_small has 12 heads, ours 6, and shapes do not show it"
+            raise UserError(what, weights.source, "use another file")
+        for part, words in NOT_OURS.items():
+            if any(part in name for name in state):
+                fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
+                raise UserError(f"weights have {words}, which our ViTs lack", weights.source, fix)
     load_strictly(model, state, weights.source)
+    return head, prefix
+
+
+NOT_OURS = {"ls1.gamma": "LayerScale", "register_tokens": "register tokens", "reg_token": "register tokens"}
+
+
+class Frozen(NamedTuple):
+    """A frozen network and the images that it expects."""
+
+    network: nn.Module  # (B, 3, image_size, image_size) -> (B, D), in evaluation mode, without gradients
+    image_size: int  # pixels
+    mean: tuple[float, ...]  # of red, green and blue, in [0, 1]
+    std: tuple[float, ...]
+    description: str  # one line: the file, and what is known of its network
+
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """Image to input: resize, crop the centre, normalise; (3, image_size, image_size)."""
+        return eval_transform(self.image_size, self.mean, self.std)
 
 
 def load_backbone(
     weights: str,
-    checkpoint_key: str = DefaultStr("teacher"),
-    arch: str = DefaultStr("vit_small"),
-    patch_size: int = DefaultInt(16),
-    image_size: int = DefaultInt(224),
-) -> tuple[nn.Module, int]:
-    """A frozen backbone for images of a size: (B, 3, image_size, image_size) -> (B, D).
+    checkpoint_key: str | None = None,
+    arch: str | None = None,
+    patch_size: int | None = None,
+    image_size: int | None = None,
+) -> Frozen:
+    """A frozen backbone from a file, a published model by name, or a baseline: "random" or "pixels".
 
-    `weights` is a file, the name of a published model, or a baseline: "random" or "pixels", which
-    is no network at all. Architecture, patch and image size come from the weights where the flags
-    are at their defaults. Returns the backbone and the image size. Raises UserError, also where a
-    flag contradicts the weights.
+    "pixels" is no network: it returns the image as a vector. What is None is taken from the file's
+    record, else from its shapes, else it is vit_small with patches of 16 for 224 pixels. Raises
+    UserError, also where an argument contradicts the file.
     """
     if not weights:
         raise UserError(
-            "no weights given", "--pretrained_weights", "name a file, a published model, or random"
+            "no weights given", "--pretrained_weights", "give a file, a published model, or random"
         )
+    if weights in ("random", "pixels") and checkpoint_key:
+        log(f"note: --checkpoint_key has no effect on {weights}")
     if weights == "pixels":
-        return nn.Flatten(), int(image_size)
-    if weights == "random":
-        known, size = None, int(image_size)
-    else:
+        size = image_size or FALLBACK["image_size"]
+        return _frozen(nn.Flatten(), size, None, "pixels: no network")
+    known = Weights({}, weights, "", None, {}, None, None, None)
+    if weights != "random":
         known = read_weights(weights, checkpoint_key)
-        arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
-        if isinstance(image_size, DefaultInt):
-            image_size = size
-    if canonical(arch) in VITS:
-        check_divides("image_size", image_size, patch_size)
-    model, embed_dim = build_backbone(arch, patch_size, size)
-    if known:
-        load_pretrained_weights(model, known)
-    check_crop_sizes(model, arch, embed_dim, [image_size])
-    return model.eval().requires_grad_(False), int(image_size)
+    arch, patch_size, trained_size = settle_architecture(known, arch, patch_size, image_size)
+    is_ours = canonical(arch) in VITS
+    model, embed_dim = build_backbone(arch, patch_size, trained_size)
+    words = [canonical(arch), *([f"patch {patch_size}"] if is_ours else [])]
+    normalization = known.normalization
+    if weights != "random":
+        prefix = load_pretrained_weights(model, known)[1]
+        part = prefix.removesuffix(".") if prefix != "backbone." else ""
+        if part := ".".join(filter(None, (known.entry, part.removesuffix(".backbone")))):
+            words.insert(0, part)
+        words += [] if known.epoch is None else [f"epoch {known.epoch}"]
+        if "arch" not in known.trained and hasattr(model, "default_cfg"):  # timm's model and weights
+            normalization = normalization or (model.default_cfg["mean"], model.default_cfg["std"])
+            trained_size = model.default_cfg["input_size"][-1]
+    size = image_size or trained_size
+    if is_ours:
+        check_divides("image_size", size, patch_size)
+    check_crop_sizes(model, arch, embed_dim, [size])
+    return _frozen(model, size, normalization, f"{weights}: {', '.join(words)}")
+
+
+def _frozen(network: nn.Module, image_size: int, normalization: tuple | None, description: str) -> Frozen:
+    mean, std = normalization or (IMAGENET_MEAN, IMAGENET_STD)
+    pixels = "ImageNet's mean and deviation"
+    if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
+        pixels = f"mean {' '.join(map(str, mean))}, deviation {' '.join(map(str, std))}"
+    network = network.eval().requires_grad_(False)
+    return Frozen(
+        network, image_size, tuple(mean), tuple(std), f"{description}; {image_size} pixels, {pixels}"
+    )
 
 
 def init_from(
     own_backbone: nn.Module, own_head: nn.Module, weights: str, arch: str, patch_size: int, image_size: int
-) -> None:
-    """Begin a run with weights by file or name: the backbone's, and the head's where there is one.
+) -> Weights:
+    """Load weights by file or name as the start of a run: the backbone's, and the head's if it has one.
 
-    A ViT's position embedding is interpolated to the run's image size. Raises UserError.
+    A ViT's position embedding is interpolated to the run's image size. Returns what was read; its
+    `center` is None where the head was not taken. Raises UserError.
     """
     fix = "give a checkpoint with a teacher, or a file of weights alone"
-    known = read_weights(weights, DefaultStr("teacher"), fix)
+    known = read_weights(weights, None, fix)
     arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
     backbone, _ = build_backbone(arch, patch_size, size)
-    load_pretrained_weights(backbone, known)
+    head, _ = load_pretrained_weights(backbone, known)
     state = backbone.state_dict()
     if isinstance(backbone, VisionTransformer):
         state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
     load_strictly(own_backbone, state, weights)
-    if known.head:
-        fix = "give the old run's --out_dim, --use_bn_in_head and --head_ flags, or its backbone alone"
-        load_strictly(own_head, known.head, f"{weights}: head", fix)
+    if not head:
+        return known._replace(center=None)
+    check_finite(head | ({} if known.center is None else {"center": known.center}), f"{weights}: head")
+    fix = "give the old run's --out_dim, --use_bn_in_head and --head_ flags, or its backbone alone"
+    load_strictly(own_head, head, f"{weights}: head", fix)
+    return known
+
+
+# What a network is when neither flags nor its file say so.
+FALLBACK = {"arch": "vit_small", "patch_size": 16, "image_size": 224}
 
 
 def settle_architecture(
-    weights: Weights, arch: str, patch_size: int, image_size: int
+    weights: Weights, arch: str | None = None, patch_size: int | None = None, image_size: int | None = None
 ) -> tuple[str, int, int]:
     """Architecture, patch size and image size that the weights were trained with.
 
-    Each is what the file records, else what a ViT's shapes tell, else what the flag says. Raises
-    UserError where the user's flag contradicts the file's record.
+    Each is the argument, else what the file records, else what a ViT's shapes say, else the fallback.
+    Raises UserError where an argument contradicts the file.
     """
-    shapes = _vit_shapes(weights.backbone)
-    arch = _settle("arch", arch, weights.trained, shapes)
-    size = weights.trained.get("global_crops_size", image_size)
-    if canonical(arch) in VITS:  # elsewhere the name says the one, and shapes do not tell the other
-        patch_size = _settle("patch_size", patch_size, weights.trained, shapes)
-        size = shapes.get("image_size") or size
-    return arch, int(patch_size), int(size)
+    shapes = vit_shapes(weights.state)
+    if shapes:
+        with torch.device("meta"):
+            names = [name for name, make in VITS.items() if make().embed_dim == shapes["width"]]
+        shapes["arch"] = (names or [None])[0]
+    arch = _settle("arch", arch, weights.trained, shapes.get("arch"))
+    if canonical(arch) not in VITS:  # the name decides on patches
+        if patch_size:
+            log(f"note: --patch_size has no effect on {arch}")
+        size = _recorded(weights.trained, "global_crops_size") or image_size or FALLBACK["image_size"]
+        return arch, patch_size or FALLBACK["patch_size"], size
+    patch_size = _settle("patch_size", patch_size, weights.trained | shapes, shapes.get("patch_size"))
+    size = shapes.get("image_size") or image_size
+    return arch, patch_size, size or FALLBACK["image_size"] // patch_size * patch_size or patch_size
 
 
-def _settle(name: str, flag, recorded: dict, shapes: dict):
-    is_default = isinstance(flag, DefaultInt | DefaultStr)
-    value = recorded.get(name) or (shapes.get(name, flag) if is_default else flag)
-    if is_default or canonical(str(value)) == canonical(str(flag)):
-        return value
-    raise UserError(f"weights were trained with {value}", f"--{name} {flag}", f"give --{name} {value}")
+def _settle(name: str, flag, record: dict, shape):
+    """The flag, else the record, else the shape, else the fallback."""
+    recorded = _recorded(record, name)
+    if flag is not None and recorded is not None and canonical(str(recorded)) != canonical(str(flag)):
+        what = f"weights were trained with {recorded}"
+        raise UserError(what, f"--{name} {flag}", f"give --{name} {recorded}, or leave it out")
+    return next(value for value in (flag, recorded, shape, FALLBACK[name]) if value is not None)
 
 
-def _vit_shapes(state: dict[str, Tensor]) -> dict:
-    """What the shapes of a ViT's weights tell of it; {} for other networks."""
-    position, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if position is None or patches is None or position.ndim != 3 or patches.ndim != 4:
-        return {}
-    width, patch_size = patches.shape[0], patches.shape[-1]
-    with torch.device("meta"):
-        arch = [name for name, make in VITS.items() if make().embed_dim == width]
-    shapes = {"patch_size": patch_size, "image_size": patch_size * math.isqrt(position.shape[1] - 1)}
-    return shapes | ({"arch": arch[0]} if arch else {})
+def _recorded(record: dict, name: str):
+    """A word or a positive whole number that a file records, None where it is anything else."""
+    value = record.get(name)
+    if name == "arch":
+        return value if isinstance(value, str) and value else None
+    return int(value) if isinstance(value, numbers.Integral) and value > 0 else None

@@ -597,9 +597,7 @@ class BadInputs:
             program = main_dino
             if what == "to evaluate":
                 program, flags = eval_knn, ["--pretrained_weights", evil, "--demo", "--num_workers", 0]
-            self.expect(
-                f"a pickle with code, {what}", flags, 2, "error: file wants to run code", program=program
-            )
+            self.expect(f"a pickle with code, {what}", flags, 2, "error: file contains", program=program)
             self.row("... and afterwards", "the code has not run", not marker.exists())
 
         structures = {

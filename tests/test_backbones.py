@@ -41,13 +41,15 @@ def test_batch_norms_over_all_ranks_keep_timms_activations():
 
 def test_models_that_cannot_checkpoint_are_named():
     for arch in ("pit_ti_224", "resnet18"):
-        with pytest.raises(UserError, match=f"{arch} cannot do it"):
+        with pytest.raises(UserError, match=f"{arch} cannot recompute activations"):
             backbones.checkpoint_activations(backbones.build_backbone(arch)[0], arch)
 
 
 def test_unknown_and_unfit_backbones_are_named():
     with pytest.raises(UserError, match="did you mean .*resnet50"):
         backbones.build_backbone("resnet5o")
+    with pytest.raises(UserError, match="did you mean vit_large_patch.*, vit_large_patch.*"):
+        backbones.build_backbone("vit_large")
     with pytest.raises(UserError, match="no linear classifier"):
         backbones.build_backbone("squeezenet1_0")
     model, dim = backbones.build_backbone("vit_b_32")

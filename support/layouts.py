@@ -1,0 +1,145 @@
+"""Names of tensors in files of weights: wrappers, other projects' layouts, several networks in one file.
+
+Everything here works on names and shapes; it neither reads files nor builds networks.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from support.errors import UserError
+
+# What DataParallel, torch.compile, FSDP and activation checkpointing add to names, anywhere and repeatedly.
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Hugging Face's names of a ViT's and of DINOv2's tensors, after any prefix -> timm's.
+HUGGING_FACE = [
+    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"embeddings\.position_embeddings$", "pos_embed"),
+    (r"embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
+    (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    (r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
+    (r"encoder\.layer\.(\d+)\.(norm1|norm2|mlp)\.", r"blocks.\1.\2."),
+    (r"layernorm\.(weight|bias)$", r"norm.\1"),
+]
+HUGGING_FACE_MARK = "embeddings.patch_embeddings.projection.weight"
+PATCHES = "patch_embed.proj.weight"
+
+# Parts that a training adds beside a backbone, and in it, and that its features do not need.
+BESIDE = re.compile(
+    r"head|proj|predictor|classifier|prototype|queue|pooler|decoder|linear|fc|center|n_averaged|mask_token"
+)
+WITHIN = re.compile(r"(mask_token|masked_embed|n_averaged)$|(decoder|pooler|classifier|projector|predictor)")
+
+
+def is_state(value) -> bool:
+    """Whether it is a state dict: nothing but named tensors."""
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def unwrap(state: Mapping, source: str) -> dict:
+    """The same entries without wrappers in their names. Raises UserError where two names become one."""
+    plain = {}
+    for name, value in state.items():
+        short = WRAPPERS.sub("", str(name))
+        if short in plain:
+            raise UserError(f"two entries named {short}, once as {name}", source, "save one of the two")
+        plain[short] = value
+    return plain
+
+
+def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Networks in Hugging Face's layout, or in DINOv2's chunks of blocks, with timm's names."""
+    for mark in [name for name in state if is_last_part(HUGGING_FACE_MARK, name)]:
+        state = _from_hugging_face(state, mark.removesuffix(HUGGING_FACE_MARK))
+    for mark in [name for name in state if is_last_part(PATCHES, name)]:
+        prefix = re.escape(mark.removesuffix(PATCHES))
+        if any(re.match(prefix + r"blocks\.0\.0\.norm1\.", name) for name in state):
+            # DINOv2 trains `blocks.<chunk>.<block>`; the block's number counts through all chunks.
+            state = {re.sub(rf"^({prefix}blocks)\.\d+\.(\d+)\.", r"\1.\2.", n): v for n, v in state.items()}
+    return state
+
+
+def is_last_part(part: str, name: str) -> bool:
+    """Whether `name` is `part`, or ends with it after a dot."""
+    return name == part or name.endswith(f".{part}")
+
+
+def _from_hugging_face(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            for pattern, ours in HUGGING_FACE:
+                name, found = re.subn("^" + pattern, ours, name)
+                if found:
+                    break
+            name = prefix + name
+        renamed[name] = value
+    for name in [name for name in renamed if ".attn.query." in name and name.startswith(prefix)]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):
+            qkv = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace(".query.", ".qkv.")] = qkv
+    return renamed
+
+
+def find_networks(state: Iterable[str], own: Iterable[str]) -> list[str]:
+    """The prefixes under which `state` has at least half of a network's `own` names, "" among them."""
+    state, own = set(state), list(own)
+    samples = {own[0], own[len(own) // 2], own[-1]}  # other layouts may have other names for some
+    prefixes = {name.removesuffix(own) for own in samples for name in state if is_last_part(own, name)}
+    return sorted(p for p in prefixes if 2 * sum(p + name in state for name in own) >= len(own))
+
+
+def select_network(state: Iterable[str], own: Iterable[str], key: str | None, source: str) -> str:
+    """The prefix of the one network in `state`, or of the one that `key` names.
+
+    The teacher is taken where `teacher.` and `student.` stand side by side. Raises UserError where
+    several networks fit, or none.
+    """
+    prefixes = find_networks(state, own)
+    named = [prefix.removesuffix(".") for prefix in prefixes if prefix]
+    if key:
+        found = [p for p in prefixes if p.startswith(f"{key}.")]
+        if not found:
+            choices = " or ".join(f"--checkpoint_key {name}" for name in named)
+            fix = f"give {choices}" if len(prefixes) > 1 else "leave --checkpoint_key out"
+            raise UserError(f"no {key!r} in file", source, fix)
+    else:
+        found = [p for p in prefixes if p.startswith("teacher.")] or prefixes
+    if len(found) > 1:
+        choices = " or ".join(f"--checkpoint_key {p.removesuffix('.')}" for p in found if p)
+        listed = ", ".join(f"{p}*" for p in found)
+        raise UserError(f"{len(found)} networks in file: {listed}", source, f"give {choices}")
+    if found:
+        return found[0]
+    return "backbone." if any(name.startswith("backbone.") for name in state) else ""
+
+
+def groups(names: Iterable[str]) -> str:
+    """Names by their first part, with the number of each: "projector (4 tensors), queue"."""
+    counts: dict[str, int] = {}
+    for name in names:
+        first = name.partition(".")[0]
+        counts[first] = counts.get(first, 0) + 1
+    return ", ".join(name if count == 1 else f"{name} ({count} tensors)" for name, count in counts.items())
+
+
+def vit_shapes(state: dict[str, Tensor]) -> dict[str, int]:
+    """Width, patch size and image size of the ViTs in a state dict; {} for other networks."""
+    for name in state:
+        if is_last_part(PATCHES, name):
+            patches, position = state[name], state.get(name.removesuffix(PATCHES) + "pos_embed")
+            if position is not None and position.ndim == 3 and patches.ndim == 4:
+                side = int(max(0, position.shape[1] - 1) ** 0.5)
+                patch_size = patches.shape[-1]
+                return {"width": patches.shape[0], "patch_size": patch_size, "image_size": patch_size * side}
+    return {}
