@@ -14,7 +14,7 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 import eval_knn
 import utils
 from support import backbones, cli
+from support.checks import check_images
 from support.cli import bool_flag, number
 from support.curves import Curves
 from support.data import (
@@ -39,19 +40,21 @@ from support.data import (
     describe,
     digest,
     make_loader,
+    name_and_reason,
     open_labelled_images,
     open_train_and_val,
     open_training_images,
-    sample_name,
     to_device,
 )
 from support.distributed import (
+    agree,
     barrier,
     fix_random_seeds,
     get_rank,
     get_world_size,
     init_distributed_mode,
     is_main_process,
+    same_error_on_all_ranks,
 )
 from support.errors import UserError
 from support.logger import MetricLogger, log
@@ -369,18 +372,19 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
 
 
 def build_loader(
-    args: argparse.Namespace, images: Dataset, steps: Steps, first_step: int, device: torch.device
+    args: argparse.Namespace,
+    images: Dataset,
+    steps: Steps,
+    first_step: int,
+    device: torch.device,
+    stop_asked: Callable[[], bool],
 ) -> DataLoader:
     """Batches of this rank's views from `first_step` to the end of the run."""
     augmentation = build_augmentation(args)
     make_views = augmentation.crops if args.augment_on == "device" else augmentation.views
     batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
-    return make_loader(
-        TrainingViews(images, make_views, args.seed),
-        batches,
-        args.num_workers,
-        device,
-    )
+    views = TrainingViews(images, make_views, args.seed)
+    return make_loader(views, batches, args.num_workers, device, stop_asked)
 
 
 def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
@@ -579,15 +583,10 @@ def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) ->
     return eval_knn.PeriodicKNN(evaluate, args.knn_every, args.knn_share, training.dtype, monitor.stop_asked)
 
 
-def run_identity(args: argparse.Namespace, images: Dataset, dtype: torch.dtype | None) -> dict:
-    """Everything that decides the maths of a run, by name."""
+def run_identity(args: argparse.Namespace, dtype: torch.dtype | None) -> dict:
+    """Everything besides the images that decides the maths of a run, by name."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    return flags | {
-        "world_size": get_world_size(),
-        "images": len(images),
-        "digest of the images": digest(images),
-        "dtype": str(dtype or torch.float32),
-    }
+    return flags | {"world_size": get_world_size(), "dtype": str(dtype or torch.float32)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -603,7 +602,10 @@ def train_dino(args: argparse.Namespace) -> None:
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
 
-    images = open_training_images(Source.of(args))
+    with same_error_on_all_ranks():
+        images = open_training_images(Source.of(args))
+    identity = {"images": len(images), "digest of the images": digest(images)}
+    agree("images", str(identity))
     steps = count_steps(args, len(images))
     required = "student", "teacher", "optimizer"
     run = Run(cli.make_folder(args.output_dir), required, advice=ADVICE)
@@ -611,32 +613,37 @@ def train_dino(args: argparse.Namespace) -> None:
 
     # More than 1 % of an epoch is an error, but fewer than ten never are.
     unreadable_limit = max(9, len(images) // 100)
-    monitor = Monitor(unreadable_limit, partial(sample_name, images), CollapseWatch(args.out_dim), ADVICE)
+    monitor = Monitor(unreadable_limit, partial(name_and_reason, images), CollapseWatch(args.out_dim), ADVICE)
     logger = MetricLogger(images_per_step=steps.batch)
     knn = build_knn(args, training, monitor) if args.knn_every else None
 
     pieces = training.pieces() | {"guard": monitor, "metrics": logger}
-    found = run.resume(pieces, run_identity(args, images, training.dtype), args.allow_changed_args)
+    identity |= run_identity(args, training.dtype)
+    found = run.resume(pieces, identity, args.allow_changed_args)
     step = first_step(found, steps)
+    if step == 0 and is_main_process():
+        check_images(images)
     curves = Curves(run.folder, PANELS, args.tensorboard, step) if is_main_process() else None
     log(
-        f"training {args.arch} on {describe(images)}, {get_world_size()} process(es) on {device.type}, "
+        f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "
         f"{training.dtype or torch.float32}, from step {step} to {steps.last}"
     )
-    batches = to_device(iter(build_loader(args, images, steps, step, device)), device)
+    batches = to_device(iter(build_loader(args, images, steps, step, device, monitor.stop_asked)), device)
+    stopped = False
     with run, monitor, contextlib.closing(batches):
-        while step < steps.last and not monitor.stopping:  # a stretch, then a checkpoint
+        while step < steps.last and not stopped:  # a stretch, then a checkpoint
             epoch = step // steps.per_epoch
             if step % steps.per_epoch == 0:  # else the sums continue from before the restart
                 monitor.start_epoch(), logger.start_epoch()
             stretch = range(step, end_of_stretch(step, steps, args.save_every_steps))
             step = train_one_epoch(training, batches, epoch, stretch, monitor, logger)
+            stopped = monitor.stopping or step < stretch.stop
             record = None
             if step in (steps.last, (epoch + 1) * steps.per_epoch):
                 record = {f"train_{name}": value for name, value in logger.averages().items()}
                 record |= {"epoch": epoch, "step": step, "unreadable": monitor.unreadable}
-            save(run, args, step, steps, record, last=monitor.stopping or step == steps.last)
-            if record and knn and not monitor.stopping:  # now that nothing can be lost
+            save(run, args, step, steps, record, last=stopped or step == steps.last)
+            if record and knn and not stopped:  # now that nothing can be lost
                 record |= knn(epoch, {"student": training.student_without_ddp, "teacher": training.teacher})
                 run.log([record])
             if record and curves:
@@ -702,6 +709,7 @@ def train_one_epoch(
         length=len(stretch),
         steps_after=t.steps.last - stretch.stop,
     )
+    step = stretch.start - 1  # should no batch come, because of a signal
     for step, (views, colours, unreadable) in enumerate(wanted, stretch.start):
         # schedules and random numbers (drop path) of this step
         lr, wd, momentum = (float(t.schedules[name][step]) for name in ("lr", "wd", "momentum"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.distributed import launched_as
+from support.distributed import in_group, launched_as, leave_group
 from support.errors import Interrupted, TrainingError, UserError
 from support.logger import log
 from support.monitor import SCHEDULERS
@@ -201,7 +201,7 @@ def from_outside(error: Exception, args: argparse.Namespace | None = None) -> Us
     if message.startswith("DataLoader worker (pid"):  # it died; its own exceptions are not meant
         what = f"a data-loading worker died: {message}"
         return Interrupted(what, "", "run the same command to resume", alone=True)
-    if isinstance(error, dist.DistError) or "/gloo/" in message:
+    if (dist.is_available() and isinstance(error, dist.DistError)) or "/gloo/" in message:
         message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
         return Interrupted(f"lost another process: {message}", "", "run the same command to resume")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -243,14 +243,18 @@ def run_script(main: Callable, args: argparse.Namespace, resumable: bool = False
         stop = Interrupted("at once, by Ctrl-C", "", "run the same command to resume from what is saved")
         stop.exit_code = 130  # what a shell reports for SIGINT
         end_at_once(stop)
+    except BrokenPipeError:  # the program that reads our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes once more at its end
+        stop = Interrupted("the reader of the output has ended", "", "run the same command to resume")
+        stop.exit_code = 141  # what a shell reports for SIGPIPE
+        end_at_once(stop)
     except Exception as error:
         outside = from_outside(error, args)
         if outside is None:
             raise
         end_at_once(outside)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
 
 def _end_by_signal(signum: int, _):
@@ -261,7 +265,7 @@ def _end_by_signal(signum: int, _):
 
 def end_at_once(error: UserError):
     """End the process; leaving a group in order would wait for processes that may be dead."""
-    if dist.is_initialized():
+    if in_group():
         say(error)
         os._exit(error.exit_code)
     exit_with(error)

@@ -368,6 +368,11 @@ def why_unreadable(images: Dataset, index: int) -> str:
     return ""
 
 
+def name_and_reason(images: Dataset, index: int) -> str:
+    """What a warning calls an image that cannot be read."""
+    return f"{sample_name(images, index)} ({why_unreadable(images, index) or 'it can be read now'})"
+
+
 def reason(error: Exception) -> str:
     """The first line of an error, without Pillow's description of the open file."""
     return re.sub(r" <_io\.[^>]*>", "", str(error).strip() or type(error).__name__).splitlines()[0]

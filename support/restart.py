@@ -12,7 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.distributed import all_gather_object, is_main_process, main_process_first
+from support.distributed import (
+    all_gather_object,
+    is_main_process,
+    main_process_first,
+    same_error_on_all_ranks,
+)
 from support.errors import TrainingError, UserError
 from support.lock import FolderLock
 from support.logger import log
@@ -65,7 +70,7 @@ class Run:
         fit.
         """
         self.pieces, self.identity = pieces, json.loads(json.dumps(identity))  # lists for tuples: comparable
-        with main_process_first():
+        with same_error_on_all_ranks(), main_process_first():
             if is_main_process():
                 self.lock.acquire()
             found = self.newest_whole()
