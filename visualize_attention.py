@@ -306,12 +306,17 @@ def folder_names(paths: list[str]) -> list[str]:
     return names
 
 
-def save_picture(picture: Image.Image, path: Path, inputs: set[Path]) -> None:
-    """Save a marked PNG. Raises UserError for a path that holds an input or another program's file."""
+def check_free(path: Path, inputs: set[Path]) -> None:
+    """Raise UserError if an input, or a file that this script did not write, is at this path."""
     if path.resolve() in inputs or (path.exists() and not is_own(path)):
         raise UserError(
             "would overwrite a file that this script did not write", str(path), "give another --output_dir"
         )
+
+
+def save_picture(picture: Image.Image, path: Path, inputs: set[Path]) -> None:
+    """Save a PNG with our mark. Raises UserError as `check_free`."""
+    check_free(path, inputs)
     text = PngInfo()
     for name, value in MARK.items():
         text.add_text(name, value)
@@ -354,6 +359,7 @@ def visualize(
     """
     paths = [sample_name(images, i) for i in range(len(images))]
     inputs = {Path(path).resolve() for path in paths}
+    check_free(output_dir / "sheet.png", inputs)  # now, not after all the work
     rows, broken = [], []
     for i, name in enumerate(folder_names(paths)):
         try:
