@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.distributed import launched_as
+from support.distributed import in_group, launched_as, leave_group
 from support.errors import Interrupted, TrainingError, UserError
 
 
@@ -210,13 +210,12 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
             raise
         end_at_once(outside)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
 
 def end_at_once(error: UserError):
     """End the process; leaving a group in order would wait for processes that may be dead."""
-    if dist.is_initialized():
+    if in_group():
         say(error)
         os._exit(error.exit_code)
     exit_with(error)

@@ -1,111 +1,248 @@
-"""How processes that are started together find each other."""
+"""The process group: how processes find each other, and collectives that do nothing without a group."""
 
+from __future__ import annotations  # dist.Store does not exist in a torch without torch.distributed
+
+import argparse
 import contextlib
+import ctypes
 import os
 import random
 import re
+import socket
 import subprocess
+import sys
+import threading
 import time
+import traceback
+import urllib.parse
 import uuid
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.errors import Interrupted, UserError
+from support.errors import Interrupted, TrainingError, UserError
+
+# ---------------------------------------------------------------------------------------------
+# Launch
+# ---------------------------------------------------------------------------------------------
 
 
 def launched_as() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's environment, SLURM's, or for one process.
 
     SLURM counts only inside a step started by `srun`: in the batch script itself, the other tasks
-    do not exist.
+    do not exist. Where the launcher gives no local rank, the rank stands in for it.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    for rank, world_size, local_rank in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ):
+        if env.get(rank) and env.get(world_size):
+            return int(env[rank]), int(env[world_size]), int(env.get(local_rank) or env[rank])
     return 0, 1, 0
 
 
-def port_of(job: int, attempt: int) -> int:
-    """A port that jobs on one machine, and attempts at one job, do not share."""
-    return 20000 + (97 * job + attempt) % 20000
+def check_launch() -> None:
+    """Raises UserError if the environment names several processes, and this one cannot be one of them."""
+    env = os.environ
+    rank, world_size, _ = launched_as()
+    if rank >= world_size:
+        raise UserError(f"rank {rank} of {world_size} processes", "", "count the ranks from 0", alone=True)
+    if world_size > 1 and not dist.is_available():
+        raise UserError("this torch has no torch.distributed", "", "start one process only")
+    if world_size > 1 or (env.get("RANK") and env.get("WORLD_SIZE")):
+        return
+    for name, least, missing in (
+        ("RANK", 1, "WORLD_SIZE"),
+        ("WORLD_SIZE", 2, "RANK"),
+        ("SLURM_PROCID", 1, "SLURM_STEP_NUM_TASKS"),
+    ):
+        if int(env.get(name) or 0) >= least and not env.get(missing):
+            what = f"{name} is {env[name]}, but {missing} is not set"
+            raise UserError(what, "", "set both, or neither to train with one process")
+
+
+def choose_device() -> torch.device:
+    """This process's GPU; without GPUs, Apple's for a process by itself, else the CPU. Raises UserError."""
+    _, world_size, local_rank = launched_as()
+    if torch.cuda.is_available():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if 1 < gpus < processes:  # 1: perhaps each process is shown another one
+            raise UserError(f"{processes} processes for {gpus} GPUs", "torchrun", "start one process per GPU")
+        # SLURM may show each task one GPU of its own, which is then number 0.
+        device = torch.device("cuda", local_rank % gpus)
+        torch.cuda.set_device(device)
+        return device
+    alone_on_a_mac = world_size == 1 and torch.backends.mps.is_available()
+    return torch.device("mps" if alone_on_a_mac else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rendezvous
+# ---------------------------------------------------------------------------------------------
 
 
 def _set_slurm_address() -> None:
-    """Set MASTER_ADDR and MASTER_PORT as torchrun would: the step's first node, a port per step."""
+    """Set MASTER_ADDR and MASTER_PORT, unless the user has: the step's first node, a port per attempt."""
 
     def scontrol(*arguments: str) -> str:
         command = ["scontrol", "show", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     env = os.environ
-    first = scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
-    # A node's name need not resolve; its address does.
-    address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
-    env.setdefault("MASTER_ADDR", address)
-    attempt = int(env["SLURM_STEP_ID"]) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
-    env.setdefault("MASTER_PORT", str(port_of(int(env["SLURM_JOB_ID"]), attempt)))
+    try:
+        if not env.get("MASTER_ADDR"):  # in a container, there may be no scontrol to ask
+            first = scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
+            # A node's name need not resolve; its address does.
+            env["MASTER_ADDR"] = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
+        if not env.get("MASTER_PORT"):
+            attempt = int(env.get("SLURM_STEP_ID", 0)) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
+            # Jobs on one machine, and attempts at one job, do not share a port.
+            env["MASTER_PORT"] = str(20000 + (97 * int(env["SLURM_JOB_ID"]) + attempt) % 20000)
+    except KeyError as error:
+        reason = f"{error.args[0]} is not set"
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = str(error)
+    else:
+        return
+    raise UserError(f"cannot find rank 0: {reason}", "SLURM", "set MASTER_ADDR and MASTER_PORT")
+
+
+def _address(dist_url: str) -> tuple[str, int] | None:
+    """Host and port of rank 0's store; None for a store in a file. Raises UserError."""
+    if dist_url == "env://":
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"{name} is not set", "", "set it, or start the processes with torchrun")
+        dist_url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    url = urllib.parse.urlparse(dist_url)
+    if url.scheme == "file":
+        return None
+    with contextlib.suppress(ValueError):  # a port that is not a number
+        if url.scheme == "tcp" and url.hostname and url.port:
+            return url.hostname, url.port
+    raise UserError(
+        "not an address", f"--dist_url {dist_url}", "write tcp://HOST:PORT, env:// or file:///PATH"
+    )
+
+
+def _wait_until(
+    condition: Callable[[], object], whom: Callable[[], str], patience: float = 600, silent: float = 10
+) -> None:
+    """Wait until `condition()` holds; after `silent` seconds, say once for whom.
+
+    It asks again and again, because a signal would not end a wait inside torch. Raises
+    TimeoutError after `patience` seconds.
+    """
+    start = time.monotonic()
+    while not condition():
+        waited = time.monotonic() - start
+        if waited > patience:
+            raise TimeoutError(f"waited {patience:g} s for {whom()}")
+        if waited > silent:
+            by_hand = "RANK" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+            advice = "start them, or unset RANK and WORLD_SIZE" if by_hand else "have they all been started?"
+            print(f"waiting for {whom()}: {advice}", file=sys.stderr, flush=True)
+            silent = float("inf")
+        time.sleep(0.05)
 
 
 def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
-    """What the processes at this address share. Raises TimeoutError when some do not come."""
+    """The store that the processes at this address share.
+
+    Raises UserError, or TimeoutError if not all of them come.
+    """
     if "RANK" not in os.environ and dist_url == "env://":
         _set_slurm_address()
-    store, rank, world_size = next(dist.rendezvous(dist_url, rank, world_size))
-    return _fresh_store(store, rank, world_size)
+    address = _address(dist_url)
+    place = ":".join(map(str, address)) if address else dist_url
+
+    def rank_0_listens() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
+            return True
+        return False
+
+    if rank and address:
+        _wait_until(rank_0_listens, lambda: f"rank 0 of {world_size} processes ({place})")
+    try:
+        # As for one process: torch would wait for the others here, and not say so.
+        store, *_ = next(dist.rendezvous(dist_url, rank, 1 if address else world_size))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError("the port is in use", place, "set another MASTER_PORT") from None
+    return _fresh_store(store, rank, world_size, place)
 
 
-def _fresh_store(store: dist.Store, rank: int, world_size: int, patience: float = 600) -> dist.Store:
+def _fresh_store(store: dist.Store, rank: int, world_size: int, place: str, **waiting: float) -> dist.Store:
     """The store under a prefix that no earlier attempt has used.
 
-    torchrun's store outlives a restart of its processes, which would read their dead
-    predecessors' addresses; the count of restarts that it gives may differ between machines. So
-    rank 0 draws a name, and tells it to each rank under a key that this rank has just drawn.
+    torchrun's store outlives a restart of its processes, which would read the addresses of
+    processes that have ended; the count of restarts that it gives may differ between machines
+    (https://github.com/pytorch/pytorch/issues/135712). So rank 0 draws a name, and writes it under
+    a key that each rank has just drawn.
     """
     if rank:
         question = uuid.uuid4().hex
         store.set(f"question of {rank}", question)
-        name = store.get(question).decode()  # waits for the key
+        _wait_until(
+            lambda: store.check([question]), lambda: f"rank 0 of {world_size} processes ({place})", **waiting
+        )
+        name = store.get(question).decode()
         store.add(f"{name} heard", 1)
         return dist.PrefixStore(name, store)
-    name, deadline = uuid.uuid4().hex, time.monotonic() + patience
-    while store.add(f"{name} heard", 0) < world_size - 1:  # until then, a question may be an old one
+
+    name = uuid.uuid4().hex
+
+    def heard() -> int:
+        return store.add(f"{name} heard", 0)
+
+    def all_have_heard() -> bool:  # a question may be one of an earlier attempt
         for other in range(1, world_size):
             if store.check([f"question of {other}"]):
                 store.set(store.get(f"question of {other}").decode(), name)
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not all of {world_size} processes have come")
-        time.sleep(0.05)
+        return heard() == world_size - 1
+
+    def missing() -> str:
+        return f"{world_size - 1 - heard()} of {world_size} processes ({place})"
+
+    _wait_until(all_have_heard, missing, **waiting)
     return dist.PrefixStore(name, store)
 
 
-def init_distributed_mode(dist_url: str = "env://") -> torch.device:
-    """Choose this process's device, and join the group if there are several. Raises UserError."""
-    rank, world_size, local_rank = launched_as()
-    if torch.cuda.is_available():
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if 1 < gpus < processes:  # 1: perhaps each process is shown another one
-            raise UserError(f"{processes} processes for {gpus} GPUs", "torchrun", "start one process per GPU")
-        # SLURM may show each task one GPU of its own, which is then number 0.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    elif world_size == 1 and torch.backends.mps.is_available():
-        device = torch.device("mps")
-    else:
-        device = torch.device("cpu")
+# ---------------------------------------------------------------------------------------------
+# The group
+# ---------------------------------------------------------------------------------------------
+
+# Of the group that `init_distributed_mode` made: its store, and how many blocks of `main_process_first`
+# this process has come to.
+_store: dist.Store | None = None
+_first_blocks = 0
+_FIRST = "blocks of the main process that have ended"
+
+
+def init_distributed_mode(dist_url: str | argparse.Namespace = "env://") -> torch.device:
+    """Choose this process's device, and join the group if there are several processes. Raises UserError.
+
+    `dist_url` may be a Namespace that holds it, as in the published code.
+    """
+    global _store, _first_blocks
+    dist_url = getattr(dist_url, "dist_url", dist_url)
+    check_launch()
+    device = choose_device()
+    rank, world_size, _ = launched_as()
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            store = meet(dist_url, rank, world_size)
+            _store, _first_blocks = meet(dist_url, rank, world_size), 0
         except TimeoutError as error:
-            raise Interrupted(str(error), "", "start them together") from error
+            raise Interrupted(str(error), "", "start all processes together") from error
         dist.init_process_group(
-            backend,
-            store=store,
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_store,
             rank=rank,
             world_size=world_size,
             device_id=device if device.type == "cuda" else None,
@@ -113,14 +250,45 @@ def init_distributed_mode(dist_url: str = "env://") -> torch.device:
     return device
 
 
+def in_group() -> bool:
+    """Whether this process has joined a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def leave_group(seconds: float = 60) -> None:
+    """Leave the group, as the last thing that a process does.
+
+    If that takes longer than `seconds`, the process ends at once, with the exit code that it would have had.
+    """
+    if not in_group():
+        return
+    if dist.get_backend() == "gloo":
+        # Never freed: with torch 2.5, freeing the group joins threads that may need the interpreter's lock,
+        # and holds that lock meanwhile: a finished run then never ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+    error = sys.exc_info()[1]
+    thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not thread.is_alive():
+        return
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    print(f"note: the process group did not end within {seconds:g} s", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def get_rank() -> int:
     """This process's number, 0 without a group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if in_group() else 0
 
 
 def get_world_size() -> int:
     """How many processes train together, 1 without a group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if in_group() else 1
 
 
 def is_main_process() -> bool:
@@ -136,14 +304,65 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_process_first():
-    """The main process runs the block, then the others do."""
-    if not is_main_process():
-        barrier()
+    """The main process runs the block, then the others do.
+
+    They wait at the store: no collective has to match, and no timeout ends a long download. In a group that
+    `init_distributed_mode` did not make, all run the block at once.
+    """
+    global _first_blocks
+    if _store is None:
+        yield
+        return
+    _first_blocks += 1
+    while not is_main_process() and _store.add(_FIRST, 0) < _first_blocks:
+        time.sleep(0.1)
     try:
         yield
     finally:
         if is_main_process():
-            barrier()
+            _store.add(_FIRST, 1)
+
+
+@contextlib.contextmanager
+def same_error_on_all_ranks():
+    """An error that one rank meets in the block is raised by all ranks, with that rank's number in it.
+
+    For what each process reads by itself, before the ranks work together: inside the block, no collectives
+    (`main_process_first` is none). An error that all ranks share is raised as it is. One that is no UserError
+    stays what it is on its own rank, and is a TrainingError on the others.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if error and is_main_process() and _store:
+        _store.add(_FIRST, 2**30)  # the others have nothing to wait for
+    if isinstance(error, UserError):
+        mine = type(error), str(error)
+    else:
+        mine = error and (TrainingError, f"{type(error).__name__}: {error}")
+    errors = all_gather_object(mine)
+    rank = next((rank for rank, other in enumerate(errors) if other), None)
+    if rank is None:
+        return
+    if len(set(errors)) == 1 or (error and not isinstance(error, UserError)):
+        raise error
+    kind, text = errors[rank]
+    shared = kind(f"rank {rank}: {text}")
+    shared.alone = False  # all ranks raise it, so that the first one prints it
+    raise shared
+
+
+def agree(what: str, value: str) -> None:
+    """Raises UserError on all ranks unless `value`, a short description of `what`, is the same on all."""
+    values = all_gather_object(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(
+                f"ranks have different {what}", f"rank 0: {values[0]}; rank {rank}: {other}",
+                "give every process the same",
+            )  # fmt: skip
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:

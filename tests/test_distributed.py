@@ -1,13 +1,51 @@
-"""Which processes belong together; that they meet is tested by all that starts several."""
+"""Which processes belong together, how they meet, share errors and part."""
 
+import argparse
+import itertools
 import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from support import distributed
+from support.distributed import (
+    all_gather,
+    all_reduce_mean,
+    fix_random_seeds,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
+from support.errors import UserError
+from tests.conftest import ROOT, TINY, run, save_images, wait_for_words
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_JOB_ID": "7",
+}
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Set the launcher's variables to these, and no others."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in LAUNCHERS:
+            monkeypatch.delenv(name)
+    return lambda env: [monkeypatch.setenv(name, value) for name, value in env.items()]
+
+
+# ---- launch
 
 
 @pytest.mark.parametrize(
@@ -15,20 +53,285 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
     [
         ({}, (0, 1, 0)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, (3, 4, 1)),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 8, 5)),  # each device is then rank % GPUs, as published
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
+        (SLURM | STEP, (3, 4, 1)),
+        ({"SLURM_PROCID": "3"} | STEP, (3, 4, 3)),
         (SLURM | {"SLURM_PROCID": "0"}, (0, 1, 0)),  # in the batch script, outside any srun
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "2", "RANK": "1", "WORLD_SIZE": "16"}, (1, 16, 0)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2", "RANK": "1", "WORLD_SIZE": "16"}, (1, 16, 1)),
+        ({"WORLD_SIZE": "4"} | SLURM | STEP, (3, 4, 1)),  # exported in the job's script, for others
     ],
 )
-def test_launchers(monkeypatch, env, expected):
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+def test_launchers(launch, env, expected):
+    launch(env)
     assert distributed.launched_as() == expected
+    distributed.check_launch()
 
 
-def test_processes_that_do_not_come_are_not_waited_for():
-    with pytest.raises(TimeoutError, match="not all of 2 processes have come"):
-        distributed._fresh_store(dist.HashStore(), 0, 2, patience=0.1)
+def test_whatever_slurm_leaves_out_no_task_becomes_a_run_by_itself(launch, monkeypatch):
+    """A container may pass only some variables on. Rank 3 is rank 3, or refused."""
+    everything = SLURM | STEP
+    for count in range(len(everything) + 1):
+        for names in itertools.combinations(everything, count):
+            with monkeypatch.context() as patch:
+                for name in names:
+                    patch.setenv(name, everything[name])
+                try:
+                    distributed.check_launch()
+                except UserError as error:
+                    assert "SLURM_PROCID is 3, but SLURM_STEP_NUM_TASKS is not set" in str(error)
+                else:
+                    assert distributed.launched_as()[0] == 3 or "SLURM_PROCID" not in names
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is not set: set both, or neither to train with one"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: set both, or neither to train with one"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 processes: count the ranks from 0"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "MASTER_ADDR is not set: set it, or start the processes with",
+        ),
+        (SLURM | STEP, "cannot find rank 0: .*scontrol.* .SLURM.: set MASTER_ADDR and MASTER_PORT"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+            "cannot find rank 0: SLURM_STEP_NODELIST is",
+        ),
+    ],
+)
+def test_half_a_launch_is_one_line(launch, monkeypatch, env, message):
+    launch(env)
+    monkeypatch.setenv("PATH", "/nowhere")  # there is no scontrol
+    with pytest.raises(UserError, match=message):
+        distributed.init_distributed_mode()
+
+
+@pytest.mark.parametrize("dist_url", ["tcp//host:1", "tcp://host", "tcp://host:port"])
+def test_an_address_that_is_none_is_named(launch, dist_url):
+    launch({"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match=f"not an address .--dist_url {dist_url}.: write tcp://HOST:PORT"):
+        distributed.init_distributed_mode(dist_url)
+
+
+def test_an_address_that_the_user_sets_is_kept_without_asking_slurm(launch, monkeypatch):
+    launch(SLURM | STEP | {"MASTER_ADDR": "10.0.0.1"})
+    monkeypatch.setenv("PATH", "/nowhere")  # there is no scontrol
+    distributed._set_slurm_address()
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1" and 20000 <= int(os.environ["MASTER_PORT"]) < 40000
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    distributed._set_slurm_address()
+    assert os.environ["MASTER_PORT"] == "29500"
+
+
+def test_the_published_call_is_accepted(launch):
+    launch({})
+    args = argparse.Namespace(dist_url="env://", gpu=0)
+    assert distributed.init_distributed_mode(args) == distributed.choose_device()
+
+
+# A torch that was built with USE_DISTRIBUTED=0 lacks these functions, and torch.distributed then has little
+# more than `is_available`. Python runs a file of this name when it starts.
+WITHOUT_DISTRIBUTED = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.distributed":
+            for init in "_c10d_init", "_rpc_init", "_dist_autograd_init", "_faulty_agent_init":
+                delattr(sys.modules["torch._C"], init)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_torch_without_distributed_trains(images, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_DISTRIBUTED)
+    env = {"PYTHONPATH": str(tmp_path)}
+    code = (
+        "import os, torch, main_dino, eval_knn, eval_linear, visualize_attention, run_with_submitit\n"
+        "assert not torch.distributed.is_available() and not hasattr(torch.distributed, 'Store')\n"
+        "os.environ |= {'RANK': '0', 'WORLD_SIZE': '2'}\n"
+        "main_dino.cli.run_script(main_dino.init_distributed_mode, 'env://')\n"
+    )
+    result = run("-c", code, env=env, check=False)
+    error = "error: this torch has no torch.distributed: start one process only\n"
+    assert (result.returncode, result.stderr) == (2, error)
+    flags = [*TINY, "--max_steps", "2", "--data_path", str(images), "--output_dir", str(tmp_path / "run")]
+    assert "1 process(es) on" in run("main_dino.py", *flags, env=env).stdout
+
+
+# ---- rendezvous
+
+
+def test_processes_that_do_not_come_are_not_waited_for(capsys):
+    with pytest.raises(TimeoutError, match="waited 0.1 s for 1 of 2 processes .here."):
+        distributed._fresh_store(dist.HashStore(), 0, 2, "here", patience=0.1, silent=0)
+    assert capsys.readouterr().err.startswith("waiting for 1 of 2 processes (here): ")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wait_for_processes_is_said_and_a_signal_ends_it(rank, images, tmp_path):
+    port = free_port()
+    env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = ["main_dino.py", *TINY, "--data_path", str(images), "--output_dir", str(tmp_path / "run")]
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | env, stderr=file)
+    whom = "rank 0 of" if rank else "1 of"
+    words = f"waiting for {whom} 2 processes (127.0.0.1:{port}): start them, or unset RANK and WORLD_SIZE\n"
+    wait_for_words(words, said, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with distributed.socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_port_that_is_in_use_is_named():
+    with distributed.socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"the port is in use .{place}.: set another MASTER_PORT"):
+            distributed.meet(f"tcp://{place}", 0, 2)
+
+
+# ---- two processes
+
+
+def start_two_processes(tmp_path: Path, body: str) -> list[subprocess.Popen]:
+    """Two ranks that run `body` in a group, as a script's `main` would."""
+    script = tmp_path / "script.py"
+    lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
+    script.write_text(
+        "import glob, sys, time, torch\n"
+        "import torch.distributed as dist\n"
+        "from support import cli\n"
+        "from support.distributed import *\n"
+        "from support.errors import *\n"
+        f"def main(_):\n    init_distributed_mode()\n    rank = get_rank()\n{lines}"
+        "cli.run_script(main, None)\n"
+    )
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ | address | {"RANK": str(rank), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def two_processes(tmp_path: Path, body: str) -> list[tuple[int, str]]:
+    """Their exit codes and what they wrote to stderr."""
+    processes = start_two_processes(tmp_path, body)
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    return list(zip([process.returncode for process in processes], said, strict=True))
+
+
+OPEN = """
+with same_error_on_all_ranks():
+    images = glob.glob({folder!r} + str(rank) + "/*.png")
+    if not images:
+        raise UserError("no images", {folder!r} + str(rank), "check the path")
+agree("images", f"{{len(images)}} images")
+print("trains", file=sys.stderr)
+"""
+
+
+def test_an_error_of_one_rank_ends_all_with_its_number(tmp_path):
+    save_images(tmp_path / "on0", 2)
+    results = two_processes(tmp_path, OPEN.format(folder=str(tmp_path / "on")))
+    line = f"error: rank 1: no images ({tmp_path}/on1): check the path\n"
+    assert results == [(2, line), (2, "")]
+
+
+def test_different_images_are_refused_on_all_ranks(tmp_path):
+    save_images(tmp_path / "on0", 3)
+    save_images(tmp_path / "on1", 2)
+    results = two_processes(tmp_path, OPEN.format(folder=str(tmp_path / "on")))
+    what = "ranks have different images (rank 0: 3 images; rank 1: 2 images)"
+    line = f"error: {what}: give every process the same\n"
+    assert results == [(2, line), (2, "")]
+
+
+# (what each rank does, what both then raise); a rank that raises nothing waits for the main process first
+CASES = [
+    ("pass", None),
+    ("raise ImageError('none', 'a.jpg')", ("ImageError", "none (a.jpg)", False)),
+    ("if rank: raise ImageError('none', 'a.jpg')", ("ImageError", "rank 1: none (a.jpg)", False)),
+    ("if rank: raise Interrupted('stopped')", ("Interrupted", "rank 1: stopped", False)),
+    ("if rank: raise UserError('no folder')", ("UserError", "rank 1: no folder", False)),
+    ("if not rank: raise UserError('no folder')", ("UserError", "rank 0: no folder", False)),
+]
+EACH = """
+for code, expected in {cases!r}:
+    try:
+        with same_error_on_all_ranks():
+            exec(code)
+            with main_process_first(): pass
+        agree("images", "3 images")
+        met = None
+    except UserError as error:
+        met = type(error).__name__, str(error), error.alone
+    assert met == expected, (rank, code, met)
+"""
+
+
+def test_errors_are_shared_whichever_rank_meets_them_first(tmp_path):
+    """Among them: a rank fails before it comes to the block that the main process runs first."""
+    assert two_processes(tmp_path, EACH.format(cases=CASES)) == [(0, ""), (0, "")]
+
+
+def test_a_fault_of_one_rank_keeps_its_traceback_and_ends_the_other(tmp_path):
+    body = "with same_error_on_all_ranks():\n    if rank: {}['key']"
+    (code0, said0), (code1, said1) = two_processes(tmp_path, body)
+    assert (code0, said0) == (1, "error: rank 1: KeyError: 'key'\n")
+    assert code1 == 1 and "Traceback" in said1
+
+
+def test_the_main_process_is_first(tmp_path):
+    file = str(tmp_path / "file")
+    body = (
+        "for turn in range(3):\n"
+        "    with main_process_first():\n"
+        f"        if rank == 0: time.sleep(0.3); open({file!r}, 'a').write('x')\n"
+        f"        assert len(open({file!r}).read()) > turn"
+    )
+    assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise UserError('wrong')", 2)])
+def test_a_group_with_unfinished_work_does_not_keep_a_process(ending, code, tmp_path):
+    """Rank 1 does not answer. torch's own end of the group waits for it; with torch 2.5.1, even after its end."""
+    body = f"if rank: time.sleep(1000)\ndist.all_reduce(torch.ones(1), async_op=True)\n{ending}"
+    first, second = start_two_processes(tmp_path, body)
+    try:
+        assert first.wait(120) == code
+    finally:
+        first.kill(), second.kill()
+        first.communicate(), second.communicate()
+
+
+# ---- collectives
+
+
+def test_reductions_do_nothing_outside_a_group():
+    x = torch.arange(3.0)
+    assert all_reduce_mean(x) is x and all_gather(x) is x
+    assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
+
+
+def test_seeds_decide_every_generator():
+    def draw(*entropy):
+        fix_random_seeds(*entropy)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert draw(0, 1, 2) != draw(0, 2, 1)

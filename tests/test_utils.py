@@ -3,9 +3,7 @@
 import argparse
 import copy
 import math
-import random
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,14 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import utils
 from support import backbones
 from support.cli import bool_flag
-from support.distributed import (
-    all_gather,
-    all_reduce_mean,
-    fix_random_seeds,
-    get_rank,
-    get_world_size,
-    is_main_process,
-)
 from support.logger import MetricLogger, SmoothedValue
 from utils import DINOHead, DINOLoss, MultiCropWrapper
 
@@ -336,17 +326,6 @@ def test_lars_adapts_weights_and_leaves_biases_alone():
 
 
 # ---------------------------------------------------------------------------------------------
-# Distributed
-# ---------------------------------------------------------------------------------------------
-
-
-def test_reductions_do_nothing_outside_a_group():
-    x = torch.arange(3.0)
-    assert all_reduce_mean(x) is x and all_gather(x) is x
-    assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
-
-
-# ---------------------------------------------------------------------------------------------
 # Logging
 # ---------------------------------------------------------------------------------------------
 
@@ -377,12 +356,3 @@ def test_bool_flag():
     assert [bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
     with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
         bool_flag("maybe")
-
-
-def test_seeds_decide_every_generator():
-    def draw(*entropy):
-        fix_random_seeds(*entropy)
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    assert draw(0, 1, 2) == draw(0, 1, 2)
-    assert draw(0, 1, 2) != draw(0, 2, 1)
