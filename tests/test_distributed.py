@@ -309,7 +309,7 @@ def test_the_main_process_is_first(tmp_path):
 
 @pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise UserError('wrong')", 2)])
 def test_a_group_with_unfinished_work_does_not_keep_a_process(ending, code, tmp_path):
-    """Rank 1 does not answer. torch's own end of the group waits for it; with torch 2.5.1, even after its end."""
+    """Rank 1 does not answer. torch's own end of the group waits for it."""
     body = f"if rank: time.sleep(1000)\ndist.all_reduce(torch.ones(1), async_op=True)\n{ending}"
     first, second = start_two_processes(tmp_path, body)
     try:
