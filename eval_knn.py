@@ -280,7 +280,9 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
     if args.dump_features:  # checked now, not after all the work
-        cli.make_folder(args.dump_features, "dump_features")
+        folder = cli.make_folder(args.dump_features, "dump_features")
+        if args.load_features and folder.resolve() == Path(args.load_features).resolve():
+            raise UserError("would overwrite --load_features", f"--dump_features {folder}", "leave it out")
     if args.load_features:
         loaded = [(name, lambda args: True, "--load_features gives the features") for name in OF_FEATURES]
         cli.warn_no_effect(args, get_args_parser(), loaded)

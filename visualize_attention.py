@@ -419,6 +419,7 @@ def report_demo(args: argparse.Namespace, device: torch.device, num_images: int 
     output_dir = cli.make_folder(args.output_dir)
     shapes = Shapes("val", num_images)
     networks = load_demo(args, device)
+    log(f"weights: {networks['trained'].description}")
     log(f"{args.threshold:.0%} of the best head's attention against the true mask, {num_images} images")
     result = {}
     for name, frozen in networks.items():

@@ -96,6 +96,9 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path):
         torch.testing.assert_close(lengths, torch.ones_like(lengths))
     with pytest.raises(UserError, match="no such file"):
         evaluate("--load_features", str(tmp_path / "nowhere"))
+    same = str(tmp_path / "features" / ".." / "features")
+    with pytest.raises(UserError, match="would overwrite --load_features"):
+        evaluate("--load_features", str(tmp_path / "features"), "--dump_features", same)
 
 
 @pytest.mark.parametrize(
