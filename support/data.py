@@ -176,7 +176,7 @@ def open_training_images(source: Source) -> Dataset:
     if not len(images):
         others = f", only {_by_extension(images.left_out)}" if images.left_out else ""
         raise UserError(f"no images found{others}", f"--data_path {root}", "give a folder of image files")
-    log(f"training images: {root}: {describe(images)}")
+    log(f"training images: {root}: {_selection(images)}")
     return images
 
 
@@ -188,7 +188,7 @@ def open_labelled_images(source: Source, split: str) -> Dataset:
         return _torchvision_dataset(source, split)
     root = _split_folder(_existing_folder(source.data_path), split)
     images = LabelledFiles(root)
-    log(f"{split} images: {root}: {describe(images)}")
+    log(f"{split} images: {root}: {_selection(images)}")
     return images
 
 
@@ -225,19 +225,20 @@ def _by_extension(files: Counter) -> str:
 
 
 def describe(images: Dataset) -> str:
-    """How many images and classes there are, and by extension which files were taken and left out."""
-    words = f"{len(images):,} images"
-    if classes := getattr(images, "classes", None):
-        words += f", {len(classes):,} classes"
-    if isinstance(images, ImageFiles) and images.taken:
-        words += f" ({_by_extension(images.taken)})"
-        left_out = []
-        if images.left_out:
-            left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
-        if images.hidden:
-            left_out.append(f"{images.hidden:,} hidden names")
-        words += "; left out " * bool(left_out) + " and ".join(left_out)
-    return words
+    """How many images and classes there are, e.g. "1,281,167 images, 1,000 classes"."""
+    classes = getattr(images, "classes", None)
+    return f"{len(images):,} images" + (f", {len(classes):,} classes" if classes else "")
+
+
+def _selection(images: "ImageFiles") -> str:
+    """`describe`, and which files were taken and left out, by extension."""
+    left_out = []
+    if images.left_out:
+        left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
+    if images.hidden:
+        left_out.append(f"{images.hidden:,} hidden names")
+    words = f"{describe(images)} ({_by_extension(images.taken)})"
+    return words + "; left out " * bool(left_out) + " and ".join(left_out)
 
 
 def digest(images: Dataset) -> str:
@@ -357,7 +358,7 @@ def sample_name(dataset: Dataset, index: int) -> str:
 
 
 def why_unreadable(images: Dataset, index: int) -> str:
-    """Why a sample cannot be read, found by reading it once more; "" if that works."""
+    """Why a sample cannot be read, found by reading it once more."""
     try:
         if isinstance(images, ImageFiles):
             images.pixels(index)
@@ -365,12 +366,12 @@ def why_unreadable(images: Dataset, index: int) -> str:
             images[index][0].convert("RGB")
     except Exception as error:  # a broken file can raise nearly anything
         return reason(error)
-    return ""
+    return "it can be read now"
 
 
 def name_and_reason(images: Dataset, index: int) -> str:
     """What a warning calls an image that cannot be read."""
-    return f"{sample_name(images, index)} ({why_unreadable(images, index) or 'it can be read now'})"
+    return f"{sample_name(images, index)} ({why_unreadable(images, index)})"
 
 
 def reason(error: Exception) -> str:
@@ -666,7 +667,7 @@ def kill_workers(workers: Iterable[multiprocessing.Process]) -> None:
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if watched else None
     for worker in alive:
         worker.kill()
-        worker.join()
+        worker.join(timeout=5)  # the kernel may hold one that waits for a file system
     if watched:
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 

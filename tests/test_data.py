@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from support.errors import Interrupted, UserError
 from support.files import Paths
 from support.pixels import eval_transform, normalized_views, to_pixels
 from support.shapes import Shapes
-from tests.conftest import ROOT, save_images
+from tests.conftest import ROOT, TINY, save_images, wait_for_words
 from utils import DataAugmentationDINO
 
 
@@ -235,7 +236,8 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     assert [dataset[0, i][2] for i in range(4)] == [-1, 1, 2, -1]
     assert sum(len(part) for part in dataset[0, 1][0]) == 4
     assert "cannot identify image file" in why_unreadable(dataset.images, 1)
-    assert "truncated" in why_unreadable(dataset.images, 2) and why_unreadable(dataset.images, 3) == ""
+    assert "truncated" in why_unreadable(dataset.images, 2)
+    assert why_unreadable(dataset.images, 3) == "it can be read now"
     evaluation = EvalImages(ImageFiles(tmp_path), eval_transform(16))
     with pytest.raises(UserError, match="002.png"):
         evaluation[2]
@@ -583,3 +585,45 @@ def test_views_of_one_size_travel_as_one_tensor(images):
     views = unpack(packed)[0]
     expected = [torch.stack(view) for view in zip(*(item[0] for item in items), strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
+
+
+STALLED = """
+import os, time
+import main_dino
+from support import cli, data
+load_pixels = data.load_pixels
+
+def load(path):
+    while path.endswith("007.png") and os.path.exists(os.environ["STALLED"]):
+        time.sleep(0.1)
+    return load_pixels(path)
+
+data.load_pixels, data.Loader.warn_every = load, 1
+cli.run_script(main_dino.main, main_dino.parse_args())
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_that_waits_for_a_stalled_file_stops_when_asked(tmp_path, processes):
+    """It saves the steps that it has made if it is alone, and the same command resumes it."""
+    save_images(tmp_path / "images", 40)
+    (tmp_path / "stalled.py").write_text(STALLED)
+    stalled, said = tmp_path / "stalled", tmp_path / "said.txt"
+    stalled.touch()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    flags = [*TINY, "--data_path", tmp_path / "images", "--output_dir", tmp_path / "out", "--epochs", 3]
+    command = [sys.executable, *launcher, tmp_path / "stalled.py", *flags, "--num_workers", 1]
+    env = os.environ | {"STALLED": str(stalled), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(said, "w") as file:
+        process = subprocess.Popen(list(map(str, command)), env=env, stdout=file, stderr=file)
+    wait_for_words("warning: no batch of images", said, process)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=200)
+    if processes == 2:
+        assert "stopped: asked to stop while waiting for images" in said.read_text(), said.read_text()
+    else:
+        assert code == 75, said.read_text()
+        assert re.search(r"stopped: by SIGTERM, saved step \d+ of 30", said.read_text())
+        stalled.unlink()
+        again = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0 and "from step 0 " not in again.stdout, again.stderr
