@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 
-from support.data import EvalImages, make_loader
 from support.distributed import all_gather, get_rank, get_world_size
+from support.loading import EvalImages, make_loader
 
 
 def extract_features(
