@@ -243,7 +243,7 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
         evaluation[2]
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no image can be read, in 11 tries: cannot identify .*000.png"):
+    with pytest.raises(UserError, match=r"no image can be read, in 31 tries: cannot identify .*000.png"):
         dataset[0, 0]
 
 
