@@ -37,7 +37,7 @@ class TrainingViews(Dataset):
     and count it.
     """
 
-    TRIES = 10  # other images, before the data as a whole is considered unreadable
+    TRIES = 30  # other images, before the data as a whole is considered unreadable
 
     def __init__(
         self,
