@@ -29,18 +29,11 @@ from torchvision import transforms
 
 from support import cli
 from support.cli import bool_flag
-from support.data import (
-    EpochBatches,
-    Source,
-    digest,
-    make_loader,
-    open_labelled_images,
-    open_train_and_val,
-    read_labelled,
-)
+from support.data import Source, digest, open_labelled_images, open_train_and_val, read_labelled
 from support.distributed import all_reduce_mean, fix_random_seeds, get_world_size, init_distributed_mode
 from support.errors import TrainingError, UserError
 from support.features import extract_features
+from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import normalize
 from support.restart import Run

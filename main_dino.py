@@ -34,17 +34,13 @@ from support.checks import check_images
 from support.cli import bool_flag, number
 from support.curves import Curves
 from support.data import (
-    EpochBatches,
     Source,
-    TrainingViews,
     describe,
     digest,
-    make_loader,
     name_and_reason,
     open_labelled_images,
     open_train_and_val,
     open_training_images,
-    to_device,
 )
 from support.distributed import (
     agree,
@@ -57,6 +53,7 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError
+from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, Colour, eval_transform, normalized_views

@@ -134,24 +134,6 @@ def number(
 NUMBER_WORDS = {int: "a whole number", float: "a number"}
 
 
-class DefaultInt(int):
-    """A flag's default, told from the same number given by the user."""
-
-
-class DefaultStr(str):
-    """A flag's default, told from the same word given by the user."""
-
-
-def check_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """UserError for a flag, of those named, whose whole number is too small, or too large for torch."""
-    for name in names:
-        value = getattr(args, name)
-        if value < least:
-            raise UserError(f"must be at least {least}", f"--{name} {value}", "raise it")
-        if value >= 2**31:
-            raise UserError(f"must be below {2**31}", f"--{name} {value}", "lower it")
-
-
 def make_folder(path: str, flag: str = "output_dir") -> Path:
     """The folder for a run's files, made if it is not there. Raises UserError if it cannot be written."""
     folder = Path(path).expanduser()

@@ -1,6 +1,6 @@
-"""The images: opened by path or name, and served as views to train on or whole to evaluate.
+"""The images: opened by path or by name, read, described.
 
-Shapes: B images, V views, H x W pixels.
+Shapes: H x W pixels.
 """
 
 import argparse
@@ -9,20 +9,14 @@ import errno
 import gzip
 import hashlib
 import inspect
-import itertools
-import multiprocessing
 import operator
 import os
-import random
 import re
 import shutil
-import signal
 import tempfile
-import threading
-import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +25,13 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from support.distributed import get_rank, get_world_size, main_process_first
-from support.errors import ImageError, Interrupted, UserError, nearest
+from support.distributed import main_process_first
+from support.errors import ImageError, UserError, nearest
 from support.files import Paths, class_folders, find_images
 from support.logger import log
-from support.monitor import ignore_signals
-from support.pixels import Colour, to_pixels, to_rgb
+from support.pixels import to_pixels, to_rgb
 from support.shapes import Shapes
 
 
@@ -176,7 +168,7 @@ def open_training_images(source: Source) -> Dataset:
     if not len(images):
         others = f", only {_by_extension(images.left_out)}" if images.left_out else ""
         raise UserError(f"no images found{others}", f"--data_path {root}", "give a folder of image files")
-    log(f"training images: {root}: {describe(images)}")
+    log(f"training images: {root}: {_selection(images)}")
     return images
 
 
@@ -188,7 +180,7 @@ def open_labelled_images(source: Source, split: str) -> Dataset:
         return _torchvision_dataset(source, split)
     root = _split_folder(_existing_folder(source.data_path), split)
     images = LabelledFiles(root)
-    log(f"{split} images: {root}: {describe(images)}")
+    log(f"{split} images: {root}: {_selection(images)}")
     return images
 
 
@@ -225,19 +217,20 @@ def _by_extension(files: Counter) -> str:
 
 
 def describe(images: Dataset) -> str:
-    """How many images and classes there are, and by extension which files were taken and left out."""
-    words = f"{len(images):,} images"
-    if classes := getattr(images, "classes", None):
-        words += f", {len(classes):,} classes"
-    if isinstance(images, ImageFiles) and images.taken:
-        words += f" ({_by_extension(images.taken)})"
-        left_out = []
-        if images.left_out:
-            left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
-        if images.hidden:
-            left_out.append(f"{images.hidden:,} hidden names")
-        words += "; left out " * bool(left_out) + " and ".join(left_out)
-    return words
+    """How many images and classes there are, e.g. "1,281,167 images, 1,000 classes"."""
+    classes = getattr(images, "classes", None)
+    return f"{len(images):,} images" + (f", {len(classes):,} classes" if classes else "")
+
+
+def _selection(images: "ImageFiles") -> str:
+    """`describe`, and which files were taken and left out, by extension."""
+    left_out = []
+    if images.left_out:
+        left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
+    if images.hidden:
+        left_out.append(f"{images.hidden:,} hidden names")
+    words = f"{describe(images)} ({_by_extension(images.taken)})"
+    return words + "; left out " * bool(left_out) + " and ".join(left_out)
 
 
 def digest(images: Dataset) -> str:
@@ -357,7 +350,7 @@ def sample_name(dataset: Dataset, index: int) -> str:
 
 
 def why_unreadable(images: Dataset, index: int) -> str:
-    """Why a sample cannot be read, found by reading it once more; "" if that works."""
+    """Why a sample cannot be read, found by reading it once more."""
     try:
         if isinstance(images, ImageFiles):
             images.pixels(index)
@@ -365,12 +358,12 @@ def why_unreadable(images: Dataset, index: int) -> str:
             images[index][0].convert("RGB")
     except Exception as error:  # a broken file can raise nearly anything
         return reason(error)
-    return ""
+    return "it can be read now"
 
 
 def name_and_reason(images: Dataset, index: int) -> str:
     """What a warning calls an image that cannot be read."""
-    return f"{sample_name(images, index)} ({why_unreadable(images, index) or 'it can be read now'})"
+    return f"{sample_name(images, index)} ({why_unreadable(images, index)})"
 
 
 def reason(error: Exception) -> str:
@@ -378,57 +371,10 @@ def reason(error: Exception) -> str:
     return re.sub(r" <_io\.[^>]*>", "", str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _machine_lacks(error: Exception) -> bool:
+def machine_lacks(error: Exception) -> bool:
     """Whether an image could not be read for lack of memory or of open files."""
     lacks = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     return lacks or isinstance(error, MemoryError)
-
-
-class TrainingViews(Dataset):
-    """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
-
-    It is `make_views(pixels, rng)` and an index. `make_views` takes uint8 (3, H, W) and a
-    `random.Random`; it returns uint8 views, one tensor (V, 3, H, W) for each size, and how their
-    colours are still to change, as `pixels.normalized_views` takes it. The index is -1; for an image
-    that cannot be read and is replaced by another one, it is that image's, so that training can name
-    and count it.
-    """
-
-    TRIES = 10  # other images, before the data as a whole is considered unreadable
-
-    def __init__(
-        self,
-        images: Dataset,
-        make_views: Callable[[Tensor, random.Random], tuple[list[Tensor], Colour | Sequence]],
-        seed: int,
-    ):
-        self.images, self.make_views, self.seed = images, make_views, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def _pixels(self, index: int) -> Tensor:
-        if isinstance(self.images, ImageFiles):
-            return self.images.pixels(index)
-        return to_pixels(self.images[index][0])
-
-    def _readable(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        """The image, or one drawn in its place and the index of what it replaces, else -1."""
-        others = random.Random(f"{self.seed} {epoch} {index} instead")
-        for candidate in [index] + [others.randrange(len(self)) for _ in range(self.TRIES)]:
-            try:
-                return self._pixels(candidate), -1 if candidate == index else index
-            except Exception as error:  # a broken file can raise nearly anything
-                if _machine_lacks(error):
-                    raise
-        name, reason = sample_name(self.images, index), why_unreadable(self.images, index)
-        raise UserError(f"no image can be read, in {self.TRIES + 1} tries: {reason}", name, "check the data")
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Colour | Sequence, int]:
-        epoch, index = item
-        rng = random.Random(f"{self.seed} {epoch} {index}")
-        pixels, unreadable = self._readable(epoch, index)
-        return *self.make_views(pixels, rng), unreadable
 
 
 def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
@@ -437,7 +383,7 @@ def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
         image, label = images[index]
         image = image.convert("RGB")
     except Exception as error:  # a broken file can raise nearly anything
-        if _machine_lacks(error):
+        if machine_lacks(error):
             raise
         name = sample_name(images, index)
         raise ImageError(f"cannot read image: {reason(error)}", name, "repair or remove it") from None
@@ -449,256 +395,3 @@ def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
         where, fix = f"{sample_name(images, index)}: {label!r:.40}", "use a dataset with one class per image"
         raise UserError("label is not a class number", where, fix)
     return image, number
-
-
-class EvalImages(Dataset):
-    """Transformed images with label and index."""
-
-    def __init__(self, images: Dataset, transform: Callable[[Image.Image], Tensor]):
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image, label = read_labelled(self.images, index)
-        return self.transform(image), label, index
-
-
-class EpochBatches:
-    """This rank's batches of (epoch, index) for the global steps of a run, epoch after epoch.
-
-    A batch sampler. Each epoch has an order of its own, which the seed decides, and the ranks share it:
-    the order of `DistributedSampler` with `set_epoch(epoch)`. With `drop_last`, an epoch's incomplete last
-    batch is left out. `first_step` may lie anywhere in an epoch; without `last_step` there is no end.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        first_step: int = 0,
-        last_step: int | None = None,
-        drop_last: bool = True,
-    ):
-        """`batch_size` is that of one rank."""
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.first_step, self.last_step = first_step, last_step
-        self.per_rank = -(-num_images // get_world_size())  # rounded up: some images come twice
-        self.steps_per_epoch = self.per_rank // batch_size if drop_last else -(-self.per_rank // batch_size)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The indices of this rank's images in an epoch, (per_rank,)."""
-        whole = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed + epoch))
-        places = np.arange(self.per_rank) * get_world_size() + get_rank()
-        return whole.numpy()[places % self.num_images]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.first_step
-        while self.last_step is None or step < self.last_step:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            order = self.order(epoch)
-            for place in range(first, self.steps_per_epoch):
-                if step == self.last_step:
-                    return
-                batch = order[place * self.batch_size :][: self.batch_size]
-                yield [(epoch, index) for index in batch.tolist()]
-                step += 1
-
-
-class Loader(DataLoader):
-    """A DataLoader that does not wait for a batch without end, and whose workers end with each pass.
-
-    A pass raises Interrupted when a worker, or a batch, was lost, when no batch comes for `patience`
-    seconds, and when `stop_asked()` during a wait. One process alone then just ends the pass.
-    """
-
-    patience, warn_every, grace, poll = 600.0, 60.0, 5.0, 1.0  # seconds
-
-    def __init__(self, *args, stop_asked: Callable[[], bool], **kwargs):
-        super().__init__(*args, collate_fn=pack, **kwargs)
-        self.stop_asked = stop_asked
-
-    def __iter__(self) -> Iterator:
-        others = set(multiprocessing.active_children())
-        with _explained():
-            batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
-        return self._pass(batches, set(multiprocessing.active_children()) - others)
-
-    def _pass(self, batches: Iterator, workers: set) -> Iterator:
-        try:
-            while (batch := self._next(batches, workers)) is not None:
-                yield unpack(batch)
-        finally:
-            del batches  # with it, torch ends workers that are well
-            kill_workers(workers)
-
-    def _next(self, batches: Iterator, workers: set):
-        """The next batch; None at the end, and when this process is asked to stop and no batch comes."""
-        begun, warned = time.monotonic(), 0
-        while True:
-            try:
-                with _explained():
-                    return next(batches, None)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):  # after `poll` seconds
-                    raise
-            waited = time.monotonic() - begun
-            if self.stop_asked() and waited > self.grace:
-                kill_workers(workers)
-                if get_world_size() == 1:
-                    return None
-                what = "asked to stop while waiting for images"
-                raise Interrupted(what, "", "run the same command to resume", alone=True)
-            if waited > self.patience:
-                kill_workers(workers)
-                raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW, alone=True)
-            if waited > (warned + 1) * self.warn_every:
-                warned += 1
-                tqdm.write(f"warning: no batch of images for {waited:.0f} s: {SLOW}")
-
-
-SLOW = "check that the file system of --data_path responds, or lower --num_workers"
-
-# What the message of a lost worker or batch tells about its cause, and what helps.
-CAUSES = {
-    "Too many open files|ancdata": "raise the limit of open files (ulimit -n), or lower --num_workers",
-    "Bus error|shared memory|No space left on device|Cannot allocate memory": (
-        "give /dev/shm more room (docker run --shm-size 8g), or lower --num_workers"
-    ),
-    r"^DataLoader worker \(pid": "run the same command to resume; if memory was short, lower --num_workers",
-}
-
-
-@contextlib.contextmanager
-def _explained():
-    """Raise Interrupted, with the cause and what helps, for an error by which a worker or a batch is lost."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        message = str(error).strip().splitlines()[-1] if str(error).strip() else ""
-        for cause, fix in CAUSES.items():
-            if re.search(cause, message):
-                raise Interrupted(f"data loading failed: {message}", "", fix, alone=True) from error
-        raise
-
-
-def pack(items: list) -> tuple:
-    """torch's default_collate, except that views of one size become one tensor, (V B, 3, H, W).
-
-    Each tensor costs a worker and the process that it loads for an open file.
-    """
-    if isinstance(items[0], tuple) and isinstance(items[0][0], list):
-        views = itertools.groupby(zip(*(item[0] for item in items), strict=True), lambda v: v[0].shape)
-        packed = [default_collate([view for same in group for view in same]) for _, group in views]
-        batch = (Packed(packed), *default_collate([item[1:] for item in items]))
-    else:
-        batch = default_collate(items)
-    if get_worker_info():
-        _check_open_files(2 * len(_tensors(batch)) + 8)
-    return batch
-
-
-class Packed(list):
-    """Tensors of several views each."""
-
-
-def unpack(batch):
-    """A batch from `pack`, with its views as V tensors (B, 3, H, W)."""
-    if not (isinstance(batch, list | tuple) and isinstance(batch[0], Packed)):
-        return batch
-    packed, *rest = batch
-    size = len(rest[-1])
-    return [[view for views in packed for view in views.split(size)], *rest]
-
-
-def _tensors(batch) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    return [t for part in batch for t in _tensors(part)] if isinstance(batch, list | tuple) else []
-
-
-def _check_open_files(count: int) -> None:
-    """Raise OSError, where it reaches the training, if a worker cannot open so many files.
-
-    It sends tensors from another thread, where the error would only lose the batch.
-    """
-    opened = []
-    try:
-        for _ in range(count):
-            opened.append(os.open(os.devnull, os.O_RDONLY))
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-
-
-def make_loader(
-    dataset: Dataset,
-    batches: Iterable[list],
-    num_workers: int,
-    device: torch.device,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> Loader:
-    """The DataLoader of training and of evaluation; `batches` gives the items of each batch.
-
-    `stop_asked` says whether this process was asked to stop.
-    """
-    return Loader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,  # a scheduler signals the whole job, but only the training stops
-        generator=torch.Generator(),  # its own: loading does not change the global random stream
-        timeout=Loader.poll if num_workers else 0,
-        stop_asked=stop_asked,
-    )
-
-
-def kill_workers(workers: Iterable[multiprocessing.Process]) -> None:
-    """End data-loading workers that still run. They ignore SIGTERM, by which Python would end them."""
-    alive = [worker for worker in workers if worker.is_alive()]
-    if not alive:
-        return
-    # torch's handler of SIGCHLD would take their end for an accident.
-    watched = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if watched else None
-    for worker in alive:
-        worker.kill()
-        worker.join()
-    if watched:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-
-
-def to_device(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
-    """Batches of `TrainingViews` with the views on the device, copied one batch ahead.
-
-    On CUDA the copy has a stream of its own, so that it goes on during the step before.
-    """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def copy(batch: tuple) -> tuple:
-        views, *rest = batch
-        with torch.cuda.stream(stream):  # None: no stream, no effect
-            return (
-                [view.to(device, non_blocking=True) for view in views],
-                rest,
-                stream and stream.record_event(),
-            )
-
-    def hand_over(views: list[Tensor], rest: list, copied) -> tuple:
-        if copied:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(copied)
-            for view in views:
-                view.record_stream(current)  # its memory is not free before the step is through
-        return views, *rest
-
-    ahead = None
-    for batch in batches:
-        ready, ahead = ahead, copy(batch)
-        if ready:
-            yield hand_over(*ready)
-    if ahead:
-        yield hand_over(*ahead)

@@ -338,20 +338,18 @@ def same_error_on_all_ranks():
         error = caught
     if error and is_main_process() and _store:
         _store.add(_FIRST, 2**30)  # the others have nothing to wait for
-    if isinstance(error, UserError):
-        mine = type(error), str(error)
-    else:
-        mine = error and (TrainingError, f"{type(error).__name__}: {error}")
-    errors = all_gather_object(mine)
+    is_ours = isinstance(error, UserError)
+    mine = (type(error), str(error)) if is_ours else (TrainingError, f"{type(error).__name__}: {error}")
+    errors = all_gather_object(mine if error else None)
     rank = next((rank for rank, other in enumerate(errors) if other), None)
     if rank is None:
         return
-    if len(set(errors)) == 1 or (error and not isinstance(error, UserError)):
-        raise error
-    kind, text = errors[rank]
-    shared = kind(f"rank {rank}: {text}")
-    shared.alone = False  # all ranks raise it, so that the first one prints it
-    raise shared
+    if not error or (is_ours and len(set(errors)) > 1):
+        kind, text = errors[rank]
+        error = kind(f"rank {rank}: {text}")
+    if isinstance(error, UserError):
+        error.alone = False  # all ranks raise it: the first one prints it
+    raise error
 
 
 def agree(what: str, value: str) -> None:

@@ -1,5 +1,6 @@
 """Frozen features of a set of images, on any number of processes."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -7,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 
-from support.data import EvalImages, make_loader
 from support.distributed import all_gather, get_rank, get_world_size
+from support.loading import EvalImages, make_loader
 
 
 def extract_features(
@@ -31,13 +32,14 @@ def extract_features(
     sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=False)
     loader = make_loader(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers, device)
     features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
-    for batch, label, index in loader:
-        with torch.inference_mode():
-            feature = model(batch.to(device, non_blocking=True)).float()
-        if features is None:
-            features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
-        # The sampler repeats images to fill the last batch; a repetition overwrites itself.
-        index = all_gather(index.to(device)).to(keep_on)
-        features[index] = all_gather(feature).to(keep_on)
-        labels[index] = all_gather(label.to(device)).to(keep_on)
+    with contextlib.closing(iter(loader)) as batches:  # ends the workers, also after an error of the model
+        for batch, label, index in batches:
+            with torch.inference_mode():
+                feature = model(batch.to(device, non_blocking=True)).float()
+            if features is None:
+                features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
+            # The sampler repeats images to fill the last batch; a repetition overwrites itself.
+            index = all_gather(index.to(device)).to(keep_on)
+            features[index] = all_gather(feature).to(keep_on)
+            labels[index] = all_gather(label.to(device)).to(keep_on)
     return features, labels

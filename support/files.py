@@ -78,14 +78,20 @@ class Found(NamedTuple):
 def find_images(root: str | Path) -> Found:
     """All image files below a folder. Hidden names are left out. Raises UserError."""
     folders, taken, left_out, hidden = [], Counter(), Counter(), 0
+    readable = readable_extensions()
     for folder, names, skipped in _folders(str(root)):
-        extensions = [os.path.splitext(name)[1].lower() for name in names]
-        is_image = [extension in readable_extensions() for extension in extensions]
-        for extension, image in zip(extensions, is_image, strict=True):
-            (taken if image else left_out)[extension or "no extension"] += 1
-        folders.append((folder, sorted(name for name, image in zip(names, is_image, strict=True) if image)))
+        images = []
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in readable:
+                images.append(name)
+                taken[extension] += 1
+            else:
+                left_out[extension or "no extension"] += 1
+        folders.append((folder, sorted(images)))
         hidden += skipped
-    found = [os.path.join(folder, name) for folder, names in sorted(folders) for name in names]
+    prefixed = ((os.path.join(folder, ""), names) for folder, names in sorted(folders))
+    found = [prefix + name for prefix, names in prefixed for name in names]
     return Found(found, taken, left_out, hidden)
 
 

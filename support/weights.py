@@ -1,7 +1,8 @@
-"""Files of weights: written whole or not at all, loaded right or not at all.
+"""Files of weights: written completely or not at all, loaded correctly or refused.
 
-What is read: checkpoints of `main_dino.py`, those published with the paper (full or backbone only),
-state dicts of timm and torchvision models, `.safetensors`; nothing in a file is ever executed.
+Reads checkpoints of `main_dino.py`, those published with the paper (full or backbone only), state dicts
+of timm, torchvision and Hugging Face ViTs, iBOT's and DINOv2's training files, and `.safetensors`. No code
+in a file is ever executed.
 """
 
 import argparse
@@ -60,13 +61,13 @@ PUBLISHED = {
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when its block ends well, whole and on the disk.
+    """Yield a file that replaces `path` when the block ends without an error.
 
-    At every moment, also after a power cut, `path` is the old file or the new one. A folder that
-    has vanished is made anew. Raises OSError; then the old file is still there.
+    At any moment, also after a power cut, `path` is either the old file or the complete new one. Creates
+    the folder again if it has been removed. Raises OSError; the old file is then unchanged.
     """
     if not path.parent.is_dir():
-        log(f"warning: {path.parent} has vanished: made anew")
+        log(f"warning: {path.parent} was removed: creating it again")
         path.parent.mkdir(parents=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -85,7 +86,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the folder's list of names on the disk; without that, a rename may be lost."""
+    """Write the folder's list of names to the disk; otherwise a power cut may undo a rename."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -99,9 +100,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None = None) -> None:
-    """Write `state` to `path`, which is at every moment whole or absent; see `replacing`.
+    """Write `state` to `path`, which is complete or absent at any moment; see `replacing`.
 
-    What was at `path` is kept as `previous`. Raises OSError; then what was saved is still there.
+    Keeps the old file as `previous`. Raises OSError; earlier files are then unchanged.
     """
     path = Path(path)
     with replacing(path) as file:
@@ -117,7 +118,7 @@ def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None =
 
 
 def _stand_in(name: str, function: Callable) -> Callable:
-    """`function` under the name by which pickled data calls another one."""
+    """Make pickled data that calls the function `name` call `function` instead."""
 
     def call(*args):
         return function(*args)
@@ -128,7 +129,7 @@ def _stand_in(name: str, function: Callable) -> Callable:
 
 
 def _data_types() -> list:
-    """Types and functions that pickled data may name, beyond those that torch allows: none runs code."""
+    """Types and functions that pickled data may use, in addition to torch's: none runs code."""
     path_types = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
     path_types |= {"PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
     path_modules = ("pathlib", "pathlib._local")  # the second in Python 3.13
@@ -142,13 +143,13 @@ def _data_types() -> list:
         *{type(np.dtype(code)) for code in np.typecodes["All"]},
         *(_stand_in(f"{m}.{f.__name__}", f) for m in numpy_modules for f in numpy_functions),
         *(_stand_in(f"{m}.{name}", kind) for m in path_modules for name, kind in path_types.items()),
-        # torch fills no other mappings and lists than its own
+        # torch's loader fills dicts and lists only
         _stand_in("collections.defaultdict", lambda *args: {}),
         _stand_in("collections.deque", lambda items=(), *args: list(items)),
     ]
 
 
-# What begins a file that is no file of weights: what it is, and what helps.
+# First bytes of files that are not weights, in lower case: what such a file is, and what to do.
 FOREIGN = {
     b"version https://git-lfs": ("is a Git LFS pointer, not the file", "run git lfs pull"),
     b"<!doctype html": ("is a web page, not the file", "download the file itself"),
@@ -179,7 +180,7 @@ def find_file(name: str | Path) -> Path:
 
 
 def load_file(name: str | Path):
-    """What a `.safetensors` or torch file holds, on the CPU; runs no code from it. Raises UserError."""
+    """Read a `.safetensors` or torch file to the CPU, without running code from it. Raises UserError."""
     path = find_file(name)
     with open(path, "rb") as file:
         begin = file.read(64)
@@ -221,7 +222,7 @@ def _check_sums(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A file's dict; `args` becomes a plain dict, and names lose what wrappers added (`module.`, ...).
+    """Read a file's dict; `args` becomes a dict, and names lose wrappers' prefixes (`module.`, ...).
 
     Raises UserError.
     """
@@ -238,7 +239,7 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_strictly(
     module: nn.Module, state: dict, source: str, fix: str = "check --arch and the file"
 ) -> None:
-    """`load_state_dict` that names what does not fit in one line. Raises UserError."""
+    """`load_state_dict`, but what does not fit is named in one line: UserError."""
     own = module.state_dict()
     problems = {
         "missing": [k for k in own if k not in state],
@@ -274,7 +275,7 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
 
 
 def digest(module: nn.Module) -> str:
-    """A short word that differs where a network's weights do."""
+    """12 hexadecimal digits that identify a network's weights."""
     sha = hashlib.sha256()
     for name, value in module.state_dict().items():
         sha.update(name.encode())
@@ -367,7 +368,7 @@ def _recorded_normalization(checkpoint: dict, source: str):
 
 
 def download(name: str, kind: str) -> Path:
-    """A published model's file ("pretrain" or "linearweights"), kept in torch.hub's folder.
+    """Download a published model's file ("pretrain" or "linearweights") once, to torch.hub's folder.
 
     Raises UserError.
     """
@@ -507,21 +508,35 @@ def load_backbone(
     is_ours = canonical(arch) in VITS
     model, embed_dim = build_backbone(arch, patch_size, trained_size)
     words = [canonical(arch), *([f"patch {patch_size}"] if is_ours else [])]
-    normalization = known.normalization
+    normalization = None
     if weights != "random":
         prefix = load_pretrained_weights(model, known)[1]
         part = prefix.removesuffix(".") if prefix != "backbone." else ""
         if part := ".".join(filter(None, (known.entry, part.removesuffix(".backbone")))):
             words.insert(0, part)
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
-        if "arch" not in known.trained and hasattr(model, "default_cfg"):  # timm's model and weights
-            normalization = normalization or (model.default_cfg["mean"], model.default_cfg["std"])
+        normalization = normalization_of(known, model)
+        if is_timms(known, model):
             trained_size = model.default_cfg["input_size"][-1]
     size = image_size or trained_size
     if is_ours:
         check_divides("image_size", size, patch_size)
     check_crop_sizes(model, arch, embed_dim, [size])
     return _frozen(model, size, normalization, f"{weights}: {', '.join(words)}")
+
+
+def is_timms(weights: Weights, model: nn.Module) -> bool:
+    """Whether weights of a timm architecture come from timm, not from a training with DINO."""
+    return "arch" not in weights.trained and hasattr(model, "default_cfg")
+
+
+def normalization_of(weights: Weights, model: nn.Module) -> tuple | None:
+    """Mean and deviation that weights expect: those recorded in their file, else timm's for timm's weights.
+
+    None stands for ImageNet's.
+    """
+    timms = (model.default_cfg["mean"], model.default_cfg["std"]) if is_timms(weights, model) else None
+    return weights.normalization or timms
 
 
 def _frozen(network: nn.Module, image_size: int, normalization: tuple | None, description: str) -> Frozen:
@@ -548,6 +563,10 @@ def init_from(
     arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
     backbone, _ = build_backbone(arch, patch_size, size)
     head, _ = load_pretrained_weights(backbone, known)
+    normalization = normalization_of(known, backbone)
+    if normalization and tuple(map(tuple, normalization)) != (IMAGENET_MEAN, IMAGENET_STD):
+        mean, std = normalization
+        log(f"warning: {weights} expects mean {mean}, deviation {std}; the training uses ImageNet's")
     state = backbone.state_dict()
     if isinstance(backbone, VisionTransformer):
         state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
@@ -579,7 +598,7 @@ def settle_architecture(
         shapes["arch"] = (names or [None])[0]
     arch = _settle("arch", arch, weights.trained, shapes.get("arch"))
     if canonical(arch) not in VITS:  # the name decides on patches
-        if patch_size:
+        if patch_size not in (None, FALLBACK["patch_size"]):
             log(f"note: --patch_size has no effect on {arch}")
         size = _recorded(weights.trained, "global_crops_size") or image_size or FALLBACK["image_size"]
         return arch, patch_size or FALLBACK["patch_size"], size

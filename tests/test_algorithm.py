@@ -5,8 +5,9 @@ import torch
 
 import main_dino
 import utils
-from support.data import ImageFiles, TrainingViews
+from support.data import ImageFiles
 from support.distributed import fix_random_seeds
+from support.loading import TrainingViews
 from support.pixels import normalize
 from support.weights import load_checkpoint
 from tests.conftest import TINY

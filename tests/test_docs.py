@@ -124,7 +124,6 @@ def test_the_readme_is_short_and_begins_its_test_command_with_a_clean_environmen
     assert command.startswith("python3 -m venv .venv && ")
 
 
-@pytest.mark.xfail(reason="some of these names are being written")
 def test_the_stations_of_a_run_exist():
     page = (ROOT / "docs" / "how-a-run-flows.md").read_text()
     names = re.findall(r"`((?:support|utils|main_dino|vision_transformer)\.[\w.]+)`", page)

@@ -17,6 +17,7 @@ from eval_linear import LinearClassifiers, frozen_features, validate_network
 from support import backbones, data, restart
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
+from support.loading import EpochBatches
 from support.pixels import to_pixels
 from support.weights import load_backbone, load_checkpoint, save_checkpoint
 from tests import golden
@@ -247,7 +248,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(labelled, tmp_path, mon
 
 
 def test_cached_batches_follow_the_sampler():
-    sampler = data.EpochBatches(15, 4, seed=0, first_step=4, last_step=8, drop_last=False)
+    sampler = EpochBatches(15, 4, seed=0, first_step=4, last_step=8, drop_last=False)
     features, labels = torch.arange(15.0)[:, None], torch.arange(15)
     batches = list(eval_linear.cached_batches(features, labels, sampler))
     order = torch.cat([y for _, y in batches])

@@ -1,3 +1,5 @@
+import multiprocessing
+
 import torch
 from torch import nn
 
@@ -22,3 +24,14 @@ def test_features_do_not_move_the_global_random_stream(labelled):
     before = torch.get_rng_state()
     extract_features(nn.Flatten(), images, eval_transform(8), torch.device("cpu"), num_workers=1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_worker_outlives_an_error_of_the_network(labelled):
+    """Workers ignore SIGTERM, by which Python would end them at its exit."""
+    images = open_labelled_images(Source(str(labelled)), "train")
+    try:
+        extract_features(
+            lambda _: 1 / 0, images, eval_transform(8), torch.device("cpu"), batch_size=1, num_workers=1
+        )
+    except ZeroDivisionError:  # its traceback keeps the frames, as until the end of a script
+        assert multiprocessing.active_children() == []

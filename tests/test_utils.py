@@ -18,14 +18,6 @@ from torchvision import transforms
 import utils
 from support import backbones
 from support import pixels as px
-from support.distributed import (
-    all_gather,
-    all_reduce_mean,
-    fix_random_seeds,
-    get_rank,
-    get_world_size,
-    is_main_process,
-)
 from support.pixels import to_pixels
 from tests.conftest import picture
 from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
@@ -544,28 +536,3 @@ def test_lars_adapts_weights_and_leaves_biases_alone():
     torch.testing.assert_close(weight.detach(), torch.tensor([[3.0, 4.0]]) - 0.1 * ratio * update)
     torch.testing.assert_close(bias.detach(), torch.tensor([1.0 - 0.1 * 2.0]))
     torch.testing.assert_close(zero.detach(), torch.full((1, 2), -0.1))
-
-
-# ---------------------------------------------------------------------------------------------
-# Distributed
-# ---------------------------------------------------------------------------------------------
-
-
-def test_reductions_do_nothing_outside_a_group():
-    x = torch.arange(3.0)
-    assert all_reduce_mean(x) is x and all_gather(x) is x
-    assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
-
-
-# ---------------------------------------------------------------------------------------------
-# Run
-# ---------------------------------------------------------------------------------------------
-
-
-def test_seeds_decide_every_generator():
-    def draw(*entropy):
-        fix_random_seeds(*entropy)
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    assert draw(0, 1, 2) == draw(0, 1, 2)
-    assert draw(0, 1, 2) != draw(0, 2, 1)

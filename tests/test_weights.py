@@ -705,3 +705,22 @@ def test_a_run_gets_the_centre_with_the_head_and_only_then(tmp_path):
     content["teacher"] = prefixed(old.backbone.state_dict(), "backbone.")
     taken = init_from(new.backbone, new.head, write(content, tmp_path / "b.pth"), "vit_nano", 8, 32)
     assert taken.center is None
+
+
+def test_teacher_and_student_side_by_side_in_one_state_dict(vits, tmp_path, capsys):
+    state = prefixed(vits[0], "teacher.backbone.") | prefixed(vits[1], "student.backbone.")
+    state |= {"teacher.dino_head.mlp.0.weight": torch.ones(2, 2)}
+    path = write({"model": state}, tmp_path / "dinov2.pth")
+    torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
+    said = capsys.readouterr().out
+    assert "dino_head" in said and "student (" in said
+    torch.testing.assert_close(load_backbone(path, "student").network.state_dict(), vits[1], rtol=0, atol=0)
+
+
+def test_a_run_from_weights_that_expect_other_pixels_is_warned(vits, tmp_path, capsys):
+    new = students(32)
+    recorded = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    content = vit_files(*vits)["ours.pth"] | {"normalization": recorded}
+    del content["teacher"]["head.mlp.0.bias"], content["teacher"]["head.last_layer.weight_v"]
+    init_from(new.backbone, new.head, write(content, tmp_path / "a.pth"), "vit_nano", 8, 32)
+    assert "expects mean (0.5, 0.5, 0.5)" in capsys.readouterr().out

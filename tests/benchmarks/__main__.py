@@ -31,8 +31,9 @@ import utils
 from eval_knn import knn_accuracies
 from eval_linear import LinearClassifiers, build_optimizer, frozen_features, train
 from support import backbones
-from support.data import EpochBatches, ImageFiles, TrainingViews, load_pixels, make_loader, to_device
+from support.data import ImageFiles, load_pixels
 from support.distributed import fix_random_seeds
+from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalized_views, to_pixels

@@ -1,0 +1,316 @@
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+from support import data
+from support.data import (
+    ImageFiles,
+    why_unreadable,
+)
+from support.errors import Interrupted, UserError
+from support.loading import EpochBatches, EvalImages, Loader, TrainingViews, make_loader
+from support.pixels import eval_transform, normalized_views
+from tests.conftest import ROOT, TINY, save_images, wait_for_words
+from utils import DataAugmentationDINO
+
+
+def small_views(images, seed: int = 0, method: str = "views") -> TrainingViews:
+    augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 2, 16, 8)
+    return TrainingViews(ImageFiles(images), getattr(augmentation, method), seed)
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(images):
+    dataset = small_views(images)
+    first = dataset[3, 7][0]
+    random.seed(99), torch.manual_seed(99)
+    assert all(torch.equal(a, b) for a, b in zip(first, dataset[3, 7][0], strict=True))
+    for other in (dataset[4, 7], dataset[3, 8], small_views(images, seed=1)[3, 7]):
+        assert not torch.equal(first[0], other[0][0])
+
+
+def test_views_and_the_global_random_stream_do_not_touch_each_other(images):
+    states = random.getstate(), torch.get_rng_state()
+    small_views(images)[0, 0]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(images):
+    dataset = small_views(images)
+    batches = []
+    for workers in (0, 2):
+        sampler = EpochBatches(20, 4, seed=5, first_step=8, last_step=13)
+        loader = make_loader(dataset, sampler, workers, torch.device("cpu"))
+        batches.append([part for views, _, _ in loader for part in views])
+    assert len(batches[0]) == 5 * 2  # views of two sizes
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_views_are_the_same_wherever_their_colours_change(images):
+    batches = []
+    for method in ("views", "crops"):
+        dataset = small_views(images, method=method)
+        views, colours, _ = next(iter(DataLoader(dataset, batch_sampler=EpochBatches(20, 20, seed=5))))
+        assert [tuple(part.shape) for part in views] == [(20, 2, 3, 16, 16), (20, 2, 3, 8, 8)]
+        assert all(part.dtype == torch.uint8 for part in views) and bool(colours) == (method == "crops")
+        batches.append(normalized_views(views, colours))
+        assert [tuple(view.shape) for view in batches[-1]] == [(20, 3, 16, 16)] * 2 + [(20, 3, 8, 8)] * 2
+    for worker, device in zip(*batches, strict=True):
+        grey_levels = (worker - device).abs() * 255 * 0.225
+        assert grey_levels.max() < 1.1 and grey_levels.mean() < 0.001  # a rounding here and there
+
+
+@pytest.mark.parametrize("num_images", [20, 21, 3])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_batches_are_those_of_distributed_sampler(monkeypatch, num_images, drop_last):
+    """Ranks, epochs, incomplete batches and images that come twice, from any step on."""
+    world = 4
+    for rank in range(world):
+        monkeypatch.setattr(data, "get_world_size", lambda: world)
+        monkeypatch.setattr(data, "get_rank", lambda rank=rank: rank)
+        sampler = DistributedSampler(range(num_images), world, rank, seed=5)
+        expected = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            expected += [[(epoch, i) for i in b] for b in BatchSampler(sampler, 2, drop_last=drop_last)]
+        if not expected:
+            continue
+        batches = EpochBatches(num_images, 2, seed=5, last_step=len(expected), drop_last=drop_last)
+        assert batches.steps_per_epoch == len(expected) / 3
+        assert list(batches) == list(batches) == expected
+        for first in range(len(expected)):
+            part = EpochBatches(num_images, 2, 5, first, len(expected), drop_last)
+            assert list(part) == expected[first:]
+        endless = itertools.islice(EpochBatches(num_images, 2, seed=5, drop_last=drop_last), len(expected))
+        assert list(endless) == expected
+
+
+class Waiting(torch.utils.data.Dataset):
+    """Items that are there at once, but for one that never comes."""
+
+    def __init__(self, length: int, never: int = -1):
+        self.length, self.never = length, never
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        while index == self.never:
+            time.sleep(1)
+        return index
+
+
+@pytest.mark.parametrize("never", [-1, 5])
+def test_workers_end_with_the_pass_over_the_loader(never):
+    """At its end, when it is closed early, and when a worker hangs; workers ignore SIGTERM."""
+    loader = make_loader(Waiting(8, never), [[i] for i in range(8)], 2, torch.device("cpu"))
+    other = multiprocessing.Process(target=time.sleep, args=(300,), daemon=True)
+    other.start()
+    for taken in (3, 8) if never < 0 else (3,):
+        batches = iter(loader)
+        assert [int(batch) for batch in itertools.islice(batches, taken)] == list(range(taken))
+        assert len(multiprocessing.active_children()) > 1 or taken == 8
+        batches.close()
+        assert multiprocessing.active_children() == [other]
+    other.kill()
+    other.join()
+
+
+def test_unreadable_images_are_replaced_and_named(tmp_path):
+    save_images(tmp_path, 4)
+    (tmp_path / "001.png").write_bytes(b"not an image")
+    whole = (tmp_path / "002.png").read_bytes()
+    (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
+    dataset = small_views(tmp_path)
+    assert [dataset[0, i][2] for i in range(4)] == [-1, 1, 2, -1]
+    assert sum(len(part) for part in dataset[0, 1][0]) == 4
+    assert "cannot identify image file" in why_unreadable(dataset.images, 1)
+    assert "truncated" in why_unreadable(dataset.images, 2)
+    assert why_unreadable(dataset.images, 3) == "it can be read now"
+    evaluation = EvalImages(ImageFiles(tmp_path), eval_transform(16))
+    with pytest.raises(UserError, match="002.png"):
+        evaluation[2]
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no image can be read, in 31 tries: cannot identify .*000.png"):
+        dataset[0, 0]
+
+
+class MostlyBroken(ImageFiles):
+    """A block of files that cannot be read; counts how many are opened."""
+
+    def pixels(self, index):
+        self.opened += 1
+        if index >= 10:
+            raise OSError("broken")
+        return super().pixels(index)
+
+
+def test_a_block_of_unreadable_images_costs_few_tries_and_draws_its_replacements(images):
+    """Each broken image is replaced by a drawn one, not by its neighbours one after the other."""
+    dataset = small_views(images)
+    dataset.images = MostlyBroken(images)
+    dataset.images.opened, replaced = 0, []
+    for index in range(10, 20):
+        views, _, unreadable = dataset[0, index]
+        assert unreadable == index and torch.equal(views[0], dataset[0, index][0][0])  # drawn by the seed
+        replaced.append(views[0])
+    assert dataset.images.opened <= 2 * 10 * 31
+    assert len({view.numpy().tobytes() for view in replaced}) > 3
+
+
+def test_the_last_image_of_a_large_dataset_costs_what_the_first_one_does():
+    class Large(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10**6
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (40, 40)), 0
+
+    dataset = TrainingViews(Large(), DataAugmentationDINO((0.4, 1), (0.05, 0.4), 2, 32, 16).views, 0)
+    tracemalloc.start()
+    dataset[0, 10**6 - 1]
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def wait_patiently(monkeypatch, **seconds) -> None:
+    for name, value in seconds.items():
+        monkeypatch.setattr(Loader, name, value)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_stop_signal_ends_a_wait_for_a_batch_that_never_comes(monkeypatch, num_workers):
+    wait_patiently(monkeypatch, grace=0.3, poll=0.2)
+    asked = []
+    loader = make_loader(
+        Waiting(8, never=3), [[i] for i in range(8)], num_workers, torch.device("cpu"), lambda: bool(asked)
+    )
+    taken = []
+    for batch in loader:
+        taken.append(int(batch))
+        asked += [True] * (len(taken) == 3)
+    assert taken == [0, 1, 2] and multiprocessing.active_children() == []
+
+
+def test_slow_batches_are_waited_for_and_a_stop_does_not_cut_them_off(monkeypatch):
+    """`stop_asked` alone ends nothing: the training ends after a step, on all ranks together."""
+    wait_patiently(monkeypatch, poll=0.05)
+    loader = make_loader(Slow(), [[i] for i in range(3)], 1, torch.device("cpu"), lambda: True)
+    assert [int(batch) for batch in loader] == [0, 1, 2]
+
+
+class Slow(Waiting):
+    def __init__(self):
+        super().__init__(3)
+
+    def __getitem__(self, index):
+        time.sleep(0.3)
+        return index
+
+
+def test_a_batch_that_never_comes_ends_the_run_with_a_line(monkeypatch, capsys):
+    wait_patiently(monkeypatch, patience=1.5, warn_every=0.5, poll=0.2)
+    loader = make_loader(Waiting(8, never=3), [[i] for i in range(8)], 2, torch.device("cpu"))
+    with pytest.raises(Interrupted, match=r"no batch of images for 2 s: .*file system") as error:
+        list(loader)
+    assert error.value.exit_code == 75 and multiprocessing.active_children() == []
+    assert capsys.readouterr().out.count("warning: no batch of images for ") == 2
+
+
+LOAD = """
+import sys
+import torch
+from support import cli
+from support.data import ImageFiles
+from support.loading import EpochBatches, TrainingViews, make_loader
+from utils import DataAugmentationDINO
+
+def main(_):
+    views = TrainingViews(ImageFiles(sys.argv[1]), DataAugmentationDINO((0.4, 1), (0.1, 0.4), 8, 224, 96), 0)
+    batches = EpochBatches(len(views), 4, 0, last_step=20)
+    print(len(list(make_loader(views, batches, 2, torch.device("cpu")))), "batches")
+
+cli.run_script(main, None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "fix"),
+    [
+        (["sh", "-c", 'ulimit -n 20; exec "$@"', "sh"], r"Too many open files.*ulimit -n"),
+        (
+            ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1m none /dev/shm; exec "$@"', "sh"],
+            r"/dev/shm more room \(docker run --shm-size",
+        ),
+    ],
+)
+def test_a_batch_lost_for_lack_of_files_or_shared_memory_ends_with_the_fix(images, limit, fix):
+    """Real limits. An error of the thread that sends a batch would only lose the batch."""
+    if subprocess.run([*limit, "true"], capture_output=True).returncode:
+        pytest.skip("not allowed here")
+    command = [*limit, sys.executable, "-c", LOAD, str(images)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 75 and re.match("stopped: data loading failed: .*" + fix, last), ended.stderr
+
+
+def test_views_of_one_size_travel_as_one_tensor(images):
+    """Each tensor costs open files in the worker and in the training."""
+    dataset = small_views(images)
+    loader = make_loader(dataset, [[(0, i) for i in range(3)]], 0, torch.device("cpu"))
+    views, _, _ = next(iter(loader))
+    assert [tuple(part.shape) for part in views] == [(3, 2, 3, 16, 16), (3, 2, 3, 8, 8)]
+
+
+STALLED = """
+import os, time
+import main_dino
+from support import cli, data, loading
+load_pixels = data.load_pixels
+
+def load(path):
+    while path.endswith("007.png") and os.path.exists(os.environ["STALLED"]):
+        time.sleep(0.1)
+    return load_pixels(path)
+
+data.load_pixels, loading.Loader.warn_every = load, 1
+cli.run_script(main_dino.main, main_dino.parse_args())
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_that_waits_for_a_stalled_file_stops_when_asked(tmp_path, processes):
+    """It saves the steps that it has made if it is alone, and the same command resumes it."""
+    save_images(tmp_path / "images", 40)
+    (tmp_path / "stalled.py").write_text(STALLED)
+    stalled, said = tmp_path / "stalled", tmp_path / "said.txt"
+    stalled.touch()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    flags = [*TINY, "--data_path", tmp_path / "images", "--output_dir", tmp_path / "out", "--epochs", 3]
+    command = [sys.executable, *launcher, tmp_path / "stalled.py", *flags, "--num_workers", 1]
+    env = os.environ | {"STALLED": str(stalled), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(said, "w") as file:
+        process = subprocess.Popen(list(map(str, command)), env=env, stdout=file, stderr=file)
+    wait_for_words("warning: no batch of images", said, process)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=200)
+    if processes == 2:
+        assert "stopped: asked to stop while waiting for images" in said.read_text(), said.read_text()
+    else:
+        assert code == 75, said.read_text()
+        assert re.search(r"stopped: by SIGTERM, saved step \d+ of 30", said.read_text())
+        stalled.unlink()
+        again = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0 and "from step 0 " not in again.stdout, again.stderr
