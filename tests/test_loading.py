@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from support import data
+from support import loading
 from support.data import (
     ImageFiles,
     why_unreadable,
@@ -77,8 +77,8 @@ def test_batches_are_those_of_distributed_sampler(monkeypatch, num_images, drop_
     """Ranks, epochs, incomplete batches and images that come twice, from any step on."""
     world = 4
     for rank in range(world):
-        monkeypatch.setattr(data, "get_world_size", lambda: world)
-        monkeypatch.setattr(data, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loading, "get_world_size", lambda: world)
+        monkeypatch.setattr(loading, "get_rank", lambda rank=rank: rank)
         sampler = DistributedSampler(range(num_images), world, rank, seed=5)
         expected = []
         for epoch in range(3):
@@ -238,7 +238,8 @@ from support.loading import EpochBatches, TrainingViews, make_loader
 from utils import DataAugmentationDINO
 
 def main(_):
-    views = TrainingViews(ImageFiles(sys.argv[1]), DataAugmentationDINO((0.4, 1), (0.1, 0.4), 8, 224, 96), 0)
+    make_views = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 8, 224, 96).views
+    views = TrainingViews(ImageFiles(sys.argv[1]), make_views, 0)
     batches = EpochBatches(len(views), 4, 0, last_step=20)
     print(len(list(make_loader(views, batches, 2, torch.device("cpu")))), "batches")
 
