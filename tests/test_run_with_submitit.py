@@ -47,9 +47,9 @@ def test_published_flags_and_defaults():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--ngpus -1", "must be at least 0 (--ngpus -1): raise it"),
-        ("--nodes 0", "must be at least 1 (--nodes 0): raise it"),
-        ("--mem_gb nan", "must be at least 0 (--mem_gb nan): raise it"),
+        ("--ngpus -1", "argument --ngpus: must be at least 0, not -1: see --help"),
+        ("--nodes 0", "argument --nodes: must be at least 1, not 0: see --help"),
+        ("--mem_gb nan", "argument --mem_gb: must be finite, not nan: see --help"),
         ("--epochs 0", "must be at least 1 (--epochs 0): raise it"),
         ("--local --dry_run", "a local job has no script (--dry_run): leave out one of --local, --dry_run"),
         ("--shared_dir /proc/x", "No such file or directory (--shared_dir /proc/x): choose another"),
@@ -206,17 +206,26 @@ def uninterrupted(many_images, tmp_path_factory) -> Path:
 
 @needs_slurm
 def test_dry_run_prints_the_script(tmp_path):
-    flags = "--dry_run --nodes 3 --ngpus 4 --account me --qos fast --constraint a100 --use_volta32".split()
+    flags = "--dry_run --nodes 3 --ngpus 4 --account me --qos fast --constraint a|b --use_volta32".split()
+    flags += (
+        "--slurm_extra reservation=r gres=gpu:a100:8 exclude=n1,n2 mail-type=END exclusive time=6".split()
+    )
     setup = ["--slurm_setup", "module load cuda", "ulimit -n 4096"]
     out = run("run_with_submitit.py", *flags, *setup, "--output_dir", str(tmp_path / "%j")).stdout
     for line in (
         "#SBATCH --nodes=3", "#SBATCH --gpus-per-node=4", "#SBATCH --ntasks-per-node=4",
-        "#SBATCH --mem=160GB", "#SBATCH --account=me", "#SBATCH --qos=fast",
-        "#SBATCH --constraint='a100&volta32'",
-        "#SBATCH --cpus-per-task=10", "#SBATCH --time=2800", "module load cuda", "ulimit -n 4096",
+        "#SBATCH --mem=163840MB", "#SBATCH --account=me", "#SBATCH --qos=fast",
+        "#SBATCH --constraint='(a|b)&volta32'", "#SBATCH --reservation=r", "#SBATCH --gres=gpu:a100:8",
+        "#SBATCH --exclude=n1,n2", "#SBATCH --mail-type=END", "#SBATCH --exclusive", "#SBATCH --requeue",
+        "#SBATCH --time=6",
+        "#SBATCH --cpus-per-task=10", "module load cuda", "ulimit -n 4096",
     ):  # fmt: skip
         assert f"\n{line}\n" in out
-    assert "--partition" not in out and not list(tmp_path.iterdir())
+    assert "--partition" not in out and "--wckey" not in out and not list(tmp_path.iterdir())
+    assert (
+        "\n#SBATCH --wckey=mine\n"
+        in run("run_with_submitit.py", "--dry_run", "--slurm_extra", "wckey=mine").stdout
+    )
     # Until submitit has its handlers, no signal of SLURM ends the process.
     command = shlex.split(re.search("^srun .*", out, re.M)[0])
     command = command[command.index("sh") : command.index("-u")]
@@ -230,7 +239,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
     result = run("run_with_submitit.py", *flags, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(
-        r"^error: sbatch refused: .*partition.*: mend the flags of the job\n$", result.stderr, re.M
+        r"^error: sbatch refused: .*partition.*: change the flags of the job\n$", result.stderr, re.M
     )
 
 
