@@ -89,9 +89,7 @@ def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
     for task in subprocess.run(["pgrep", "-P", number], capture_output=True, text=True).stdout.split():
         os.kill(int(task), signal.SIGUSR2)
     wait_for(lambda: "Job completed successfully" in text_of(out), "end of the training")
-    stopped = int(
-        re.search(r"by SIGUSR2, step (\d+) of 50 is saved", text_of(logs / f"{number}_0_log.err"))[1]
-    )
+    stopped = int(re.search(r"by SIGUSR2, saved step (\d+) of 50 ", text_of(logs / f"{number}_0_log.err"))[1])
     assert f"2 process(es) on cpu, torch.float32, from step {stopped} to 50" in text_of(out)
     torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path / "whole"))
     assert differences(tmp_path / number, tmp_path / "whole") == 0
@@ -252,7 +250,7 @@ def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
     preempt(job)
     job.start_again()
     job.wait_until("COMPLETED")
-    saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    saved = re.search(r"stopped: by .*, saved step (\d+) of 96 ", text_of(job.err))[1]
     assert int(saved) % 48  # in the middle of an epoch
     assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert "global_rank=1(2)" in text_of(job.out.with_name(f"{job.number}_1_log.out"))
@@ -270,7 +268,7 @@ def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     job.freeze()  # it looks at the time twice a minute; each step until then would be one to compare
     job.start_again()
     job.wait_for_line("from step")
-    saved = re.search(r"stopped: by .*, step (\d+) of 48000 is saved", text_of(job.err))[1]
+    saved = re.search(r"stopped: by .*, saved step (\d+) of 48000 ", text_of(job.err))[1]
     assert f"from step {saved} to 48000" in text_of(job.out)
     job.wait_for_line("img/s")
     slurm("scancel", job.number)
@@ -278,7 +276,7 @@ def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     assert job.show("Restarts") == "1"
     step = load_checkpoint(tmp_path / "run" / "checkpoint.pth")["step"]
     assert step > int(saved)
-    assert f"stopped: by SIGTERM, step {step} of 48000 is saved" in text_of(job.err)
+    assert f"stopped: by SIGTERM, saved step {step} of 48000 " in text_of(job.err)
     torchrun(2, "main_dino.py", *flags, "--max_steps", str(step), "--output_dir", str(tmp_path / "whole"))
     assert differences(tmp_path / "run", tmp_path / "whole") == 0
 
@@ -291,7 +289,7 @@ def test_bare_srun_resumes_after_preemption(many_images, uninterrupted, tmp_path
     preempt(job)
     job.start_again()
     job.wait_until("COMPLETED")
-    saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    saved = re.search(r"stopped: by .*, saved step (\d+) of 96 ", text_of(job.err))[1]
     assert int(saved) % 48  # in the middle of an epoch
     assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert differences(tmp_path, uninterrupted) == 0
