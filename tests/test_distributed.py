@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -317,6 +318,32 @@ def test_a_group_with_unfinished_work_does_not_keep_a_process(ending, code, tmp_
     finally:
         first.kill(), second.kill()
         first.communicate(), second.communicate()
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (0, r"error: rank 1: .* \(.*on1\): .*\n"),
+        (
+            8,
+            r"error: ranks have different images \(rank 0: .*16.*; rank 1: .*8.*\): give every .*\n",
+        ),
+    ],
+)
+def test_machines_with_different_data_do_not_train(count, message, tmp_path):
+    save_images(tmp_path / "on0", 16)
+    if count:
+        save_images(tmp_path / "on1", count)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = []
+    for rank in range(2):
+        flags = [*TINY, "--data_path", f"{tmp_path}/on{rank}", "--output_dir", str(tmp_path / "run")]
+        env = os.environ | address | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "main_dino.py", *flags]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert re.fullmatch(message, said[0]) and said[1] == ""
 
 
 # ---- collectives

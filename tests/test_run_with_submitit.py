@@ -47,9 +47,9 @@ def test_published_flags_and_defaults():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--ngpus -1", "must be at least 0 (--ngpus -1): raise it"),
-        ("--nodes 0", "must be at least 1 (--nodes 0): raise it"),
-        ("--mem_gb nan", "must be at least 0 (--mem_gb nan): raise it"),
+        ("--ngpus -1", "argument --ngpus: must be at least 0, not -1: see --help"),
+        ("--nodes 0", "argument --nodes: must be at least 1, not 0: see --help"),
+        ("--mem_gb nan", "argument --mem_gb: must be finite, not nan: see --help"),
         ("--epochs 0", "must be at least 1 (--epochs 0): raise it"),
         ("--local --dry_run", "a local job has no script (--dry_run): leave out one of --local, --dry_run"),
         ("--shared_dir /proc/x", "No such file or directory (--shared_dir /proc/x): choose another"),
@@ -89,9 +89,7 @@ def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
     for task in subprocess.run(["pgrep", "-P", number], capture_output=True, text=True).stdout.split():
         os.kill(int(task), signal.SIGUSR2)
     wait_for(lambda: "Job completed successfully" in text_of(out), "end of the training")
-    stopped = int(
-        re.search(r"by SIGUSR2, step (\d+) of 50 is saved", text_of(logs / f"{number}_0_log.err"))[1]
-    )
+    stopped = int(re.search(r"by SIGUSR2, saved step (\d+) of 50 ", text_of(logs / f"{number}_0_log.err"))[1])
     assert f"2 process(es) on cpu, torch.float32, from step {stopped} to 50" in text_of(out)
     torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path / "whole"))
     assert differences(tmp_path / number, tmp_path / "whole") == 0
@@ -206,17 +204,26 @@ def uninterrupted(many_images, tmp_path_factory) -> Path:
 
 @needs_slurm
 def test_dry_run_prints_the_script(tmp_path):
-    flags = "--dry_run --nodes 3 --ngpus 4 --account me --qos fast --constraint a100 --use_volta32".split()
+    flags = "--dry_run --nodes 3 --ngpus 4 --account me --qos fast --constraint a|b --use_volta32".split()
+    flags += (
+        "--slurm_extra reservation=r gres=gpu:a100:8 exclude=n1,n2 mail-type=END exclusive time=6".split()
+    )
     setup = ["--slurm_setup", "module load cuda", "ulimit -n 4096"]
     out = run("run_with_submitit.py", *flags, *setup, "--output_dir", str(tmp_path / "%j")).stdout
     for line in (
         "#SBATCH --nodes=3", "#SBATCH --gpus-per-node=4", "#SBATCH --ntasks-per-node=4",
-        "#SBATCH --mem=160GB", "#SBATCH --account=me", "#SBATCH --qos=fast",
-        "#SBATCH --constraint='a100&volta32'",
-        "#SBATCH --cpus-per-task=10", "#SBATCH --time=2800", "module load cuda", "ulimit -n 4096",
+        "#SBATCH --mem=163840MB", "#SBATCH --account=me", "#SBATCH --qos=fast",
+        "#SBATCH --constraint='(a|b)&volta32'", "#SBATCH --reservation=r", "#SBATCH --gres=gpu:a100:8",
+        "#SBATCH --exclude=n1,n2", "#SBATCH --mail-type=END", "#SBATCH --exclusive", "#SBATCH --requeue",
+        "#SBATCH --time=6",
+        "#SBATCH --cpus-per-task=10", "module load cuda", "ulimit -n 4096",
     ):  # fmt: skip
         assert f"\n{line}\n" in out
-    assert "--partition" not in out and not list(tmp_path.iterdir())
+    assert "--partition" not in out and "--wckey" not in out and not list(tmp_path.iterdir())
+    assert (
+        "\n#SBATCH --wckey=mine\n"
+        in run("run_with_submitit.py", "--dry_run", "--slurm_extra", "wckey=mine").stdout
+    )
     # Until submitit has its handlers, no signal of SLURM ends the process.
     command = shlex.split(re.search("^srun .*", out, re.M)[0])
     command = command[command.index("sh") : command.index("-u")]
@@ -230,7 +237,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
     result = run("run_with_submitit.py", *flags, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(
-        r"^error: sbatch refused: .*partition.*: mend the flags of the job\n$", result.stderr, re.M
+        r"^error: sbatch refused: .*partition.*: change the flags of the job\n$", result.stderr, re.M
     )
 
 
@@ -243,7 +250,7 @@ def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
     preempt(job)
     job.start_again()
     job.wait_until("COMPLETED")
-    saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    saved = re.search(r"stopped: by .*, saved step (\d+) of 96 ", text_of(job.err))[1]
     assert int(saved) % 48  # in the middle of an epoch
     assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert "global_rank=1(2)" in text_of(job.out.with_name(f"{job.number}_1_log.out"))
@@ -261,7 +268,7 @@ def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     job.freeze()  # it looks at the time twice a minute; each step until then would be one to compare
     job.start_again()
     job.wait_for_line("from step")
-    saved = re.search(r"stopped: by .*, step (\d+) of 48000 is saved", text_of(job.err))[1]
+    saved = re.search(r"stopped: by .*, saved step (\d+) of 48000 ", text_of(job.err))[1]
     assert f"from step {saved} to 48000" in text_of(job.out)
     job.wait_for_line("img/s")
     slurm("scancel", job.number)
@@ -269,7 +276,7 @@ def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     assert job.show("Restarts") == "1"
     step = load_checkpoint(tmp_path / "run" / "checkpoint.pth")["step"]
     assert step > int(saved)
-    assert f"stopped: by SIGTERM, step {step} of 48000 is saved" in text_of(job.err)
+    assert f"stopped: by SIGTERM, saved step {step} of 48000 " in text_of(job.err)
     torchrun(2, "main_dino.py", *flags, "--max_steps", str(step), "--output_dir", str(tmp_path / "whole"))
     assert differences(tmp_path / "run", tmp_path / "whole") == 0
 
@@ -282,7 +289,7 @@ def test_bare_srun_resumes_after_preemption(many_images, uninterrupted, tmp_path
     preempt(job)
     job.start_again()
     job.wait_until("COMPLETED")
-    saved = re.search(r"stopped: by .*, step (\d+) of 96 is saved", text_of(job.err))[1]
+    saved = re.search(r"stopped: by .*, saved step (\d+) of 96 ", text_of(job.err))[1]
     assert int(saved) % 48  # in the middle of an epoch
     assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert differences(tmp_path, uninterrupted) == 0
