@@ -3,6 +3,7 @@
 import argparse
 import io
 import math
+import multiprocessing
 import operator
 import os
 import re
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from support.distributed import in_group, launched_as, leave_group
 from support.errors import Interrupted, TrainingError, UserError
+from support.loading import kill_workers
 from support.logger import log
 from support.monitor import SCHEDULERS
 
@@ -236,6 +238,7 @@ def run_script(main: Callable, args: argparse.Namespace, resumable: bool = False
             raise
         end_at_once(outside)
     finally:
+        kill_workers(multiprocessing.active_children())
         leave_group()
 
 
@@ -249,5 +252,6 @@ def end_at_once(error: UserError):
     """End the process; leaving a group in order would wait for processes that may be dead."""
     if in_group():
         say(error)
+        kill_workers(multiprocessing.active_children())
         os._exit(error.exit_code)
     exit_with(error)

@@ -651,7 +651,7 @@ class BadInputs:
             return meanwhile
 
         argv = [*self.flags, "--output_dir", out, "--epochs", "4"]
-        self.expect("`--output_dir` vanishes during training", argv, 0, "has vanished",
+        self.expect("`--output_dir` vanishes during training", argv, 0, "was removed",
                     meanwhile=once_training(lambda: out.rename(self.work / "moved")))  # fmt: skip
         self.row(
             "... and afterwards",
