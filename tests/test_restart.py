@@ -256,6 +256,6 @@ def test_flags_that_change_the_maths_are_not_free():
         "head_bottleneck_dim teacher_update centering warmup_teacher_temp teacher_temp "
         "warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad batch_size_per_gpu accum_steps "
         "epochs freeze_last_layer lr warmup_epochs min_lr optimizer drop_path_rate global_crops_scale "
-        "local_crops_number local_crops_scale global_crops_size local_crops_size dataset seed"
+        "local_crops_number local_crops_scale global_crops_size local_crops_size dataset split seed"
     )
     assert flags - FREE_FLAGS == set(maths.split()) and flags >= FREE_FLAGS
