@@ -39,8 +39,8 @@ NEW = {
     "accum_steps": 1, "teacher_update": "ema", "centering": "ema", "precision": None, "max_steps": 0,
     "save_every_steps": 0, "allow_changed_args": False, "init_from": "", "knn_every": 0, "knn_data": "",
     "knn_share": 0.1, "tensorboard": False, "augment_on": "worker", "compile": False,
-    "grad_checkpointing": False, "cpu_threads": 0, "data_path": "", "dataset": "", "split": "", "download": False,
-    "demo": False,
+    "grad_checkpointing": False, "cpu_threads": 0, "data_path": "", "dataset": "", "split": "",
+    "download": False, "demo": False,
 }  # fmt: skip
 
 
