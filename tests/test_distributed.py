@@ -170,6 +170,7 @@ def test_processes_that_do_not_come_are_not_waited_for(capsys):
     assert capsys.readouterr().err.startswith("waiting for 1 of 2 processes (here): ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_wait_for_processes_is_said_and_a_signal_ends_it(rank, images, tmp_path):
     port = free_port()
@@ -246,6 +247,7 @@ print("trains", file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_with_its_number(tmp_path):
     save_images(tmp_path / "on0", 2)
     results = two_processes(tmp_path, OPEN.format(folder=str(tmp_path / "on")))
@@ -253,6 +255,7 @@ def test_an_error_of_one_rank_ends_all_with_its_number(tmp_path):
     assert results == [(2, line), (2, "")]
 
 
+@pytest.mark.slow
 def test_different_images_are_refused_on_all_ranks(tmp_path):
     save_images(tmp_path / "on0", 3)
     save_images(tmp_path / "on1", 2)
@@ -285,11 +288,13 @@ for code, expected in {cases!r}:
 """
 
 
+@pytest.mark.slow
 def test_errors_are_shared_whichever_rank_meets_them_first(tmp_path):
     """Among them: a rank fails before it comes to the block that the main process runs first."""
     assert two_processes(tmp_path, EACH.format(cases=CASES)) == [(0, ""), (0, "")]
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_rank_keeps_its_traceback_and_ends_the_other(tmp_path):
     body = "with same_error_on_all_ranks():\n    if rank: {}['key']"
     (code0, said0), (code1, said1) = two_processes(tmp_path, body)
@@ -297,6 +302,7 @@ def test_a_fault_of_one_rank_keeps_its_traceback_and_ends_the_other(tmp_path):
     assert code1 == 1 and "Traceback" in said1
 
 
+@pytest.mark.slow
 def test_the_main_process_is_first(tmp_path):
     file = str(tmp_path / "file")
     body = (
@@ -308,6 +314,7 @@ def test_the_main_process_is_first(tmp_path):
     assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise UserError('wrong')", 2)])
 def test_a_group_with_unfinished_work_does_not_keep_a_process(ending, code, tmp_path):
     """Rank 1 does not answer. torch's own end of the group waits for it."""
@@ -320,6 +327,7 @@ def test_a_group_with_unfinished_work_does_not_keep_a_process(ending, code, tmp_
         first.communicate(), second.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "message"),
     [

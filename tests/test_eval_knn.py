@@ -245,6 +245,7 @@ def test_a_class_that_val_lacks_changes_no_label(tmp_path):
     assert pixels(tmp_path, "--nb_knn", "2")[2] == (100, 100)
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named_by_the_process_that_reads_it(tmp_path):
     for name in "ab":
         save_images(tmp_path / "train" / name, 2)
@@ -270,6 +271,7 @@ def test_published_flags_and_defaults():
     assert (replayed.arch, replayed.patch_size, replayed.checkpoint_key) == ("vit_small", 16, "teacher")
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(labelled):
     flags = (
         "eval_knn.py", "--pretrained_weights", "random", "--arch", "resnet18", "--image_size", "32",

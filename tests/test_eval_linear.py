@@ -288,6 +288,7 @@ def test_it_learns_what_can_be_learned(tmp_path):
     assert probe(tmp_path / "data", tmp_path / "out", *flags)[0]["acc1"] == 100
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_on_twice_the_batch(tmp_path):
     for seed, name in enumerate("ab"):
         save_images(tmp_path / "data" / "train" / name, 8, seed=seed)

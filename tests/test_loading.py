@@ -291,6 +291,7 @@ cli.run_script(main_dino.main, main_dino.parse_args())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_training_that_waits_for_a_stalled_file_stops_when_asked(tmp_path, processes):
     """It saves the steps that it has made if it is alone, and the same command resumes it."""

@@ -120,6 +120,7 @@ def test_the_process_ends_with_the_line_and_code_2():
     assert result.stderr == "error: no such folder (--data_path /nowhere): check the path\n"
 
 
+@pytest.mark.slow
 def test_all_ranks_end_and_one_speaks():
     result = torchrun(2, "main_dino.py", "--data_path", "/nowhere", check=False)
     assert result.returncode != 0
@@ -310,6 +311,7 @@ def test_no_worker_outlives_the_training(images, tmp_path):
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centering", ["ema", "sinkhorn"])
 def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path, centering):
     flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
@@ -335,6 +337,7 @@ def assert_same_training(one, two, rtol=1e-4, atol=1e-5) -> None:
     torch.testing.assert_close(two["student"], one["student"], rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "clip"), [(1, 0), (1, 0.01), (2, 0.01)])
 def test_accumulated_batches_train_as_one_large_batch(images, tmp_path, processes, clip):
     """Without clipping, gradients have the size of one batch's; with it, they are added up before."""
@@ -368,6 +371,7 @@ def test_what_saves_time_or_memory_leaves_the_training_as_it_is(images, tmp_path
         train(*flags, "--output_dir", tmp_path / "resnet", "--arch", "resnet18", "--grad_checkpointing")
 
 
+@pytest.mark.slow
 def test_compiled_networks_train_alike_and_compile_once(images, tmp_path, monkeypatch):
     """One compilation per network, shape and mode, all in the first step."""
     flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
@@ -389,6 +393,7 @@ def test_compiled_networks_train_alike_and_compile_once(images, tmp_path, monkey
     assert_same_training(*(load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("plain", "compiled")))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_one_clear_line(images, tmp_path):
     flags = "--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "1", "--compile"
     result = run("main_dino.py", *TINY, *flags, check=False, env={"CXX": "/no/compiler"})
@@ -464,6 +469,7 @@ def test_one_host_sync_per_step(images, tmp_path, monkeypatch):
     assert counts == ["tolist"] * 6
 
 
+@pytest.mark.slow
 def test_a_short_demo_learns_and_shows_it(tmp_path):
     """Three fifths of the demo: the teacher is already ahead of both baselines."""
     flags = "--demo", "--epochs", "3", "--output_dir", str(tmp_path)
@@ -476,6 +482,7 @@ def test_a_short_demo_learns_and_shows_it(tmp_path):
         assert len(picture.getcolors(2**24)) > 1000 and picture.height > curves.height / 2
 
 
+@pytest.mark.slow
 def test_the_demo_runs_under_torchrun_and_without_matplotlib(tmp_path):
     (tmp_path / "few.py").write_text(
         "import sys\n"

@@ -80,6 +80,7 @@ def test_saving_every_few_steps_keeps_the_one_before(images, tmp_path):
 # ---- signals and deaths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_says_resume(images, tmp_path, number):
     """To all processes of the job, as from a scheduler or a terminal, data-loading workers too."""
@@ -95,6 +96,7 @@ def test_a_signal_finishes_the_step_saves_and_says_resume(images, tmp_path, numb
     assert "Traceback" not in said and step > 5
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(images, tmp_path):
     flags = ["--data_path", images, "--epochs", 40, "--batch_size_per_gpu", 2]
     run = Ranks(2, tmp_path, *flags, "--output_dir", tmp_path / "parts")
@@ -117,6 +119,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(images, tmp_path)
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(images, labelled, tmp_path):
     """To one process of two and its data-loading workers."""
     for split in ("train", "val"):
@@ -138,6 +141,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(images, labelle
     assert f"saved step {step} of {40 * (step - 1)} (" in run.said[0].read_text().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_signal_outside_of_training_ends_at_once_and_says_resume(tmp_path):
     run = Ranks(1, tmp_path, "--demo", "--max_steps", 1, "--output_dir", tmp_path / "out")
     run.wait_for("k-NN")
@@ -147,6 +151,7 @@ def test_a_signal_outside_of_training_ends_at_once_and_says_resume(tmp_path):
     assert said.splitlines()[-1] == "stopped: by SIGUSR1, outside of training: run the same command to resume"
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
     flags = [
         "--data_path",
@@ -184,6 +189,7 @@ def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
     assert differing_bits(tmp_path / "whole", tmp_path / "parts") == 0
 
 
+@pytest.mark.slow
 def test_processes_that_see_different_checkpoints_end(images, tmp_path):
     """As on two machines whose output folder is not shared."""
     train(

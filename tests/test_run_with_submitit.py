@@ -66,6 +66,7 @@ def test_bad_usage_is_one_clear_line(flags, message, capsys):
 # ---- on this machine
 
 
+@pytest.mark.slow
 def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
     """Two processes, by submitit's own executor; the signal is the one it sends at its time limit."""
     flags = ["--data_path", str(images), "--epochs", "10", "--batch_size_per_gpu", "2"]
@@ -241,6 +242,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
     many_images, uninterrupted, tmp_path
@@ -259,6 +261,7 @@ def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
     assert [json.loads(line)["epoch"] for line in (output / "log.txt").open()] == [0, 1]
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     flags = [*SHORT, "--epochs", "1000", "--data_path", str(many_images)]  # does not end by itself
@@ -281,6 +284,7 @@ def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     assert differences(tmp_path / "run", tmp_path / "whole") == 0
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_bare_srun_resumes_after_preemption(many_images, uninterrupted, tmp_path):
     flags = " ".join([*SHORT, f"--data_path {many_images} --output_dir {tmp_path}"])
@@ -295,6 +299,7 @@ def test_bare_srun_resumes_after_preemption(many_images, uninterrupted, tmp_path
     assert differences(tmp_path, uninterrupted) == 0
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_srun_torchrun(many_images, uninterrupted, tmp_path):
     flags = " ".join([*SHORT, f"--data_path {many_images} --output_dir {tmp_path}"])

@@ -300,6 +300,7 @@ def test_folders_and_several_images(tmp_path):
     assert not list((tmp_path / "out").glob("*/mask*"))
 
 
+@pytest.mark.slow
 def test_the_demo_measures_trained_and_random_weights(tmp_path):
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--num_workers", "0"
     run("-c", f"import main_dino as m; m.train_dino(m.parse_args({[*flags, '--output_dir', str(tmp_path)]}))")
