@@ -84,6 +84,9 @@ class Run:
             return {}
         self._check_identity(checkpoint, path, allow_changed)
         self._load(checkpoint, path)
+        if self.advice and (ruined := self._not_finite()):
+            fix = f"remove it to resume from {self.previous.name}"
+            raise UserError(f"{ruined} has weights that are not finite", str(path), fix)
         step = f"step {checkpoint['step']}, " if "step" in checkpoint else ""
         log(f"resuming {path} at {step}epoch {checkpoint['epoch']}")
         return {name: value for name, value in checkpoint.items() if name not in pieces}
@@ -159,10 +162,12 @@ class Run:
         order, a run killed in between rewrites what is missing when it resumes. A disk error is a warning,
         at the `last` save a TrainingError.
         """
+        if self.advice and (ruined := self._not_finite()):  # on all ranks, whose weights are the same
+            what = f"{ruined} has weights that are not finite, and was not saved"
+            raise TrainingError(what, str(self.folder), self.advice)
         if not is_main_process():
             return
         self.lock.check()
-        self._check_finite()
         self.log(records, last)
         state = {name: piece.state_dict() for name, piece in self.pieces.items()}
         state |= values | {"identity": self.identity}
@@ -170,13 +175,13 @@ class Run:
             try_to_write(self.folder / keep_as, lambda path: save_checkpoint(state, path), last)
         try_to_write(self.checkpoint, lambda path: save_checkpoint(state, path, self.previous), last)
 
-    def _check_finite(self) -> None:
-        """A step can ruin the weights after its loss was finite: keep the checkpoint from before."""
-        for name, piece in self.pieces.items() if self.advice else ():
-            tensors = piece.state_dict().values() if isinstance(piece, nn.Module) else ()
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-                what, fix = f"{name} has weights that are not finite", f"not saved; {self.advice}"
-                raise TrainingError(what, str(self.folder), fix)
+    def _not_finite(self) -> str | None:
+        """The name of a piece with weights that are not finite: a step can ruin them after a finite loss."""
+        for name, piece in self.pieces.items():
+            tensors = list(piece.state_dict().values()) if isinstance(piece, nn.Module) else []
+            if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+                return name
+        return None
 
     def log(self, records: Sequence[dict], last: bool = False) -> None:
         """Write an epoch's lines to the log. Rank 0 writes."""

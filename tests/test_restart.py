@@ -255,6 +255,25 @@ def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
         Run(tmp_path, required=("student", "teacher")).resume(pieces, {})
 
 
+def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path):
+    """Their loss would never be finite again."""
+    network = torch.nn.Linear(1, 1)
+    run = Run(tmp_path, required=("student",), advice="try a lower --lr")
+    assert run.resume({"student": network}, {}) == {}
+    run.save({"step": 1, "epoch": 0})
+    with torch.no_grad():
+        network.bias.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="student has weights that are not finite.*try a lower --lr"):
+        run.save({"step": 2, "epoch": 0})
+    assert load_checkpoint(run.checkpoint)["step"] == 1
+    run.advice = None  # as of a search over learning rates
+    run.save({"step": 2, "epoch": 0})
+    run.advice = "try a lower --lr"
+    with pytest.raises(UserError, match="not finite .*remove it to resume from checkpoint_prev.pth"):
+        run.resume({"student": torch.nn.Linear(1, 1)}, {})
+    run.lock.release()
+
+
 def test_flags_that_change_the_maths_are_not_free():
     flags = {action.dest for action in main_dino.get_args_parser()._actions}
     maths = (
