@@ -50,7 +50,7 @@ def test_published_flags_and_defaults():
         ("--ngpus -1", "argument --ngpus: must be at least 0, not -1: see --help"),
         ("--nodes 0", "argument --nodes: must be at least 1, not 0: see --help"),
         ("--mem_gb nan", "argument --mem_gb: must be finite, not nan: see --help"),
-        ("--epochs 0", "must be at least 1 (--epochs 0): raise it"),
+        ("--epochs 0", "argument --epochs: must be at least 1, not 0: see --help"),
         ("--local --dry_run", "a local job has no script (--dry_run): leave out one of --local, --dry_run"),
         ("--shared_dir /proc/x", "No such file or directory (--shared_dir /proc/x): choose another"),
         ("--partition_ low", "unrecognized arguments: --partition_ low: see --help"),
