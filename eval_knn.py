@@ -23,8 +23,14 @@ from torch.utils.data import Dataset
 
 from support import cli
 from support.cli import bool_flag
-from support.data import Source, open_train_and_val
-from support.distributed import all_gather_object, fix_random_seeds, init_distributed_mode, is_main_process
+from support.data import Source, on_all_ranks, open_train_and_val
+from support.distributed import (
+    all_gather_object,
+    fix_random_seeds,
+    init_distributed_mode,
+    is_main_process,
+    same_error_on_all_ranks,
+)
 from support.errors import UserError
 from support.features import extract_features
 from support.logger import log
@@ -258,10 +264,11 @@ def _class_numbers(labels: Tensor, where: str) -> Tensor:
 
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> list[Tensor]:
     """L2-normalised features and labels of train, then of val, from the flags' images and weights."""
-    train, val = open_train_and_val(Source.of(args))
-    frozen = load_backbone(
-        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
-    )
+    train, val = on_all_ranks(open_train_and_val, Source.of(args))
+    with same_error_on_all_ranks():
+        frozen = load_backbone(
+            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
+        )
     log(f"weights: {frozen.description}")
     log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
     model = frozen.network.to(device)

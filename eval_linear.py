@@ -29,8 +29,14 @@ from torchvision import transforms
 
 from support import cli
 from support.cli import bool_flag
-from support.data import Source, digest, open_labelled_images, open_train_and_val, read_labelled
-from support.distributed import all_reduce_mean, fix_random_seeds, get_world_size, init_distributed_mode
+from support.data import Source, digest, on_all_ranks, open_labelled_images, open_train_and_val, read_labelled
+from support.distributed import (
+    all_reduce_mean,
+    fix_random_seeds,
+    get_world_size,
+    init_distributed_mode,
+    same_error_on_all_ranks,
+)
 from support.errors import TrainingError, UserError
 from support.features import extract_features
 from support.loading import EpochBatches, make_loader
@@ -322,9 +328,10 @@ class Features(NamedTuple):
 
 def build_features(args: argparse.Namespace, device: torch.device) -> Features:
     """The features that the flags describe. Raises UserError."""
-    frozen = load_backbone(
-        args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
-    )
+    with same_error_on_all_ranks():
+        frozen = load_backbone(
+            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
+        )
     log(f"weights: {frozen.description}")
     log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
     network = frozen.network.to(device)
@@ -389,7 +396,7 @@ def load_classifier(
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Validate a trained classifier; returns its loss and accuracies in a list of one."""
-    images = open_labelled_images(Source.of(args), "val")
+    images = on_all_ranks(open_labelled_images, Source.of(args), "val")
     features = build_features(args, device)
     classifier, classes = load_classifier(
         args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
@@ -461,7 +468,7 @@ def build_batches(
 
 def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Train a classifier for each rate, or resume; returns the best validation of each."""
-    train_images, val_images = open_train_and_val(Source.of(args))
+    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args))
     folder = cli.make_folder(args.output_dir)
     features = build_features(args, device)
     classes, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)

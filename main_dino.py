@@ -38,12 +38,12 @@ from support.data import (
     describe,
     digest,
     name_and_reason,
+    on_all_ranks,
     open_labelled_images,
     open_train_and_val,
     open_training_images,
 )
 from support.distributed import (
-    agree,
     barrier,
     fix_random_seeds,
     get_rank,
@@ -552,9 +552,9 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
 
 def start_from(args: argparse.Namespace, student: MultiCropWrapper) -> Tensor | None:
     """Load `--init_from` into the student; returns the centre (1, K) that belongs to the head, if any."""
-    weights = init_from(
-        student.backbone, student.head, args.init_from, args.arch, args.patch_size, args.global_crops_size
-    )
+    size = args.global_crops_size
+    with same_error_on_all_ranks():
+        weights = init_from(student.backbone, student.head, args.init_from, args.arch, args.patch_size, size)
     taken = [
         "backbone",
         *["head"] * bool(weights.head),
@@ -567,7 +567,7 @@ def start_from(args: argparse.Namespace, student: MultiCropWrapper) -> Tensor | 
 def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:
     """The k-NN evaluation of student and teacher during training. Raises UserError."""
     source = Source(args.knn_data) if args.knn_data else Source.of(args)
-    train, val = open_train_and_val(source)
+    train, val = on_all_ranks(open_train_and_val, source)
     log(f"k-NN every {args.knn_every} epochs: train {describe(train)}; val {describe(val)}")
     evaluate = partial(
         eval_knn.knn_top1,
@@ -580,10 +580,15 @@ def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) ->
     return eval_knn.PeriodicKNN(evaluate, args.knn_every, args.knn_share, training.dtype, monitor.stop_asked)
 
 
-def run_identity(args: argparse.Namespace, dtype: torch.dtype | None) -> dict:
-    """Everything besides the images that decides the maths of a run, by name."""
+def run_identity(args: argparse.Namespace, images: Dataset, dtype: torch.dtype | None) -> dict:
+    """Everything that decides the maths of a run, by name."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    return flags | {"world_size": get_world_size(), "dtype": str(dtype or torch.float32)}
+    return flags | {
+        "world_size": get_world_size(),
+        "images": len(images),
+        "digest of the images": digest(images),
+        "dtype": str(dtype or torch.float32),
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -599,10 +604,7 @@ def train_dino(args: argparse.Namespace) -> None:
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
 
-    with same_error_on_all_ranks():
-        images = open_training_images(Source.of(args))
-    identity = {"images": len(images), "digest of the images": digest(images)}
-    agree("images", str(identity))
+    images = on_all_ranks(open_training_images, Source.of(args))
     steps = count_steps(args, len(images))
     required = "student", "teacher", "optimizer"
     run = Run(cli.make_folder(args.output_dir), required, advice=ADVICE)
@@ -615,8 +617,7 @@ def train_dino(args: argparse.Namespace) -> None:
     knn = build_knn(args, training, monitor) if args.knn_every else None
 
     pieces = training.pieces() | {"guard": monitor, "metrics": logger}
-    identity |= run_identity(args, training.dtype)
-    found = run.resume(pieces, identity, args.allow_changed_args)
+    found = run.resume(pieces, run_identity(args, images, training.dtype), args.allow_changed_args)
     step = first_step(found, steps)
     if step == 0 and is_main_process():
         check_images(images)

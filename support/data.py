@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from support.distributed import main_process_first
+from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, nearest
 from support.files import Paths, class_folders, find_images
 from support.logger import log
@@ -338,6 +338,19 @@ def _open_split(make: Callable, source: Source, split: str) -> tuple[Dataset, st
     if own:
         raise UserError(str(reason), f"--split {own}", "name one of the dataset's splits")
     raise UserError(f"no {part} split: {reason}", f"--dataset {name}", "use a folder instead")
+
+
+def on_all_ranks(open_images: Callable, *args):
+    """What `open_images(*args)` returns: a set of images, or several.
+
+    Raises its error on all ranks if one rank meets it, and a UserError if ranks see different images.
+    """
+    with same_error_on_all_ranks():
+        opened = open_images(*args)
+        sets = opened if isinstance(opened, tuple) else (opened,)
+        seen = "; ".join(f"{describe(images)}, digest {digest(images)}" for images in sets)
+    agree("images", seen)
+    return opened
 
 
 def sample_name(dataset: Dataset, index: int) -> str:
