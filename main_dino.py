@@ -510,7 +510,9 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
     student, teacher = build_networks(args)
     center = None
     if args.init_from and not resumes:
-        center = start_from(args, student)
+        network = args.arch, args.patch_size, args.global_crops_size
+        with same_error_on_all_ranks():
+            center = init_from(student.backbone, student.head, args.init_from, *network)
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student.backbone, args.arch)
@@ -548,20 +550,6 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         freeze_last_layer=args.freeze_last_layer,
         seed=args.seed,
     )
-
-
-def start_from(args: argparse.Namespace, student: MultiCropWrapper) -> Tensor | None:
-    """Load `--init_from` into the student; returns the centre (1, K) that belongs to the head, if any."""
-    size = args.global_crops_size
-    with same_error_on_all_ranks():
-        weights = init_from(student.backbone, student.head, args.init_from, args.arch, args.patch_size, size)
-    taken = [
-        "backbone",
-        *["head"] * bool(weights.head),
-        *["centre"] * (weights.center is not None),
-    ]
-    log(f"starting from the weights of {args.init_from}: {', '.join(taken)}")
-    return weights.center
 
 
 def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:

@@ -552,11 +552,11 @@ def _frozen(network: nn.Module, image_size: int, normalization: tuple | None, de
 
 def init_from(
     own_backbone: nn.Module, own_head: nn.Module, weights: str, arch: str, patch_size: int, image_size: int
-) -> Weights:
+) -> Tensor | None:
     """Load weights by file or name as the start of a run: the backbone's, and the head's if it has one.
 
-    A ViT's position embedding is interpolated to the run's image size. Returns what was read; its
-    `center` is None where the head was not taken. Raises UserError.
+    A ViT's position embedding is interpolated to the run's image size. Returns the centre (1, K) that
+    belongs to the head, if both are there. Raises UserError.
     """
     fix = "give a checkpoint with a teacher, or a file of weights alone"
     known = read_weights(weights, None, fix)
@@ -571,12 +571,14 @@ def init_from(
     if isinstance(backbone, VisionTransformer):
         state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
     load_strictly(own_backbone, state, weights)
+    taken = "backbone" if not head else "backbone, head" if known.center is None else "backbone, head, centre"
+    log(f"starting from the weights of {weights}: {taken}")
     if not head:
-        return known._replace(center=None)
+        return None
     check_finite(head | ({} if known.center is None else {"center": known.center}), f"{weights}: head")
     fix = "give the old run's --out_dim, --use_bn_in_head and --head_ flags, or its backbone alone"
     load_strictly(own_head, head, f"{weights}: head", fix)
-    return known
+    return known.center
 
 
 # What a network is when neither flags nor its file say so.
