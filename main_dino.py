@@ -389,22 +389,22 @@ def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCro
     name decides it (torchvision).
     """
 
-    def build(drop_path_rate: float) -> MultiCropWrapper:
-        backbone, embed_dim = backbones.build_backbone(
-            args.arch, args.patch_size, args.global_crops_size, drop_path_rate
-        )
-        backbones.check_crop_sizes(backbone, args.arch, embed_dim, crop_sizes(args))
-        head = DINOHead(
-            embed_dim,
-            args.out_dim,
-            use_bn=args.use_bn_in_head,
-            norm_last_layer=args.norm_last_layer,
-            hidden_dim=args.head_hidden_dim,
-            bottleneck_dim=args.head_bottleneck_dim,
-        )
-        return MultiCropWrapper(backbone, head)
-
-    student, teacher = build(args.drop_path_rate), build(0.0)
+    head = partial(
+        DINOHead,
+        out_dim=args.out_dim,
+        use_bn=args.use_bn_in_head,
+        norm_last_layer=args.norm_last_layer,
+        hidden_dim=args.head_hidden_dim,
+        bottleneck_dim=args.head_bottleneck_dim,
+    )
+    # Both backbones, then both heads: in another order, a seed would give other weights.
+    built = [
+        backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
+        for drop_path_rate in (args.drop_path_rate, 0.0)
+    ]
+    backbone, embed_dim = built[1]
+    backbones.check_crop_sizes(backbone, args.arch, embed_dim, crop_sizes(args))
+    student, teacher = (MultiCropWrapper(backbone, head(embed_dim)) for backbone, embed_dim in built)
     student.head.defer_last_layer = True
     return student, teacher.requires_grad_(False)
 

@@ -17,11 +17,13 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
-from support import cli
+from support import backbones, cli
+from support.distributed import fix_random_seeds
 from support.errors import UserError
 from support.pixels import normalized_views
 from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
+from utils import DINOHead
 
 PUBLISHED = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
@@ -147,6 +149,19 @@ def test_teacher_is_a_frozen_copy_without_drop_path():
     assert not any(p.requires_grad for p in teacher.parameters()) and teacher.training
     assert student.backbone.blocks[-1].drop_path.p == 0.5
     assert all(block.drop_path.p == 0 for block in teacher.backbone.blocks)
+
+
+def test_a_seed_gives_the_weights_that_it_gave_in_earlier_versions():
+    """Both backbones are drawn first, then the heads."""
+    args = main_dino.parse_args(TINY)
+    fix_random_seeds(7)
+    student, _ = main_dino.build_networks(args)
+    fix_random_seeds(7)
+    first, _ = backbones.build_backbone("vit_nano", 8, 32)
+    backbones.build_backbone("vit_nano", 8, 32)
+    head = DINOHead(128, 64, hidden_dim=32, bottleneck_dim=16)
+    assert torch.equal(student.backbone.pos_embed, first.pos_embed)
+    assert torch.equal(student.head.mlp[0].weight, head.mlp[0].weight)
 
 
 def test_schedules_run_between_their_ends():
