@@ -10,6 +10,7 @@ A run resumes from `checkpoint.pth` in its `--output_dir` when there is one.
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import itertools
 import math
@@ -440,6 +441,19 @@ def synchronize_batchnorms(model: nn.Module, device: torch.device) -> nn.Module:
     return backbones.convert_batchnorms(model)
 
 
+def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+    """Raise UserError if a step would give batch norm one value per channel, on which it cannot train."""
+    if args.batch_size_per_gpu * args.local_crops_number != 1:
+        return
+    backbone = copy.deepcopy(backbone)  # the pass changes the running mean
+    try:
+        with torch.no_grad():
+            backbone(torch.zeros(1, 3, args.local_crops_size, args.local_crops_size, device=device))
+    except ValueError as error:
+        fix = "raise it, or give more or larger local crops"
+        raise UserError(f"batch norm cannot train: {error}", "--batch_size_per_gpu 1", fix) from None
+
+
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer by name; learning rate and weight decay come from the schedules."""
     groups = utils.get_params_groups(model)
@@ -514,6 +528,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         with same_error_on_all_ranks():
             center = init_from(student.backbone, student.head, args.init_from, *network)
     student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
+    check_batch_norms(student.backbone, args, device)
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student.backbone, args.arch)
     student_without_ddp, student = student, distribute(student, device, crop_sizes(args))
@@ -609,6 +624,8 @@ def train_dino(args: argparse.Namespace) -> None:
     step = first_step(found, steps)
     if step == 0 and is_main_process():
         check_images(images)
+    if step:  # a loss that is not finite now comes from the weights that were saved
+        monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
     curves = Curves(run.folder, PANELS, args.tensorboard, step) if is_main_process() else None
     log(
         f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "

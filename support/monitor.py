@@ -59,6 +59,7 @@ class Monitor:
             watch,
             advice,
         )
+        self.advice_at_first = ""  # for the first step that is checked, if other than `advice`
         self.received: signal.Signals | None = None
         self.stopping = False
         self.named: set[int] = set()
@@ -127,7 +128,9 @@ class Monitor:
         *values, mean_failed, stop = all_reduce_mean(torch.cat([values, counts])).tolist()
         numbers = dict(zip(stats, values, strict=True))
         if not math.isfinite(numbers["loss"]):
-            raise TrainingError(f"loss is {numbers['loss']}", f"step {step}", self.advice)
+            advice = self.advice_at_first or self.advice
+            raise TrainingError(f"loss is {numbers['loss']}", f"step {step}", advice)
+        self.advice_at_first = ""
         self.stopping = stop > 0
         self.unreadable += round(mean_failed * get_world_size())
         if self.unreadable > self.unreadable_limit:

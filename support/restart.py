@@ -5,6 +5,7 @@ per epoch. The pieces of a run are objects with `state_dict` and `load_state_dic
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,9 +85,8 @@ class Run:
             return {}
         self._check_identity(checkpoint, path, allow_changed)
         self._load(checkpoint, path)
-        if self.advice and (ruined := self._not_finite()):
-            fix = f"remove it to resume from {self.previous.name}"
-            raise UserError(f"{ruined} has weights that are not finite", str(path), fix)
+        if self.advice and (ruined := self._ruined()):
+            raise UserError(ruined, str(path), f"remove it to resume from {self.previous.name}")
         step = f"step {checkpoint['step']}, " if "step" in checkpoint else ""
         log(f"resuming {path} at {step}epoch {checkpoint['epoch']}")
         return {name: value for name, value in checkpoint.items() if name not in pieces}
@@ -162,9 +162,8 @@ class Run:
         order, a run killed in between rewrites what is missing when it resumes. A disk error is a warning,
         at the `last` save a TrainingError.
         """
-        if self.advice and (ruined := self._not_finite()):  # on all ranks, whose weights are the same
-            what = f"{ruined} has weights that are not finite, and was not saved"
-            raise TrainingError(what, str(self.folder), self.advice)
+        if self.advice and (ruined := self._ruined()):  # on all ranks, whose weights are the same
+            raise TrainingError(f"{ruined}: not saved", str(self.folder), self.advice)
         if not is_main_process():
             return
         self.lock.check()
@@ -175,12 +174,17 @@ class Run:
             try_to_write(self.folder / keep_as, lambda path: save_checkpoint(state, path), last)
         try_to_write(self.checkpoint, lambda path: save_checkpoint(state, path, self.previous), last)
 
-    def _not_finite(self) -> str | None:
-        """The name of a piece with weights that are not finite: a step can ruin them after a finite loss."""
+    def _ruined(self) -> str | None:
+        """What is wrong with the weights, which a step can ruin after a finite loss; None if they are finite,
+        and so are their squares.
+        """
         for name, piece in self.pieces.items():
             tensors = list(piece.state_dict().values()) if isinstance(piece, nn.Module) else []
-            if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-                return name
+            largest = [tensor.float().abs().max() for tensor in tensors if tensor.numel()]
+            size = torch.stack(largest).max().item() if largest else 0.0  # NaN if one is
+            if not size**2 < torch.finfo(torch.float32).max:
+                too_large = f"as large as {size:.1e}" if math.isfinite(size) else "that are not finite"
+                return f"{name} has weights {too_large}"
         return None
 
     def log(self, records: Sequence[dict], last: bool = False) -> None:

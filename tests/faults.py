@@ -1,9 +1,10 @@
 """Break training for real, and see that nothing is lost and nothing bad is let in.
 
-    python -m tests.faults            # 125 kills and all bad inputs
-    python -m tests.faults --short    # a few of each, for the tests
+    python -m tests.faults                  # 125 kills, all bad inputs, all silent faults
+    python -m tests.faults --short          # a few of each, for the tests
+    python -m tests.faults --only silent    # one section
 
-Prints two tables in Markdown. Exit code 1 if anything in them is not as it should be.
+Prints tables in Markdown, for docs/faults.md. Exit code 1 if anything in them is not as it should be.
 
 Each training is a process of its own, killed by SIGKILL. Most are forked from this one, which has
 imported torch already: the same program, seconds sooner. Every tenth is started by its command.
@@ -11,6 +12,7 @@ imported torch already: the same program, seconds sooner. Every tenth is started
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -33,12 +35,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import eval_knn
+import eval_linear
 import main_dino
+import visualize_attention
 from support import cli
+from support.backbones import build_backbone
 from support.errors import UserError
 from support.restart import Run
 from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, save_images
+from tests.test_weights import hugging_face, prefixed
 
 NOBODY = 65534  # root may do everything, so that permissions are tested as somebody else
 
@@ -64,7 +70,7 @@ def fork(program, argv: list[str], said: Path, environment: dict | None = None, 
         if as_nobody:
             os.setgroups([]), os.setgid(NOBODY), os.setuid(NOBODY)
         try:
-            cli.run_script(program.main, program.parse_args(argv))
+            cli.run_script(program.main, program.parse_args(argv), resumable=program is main_dino)
             status = 0
         except SystemExit as end:
             status = end.code or 0
@@ -362,11 +368,13 @@ class BadInputs:
         came = came.replace(str(self.work), "...").replace("|", "/")
         print(f"| {what} | {came} | {'yes' if ok else '**no**'} |", flush=True)
 
-    def run(self, argv: list, program=main_dino, as_nobody=False, meanwhile=None) -> tuple[int | None, str]:
+    def run(
+        self, argv: list, program=main_dino, as_nobody=False, meanwhile=None, environment: dict | None = None
+    ) -> tuple[int | None, str]:
         """Exit code (None: it hangs) and output of a process; `meanwhile` happens while it runs."""
         said = self.work / "said"
         said.unlink(missing_ok=True)
-        child = fork(program, [str(a) for a in argv], said, as_nobody=as_nobody)
+        child = fork(program, [str(a) for a in argv], said, environment, as_nobody)
         if meanwhile:
             meanwhile(child, said)
         code = ended(child, 120)
@@ -705,22 +713,501 @@ def fill(disk: Path) -> None:
             file.write(bytes(4096))
 
 
-def bad_input_table(work: Path, examples: int, runs: int, rng: random.Random) -> bool:
-    """Try all bad inputs and print what came back; True if all is well."""
+# ---------------------------------------------------------------------------------------------
+# Silent faults
+# ---------------------------------------------------------------------------------------------
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
+
+
+def save_colours(folder: Path, count: int, names=tuple(COLOURS), mode: str = "RGB") -> None:
+    """Class folders of images that are told apart by their colour."""
+    rng = np.random.default_rng(count)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            noise = rng.integers(-30, 30, (5, 5, 3)) + COLOURS[name]
+            image = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize((40, 40))
+            image = image.quantize(16) if mode == "P" else image.convert(mode)
+            image.save(folder / name / f"{i}.png")
+
+
+def link_to_each_other(folder: Path) -> None:
+    for name in "ab":
+        save_images(folder / name, 10, seed=ord(name))
+    (folder / "a" / "to_b").symlink_to("../b", target_is_directory=True)
+    (folder / "b" / "to_a").symlink_to("../a", target_is_directory=True)
+
+
+def with_hidden_names(folder: Path) -> None:
+    save_images(folder, 20)
+    save_images(folder / ".ipynb_checkpoints", 3)
+    for path in folder.glob("*.png"):
+        (folder / f"._{path.name}").write_bytes(b"\0\5\x16\7 the Finder's notes")
+
+
+def with_jfif(folder: Path) -> None:
+    save_images(folder, 20)
+    for path in sorted(folder.iterdir())[:14]:
+        Image.open(path).save(path.with_suffix(".jfif"), "JPEG")
+        path.unlink()
+    (folder / "notes.txt").write_text("fourteen were renamed by a browser")
+
+
+def arrays(make: Callable[[np.random.Generator], Image.Image], extension: str) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(24):
+            make(rng).save(folder / f"{i}.{extension}")
+
+    return save
+
+
+def nearly_identical(folder: Path) -> None:
+    save_images(folder, 1)
+    for i in range(1, 24):
+        shutil.copy(folder / "000.png", folder / f"{i:03}.png")
+
+
+def train_and_test(folder: Path) -> None:
+    for split in ("train", "test"):
+        save_images(folder / split, 24)
+
+
+# What a folder of training images is, how it is made, the exit code, and what is said.
+TRAINING_FOLDERS: list[tuple[str, Callable[[Path], None], int, str]] = [
+    ("hidden files of a Mac and of Jupyter", with_hidden_names, 0, "20 images (.png 20); left out 21 hidden"),
+    ("folders that link to each other", link_to_each_other, 0, "20 images (.png 20)"),
+    ("14 of 20 images are `.jfif`", with_jfif, 0, "(.jfif 14, .png 6); left out 1 files (.txt 1)"),
+    ("16-bit images that use 12 bits", arrays(lambda rng: Image.fromarray(
+        rng.integers(0, 4096, (40, 40), dtype=np.uint16)), "png"), 0, "have 16 bits but use 12 of them"),
+    ("four-band images", arrays(lambda rng: Image.fromarray(
+        rng.integers(0, 256, (40, 40, 4), dtype=np.uint8), "RGBX"), "tif"), 0, "lose 1 of 4 bands"),
+    ("transparent images", arrays(lambda rng: Image.fromarray(
+        rng.integers(0, 256, (40, 40, 4), dtype=np.uint8)), "png"), 0, "lose transparency"),
+    ("black images", arrays(lambda rng: Image.new("L", (40, 40), 3), "png"), 0, "are nearly constant"),
+    ("nearly identical images", nearly_identical, 0, "are nearly identical to another one"),
+    ("`train/` beside `test/`", train_and_test, 2, "error: folder has train/ and test/"),
+]  # fmt: skip
+
+# Training flags, the exit code, and what is said.
+TRAINING_FLAGS = [
+    ("a freeze beyond the training", "--freeze_last_layer 5", 2, "too long for --epochs 2"),
+    ("a freeze of all of a trial", "--max_steps 4", 0, "the prototypes stay frozen"),
+    ("a warm-up of the temperature in 0 epochs", "--warmup_teacher_temp 0.02", 0, "has no effect"),
+    ("`--knn_data` without `--knn_every`", "--knn_data x", 0, "--knn_data has no effect"),
+    ("batch norm that gets one value per channel",
+     "--arch resnet18 --batch_size_per_gpu 1 --local_crops_number 1 --max_steps 2", 2, "error: batch norm"),
+    ("an architecture that begins with `vit_large`", "--arch vit_large", 2, "did you mean vit_large_patch"),
+]  # fmt: skip
+
+
+def weight_files() -> list[tuple[str, object, list[str], int, str]]:
+    """What a file of weights is, its content, flags, the exit code, and what is said."""
+    torch.manual_seed(0)
+    one, two = (build_backbone("vit_nano", 8, 32)[0].state_dict() for _ in range(2))
+    both = {"state_dict": prefixed(one, "backbone.") | prefixed(two, "momentum_backbone.")}
+    recorded = {"arch": "vit_nano", "patch_size": np.int64(8), "lr": np.float64(0.1), "from": Path("a/b")}
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5\nsize 86728949\n"
+    key = ["--checkpoint_key", "momentum_backbone"]
+    chosen = "state_dict.momentum_backbone, vit_nano, patch 8"
+    read = "vit_nano, patch 8; 32 pixels"
+    return [
+        ("two networks in a file", both, [], 2, "error: 2 networks in file: backbone.*, momentum_backbone.*"),
+        ("the same, with the choice", both, key, 0, chosen),
+        ("a word among the teacher's tensors", {"teacher": one | {"note": "x"}, "student": two}, [], 2,
+         "contains values that are not tensors: note (str)"),
+        ("unknown leftovers", prefixed(one, "backbone.") | {"adapter.weight": torch.ones(2)}, [], 2,
+         "error: parts of unknown purpose in file: adapter"),
+        ("a projector left over", one | {"projector.weight": torch.ones(2)}, [], 0, "projector"),
+        ("NumPy values and a path in a checkpoint", {"teacher": one, "args": recorded}, [], 0, read),
+        ("weights of `torch.compile` in DDP", prefixed(one, "module._orig_mod."), [], 0, read),
+        ("Hugging Face's layout", hugging_face(one), [], 0, read),
+        ("a Git LFS pointer", pointer, [], 2, "error: file is a Git LFS pointer"),
+        ("a web page", b"<!DOCTYPE html><html>Sign in</html>", [], 2, "error: file is a web page"),
+    ]  # fmt: skip
+
+
+def odd_features() -> list[tuple[str, dict[str, torch.Tensor], int, str]]:
+    """What saved features are, tensors in place of good ones, the exit code, and what is said."""
+    features, labels = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
+    return [
+        ("negative labels", {"trainlabels": labels - 1}, 2, "error: labels are not whole numbers from 0"),
+        ("labels with fractions", {"testlabels": labels + 0.5}, 2, "error: labels are not whole numbers"),
+        ("rows of any length", {"trainfeat": features * torch.arange(1, 9)[:, None]}, 0, "normalised to 1"),
+        ("NaN", {"testfeat": features * torch.nan}, 2, "error: features are not finite"),
+        ("a row of zeros", {"trainfeat": features * (torch.arange(8)[:, None] > 0)}, 2, "of length 0"),
+        ("other weights beside them", {}, 0, "--pretrained_weights has no effect"),
+    ]
+
+
+class SilentFaults(BadInputs):
+    """Faults that other projects, and earlier versions of this one, pass over: exit 0 and a wrong result, a
+    hang, or a traceback. Each is to be named, refused, or handled right. In a `short` run, two of each kind.
+    """
+
+    def __init__(self, work: Path, rng: random.Random, short: bool):
+        super().__init__(work, rng)
+        self.most = 2 if short else None
+        self.classes = work / "classes"
+        save_colours(self.classes / "train", 5)
+        save_colours(self.classes / "val", 3)
+        self.labelled = ["--num_workers", 0, "--data_path", self.classes]
+        self.pixels = ["--pretrained_weights", "pixels", "--image_size", 8]
+
+    def command(self, argv: list, program=main_dino) -> str:
+        """The command, as the table shows it: without small sizes, and folders by their last names."""
+        words = f" {' '.join(map(str, argv))} ".replace(f"{self.work}/", "")
+        for flag, value in [("--num_workers", "0"), *zip(TINY[::2], TINY[1::2], strict=True)]:
+            words = words.replace(f" {flag} {value} ", " ", 1)
+        return f"`{program.__name__}.py ... {words.strip()}`"
+
+    def expect(self, what: str, argv: list, code: int, words: str, program=main_dino, **how) -> str:
+        what = f"{what}: {self.command(argv, program)}"
+        return super().expect(what, argv, code, words, program=program, **how)
+
+    def all(self) -> None:
+        """All kinds, each in a method."""
+        self.training_folders()
+        self.training_flags()
+        self.other_images()
+        self.classes_by_name()
+        self.weights()
+        self.preprocessing()
+        self.saved_features()
+        self.attention()
+        self.ruined_weights()
+        self.two_runs()
+        self.ranks()
+        if not self.most:
+            self.shells()
+            self.waiting()
+
+    # ---- training
+
+    def training_folders(self) -> None:
+        for what, make, code, words in TRAINING_FOLDERS[: self.most]:
+            folder = self.work / "images"
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            argv = [*TINY, "--data_path", folder, "--output_dir", self.new("out"), "--epochs", 1]
+            self.expect(what, argv, code, words)
+
+    def training_flags(self) -> None:
+        for what, flags, code, words in TRAINING_FLAGS[: self.most]:
+            argv = [*self.flags, "--output_dir", self.new("out"), *flags.split()]
+            self.expect(what, argv, code, words)
+        out = self.new("out")
+        place = self.flags.index("--warmup_epochs")
+        flags = self.flags[:place] + self.flags[place + 2 :]  # the default, as most users have it
+        argv = [*flags, "--output_dir", out, "--epochs", 1]
+        self.expect("one epoch", argv, 0, "--warmup_epochs shortened from 10 to 0.1")
+        prototypes = [load_checkpoint(out / "checkpoint.pth")["student"]["head.last_layer.weight_v"]]
+        self.run([*argv, "--output_dir", self.new("out"), "--max_steps", 1])
+        prototypes.append(load_checkpoint(out / "checkpoint.pth")["student"]["head.last_layer.weight_v"])
+        moved = (prototypes[0] - prototypes[1]).abs().max().item()
+        self.row("... and afterwards", f"the prototypes have moved by {moved:.1e}", moved > 0)
+
+    def other_images(self) -> None:
+        """Another folder with as many images, and with the same classes, into an existing folder."""
+        other, out, moved = self.new("other"), self.new("out"), self.work / "moved"
+        save_images(other, 24, seed=1)
+        assert self.run([*self.flags, "--output_dir", out])[0] == 0
+        argv = [*TINY, "--data_path", other, "--output_dir", out]
+        self.expect("training goes on with as many other images", argv, 2, "digest of the images")
+        shutil.copytree(self.data, moved)
+        argv = [*TINY, "--data_path", moved, "--output_dir", out]
+        self.expect("training goes on with the same images, which were moved", argv, 0, "resuming")
+        other, probe = self.new("other"), self.new("probe")
+        save_colours(other / "train", 5, names=sorted(COLOURS, reverse=True))
+        save_colours(other / "val", 4)
+        argv = [*self.pixels, "--output_dir", probe, "--epochs", 2, "--num_workers", 0, "--data_path"]
+        assert self.run([*argv, self.classes], eval_linear)[0] == 0
+        self.expect("a linear probe goes on with other images of the same classes", [*argv, other], 2,
+                    "training images", program=eval_linear)  # fmt: skip
+
+    def ruined_weights(self) -> None:
+        """The last step ruins the weights, by a learning rate that is far too high."""
+        out = self.new("out")
+        argv = [*self.flags, "--output_dir", out, "--lr", 1e30, "--clip_grad", 0, "--max_steps"]
+        assert self.run([*argv, 1])[0] == 0  # during the first step, the rate is 0
+        self.expect("weights ruined by the last step", [*argv, 2], 1, "student has weights as large as")
+        kept = load_checkpoint(out / "checkpoint.pth")
+        self.row("... and afterwards", f"the checkpoint of step {kept['step']} is there", kept["step"] == 1)
+        argv[argv.index(1e30)] = 1e20  # too high as well, which the weights do not show
+        self.new("out")
+        assert self.run([*argv, 1])[0] == self.run([*argv, 2])[0] == 0
+        words = "checkpoint.pth to resume from checkpoint_prev.pth"
+        self.expect("the loss is not finite at once after a restart", [*argv, 3], 1, words)
+
+    # ---- evaluation
+
+    def classes_by_name(self) -> None:
+        out, part, more = self.new("probe"), self.new("part"), self.new("more")
+        for folder, names in ((part, ("green", "red")), (more, COLOURS)):
+            shutil.copytree(self.classes / "train", folder / "train")
+            save_colours(folder / "val", 3, names)
+        (more / "val" / "red").rename(more / "val" / "rouge")
+        train = [*self.pixels, "--lr", 1, "--epochs", 20, "--num_workers", 0, "--output_dir", out]
+        assert self.run([*train, "--data_path", self.classes], eval_linear)[0] == 0
+        knn = [*self.pixels, "--nb_knn", 3, "--num_workers", 0]
+        evaluate = [*self.pixels, "--num_workers", 0, "--output_dir", out, "--evaluate"]
+        train[-1] = self.new("other")
+        for what, program, argv, folder, code, words in [
+            ("lacks a class", eval_linear, evaluate, part, 0, "top-1 100.00 %"),
+            ("has an unknown class", eval_linear, evaluate, more, 2, "classifier does not know 1 classes"),
+            ("lacks a class", eval_knn, knn, part, 0, "Top1: 100.0"),
+            ("lacks a class", eval_linear, train, part, 0, "Best accuracy: top-1 100.00 %"),
+            ("has an unknown class", eval_knn, knn, more, 2, "val has classes that train lacks: rouge"),
+        ][: self.most]:  # fmt: skip
+            self.expect(f"`val/` {what}", [*argv, "--data_path", folder], code, words, program=program)
+
+    def weights(self) -> None:
+        argv = ["--nb_knn", 3, *self.labelled, "--pretrained_weights"]
+        for number, (what, content, flags, code, words) in enumerate(weight_files()[: self.most]):
+            path = self.work / f"weights{number}.pth"
+            path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+            self.expect(what, [*argv, path, *flags], code, words, program=eval_knn)
+        url = "https://example.com/weights.pth"
+        self.expect("a URL", [*argv, url], 2, "error: is a URL", program=eval_knn)
+        trained = self.work / "out" / "checkpoint.pth"
+        assert self.run([*self.flags, "--output_dir", self.new("out"), "--max_steps", 3])[0] == 0
+        argv = [*self.flags, "--output_dir", self.new("started"), "--max_steps", 1, "--init_from", trained]
+        self.expect("the centre belongs to the head", argv, 0, "backbone, head, centre")
+
+    def preprocessing(self) -> None:
+        import timm
+
+        path, folder = self.work / "timm.pth", self.new("palettes")
+        arch = "vit_tiny_patch16_224"  # which timm trained with another mean and deviation than ImageNet's
+        torch.save(timm.create_model(arch).state_dict(), path)
+        argv = ["--nb_knn", 3, *self.labelled, "--pretrained_weights", path, "--arch", arch]
+        words = "224 pixels, mean (0.5, 0.5, 0.5), deviation (0.5, 0.5, 0.5)"
+        self.expect("weights that want other pixels", argv, 0, words, program=eval_knn)
+        shutil.copytree(self.classes / "train", folder / "train")
+        save_colours(folder / "val", 3, mode="P")
+        argv = [*self.pixels, "--nb_knn", 3, "--num_workers", 0, "--data_path", folder]
+        self.expect("images with a palette", argv, 0, "Top1: 100.0", program=eval_knn)
+        shutil.rmtree(folder / "val")
+        save_colours(folder / "val", 3, mode="RGBA")
+        self.expect("images with alpha", argv, 0, "Top1: 100.0", program=eval_knn)
+        argv = ["--n_last_blocks", 2, "--epochs", 1, "--image_size", 32, *self.labelled]
+        argv += ["--output_dir", self.new("probe"), "--pretrained_weights", "random", "--arch", "resnet18"]
+        words = "--n_last_blocks has no effect"
+        self.expect("blocks of a convnet", argv, 0, words, program=eval_linear)
+
+    def saved_features(self) -> None:
+        features, labels = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
+        good = {"trainfeat": features, "trainlabels": labels, "testfeat": features, "testlabels": labels}
+        for what, changed, code, words in odd_features()[: self.most]:
+            folder = self.new("features")
+            for name, tensor in (good | changed).items():
+                torch.save(tensor, folder / f"{name}.pth")
+            argv = ["--nb_knn", 2, "--load_features", folder]
+            argv += [] if changed else ["--pretrained_weights", "random"]
+            self.expect(f"features: {what}", argv, code, words, program=eval_knn)
+
+    # ---- attention
+
+    def attention(self) -> None:
+        flags = "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 64 --image_path"
+        mine, photos = self.new("mine"), self.new("photos")
+        how = {"program": visualize_attention}
+        for name in ("img.png", "sheet.png"):
+            Image.fromarray(pixels(60, 40)).save(mine / name)
+            before = (mine / name).read_bytes()
+            argv = [*flags.split(), mine / name, "--output_dir", mine]
+            self.expect(f"the user's own {name}", argv, 2, "would overwrite a file", **how)
+            self.row("... and afterwards", "the file is as it was", (mine / name).read_bytes() == before)
+        exif_rotated(photos / "portrait.jpg")
+        save_images(photos / "more", 1)
+        truncated(photos / "broken.jpg")
+        argv = [*flags.split(), photos, "--output_dir", photos / "attention"]
+        self.expect("a broken photo among others", argv, 1, "warning: cannot read image", **how)
+        shown = Image.open(photos / "attention" / "portrait" / "img.png").size
+        self.row("... and a photo that EXIF turns", f"is shown upright, {shown[0]} x {shown[1]} pixels",
+                 shown[0] < shown[1])  # fmt: skip
+        (photos / "broken.jpg").unlink()
+        words = "left out 23 pictures of an earlier run"
+        self.expect("its own pictures from the first time", argv, 0, words, **how)
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        self.expect("as one of two processes, the other not started", argv, 0, "side by side",
+                    environment=environment, **how)  # fmt: skip
+        network, tokens = build_backbone("vit_nano", 8, 32)[0].eval(), []
+        network.blocks[-1].register_forward_hook(lambda _, inputs, output: tokens.append(output.shape[1]))
+        network(torch.zeros(1, 3, 32, 32))
+        self.row(
+            "a forward hook on the last block, for 16 patches", f"gets {tokens[0]} tokens", tokens == [17]
+        )
+
+    # ---- several processes
+
+    def two_runs(self) -> None:
+        out = self.new("out")
+        argv = [*self.flags, "--output_dir", out, "--epochs", 500, "--saveckp_freq", 0]
+        first = fork(main_dino, [str(a) for a in argv], self.work / "first")
+        try:
+            comes_to_say("epoch 0", first, self.work / "first")
+            words = f"another run writes to this folder: process {first} on {socket.gethostname()}, since"
+            self.expect("a second run in the folder", argv, 2, words)
+        finally:
+            kill(first)
+            ended(first, 30)
+        self.row("... the first is killed", "its lock is left", (out / ".checkpoint.pth.lock").exists())
+        argv += ["--max_steps", 30]
+        self.expect("the lock of a dead process", argv, 0, "to 30")
+        if not self.most:
+            lock = {
+                "token": "x",
+                "pid": 1,
+                "host": "node7",
+                "since": "yesterday",
+                "machine": ["node7", "", ""],
+            }
+            (out / ".checkpoint.pth.lock").write_text(json.dumps(lock))
+            self.expect("the lock of a dead process on another machine", argv, 0, "waiting up to 20 s to see")
+
+    def expect_ranks(
+        self, what: str, argv: list, code: int, words: str, environment: dict | None = None
+    ) -> None:
+        """A row for two processes; in each flag, {rank} stands for the process's number."""
+        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        children = []
+        for rank in range(2):
+            own = environment or {"RANK": "{rank}", "LOCAL_RANK": "{rank}", "WORLD_SIZE": "2"}
+            own = launched | {name: value.format(rank=rank) for name, value in own.items()}
+            flags = [str(a).format(rank=rank) for a in argv]
+            children.append(fork(main_dino, flags, self.work / f"said.{rank}", own))
+        codes = [ended(child, 60) for child in children]
+        for child in children:
+            kill(child)
+        said = "".join((self.work / f"said.{rank}").read_text() for rank in range(2))
+        found = [line for line in said.splitlines() if words in line]
+        came = found[0] if found else " ".join(said.splitlines()[-2:])
+        ok = codes == [code, code] and len(found) == 1 and "Traceback" not in said
+        self.row(f"{what}: {self.command(argv)}", f"exit {codes[0]} and {codes[1]}: `{came[:180]}`", ok)
+
+    def ranks(self) -> None:
+        folder = self.new("rank")
+        save_images(folder / "0", 24)
+        argv = [*TINY, "--batch_size_per_gpu", 2, "--output_dir", self.new("out")]
+        argv += ["--data_path", folder / "{rank}"]
+        slurm = {"SLURM_PROCID": "{rank}", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"}
+        differ = "error: ranks have different images"
+        for what, images, seed, code, words, environment in (
+            ("one of two processes has no images", 0, 0, 2, "error: rank 1: no such folder", None),
+            ("one of two processes has fewer images", 20, 0, 2, differ, None),
+            ("one of two processes has other images", 24, 1, 2, differ, None),
+            ("SLURM in a container, without scontrol and SLURM_LOCALID", 24, 0, 0, "2 process(es)", slurm),
+        ):
+            shutil.rmtree(folder / "1", ignore_errors=True)
+            if images:
+                save_images(folder / "1", images, seed=seed)
+            self.expect_ranks(what, argv, code, words, environment)
+
+    def shells(self) -> None:
+        """What a shell does to a run, which is started by its command here."""
+        for what, before, flags, after, code, words in (
+            ("a closed pipe", "", "", " | head -n 1", 141, "stopped: the reader of the output has ended"),
+            ("few open files", "ulimit -n 20; ", "--num_workers 2", "", 75, "raise the limit of open files"),
+        ):  # fmt: skip
+            argv = [*self.flags, "--output_dir", self.new("out"), "--epochs", 50, *flags.split()]
+            command = f"{sys.executable} main_dino.py {' '.join(map(str, argv))} 2>&3"
+            command = f"exec 3>&1; {before}{command}{after}; exit ${{PIPESTATUS[0]}}"
+            how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
+            done = subprocess.run(["bash", "-c", command], **how)
+            text = done.stdout + done.stderr
+            said = [line for line in text.splitlines() if words in line]
+            ok = done.returncode == code and bool(said) and "Traceback" not in text
+            shown = f"`{before}{self.command(argv)[1:-1]}{after}`"
+            came = said[0] if said else text[-180:]
+            self.row(f"{what}: {shown}", f"exit {done.returncode}: `{came[:180]}`", ok)
+
+    def waiting(self) -> None:
+        """Waits that nothing ends: for a process that nobody starts, and for a file system that stalls."""
+        argv = [*self.flags, "--output_dir", self.new("out")]
+
+        def stop(child: int, said: Path) -> None:
+            comes_to_say("waiting for 1 of 2 processes", child, said)
+            os.kill(child, signal.SIGTERM)
+
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment["MASTER_PORT"] = str(free_port())
+        self.expect("a process that nobody starts, then SIGTERM", argv, 75, "start them, or unset RANK",
+                    environment=environment, meanwhile=stop)  # fmt: skip
+
+        slow = self.new("slow") / "images"
+        save_images(slow, 24)
+
+        def stop_in_a_stall(child: int, said: Path) -> None:
+            comes_to_say("epoch 0", child, said)
+            with stalled(slow):
+                time.sleep(2)
+                os.kill(child, signal.SIGTERM)
+                os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+        if not (self.is_root and os.access("/dev/fuse", os.W_OK)):
+            return self.row("images on a file system that stalls", "not tried: none can be mounted", True)
+        argv = [*TINY, "--data_path", slow.parent, "--output_dir", self.new("out"), "--num_workers", 1]
+        argv += ["--epochs", 500]
+        self.expect("images on a file system that stalls, then SIGTERM", argv, 75,
+                    "stopped: by SIGTERM, saved step", meanwhile=stop_in_a_stall)  # fmt: skip
+
+
+@contextlib.contextmanager
+def stalled(folder: Path):
+    """A file system that never answers is mounted here (Linux, as root)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    server = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0"
+    mounted = libc.mount(b"none", os.fsencode(folder), b"fuse", 0, options.encode()) == 0
+    try:
+        assert mounted, os.strerror(ctypes.get_errno())
+        yield
+    finally:
+        os.close(server)
+        if mounted:
+            libc.umount2(os.fsencode(folder), 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------
+
+INPUTS = "images", "folders", "flags", "checkpoints", "disks"
+
+
+def bad_input_table(work: Path, examples: int, runs: int, rng: random.Random, sections: list[str]) -> bool:
+    """Try bad inputs and print what came back; True if all is well."""
     print("| bad input | what came back | as it should be |\n|---|---|---|")
     inputs = BadInputs(work, rng)
-    inputs.images()
-    inputs.folders()
-    inputs.fuzzed_flags(examples, runs)
-    inputs.checkpoints(examples)
-    inputs.disks()
+    for section in sections:
+        {
+            "images": inputs.images,
+            "folders": inputs.folders,
+            "flags": lambda: inputs.fuzzed_flags(examples, runs),
+            "checkpoints": lambda: inputs.checkpoints(examples),
+            "disks": inputs.disks,
+        }[section]()
+    print()
     return inputs.ok
+
+
+def silent_fault_table(work: Path, rng: random.Random, short: bool) -> bool:
+    """Try what once went wrong without a word and print what came back; True if all is well."""
+    print("| fault | what came back | as it should be |\n|---|---|---|")
+    faults = SilentFaults(work, rng, short)
+    faults.all()
+    return faults.ok
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a few of each")
-    parser.add_argument("--only", choices=["kills", "inputs"], help="one of the two tables")
+    parser.add_argument(
+        "--only", nargs="+", choices=["kills", *INPUTS, "silent"], help="some of the sections"
+    )
     parser.add_argument("--seed", default=0, type=int, help="decides instants and bytes")
     args = parser.parse_args()
     torch.set_num_threads(1)  # also for what is forked
@@ -728,15 +1215,19 @@ def main() -> None:
     kills, epochs, examples, runs = (4, 2, 20, 5) if args.short else (125, 4, 1000, 60)
     # With three processes, the order of a sum matters.
     pairs = [(1, 2), (3, 0)] if args.short else [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)]
+    sections = args.only or ["kills", *INPUTS, "silent"]
     ok = True
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         work.chmod(0o777)
         began = time.monotonic()
-        if args.only != "inputs":
+        if "kills" in sections:
             ok &= kill_table(work, kills, epochs, pairs, random.Random(args.seed))
-        if args.only != "kills":
-            ok &= bad_input_table(work, examples, runs, random.Random(args.seed))
+        if inputs := [name for name in INPUTS if name in sections]:
+            ok &= bad_input_table(work, examples, runs, random.Random(args.seed), inputs)
+        if "silent" in sections:
+            (work / "silent").mkdir()
+            ok &= silent_fault_table(work / "silent", random.Random(args.seed), args.short)
         print(
             f"\n{(time.monotonic() - began) / 60:.1f} minutes, {'all as it should be' if ok else 'NOT WELL'}"
         )

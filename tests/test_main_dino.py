@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main_dino
 from support import backbones, cli
 from support.distributed import fix_random_seeds
-from support.errors import UserError
+from support.errors import TrainingError, UserError
 from support.pixels import normalized_views
 from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
@@ -433,6 +433,26 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_pa
     assert result.returncode == 1
     assert result.stderr.startswith("error: loss is nan (step ") and "--lr" in result.stderr
     assert (tmp_path / "checkpoint.pth").read_bytes() == good
+
+
+def test_a_loss_that_is_not_finite_at_once_after_a_restart_is_advised_the_checkpoint_before(images, tmp_path):
+    flags = ["--data_path", images, "--output_dir", tmp_path, "--lr", "1e20", "--clip_grad", "0"]
+    for steps in ("1", "2"):  # during the first step the rate is 0, the second ruins the weights
+        train(*flags, "--max_steps", steps)
+    with pytest.raises(TrainingError, match="remove .*checkpoint.pth to resume from checkpoint_prev.pth"):
+        train(*flags)
+    (tmp_path / "checkpoint.pth").unlink()
+    train(*flags, "--lr", "0.001", "--allow_changed_args")
+    assert math.isfinite(log_of(tmp_path)[-1]["train_loss"])
+
+
+def test_batch_norm_that_would_get_one_value_per_channel_is_refused_before_the_training(images, tmp_path):
+    flags = ["--data_path", images, "--output_dir", tmp_path, "--arch", "resnet18", "--max_steps", "1"]
+    flags += ["--local_crops_number", "1", "--batch_size_per_gpu"]
+    words = "batch norm cannot train: .*--batch_size_per_gpu 1.*larger local crops"
+    with pytest.raises(UserError, match=words):
+        train(*flags, "1")
+    train(*flags, "2")
 
 
 def test_unreadable_images_do_not_end_a_run_until_they_are_many(tmp_path, capsys):

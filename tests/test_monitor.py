@@ -69,6 +69,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(value):
     assert TrainingError.exit_code == 1 and UserError.exit_code == 2
 
 
+def test_a_loss_that_is_not_finite_at_once_may_need_other_advice():
+    monitor = Monitor(10, advice="try --lr 1")
+    monitor.advice_at_first = "remove checkpoint.pth"
+    with pytest.raises(TrainingError, match="remove checkpoint.pth"):
+        monitor.check(7, numbers(math.nan), NONE_UNREADABLE)
+    monitor.check(7, numbers(1.0), NONE_UNREADABLE)
+    with pytest.raises(TrainingError, match="try --lr 1"):
+        monitor.check(8, numbers(math.nan), NONE_UNREADABLE)
+
+
 def test_unreadable_images_are_named_once_and_counted(capsys):
     guard = Monitor(unreadable_limit=3, name_of="image {}".format)
     good = numbers(1.0)

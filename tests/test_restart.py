@@ -261,10 +261,11 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path):
     run = Run(tmp_path, required=("student",), advice="try a lower --lr")
     assert run.resume({"student": network}, {}) == {}
     run.save({"step": 1, "epoch": 0})
-    with torch.no_grad():
-        network.bias.fill_(torch.nan)
-    with pytest.raises(TrainingError, match="student has weights that are not finite.*try a lower --lr"):
-        run.save({"step": 2, "epoch": 0})
+    for ruined, words in ((2e19, "as large as 2.0e[+]19"), (torch.nan, "that are not finite")):
+        with torch.no_grad():
+            network.bias.fill_(ruined)
+        with pytest.raises(TrainingError, match=f"student has weights {words}: not saved.*try a lower --lr"):
+            run.save({"step": 2, "epoch": 0})
     assert load_checkpoint(run.checkpoint)["step"] == 1
     run.advice = None  # as of a search over learning rates
     run.save({"step": 2, "epoch": 0})
