@@ -24,7 +24,7 @@ OTHER_FLAGS = {
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
     "--open-mode --me",
     "pytest": "--dist",
-    "python -m tests.*": "--rounds --quick",
+    "python -m tests.*": "--rounds --quick --only",
     "every parser": "--help",
 }
 
