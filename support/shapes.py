@@ -5,9 +5,13 @@ Place, size, outline, rotation, phase, polarity and colours say nothing about th
 tell little, and neither does a network that has learned to look at colour or position.
 """
 
+import functools
+
 import numpy as np
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
+
+SPLITS = "train", "val"
 
 
 class Shapes(Dataset):
@@ -22,7 +26,7 @@ class Shapes(Dataset):
     )  # fmt: skip
 
     def __init__(self, split: str, length: int, size: int = 64):
-        self.split = {"train": 0, "val": 1}[split]
+        self.split = SPLITS.index(split)
         self.length, self.size = length, size
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
 
@@ -30,7 +34,7 @@ class Shapes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        pixels, label, _ = self.draw(index)
+        pixels, label = _drawn(self.split, self.size, index)
         return Image.fromarray(pixels), label
 
     def mask(self, index: int) -> np.ndarray:
@@ -90,3 +94,9 @@ class Shapes(Dataset):
         return np.stack(
             [np.asarray(Image.fromarray(c).resize(size, Image.Resampling.BICUBIC)) for c in coarse], axis=-1
         )
+
+
+@functools.lru_cache(maxsize=8_192)  # 100 MB at 64 pixels; a drawing takes 4 ms, and each epoch asks again
+def _drawn(split: int, size: int, index: int) -> tuple[np.ndarray, int]:
+    pixels, label, _ = Shapes(SPLITS[split], 1, size).draw(index)
+    return pixels, label
