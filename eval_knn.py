@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from support import cli
 from support.cli import bool_flag
-from support.data import Source, on_all_ranks, open_train_and_val
+from support.data import Images, Source, on_all_ranks, open_train_and_val
 from support.distributed import (
     all_gather_object,
     fix_random_seeds,
@@ -129,20 +128,23 @@ def knn_classifier(
 
 def knn_top1(
     model: Callable[[Tensor], Tensor],
-    train: Dataset,
-    val: Dataset,
+    train: Images,
+    val: Images,
     transform: Callable[[Image.Image], Tensor],
     device: torch.device,
     num_workers: int = 0,
     k: int = 20,
 ) -> float:
     """Top-1 accuracy in percent, on every rank, of `model` as in `extract_features`."""
-    data: list[Tensor] = []
-    for images in (train, val):
-        features, labels = extract_features(model, images, transform, device, num_workers=num_workers)
-        data += [F.normalize(features, dim=1), labels]
-    num_classes = int(torch.cat([data[1], data[3]]).max()) + 1
-    return knn_classifier(*data, min(k, len(train)), T=0.07, num_classes=num_classes)[0]
+    x, y = extract_features(model, train, transform, device, num_workers=num_workers)
+    test_x, test_y = extract_features(model, val, transform, device, num_workers=num_workers)
+    data = F.normalize(x, dim=1), y, F.normalize(test_x, dim=1), test_y
+    return knn_classifier(*data, min(k, len(train)), T=0.07, num_classes=count_classes(y, test_y))[0]
+
+
+def count_classes(*labels: Tensor) -> int:
+    """The largest label, and one for the 0."""
+    return int(torch.cat(labels).max()) + 1
 
 
 class PeriodicKNN:
@@ -201,6 +203,9 @@ class PeriodicKNN:
             network.train(training)
 
 
+# Features (N, D) and labels (N,) to classify with, features (M, D) and labels (M,) to classify.
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
@@ -210,7 +215,7 @@ def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
         torch.save(tensor.cpu(), Path(folder) / name)
 
 
-def load_features(folder: str, device: torch.device) -> list[Tensor]:
+def load_features(folder: str, device: torch.device) -> Data:
     """Features (N, D) and labels (N,) of train, then of test, as `dump_features` saves them.
 
     Features are L2-normalised if they were not. Raises UserError for tensors that do not fit together,
@@ -235,7 +240,8 @@ def load_features(folder: str, device: torch.device) -> list[Tensor]:
     if unknown:
         log(f"warning: {unknown} of {M} test labels are not among the training labels: counted as wrong")
     log(f"features: {N} training and {M} test rows of {D} from {folder}, {len(labels[0].unique())} classes")
-    return [tensor.to(device) for pair in zip(features, labels, strict=True) for tensor in pair]
+    (x, test_x), (y, test_y) = ([tensor.to(device) for tensor in pair] for pair in (features, labels))
+    return x, y, test_x, test_y
 
 
 def _unit_rows(features: Tensor, where: str) -> Tensor:
@@ -262,7 +268,7 @@ def _class_numbers(labels: Tensor, where: str) -> Tensor:
     return labels.long()
 
 
-def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> list[Tensor]:
+def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> Data:
     """L2-normalised features and labels of train, then of val, from the flags' images and weights."""
     train, val = on_all_ranks(open_train_and_val, Source.of(args))
     with same_error_on_all_ranks():
@@ -272,13 +278,10 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
     log(f"weights: {frozen.description}")
     log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
     model = frozen.network.to(device)
-    tensors: list[Tensor] = []
-    for images in (train, val):
-        features, labels = extract_features(
-            model, images, frozen.transform, device, args.batch_size_per_gpu, args.num_workers, keep_on
-        )
-        tensors += [F.normalize(features, dim=1), labels]
-    return tensors
+    flags = args.batch_size_per_gpu, args.num_workers
+    x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)
+    test_x, test_y = extract_features(model, val, frozen.transform, device, *flags, keep_on)
+    return F.normalize(x, dim=1), y, F.normalize(test_x, dim=1), test_y
 
 
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
@@ -304,8 +307,7 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     ks = list(dict.fromkeys(min(k, most) for k in args.nb_knn))
     if max(args.nb_knn) > most:
         log(f"note: --nb_knn limited to the {most} training images")
-    num_classes = int(torch.cat([tensors[1], tensors[3]]).max()) + 1
-    accuracies = knn_accuracies(*tensors, ks, args.temperature, num_classes)
+    accuracies = knn_accuracies(*tensors, ks, args.temperature, count_classes(tensors[1], tensors[3]))
     for k, (top1, top5) in accuracies.items():
         log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
     return accuracies

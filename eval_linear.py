@@ -29,7 +29,15 @@ from torchvision import transforms
 
 from support import cli
 from support.cli import bool_flag
-from support.data import Source, digest, on_all_ranks, open_labelled_images, open_train_and_val, read_labelled
+from support.data import (
+    Images,
+    Source,
+    digest,
+    on_all_ranks,
+    open_labelled_images,
+    open_train_and_val,
+    read_labelled,
+)
 from support.distributed import (
     all_reduce_mean,
     fix_random_seeds,
@@ -167,7 +175,7 @@ class AugmentedImages(Dataset):
     Item (epoch, i) is uint8 (3, size, size) and the label; it depends on the seed, the epoch and i alone.
     """
 
-    def __init__(self, images: Dataset, size: int, seed: int):
+    def __init__(self, images: Images, size: int, seed: int):
         self.images, self.seed = images, seed
         # torchvision's defaults, as in the published evaluation: bilinear, where training is bicubic.
         crop, flip = transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()
@@ -204,6 +212,7 @@ class LinearClassifiers(nn.ModuleList):
 
     def __init__(self, count: int, dim: int, num_labels: int):
         super().__init__(LinearClassifier(dim, num_labels) for _ in range(count))
+        self.num_labels = num_labels
         for other in list(self)[1:]:
             other.load_state_dict(self[0].state_dict())
 
@@ -259,13 +268,13 @@ def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -
     With fewer than five classes, top-5 counts them all. Scores that are not finite, which a too high
     learning rate causes, count as wrong.
     """
-    sums = 0.0
+    sums = torch.zeros(3, 1, device=features.device)
     for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
         scores = classifiers(x)  # (H, B, C)
         hits = scores.topk(min(5, scores.shape[-1]), dim=-1).indices == y[:, None]  # (H, B, 5)
         hits &= scores.isfinite().all(dim=-1, keepdim=True)
         loss = torch.stack([F.cross_entropy(s, y, reduction="sum") for s in scores])
-        sums += torch.stack([loss, 100 * hits[..., 0].sum(-1), 100 * hits.sum((-2, -1))])
+        sums = sums + torch.stack([loss, 100 * hits[..., 0].sum(-1), 100 * hits.sum((-2, -1))])
     return [
         {"loss": loss, "acc1": acc1, "acc5": acc5} for loss, acc1, acc5 in (sums.T / len(labels)).tolist()
     ]
@@ -276,23 +285,25 @@ def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -
 # ---------------------------------------------------------------------------------------------
 
 
-def class_names(images: Dataset) -> list[str] | None:
+def class_names(images: Images) -> list[str] | None:
     """Names of the classes, in the order of the labels; None if the dataset does not name them."""
     names = getattr(images, "classes", None)
     return None if names is None else [str(name) for name in names]
 
 
-def count_classes(images: Dataset, num_labels: int | None) -> int:
+def count_classes(images: Images, num_labels: int | None) -> int:
     """How many classes to tell apart: `num_labels`, or as many as the data names. Raises UserError."""
     names = class_names(images)
-    if num_labels is None and names is None:
-        raise UserError("dataset does not name its classes", "--num_labels", "give their number")
-    if num_labels is not None and names is not None and num_labels < len(names):
+    if num_labels is None:
+        if names is None:
+            raise UserError("dataset does not name its classes", "--num_labels", "give their number")
+        return len(names)
+    if names is not None and num_labels < len(names):
         raise UserError(f"the data has {len(names)} classes", f"--num_labels {num_labels}", "leave it out")
-    return len(names) if num_labels is None else num_labels
+    return num_labels
 
 
-def to_classes(labels: Tensor, images: Dataset, classes: list[str] | None, num_labels: int) -> Tensor:
+def to_classes(labels: Tensor, images: Images, classes: list[str] | None, num_labels: int) -> Tensor:
     """Labels (N,) of images -> the classifier's labels, which number `classes`, matched by name.
 
     Without names on both sides, labels count as they are. Raises UserError for classes that the
@@ -336,7 +347,7 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
     log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
     network = frozen.network.to(device)
     is_vit = isinstance(network, VisionTransformer)
-    if is_vit and args.n_last_blocks > len(network.blocks):
+    if isinstance(network, VisionTransformer) and args.n_last_blocks > len(network.blocks):
         what = f"the network has {len(network.blocks)} blocks"
         raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
     rules = [(name, lambda args: not is_vit, "it is for our ViTs only") for name in OF_VITS]
@@ -355,7 +366,7 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
 
 
 def extract(
-    args: argparse.Namespace, features: Features, images: Dataset, device: torch.device
+    args: argparse.Namespace, features: Features, images: Images, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Features (N, F) and labels (N,) of images without augmentation."""
     batch_size, workers = args.batch_size_per_gpu, args.num_workers
@@ -405,7 +416,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
         args.avgpool_patchtokens,
         features.digest,
     )
-    num_labels = classifier[0].linear.out_features
+    num_labels = classifier.num_labels
     if args.num_labels not in (None, num_labels):
         what = f"the classifier has {num_labels} classes"
         raise UserError(what, f"--num_labels {args.num_labels}", "leave it out")
@@ -421,7 +432,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
 
 
 def run_identity(
-    args: argparse.Namespace, features: Features, num_labels: int, train_images: Dataset, val_images: Dataset
+    args: argparse.Namespace, features: Features, num_labels: int, train_images: Images, val_images: Images
 ) -> dict:
     """Everything that decides the result, by name."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
@@ -454,7 +465,7 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
 
 
 def build_batches(
-    args: argparse.Namespace, features: Features, images: Dataset, first_epoch: int, device: torch.device
+    args: argparse.Namespace, features: Features, images: Images, first_epoch: int, device: torch.device
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
     """Features (B, F) and labels (B,), epoch after epoch, and the number of batches of an epoch."""
     order = EpochBatches(len(images), args.batch_size_per_gpu, args.seed, drop_last=False)

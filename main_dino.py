@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import eval_knn
 import utils
@@ -35,6 +35,7 @@ from support.checks import check_images
 from support.cli import bool_flag, number
 from support.curves import Curves
 from support.data import (
+    Images,
     Source,
     describe,
     digest,
@@ -57,7 +58,7 @@ from support.errors import UserError
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
-from support.pixels import IMAGENET_MEAN, IMAGENET_STD, Colour, eval_transform, normalized_views
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalized_views
 from support.restart import Run
 from support.weights import init_from, load_backbone
 from utils import CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
@@ -363,7 +364,8 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
         what = f"a batch of {batch} over all processes is larger than the dataset of {num_images}"
         raise UserError(what, "--batch_size_per_gpu", "lower it")
     per_epoch = math.ceil(num_images / get_world_size()) // per_rank
-    last = min(args.max_steps or math.inf, args.epochs * per_epoch)
+    last = args.epochs * per_epoch
+    last = min(args.max_steps or last, last)
     if last <= args.freeze_last_layer * per_epoch:
         log(f"warning: --max_steps {last}: the prototypes stay frozen for all of it (--freeze_last_layer)")
     return Steps(per_rank, batch, per_epoch, last)
@@ -371,7 +373,7 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
 
 def build_loader(
     args: argparse.Namespace,
-    images: Dataset,
+    images: Images,
     steps: Steps,
     first_step: int,
     device: torch.device,
@@ -399,14 +401,15 @@ def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCro
         bottleneck_dim=args.head_bottleneck_dim,
     )
     # Both backbones, then both heads: in another order, a seed would give other weights.
-    built = [
+    (student_backbone, _), (teacher_backbone, embed_dim) = (
         backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
         for drop_path_rate in (args.drop_path_rate, 0.0)
-    ]
-    backbone, embed_dim = built[1]
-    backbones.check_crop_sizes(backbone, args.arch, embed_dim, crop_sizes(args))
-    student, teacher = (MultiCropWrapper(backbone, head(embed_dim)) for backbone, embed_dim in built)
-    student.head.defer_last_layer = True
+    )
+    backbones.check_crop_sizes(teacher_backbone, args.arch, embed_dim, crop_sizes(args))
+    student_head, teacher_head = head(embed_dim), head(embed_dim)
+    student_head.defer_last_layer = True
+    student = MultiCropWrapper(student_backbone, student_head)
+    teacher = MultiCropWrapper(teacher_backbone, teacher_head)
     return student, teacher.requires_grad_(False)
 
 
@@ -431,14 +434,14 @@ def distribute(model: nn.Module, device: torch.device, sizes: Iterable[int]) -> 
     return model.train()
 
 
-def synchronize_batchnorms(model: nn.Module, device: torch.device) -> nn.Module:
-    """Batch statistics over all ranks, where the model has batch norms and torch can."""
+def synchronize_batchnorms(model: MultiCropWrapper, device: torch.device) -> None:
+    """Make batch norms, in place, use the statistics of all ranks' images, where torch can."""
     if get_world_size() == 1 or not utils.has_batchnorms(model):
-        return model
+        return
     if device.type == "cpu":
         log("warning: batch norms see each process's own images: torch synchronises them on GPUs only")
-        return model
-    return backbones.convert_batchnorms(model)
+        return
+    backbones.convert_batchnorms(model)
 
 
 def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
@@ -521,17 +524,20 @@ class Training:
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
     """Networks, loss, optimizer and schedules. Raises UserError."""
     # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
-    student, teacher = build_networks(args)
+    student_without_ddp, teacher = build_networks(args)
     center = None
     if args.init_from and not resumes:
+        backbone, head = student_without_ddp.backbone, student_without_ddp.head
         network = args.arch, args.patch_size, args.global_crops_size
         with same_error_on_all_ranks():
-            center = init_from(student.backbone, student.head, args.init_from, *network)
-    student, teacher = (synchronize_batchnorms(net, device).to(device) for net in (student, teacher))
-    check_batch_norms(student.backbone, args, device)
+            center = init_from(backbone, head, args.init_from, *network)
+    for model in (student_without_ddp, teacher):
+        synchronize_batchnorms(model, device)
+        model.to(device)
+    check_batch_norms(student_without_ddp.backbone, args, device)
     if args.grad_checkpointing:
-        backbones.checkpoint_activations(student.backbone, args.arch)
-    student_without_ddp, student = student, distribute(student, device, crop_sizes(args))
+        backbones.checkpoint_activations(student_without_ddp.backbone, args.arch)
+    student = distribute(student_without_ddp, device, crop_sizes(args))
     if args.compile:
         compile_in_place(student_without_ddp, teacher)
     teacher.load_state_dict(student_without_ddp.state_dict())  # the ranks now agree on the student
@@ -583,7 +589,7 @@ def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) ->
     return eval_knn.PeriodicKNN(evaluate, args.knn_every, args.knn_share, training.dtype, monitor.stop_asked)
 
 
-def run_identity(args: argparse.Namespace, images: Dataset, dtype: torch.dtype | None) -> dict:
+def run_identity(args: argparse.Namespace, images: Images, dtype: torch.dtype | None) -> dict:
     """Everything that decides the maths of a run, by name."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     return flags | {
@@ -637,7 +643,8 @@ def train_dino(args: argparse.Namespace) -> None:
         while step < steps.last and not stopped:  # a stretch, then a checkpoint
             epoch = step // steps.per_epoch
             if step % steps.per_epoch == 0:  # else the sums continue from before the restart
-                monitor.start_epoch(), logger.start_epoch()
+                monitor.start_epoch()
+                logger.start_epoch()
             stretch = range(step, end_of_stretch(step, steps, args.save_every_steps))
             step = train_one_epoch(training, batches, epoch, stretch, monitor, logger)
             stopped = monitor.stopping or step < stretch.stop
@@ -667,7 +674,7 @@ def first_step(found: dict, steps: Steps) -> int:
 def end_of_stretch(step: int, steps: Steps, save_every: int) -> int:
     """The step at which to save next: the end of the epoch or of the run, or the next save within it."""
     epoch_end = (step // steps.per_epoch + 1) * steps.per_epoch
-    next_save = (step // save_every + 1) * save_every if save_every else math.inf
+    next_save = (step // save_every + 1) * save_every if save_every else epoch_end
     return min(epoch_end, steps.last, next_save)
 
 
@@ -695,7 +702,7 @@ def save(
 
 def train_one_epoch(
     t: Training,
-    batches: Iterator[tuple[list[Tensor], Colour | list, Tensor]],
+    batches: Iterator[tuple[list[Tensor], list[Tensor], Tensor]],
     epoch: int,
     stretch: range,
     monitor: Monitor,
@@ -784,9 +791,9 @@ def report_demo(args: argparse.Namespace) -> None:
     except UserError as error:  # no matplotlib, or a network without attention
         log(f"note: no picture: {error}")
         return
-    with contextlib.suppress(OSError), Image.open(Path(args.output_dir, "curves.png")) as curves:
-        curves = curves.resize((picture.width, picture.width * curves.height // curves.width))
-        picture = Image.fromarray(np.vstack([picture, curves.convert("RGB")]))
+    with contextlib.suppress(OSError), Image.open(Path(args.output_dir, "curves.png")) as file:
+        curves = file.resize((picture.width, picture.width * file.height // file.width)).convert("RGB")
+        picture = Image.fromarray(np.vstack([np.asarray(picture), np.asarray(curves)]))
     picture.save(Path(args.output_dir, "demo.png"))
     log(f"picture: {Path(args.output_dir, 'demo.png')}")
 

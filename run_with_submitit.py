@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 import main_dino
 from support import cli
 from support.distributed import barrier, is_main_process
-from support.errors import Interrupted, UserError
+from support.errors import Interrupted, UserError, reason_of
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -116,23 +116,29 @@ def still_wanted() -> bool:
     return "JobState=RUNNING" in shown
 
 
-def make_executor(job: argparse.Namespace, folder: Path) -> submitit.Executor:
-    """submitit's executor for the flags; its script and logs go to `folder`. Raises UserError."""
+def python_command() -> str:
+    """The shell command of this Python, which also finds this program's modules from another folder."""
     # The job starts in the folder of the submission; this program may be in another one.
     search_path = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    python = shlex.join(["env", f"PYTHONPATH={':'.join(search_path)}", sys.executable])
-    processes = max(job.ngpus, 1)
-    if job.local:
-        executor = submitit.AutoExecutor(folder, cluster="local", local_python=python)
-        executor.update_parameters(
-            timeout_min=job.timeout, tasks_per_node=processes, gpus_per_node=job.ngpus, nodes=1
-        )
-        return executor
+    return shlex.join(["env", f"PYTHONPATH={':'.join(search_path)}", sys.executable])
+
+
+def local_executor(job: argparse.Namespace, folder: Path) -> submitit.AutoExecutor:
+    """submitit's executor on this machine; it writes its logs to `folder`."""
+    executor = submitit.AutoExecutor(folder, cluster="local", local_python=python_command())
+    executor.update_parameters(
+        timeout_min=job.timeout, tasks_per_node=max(job.ngpus, 1), gpus_per_node=job.ngpus, nodes=1
+    )
+    return executor
+
+
+def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecutor:
+    """submitit's executor for SLURM; it writes the job's script and logs to `folder`. Raises UserError."""
     # While Python starts, before submitit sets its handlers, a signal would end the job for good. If it is
     # ignored, SLURM requeues a preempted job that still runs when the grace period is over.
     ignoring = f"""sh -c 'trap "" TERM {submitit.JobEnvironment.USR_SIG}; exec "$@"' sh"""
     try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=30, python=f"{ignoring} {python}")
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=30, python=f"{ignoring} {python_command()}")
     except RuntimeError:
         raise UserError("no srun on this machine", "", "go to a login node, or try --local") from None
     constraint = job.constraint
@@ -143,7 +149,7 @@ def make_executor(job: argparse.Namespace, folder: Path) -> submitit.Executor:
         job_name="dino",
         time=job.timeout,
         nodes=job.nodes,
-        ntasks_per_node=processes,
+        ntasks_per_node=max(job.ngpus, 1),
         gpus_per_node=job.ngpus or None,
         cpus_per_task=job.cpus_per_task,
         mem=f"{int(mem_gb * 1024)}MB" if mem_gb else None,
@@ -175,18 +181,19 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
     main_dino.check_args(argparse.Namespace(**vars(args)))  # now, not after days in the queue
     args.output_dir = str(Path(args.output_dir).expanduser().absolute())
     folder = Path(job.shared_dir or f"{args.output_dir}_slurm").expanduser().absolute()
+    if job.dry_run:
+        slurm = slurm_executor(job, folder)
+        # submitit has no public way to make the script without submitting it.
+        print(slurm._make_submission_file_text(slurm._submitit_command_str, "dry_run"))
+        return
+    executor = local_executor(job, folder) if job.local else slurm_executor(job, folder)
     try:
-        executor = make_executor(job, folder)
-        submitted = None if job.dry_run else executor.submit(Trainer(args))
+        submitted = executor.submit(Trainer(args))
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = re.findall(r"sbatch: error: (.*)", str(error)) or str(error).splitlines()
         raise UserError(f"sbatch refused: {reasons[-1]}", "", "change the flags of the job") from None
     except OSError as error:
-        raise UserError(error.strerror, f"--shared_dir {folder}", "choose another") from None
-    if job.dry_run:
-        # submitit has no public way to make the script without submitting it.
-        print(executor._make_submission_file_text(executor._submitit_command_str, "dry_run"))
-        return
+        raise UserError(reason_of(error), f"--shared_dir {folder}", "choose another") from None
     print(f"job {submitted.job_id}, output in {args.output_dir.replace('%j', submitted.job_id)}")
     print(f"watch it: tail -F {submitted.paths.stdout}")
 

@@ -146,11 +146,11 @@ class DataAugmentationDINO:
         """What is random in the views of an image of this size."""
         return [draw_view(width, height, recipe, rng) for recipe in self.recipes]
 
-    def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], Colour]:
+    def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], list[Tensor]]:
         """uint8 (3, H, W) -> crops, and the colours that `normalized_views` is to give them.
 
         Crops are uint8 tensors, one (V, 3, size, size) for each size; few tensors are cheap to pass
-        between processes. The `Colour` holds tensors over all views.
+        between processes. The colours are one tensor over all views for each field of `Colour`.
         """
         views = self.draw(pixels.shape[2], pixels.shape[1], rng)
         crops = [torch.stack([crop_and_resize(pixels, view) for view in group]) for group in by_size(views)]
@@ -309,6 +309,8 @@ class DINOLoss(nn.Module):
     KL(teacher || student).
     """
 
+    center: Tensor
+
     def __init__(
         self,
         out_dim: int,
@@ -323,7 +325,8 @@ class DINOLoss(nn.Module):
         centering: str = "ema",
     ):
         super().__init__()
-        self.accum_steps, self.parts = accum_steps, []
+        self.accum_steps = accum_steps
+        self.parts: list[tuple[Tensor, Tensor]] = []
         self.centering = centering
         self.student_temp = student_temp
         self.center_momentum = center_momentum
@@ -542,7 +545,8 @@ def cosine_scheduler(
 
 def get_params_groups(model: nn.Module) -> list[dict]:
     """Trained parameters in two groups: weights, which decay; biases and norms, which do not."""
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, param in model.named_parameters():
         if param.requires_grad:
             (plain if name.endswith(".bias") or param.ndim == 1 else decayed).append(param)
@@ -562,8 +566,12 @@ def in_parts(views: list[Tensor], count: int, model: nn.Module) -> Iterator[list
     Gradients add up; ranks average them in the last pass only.
     """
     for i, part in enumerate(zip(*(view.chunk(count) for view in views), strict=True)):
-        last = i == count - 1 or not isinstance(model, DistributedDataParallel)
-        with contextlib.nullcontext() if last else model.no_sync():
+        is_last = i == count - 1
+        with (
+            model.no_sync()
+            if isinstance(model, DistributedDataParallel) and not is_last
+            else contextlib.nullcontext()
+        ):
             yield list(part)
 
 
@@ -590,7 +598,8 @@ def cancel_gradients_last_layer(epoch: float, model: nn.Module, freeze_last_laye
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     """EMA: teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter."""
-    teacher_params, student_params = list(teacher.parameters()), list(student.parameters())
+    teacher_params: list[Tensor] = list(teacher.parameters())
+    student_params: list[Tensor] = list(student.parameters())
     torch._foreach_mul_(teacher_params, momentum)
     torch._foreach_add_(teacher_params, student_params, alpha=1 - momentum)
 

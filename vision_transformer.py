@@ -10,6 +10,7 @@ Shapes: B images, C channels, H x W pixels, P patch, N = 1 + (H/P)(W/P) tokens, 
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,7 +168,7 @@ class VisionTransformer(nn.Module):
         x = self._run(self.blocks[-1], x, cls_only=self.training)
         return self.head(self.norm(x)[:, 0])
 
-    def _run(self, block: Block, x: Tensor, **kwargs) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, **kwargs) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False, **kwargs)
         return block(x, **kwargs)
@@ -187,7 +188,7 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        last = self.blocks[-1]
+        last: Any = self.blocks[-1]  # a Block
         q, k, _ = last.attn.project(last.norm1(x), cls_only)
         return last.attn.weights(q, k)
 
@@ -202,7 +203,7 @@ class VisionTransformer(nn.Module):
 
 
 def _vit(width: int, depth: int, heads: int, patch_size: int, **kwargs) -> VisionTransformer:
-    settings = dict(
+    settings: dict[str, Any] = dict(
         patch_size=patch_size,
         embed_dim=width,
         depth=depth,

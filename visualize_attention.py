@@ -15,7 +15,9 @@ import argparse
 import contextlib
 import functools
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +112,7 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     return attention[..., first:].unflatten(-1, (rows, cols))
 
 
-def _last_timm_attention(backbone: nn.Module, images: Tensor) -> Tensor:
+def _last_timm_attention(backbone: Any, images: Tensor) -> Tensor:
     """First row of the last attention map, (B, h, N) for a ViT; (B, 0) for networks without one.
 
     timm's attention layers pass their softmax through a module `attn_drop`, unless a fused kernel
@@ -120,7 +122,7 @@ def _last_timm_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     found = [images.new_zeros(len(images), 0)]
     if not names:
         return found[0]
-    layer = backbone.get_submodule(names[-1].rpartition(".")[0])
+    layer: Any = backbone.get_submodule(names[-1].rpartition(".")[0])
     handle = backbone.get_submodule(names[-1]).register_forward_hook(
         lambda module, inputs, softmax: found.append(softmax[..., 0, :])
     )
@@ -161,7 +163,7 @@ def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Repeat each patch as a block of pixels: (..., R, C) -> (..., H, W)."""
     single = maps.reshape(-1, 1, *maps.shape[-2:]).float()
     return F.interpolate(single, size=size, mode="nearest").reshape(*maps.shape[:-2], *size).to(maps.dtype)

@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torchvision
@@ -32,6 +33,7 @@ def build_backbone(
     UserError for an unknown name.
     """
     arch = canonical(arch)
+    model: Any  # of timm's models, few attributes are declared
     if arch in VITS:
         model = VITS[arch](patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
         model.dropped_classifiers = ("head",)
@@ -45,7 +47,7 @@ def build_backbone(
         longer = sorted((name for name in known if arch and name.startswith(arch)), key=len)[:4]
         fix = f"did you mean {', '.join(longer)}?" if longer else nearest(arch, known)
         raise UserError("unknown architecture", f"--arch {arch}", fix)
-    kwargs = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
+    kwargs: dict[str, Any] = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
     while True:
         try:
             model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
@@ -103,8 +105,10 @@ def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
     if isinstance(backbone, VisionTransformer):
         backbone.grad_checkpointing = True
         return
+    enable = getattr(backbone, "set_grad_checkpointing", None)  # timm's
     with contextlib.suppress(AttributeError, AssertionError):  # how models of others refuse
-        return backbone.set_grad_checkpointing()  # timm's
+        if enable:
+            return enable()
     raise UserError(f"{arch} cannot recompute activations", "--grad_checkpointing", "use a ViT")
 
 

@@ -5,9 +5,8 @@ import time
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
-from support.data import ImageFiles, load_image, reason, sample_bits, sample_name
+from support.data import ImageFiles, Images, load_image, reason, sample_bits, sample_name
 from support.logger import log
 from support.shapes import Shapes
 
@@ -15,7 +14,7 @@ CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows
 IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
-def check_images(images: Dataset, most: int = 200, seconds: float = 5.0) -> None:
+def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
     """Look at up to `most` images, spread over all, for about `seconds`; a warning for each kind of fault.
 
     The faults: images that cannot be read, 16-bit values of which few bits are used, bands and
@@ -67,7 +66,7 @@ def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
         faults[words + f"dark: multiply their values by {2 ** (16 - bits)}"] = deep
 
 
-def _stored_and_read(images: Dataset, index: int) -> tuple[Image.Image, Image.Image]:
+def _stored_and_read(images: Images, index: int) -> tuple[Image.Image, Image.Image]:
     """An image as it is stored, and as training reads it."""
     if isinstance(images, ImageFiles):
         read = load_image(images.paths[index])  # refuses what is no file
@@ -90,7 +89,7 @@ def _dropped(file: Image.Image) -> str:
     bands = getattr(file, "tag_v2", {}).get(277, len(file.getbands()))  # TIFF's SamplesPerPixel
     if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
         alpha = file.convert("RGBA").getchannel("A")
-        return "transparency" if alpha.getextrema()[0] < 255 else ""
+        return "transparency" if np.asarray(alpha).min() < 255 else ""
     return f"{bands - 3} of {bands} bands" if bands > 3 and file.mode != "CMYK" else ""
 
 

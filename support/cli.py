@@ -12,15 +12,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from support.distributed import in_group, launched_as, leave_group
-from support.errors import Interrupted, TrainingError, UserError
+from support.errors import Interrupted, TrainingError, UserError, reason_of
 from support.loading import kill_workers
 from support.logger import log
 from support.monitor import SCHEDULERS
+
+T = TypeVar("T")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,10 +37,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """Full flag names only, defaults in the help, and errors in one line from one process."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, prog: str | None = None, **kwargs):
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("usage", "%(prog)s [--flag value ...]")
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(prog, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         exit_with(UserError(message, "", "see --help"))
@@ -136,7 +139,7 @@ def number(
 NUMBER_WORDS = {int: "a whole number", float: "a number"}
 
 
-def make_folder(path: str, flag: str = "output_dir") -> Path:
+def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
     """The folder for a run's files, made if it is not there. Raises UserError if it cannot be written."""
     folder = Path(path).expanduser()
     try:
@@ -144,7 +147,7 @@ def make_folder(path: str, flag: str = "output_dir") -> Path:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        raise UserError(error.strerror, f"--{flag} {path}", "choose another") from None
+        raise UserError(reason_of(error), f"--{flag} {path}", "choose another") from None
     return folder
 
 
@@ -171,7 +174,7 @@ MEMORY_ADVICE = {
 }
 
 
-def from_outside(error: Exception, args: argparse.Namespace | None = None) -> UserError | None:
+def from_outside(error: Exception, args: object = None) -> UserError | None:
     """One clear line for what the machine, not the program, did wrong; None for anything else.
 
     `args` are the script's flags, for advice.
@@ -210,7 +213,7 @@ def warn_no_effect(
             log(f"warning: --{name} has no effect: {reason}")
 
 
-def run_script(main: Callable, args: argparse.Namespace, resumable: bool = False) -> None:
+def run_script(main: Callable[[T], object], args: T, resumable: bool = False) -> None:
     """Call `main(args)`; end in one clear line when the user can correct what went wrong.
 
     A `resumable` script also ends with "resume me" (75) at a scheduler's signal that `main` does not handle.

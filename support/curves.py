@@ -1,7 +1,6 @@
 """A run's log as a picture, and for TensorBoard. Training needs neither library."""
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 from support.logger import log
@@ -48,9 +47,8 @@ def draw_curves(log_file: Path, picture: Path, panels: Panels) -> None:
 
     records = read_log(log_file)
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (title, names) in zip_longest(
-        figure.subplots(2, -(-len(panels) // 2)).flat, panels, fillvalue=("", ())
-    ):
+    grid = figure.subplots(2, -(-len(panels) // 2)).flat
+    for axes, (title, names) in zip(grid, [*panels, ("", [])], strict=False):  # the last place may be empty
         for name in names:
             points = [(record["epoch"] + 1, record[name]) for record in records if name in record]
             if points:

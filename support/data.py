@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -71,8 +71,19 @@ def load_pixels(path: str) -> Tensor:
     return to_pixels(load_image(path))
 
 
+class Images(Protocol):
+    """Any dataset of images: its length, and items (PIL image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
+
+
 class ImageFiles(Dataset):
     """The given image files, and all those below the given folders, sorted; without labels."""
+
+    taken: Counter[str]
+    left_out: Counter[str]
 
     def __init__(self, *roots: str | Path):
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
@@ -145,7 +156,7 @@ class Source(NamedTuple):
         return cls(**{name: value for name, value in vars(args).items() if name in cls._fields})
 
 
-def open_training_images(source: Source) -> Dataset:
+def open_training_images(source: Source) -> Images:
     """Images to train on; items are (PIL image, label), and training ignores the label.
 
     Of a dataset with a split of unlabelled images that one is taken, else the training split, unless
@@ -166,13 +177,13 @@ def open_training_images(source: Source) -> Dataset:
         raise UserError(what, f"--data_path {root}", f"give --data_path {root / 'train'}")
     images = ImageFiles(root)
     if not len(images):
-        others = f", only {_by_extension(images.left_out)}" if images.left_out else ""
-        raise UserError(f"no images found{others}", f"--data_path {root}", "give a folder of image files")
+        only = f", only {_by_extension(images.left_out)}" if images.left_out else ""
+        raise UserError(f"no images found{only}", f"--data_path {root}", "give a folder of image files")
     log(f"training images: {root}: {_selection(images)}")
     return images
 
 
-def open_labelled_images(source: Source, split: str) -> Dataset:
+def open_labelled_images(source: Source, split: str) -> Images:
     """The "train" or "val" images to evaluate on, with `.classes`. Logs what was taken. Raises UserError."""
     if source.demo:  # few enough to be evaluated in seconds
         return Shapes(split, {"train": 4_096, "val": 1_000}[split])
@@ -184,7 +195,7 @@ def open_labelled_images(source: Source, split: str) -> Dataset:
     return images
 
 
-def open_train_and_val(source: Source) -> tuple[Dataset, Dataset]:
+def open_train_and_val(source: Source) -> tuple[Images, Images]:
     """Both parts of a labelled dataset, with the same class numbers. Raises UserError.
 
     The validation part may lack classes of the training part, but not the other way round.
@@ -216,7 +227,7 @@ def _by_extension(files: Counter) -> str:
     return ", ".join([f"{name} {count:,}" for name, count in common] + ["..."] * (len(files) > len(common)))
 
 
-def describe(images: Dataset) -> str:
+def describe(images: Images) -> str:
     """How many images and classes there are, e.g. "1,281,167 images, 1,000 classes"."""
     classes = getattr(images, "classes", None)
     return f"{len(images):,} images" + (f", {len(classes):,} classes" if classes else "")
@@ -233,7 +244,7 @@ def _selection(images: "ImageFiles") -> str:
     return words + "; left out " * bool(left_out) + " and ".join(left_out)
 
 
-def digest(images: Dataset) -> str:
+def digest(images: Images) -> str:
     """12 hex digits that tell sets of images apart; a folder that was moved keeps its digits.
 
     For files, they depend on names relative to the folder, sizes (of at most 10,000 files) and classes; for
@@ -264,7 +275,7 @@ def _existing_folder(data_path: str) -> Path:
     return root
 
 
-def _torchvision_dataset(source: Source, split: str) -> Dataset:
+def _torchvision_dataset(source: Source, split: str) -> Images:
     """A torchvision dataset by class name; its own name for the held-out part is found out."""
     name, root, known = source.dataset, source.data_path, torchvision.datasets.__all__
     if name not in known:
@@ -307,13 +318,14 @@ SPLITS = {
 }
 
 
-def _open_split(make: Callable, source: Source, split: str) -> tuple[Dataset, str]:
+def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
     """The dataset, and words that say which part of it was taken."""
     name, part = source.dataset, "val" if split == "val" else "train"
     # MNIST and its like hide their arguments behind **kwargs of a parent.
     takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
     kwargs = {"download": True} if source.download and "download" in takes else {}
     own = source.split if split == "unlabelled" else ""  # evaluations know which part they want
+    choices: list[dict[str, bool | str]]
     if "train" in takes:
         if own not in ("", "train", "test"):
             raise UserError("dataset has train and test", f"--split {own}", "name one of them")
@@ -324,24 +336,29 @@ def _open_split(make: Callable, source: Source, split: str) -> tuple[Dataset, st
         choices = [{}]  # training needs no split
     else:
         raise UserError("dataset has no train/val split", f"--dataset {name}", "use a folder instead")
+    refusal = ""
     for choice in choices:
         words = "".join(f", {key} {value}" for key, value in choice.items())
         try:
             return make(source.data_path, **choice, **kwargs), words
         except ValueError as error:  # this dataset calls its split by another name
-            reason = error
+            refusal = str(error)
         except TypeError as error:  # it wants to know more than where it is
             raise UserError(str(error), f"--dataset {name}", "use a folder instead") from None
         except (RuntimeError, OSError) as error:
             fix = "check the folder, or add --download" if not source.download else "check the network"
             raise UserError(str(error).splitlines()[0], f"--dataset {name}", fix) from None
     if own:
-        raise UserError(str(reason), f"--split {own}", "name one of the dataset's splits")
-    raise UserError(f"no {part} split: {reason}", f"--dataset {name}", "use a folder instead")
+        raise UserError(refusal, f"--split {own}", "name one of the dataset's splits")
+    raise UserError(f"no {part} split: {refusal}", f"--dataset {name}", "use a folder instead")
 
 
-def on_all_ranks(open_images: Callable, *args):
-    """What `open_images(*args)` returns: a set of images, or several.
+# What a function that opens images returns.
+Opened = TypeVar("Opened", Images, tuple[Images, Images])
+
+
+def on_all_ranks(open_images: Callable[..., Opened], *args) -> Opened:
+    """Return `open_images(*args)`: a set of images, or several.
 
     Raises its error on all ranks if one rank meets it, and a UserError if ranks see different images.
     """
@@ -353,7 +370,7 @@ def on_all_ranks(open_images: Callable, *args):
     return opened
 
 
-def sample_name(dataset: Dataset, index: int) -> str:
+def sample_name(dataset: Images, index: int) -> str:
     """What a message calls a sample: its file, if it has one."""
     if isinstance(dataset, ImageFiles):
         return dataset.paths[index]
@@ -362,7 +379,7 @@ def sample_name(dataset: Dataset, index: int) -> str:
     return f"image {index}"
 
 
-def why_unreadable(images: Dataset, index: int) -> str:
+def why_unreadable(images: Images, index: int) -> str:
     """Why a sample cannot be read, found by reading it once more."""
     try:
         if isinstance(images, ImageFiles):
@@ -374,7 +391,7 @@ def why_unreadable(images: Dataset, index: int) -> str:
     return "it can be read now"
 
 
-def name_and_reason(images: Dataset, index: int) -> str:
+def name_and_reason(images: Images, index: int) -> str:
     """What a warning calls an image that cannot be read."""
     return f"{sample_name(images, index)} ({why_unreadable(images, index)})"
 
@@ -390,7 +407,7 @@ def machine_lacks(error: Exception) -> bool:
     return lacks or isinstance(error, MemoryError)
 
 
-def read_labelled(images: Dataset, index: int) -> tuple[Image.Image, int]:
+def read_labelled(images: Images, index: int) -> tuple[Image.Image, int]:
     """An RGB image and its class number. Raises ImageError for one that cannot be read, else UserError."""
     try:
         image, label = images[index]

@@ -98,7 +98,8 @@ def _set_slurm_address() -> None:
         if not env.get("MASTER_ADDR"):  # in a container, there may be no scontrol to ask
             first = scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
             # A node's name need not resolve; its address does.
-            env["MASTER_ADDR"] = re.search(r"NodeAddr=(\S+)", scontrol("node", first))[1]
+            address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))
+            env["MASTER_ADDR"] = address[1] if address else first
         if not env.get("MASTER_PORT"):
             attempt = int(env.get("SLURM_STEP_ID", 0)) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
             # Jobs on one machine, and attempts at one job, do not share a port.
@@ -151,6 +152,13 @@ def _wait_until(
         time.sleep(0.05)
 
 
+def _listens(address: tuple[str, int]) -> bool:
+    """Whether a process accepts connections at this host and port."""
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
+        return True
+    return False
+
+
 def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     """The store that the processes at this address share.
 
@@ -160,14 +168,8 @@ def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
         _set_slurm_address()
     address = _address(dist_url)
     place = ":".join(map(str, address)) if address else dist_url
-
-    def rank_0_listens() -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
-            return True
-        return False
-
     if rank and address:
-        _wait_until(rank_0_listens, lambda: f"rank 0 of {world_size} processes ({place})")
+        _wait_until(lambda: _listens(address), lambda: f"rank 0 of {world_size} processes ({place})")
     try:
         # As for one process: torch would wait for the others here, and not say so.
         store, *_ = next(dist.rendezvous(dist_url, rank, 1 if address else world_size))
@@ -231,13 +233,13 @@ def init_distributed_mode(dist_url: str | argparse.Namespace = "env://") -> torc
     `dist_url` may be a Namespace that holds it, as in the published code.
     """
     global _store, _first_blocks
-    dist_url = getattr(dist_url, "dist_url", dist_url)
+    url = dist_url if isinstance(dist_url, str) else dist_url.dist_url
     check_launch()
     device = choose_device()
     rank, world_size, _ = launched_as()
     if world_size > 1 and not dist.is_initialized():
         try:
-            _store, _first_blocks = meet(dist_url, rank, world_size), 0
+            _store, _first_blocks = meet(url, rank, world_size), 0
         except TimeoutError as error:
             raise Interrupted(str(error), "", "start all processes together") from error
         dist.init_process_group(
@@ -272,13 +274,13 @@ def leave_group(seconds: float = 60) -> None:
     thread.join(seconds)
     if not thread.is_alive():
         return
-    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    code = error.code if isinstance(error, SystemExit) else error
     if error and not isinstance(error, SystemExit):
         traceback.print_exception(error)
     print(f"note: the process group did not end within {seconds:g} s", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def get_rank() -> int:

@@ -35,6 +35,11 @@ class Interrupted(UserError):
     label, exit_code = "stopped", 75
 
 
+def reason_of(error: OSError) -> str:
+    """Why the system refused, e.g. "No space left on device"; else the error's own text, in one line."""
+    return (error.strerror or str(error) or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known names most similar to `name`."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

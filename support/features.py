@@ -6,15 +6,16 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
+from support.data import Images
 from support.distributed import all_gather, get_rank, get_world_size
 from support.loading import EvalImages, make_loader
 
 
 def extract_features(
     model: Callable[[Tensor], Tensor],
-    images: Dataset,
+    images: Images,
     transform: Callable[[Image.Image], Tensor],
     device: torch.device,
     batch_size: int = 128,
@@ -29,14 +30,15 @@ def extract_features(
     """
     keep_on = keep_on or device
     dataset = EvalImages(images, transform)
-    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=False)
+    sampler: Sampler[int] = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=False)
     loader = make_loader(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers, device)
-    features, labels = None, torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
+    labels = torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
+    features = torch.empty(0)  # until the first batch shows D
     with contextlib.closing(iter(loader)) as batches:  # ends the workers, also after an error of the model
         for batch, label, index in batches:
             with torch.inference_mode():
                 feature = model(batch.to(device, non_blocking=True)).float()
-            if features is None:
+            if len(features) < len(dataset):
                 features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
             # The sampler repeats images to fill the last batch; a repetition overwrites itself.
             index = all_gather(index.to(device)).to(keep_on)

@@ -6,17 +6,17 @@ import hashlib
 import heapq
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from support.errors import UserError
+from support.errors import UserError, reason_of
 
 
-class Paths(Sequence[str]):
+class Paths:
     """Paths of files below `root`, in one buffer.
 
     Workers share it with the process that made it. Of a list of strings each worker would get a copy over
@@ -38,6 +38,9 @@ class Paths(Sequence[str]):
             raise IndexError(index)
         name = self.buffer[self.ends[index] : self.ends[index + 1]].tobytes()
         return os.path.join(self.root, os.fsdecode(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
     def digest(self, sizes_of: int = 10_000) -> bytes:
         """Of the names, and of the sizes in bytes of at most `sizes_of` files, evenly spread."""
@@ -77,8 +80,9 @@ class Found(NamedTuple):
 
 def find_images(root: str | Path) -> Found:
     """All image files below a folder. Hidden names are left out. Raises UserError."""
-    folders, taken, left_out, hidden = [], Counter(), Counter(), 0
-    readable = readable_extensions()
+    taken: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    folders, hidden, readable = [], 0, readable_extensions()
     for folder, names, skipped in _folders(str(root)):
         images = []
         for name in names:
@@ -101,7 +105,9 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:
 
     A folder that several links lead to is entered once, by its own path if that is below `root`.
     """
-    entered, waiting, links = set(), [""], []
+    entered: set[tuple[int, int]] = set()
+    waiting: list[str] = [""]
+    links: list[str] = []
     while waiting or links:
         folder = waiting.pop() if waiting else heapq.heappop(links)  # by name: the same on every machine
         path, names, hidden = os.path.join(root, folder) if folder else root, [], 0
@@ -122,7 +128,7 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:
                         waiting.append(os.path.join(folder, entry.name))
         except OSError as error:
             fix = "make it readable, or give another folder"
-            raise UserError(error.strerror, error.filename or path, fix) from None
+            raise UserError(reason_of(error), error.filename or path, fix) from None
         yield folder, names, hidden
 
 
@@ -132,4 +138,4 @@ def class_folders(root: str | Path) -> list[str]:
         with os.scandir(root) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
-        raise UserError(error.strerror, str(root), "make it readable, or give another folder") from None
+        raise UserError(reason_of(error), str(root), "make it readable, or give another folder") from None

@@ -5,6 +5,7 @@ Everything here works on names and shapes; it neither reads files nor builds net
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ BESIDE = re.compile(
 WITHIN = re.compile(r"(mask_token|masked_embed|n_averaged)$|(decoder|pooler|classifier|projector|predictor)")
 
 
-def is_state(value) -> bool:
+def is_state(value) -> TypeGuard[Mapping[str, Tensor]]:
     """Whether it is a state dict: nothing but named tensors."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 

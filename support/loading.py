@@ -11,7 +11,9 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from support.data import ImageFiles, machine_lacks, read_labelled, sample_name, why_unreadable
+from support.data import ImageFiles, Images, machine_lacks, read_labelled, sample_name, why_unreadable
 from support.distributed import get_rank, get_world_size
 from support.errors import Interrupted, UserError
 from support.monitor import ignore_signals
-from support.pixels import Colour, to_pixels
+from support.pixels import to_pixels
 
 
 class TrainingViews(Dataset):
@@ -41,8 +43,8 @@ class TrainingViews(Dataset):
 
     def __init__(
         self,
-        images: Dataset,
-        make_views: Callable[[Tensor, random.Random], tuple[list[Tensor], Colour | Sequence]],
+        images: Images,
+        make_views: Callable[[Tensor, random.Random], tuple[list[Tensor], Sequence[Tensor]]],
         seed: int,
     ):
         self.images, self.make_views, self.seed = images, make_views, seed
@@ -67,17 +69,17 @@ class TrainingViews(Dataset):
         name, reason = sample_name(self.images, index), why_unreadable(self.images, index)
         raise UserError(f"no image can be read, in {self.TRIES + 1} tries: {reason}", name, "check the data")
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Colour | Sequence, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Sequence[Tensor], int]:
         epoch, index = item
         rng = random.Random(f"{self.seed} {epoch} {index}")
         pixels, unreadable = self._readable(epoch, index)
         return *self.make_views(pixels, rng), unreadable
 
 
-class EvalImages(Dataset):
+class EvalImages(Dataset[tuple[Tensor, int, int]]):
     """Transformed images with label and index."""
 
-    def __init__(self, images: Dataset, transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]):
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -139,17 +141,17 @@ class Loader(DataLoader):
 
     patience, warn_every, grace, poll = 600.0, 60.0, 5.0, 1.0  # seconds
 
-    def __init__(self, *args, stop_asked: Callable[[], bool], **kwargs):
-        super().__init__(*args, collate_fn=collate, **kwargs)
+    def __init__(self, dataset: Dataset, stop_asked: Callable[[], bool], **kwargs):
+        super().__init__(dataset, collate_fn=collate, **kwargs)
         self.stop_asked = stop_asked
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Any:  # a generator; torch says that it is a private class
         others = set(multiprocessing.active_children())
         with _explained():
             batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
         return self._pass(batches, set(multiprocessing.active_children()) - others)
 
-    def _pass(self, batches: Iterator, workers: set) -> Iterator:
+    def _pass(self, batches: Iterator, workers: set[BaseProcess]) -> Iterator:
         try:
             while (batch := self._next(batches, workers)) is not None:
                 yield batch
@@ -157,7 +159,7 @@ class Loader(DataLoader):
             del batches  # with it, torch ends workers that are well
             kill_workers(workers)
 
-    def _next(self, batches: Iterator, workers: set):
+    def _next(self, batches: Iterator, workers: set[BaseProcess]):
         """The next batch; None at the end, and when this process is asked to stop and no batch comes."""
         begun, warned = time.monotonic(), 0
         while True:
@@ -253,7 +255,7 @@ def make_loader(
     )
 
 
-def kill_workers(workers: Iterable[multiprocessing.Process]) -> None:
+def kill_workers(workers: Iterable[BaseProcess]) -> None:
     """End data-loading workers that still run. They ignore SIGTERM, by which Python would end them."""
     alive = [worker for worker in workers if worker.is_alive()]
     if not alive:
@@ -268,7 +270,7 @@ def kill_workers(workers: Iterable[multiprocessing.Process]) -> None:
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def to_device(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
+def to_device(batches: Iterable[tuple], device: torch.device) -> Generator[tuple, None, None]:
     """Batches of `TrainingViews` with the views on the device, copied one batch ahead.
 
     On CUDA the copy has a stream of its own, so that it goes on during the step before.

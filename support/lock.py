@@ -8,7 +8,7 @@ import time
 import uuid
 from pathlib import Path
 
-from support.errors import TrainingError, UserError
+from support.errors import TrainingError, UserError, reason_of
 from support.logger import log
 
 
@@ -37,9 +37,8 @@ class FolderLock:
         try:
             self._write(0)
         except OSError as error:
-            log(
-                f"warning: cannot lock {self.path.parent} ({error.strerror}): do not start a second run in it"
-            )
+            what = f"cannot lock {self.path.parent} ({reason_of(error)})"
+            log(f"warning: {what}: do not start a second run in it")
             return
         if holder:  # several may have found the holder dead: the last to write has the folder
             time.sleep(min(1.0, self.beat / 10))

@@ -4,7 +4,8 @@ import functools
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -80,7 +81,7 @@ class MetricLogger:
 
     def log_every(
         self,
-        iterable: Iterable,
+        iterable: Any,
         print_freq: int = 10,
         header: str = "",
         length: int | None = None,
@@ -88,8 +89,8 @@ class MetricLogger:
     ) -> Iterator:
         """Yield the batches; time them and show the meters in between.
 
-        `length` is the number of batches, `len(iterable)` if not given; `steps_after` follow them, for the
-        remaining time.
+        `length` is the number of batches; if not given, it is `len(iterable)`. The remaining time counts
+        `steps_after` more steps.
         """
         length = len(iterable) if length is None else length
         digits = len(str(length))

@@ -122,11 +122,11 @@ class Monitor:
         self.named.update(failed)
 
         values = torch.stack(list(stats.values()))
-        counts = [len(failed), self.stop_asked()]
+        own = [len(failed), self.stop_asked()]
         # Zeros are made on the device; a copy to it would wait.
-        counts = values.new_tensor(counts) if any(counts) else torch.zeros_like(values[:2])
-        *values, mean_failed, stop = all_reduce_mean(torch.cat([values, counts])).tolist()
-        numbers = dict(zip(stats, values, strict=True))
+        counts = values.new_tensor(own) if any(own) else torch.zeros_like(values[:2])
+        *means, mean_failed, stop = all_reduce_mean(torch.cat([values, counts])).tolist()
+        numbers = dict(zip(stats, means, strict=True))
         if not math.isfinite(numbers["loss"]):
             advice = self.advice_at_first or self.advice
             raise TrainingError(f"loss is {numbers['loss']}", f"step {step}", advice)

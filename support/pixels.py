@@ -12,7 +12,7 @@ Shapes: B images of one size, V views of one size, H x W pixels.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------
 # Images in, normalised pixels out
@@ -63,8 +65,8 @@ def normalize(
     images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
     """Grey levels (..., 3, H, W) -> float32 (x / 255 - mean) / std, on the images' device."""
-    mean, std = (_grey_levels(tuple(values), images.device) for values in (mean, std))
-    return (images.float() - mean) / std
+    center, scale = (_grey_levels(tuple(values), images.device) for values in (mean, std))
+    return (images.float() - center) / scale
 
 
 def eval_transform(
@@ -91,7 +93,7 @@ def eval_transform(
 
 
 class Colour(NamedTuple):
-    """How the colours of a view change, in this order. Numbers for one view; tensors for a batch."""
+    """How the colours of a view change, in this order."""
 
     order: Sequence[int]  # the jitter, first to fourth: indices into ADJUSTMENTS, or -1 for none
     amounts: Sequence[float]  # the argument of each of the four
@@ -109,10 +111,10 @@ class View(NamedTuple):
     colour: Colour
 
 
-def stack_colours(colours: Sequence[Colour]) -> Colour:
-    """V `Colour`s of numbers -> one of tensors, whose first dimension is V."""
+def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
+    """V `Colour`s -> one tensor (V, ...) for each field."""
     # NumPy keeps the amounts in float64, as they were drawn.
-    return Colour(*(torch.from_numpy(np.array(field)) for field in zip(*colours, strict=True)))
+    return [torch.from_numpy(np.array(field)) for field in zip(*colours, strict=True)]
 
 
 def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
@@ -140,14 +142,14 @@ def apply_colours(images: Tensor, colours: Sequence[Colour]) -> Tensor:
 
 def normalized_views(
     views: Sequence[Tensor],
-    colours: Colour | Sequence = (),
+    colours: Sequence[Tensor] = (),
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> list[Tensor]:
     """A batch of views as loaded, uint8, on the device -> a list of all views, normalised (B, 3, H, W).
 
-    `views` has one tensor (B, V, 3, H, W) for each size. `colours`, on the CPU, says how the colours of
-    all views are still to change, (B, number of views, ...) in each field; it is empty if they are done.
+    `views` has one tensor (B, V, 3, H, W) for each size. `colours`, on the CPU, are the changes still to
+    make: one tensor (B, number of views, ...) for each field of `Colour`; empty if they are done.
     """
     done: list[Tensor] = []
     for part in views:
@@ -161,15 +163,18 @@ def normalized_views(
     return done
 
 
-def _change(images: Tensor, amounts: Sequence[float | None], change: Callable) -> None:
+def _change(
+    images: Tensor, amounts: Sequence[T | None], change: Callable[[Tensor, Sequence[T]], None]
+) -> None:
     """`change` images in place, each by its amount; None leaves it as it is."""
     rows = [i for i, amount in enumerate(amounts) if amount is not None]
+    given = [amount for amount in amounts if amount is not None]
     if len(rows) == len(images):
-        change(images, amounts)
+        change(images, given)
     elif rows:
         index = torch.tensor(rows).to(images.device, non_blocking=True)
         part = images[index]
-        change(part, [amounts[i] for i in rows])
+        change(part, given)
         images[index] = part
 
 
@@ -284,4 +289,4 @@ def _convolve(images: Tensor, kernels: Sequence[list[float]]) -> None:
             else:
                 total.addcmul_(shifted[i], tap)
         padded = total
-    images.copy_(total)
+    images.copy_(padded)

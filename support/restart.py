@@ -19,7 +19,7 @@ from support.distributed import (
     main_process_first,
     same_error_on_all_ranks,
 )
-from support.errors import TrainingError, UserError
+from support.errors import TrainingError, UserError, reason_of
 from support.lock import FolderLock
 from support.logger import log
 from support.weights import load_checkpoint, load_strictly, replacing, save_checkpoint
@@ -201,7 +201,7 @@ def try_to_write(path: Path, write: Callable[[Path], None], last: bool = False) 
     try:
         write(path)
     except OSError as error:
-        what = f"cannot save: {error.strerror or error}"
+        what = f"cannot save: {reason_of(error)}"
         if last:
             fix = "free some disk space, then run the same command; the earlier checkpoint is whole"
             raise TrainingError(what, str(path), fix) from None

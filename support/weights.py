@@ -20,7 +20,7 @@ import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def _data_types() -> list:
     path_types = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
     path_types |= {"PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
     path_modules = ("pathlib", "pathlib._local")  # the second in Python 3.13
-    numpy_functions = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
+    numpy_functions: list[Any] = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     numpy_modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # before NumPy 2, and since
     return [
         *(argparse.Namespace, types.SimpleNamespace),  # the published checkpoints carry a Namespace
@@ -410,7 +410,7 @@ def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor
         fix = f"give --checkpoint_key {prefix.removesuffix('.')} to take that part alone"
         raise UserError(f"parts of unknown purpose in file: {groups(unknown)}", weights.source, fix)
     backbone = _as_timm_reads_it(backbone, model)
-    classifiers = tuple(f"{name}." for name in model.dropped_classifiers)
+    classifiers = tuple(f"{name}." for name in getattr(model, "dropped_classifiers", ()))
     extra = [n for n in backbone if n not in own and (n.startswith(classifiers) or WITHIN.match(n))]
     if rest or extra:
         log(f"note: not used of {weights.source}: {groups([*extra, *rest])}")
@@ -516,8 +516,8 @@ def load_backbone(
             words.insert(0, part)
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
         normalization = normalization_of(known, model)
-        if is_timms(known, model):
-            trained_size = model.default_cfg["input_size"][-1]
+        if config := timm_config(known, model):
+            trained_size = config["input_size"][-1]
     size = image_size or trained_size
     if is_ours:
         check_divides("image_size", size, patch_size)
@@ -525,9 +525,9 @@ def load_backbone(
     return _frozen(model, size, normalization, f"{weights}: {', '.join(words)}")
 
 
-def is_timms(weights: Weights, model: nn.Module) -> bool:
-    """Whether weights of a timm architecture come from timm, not from a training with DINO."""
-    return "arch" not in weights.trained and hasattr(model, "default_cfg")
+def timm_config(weights: Weights, model: nn.Module) -> dict | None:
+    """timm's record of its own weights for its architecture; None for other weights, as from DINO."""
+    return None if "arch" in weights.trained else getattr(model, "default_cfg", None)
 
 
 def normalization_of(weights: Weights, model: nn.Module) -> tuple | None:
@@ -535,8 +535,8 @@ def normalization_of(weights: Weights, model: nn.Module) -> tuple | None:
 
     None stands for ImageNet's.
     """
-    timms = (model.default_cfg["mean"], model.default_cfg["std"]) if is_timms(weights, model) else None
-    return weights.normalization or timms
+    config = timm_config(weights, model)
+    return weights.normalization or ((config["mean"], config["std"]) if config else None)
 
 
 def _frozen(network: nn.Module, image_size: int, normalization: tuple | None, description: str) -> Frozen:
@@ -582,7 +582,7 @@ def init_from(
 
 
 # What a network is when neither flags nor its file say so.
-FALLBACK = {"arch": "vit_small", "patch_size": 16, "image_size": 224}
+FALLBACK: dict[str, Any] = {"arch": "vit_small", "patch_size": 16, "image_size": 224}
 
 
 def settle_architecture(
@@ -594,11 +594,9 @@ def settle_architecture(
     Raises UserError where an argument contradicts the file.
     """
     shapes = vit_shapes(weights.state)
-    if shapes:
-        with torch.device("meta"):
-            names = [name for name, make in VITS.items() if make().embed_dim == shapes["width"]]
-        shapes["arch"] = (names or [None])[0]
-    arch = _settle("arch", arch, weights.trained, shapes.get("arch"))
+    with torch.device("meta"):
+        names = [name for name, make in VITS.items() if make().embed_dim == shapes.get("width")]
+    arch = _settle("arch", arch, weights.trained, names[0] if names else None)
     if canonical(arch) not in VITS:  # the name decides on patches
         if patch_size not in (None, FALLBACK["patch_size"]):
             log(f"note: --patch_size has no effect on {arch}")
@@ -623,4 +621,4 @@ def _recorded(record: dict, name: str):
     value = record.get(name)
     if name == "arch":
         return value if isinstance(value, str) and value else None
-    return int(value) if isinstance(value, numbers.Integral) and value > 0 else None
+    return int(value) if isinstance(value, numbers.Integral) and int(value) > 0 else None

@@ -169,8 +169,9 @@ def test_views_of_a_batch_come_in_their_order_with_their_own_colours():
     augment, images = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 3, 24, 16), (picture(1), picture(2))
     samples = [augment.crops(to_pixels(image), random.Random(seed)) for seed, image in enumerate(images)]
     views, colours = default_collate(samples)
-    assert isinstance(colours, px.Colour) and colours.order.shape == (2, 5, 4)
-    assert colours.amounts.dtype == torch.float64  # as they were drawn
+    fields = dict(zip(px.Colour._fields, colours, strict=True))
+    assert fields["order"].shape == (2, 5, 4)
+    assert fields["amounts"].dtype == torch.float64  # as they were drawn
     done = px.normalized_views(views, colours)
     assert [tuple(view.shape) for view in done] == [(2, 3, 24, 24)] * 2 + [(2, 3, 16, 16)] * 3
     for seed, image in enumerate(images):
