@@ -186,8 +186,8 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
         # submitit has no public way to make the script without submitting it.
         print(slurm._make_submission_file_text(slurm._submitit_command_str, "dry_run"))
         return
-    executor = local_executor(job, folder) if job.local else slurm_executor(job, folder)
     try:
+        executor = local_executor(job, folder) if job.local else slurm_executor(job, folder)
         submitted = executor.submit(Trainer(args))
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = re.findall(r"sbatch: error: (.*)", str(error)) or str(error).splitlines()
