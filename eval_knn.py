@@ -2,8 +2,8 @@
 
     python eval_knn.py --pretrained_weights runs/vit_small/checkpoint.pth --data_path /data/imagenet
 
-Architecture, patch size, image size, mean and deviation come from the checkpoint. The classifier is
-that of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018),
+Architecture, patch size, image size, mean and deviation come from the checkpoint. The classifier follows
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018),
 https://arxiv.org/abs/1805.01978. With `torchrun`, the GPUs share the feature extraction.
 
 Shapes: N training images, M test images, D features, k neighbours.
@@ -38,7 +38,7 @@ from utils import MultiCropWrapper
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags; a parent for other parsers, hence no `--help`."""
+    """All flags. A parent for other parsers, so it has no `--help`."""
     parser = cli.ArgumentParser("Evaluation with weighted k-NN on ImageNet", add_help=False)
     # fmt: off
     parser.add_argument("--batch_size_per_gpu", default=128, type=cli.number(int, at_least=1),
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# Flags that say how to compute the features.
+# Flags that determine the features.
 OF_FEATURES = (
     "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "data_path", "dataset",
     "download", "demo", "batch_size_per_gpu", "num_workers", "seed",
@@ -102,7 +102,7 @@ def knn_accuracies(
     for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
         similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])
         similarity, neighbour = similarities.topk(max(ks), dim=1)  # (rows, k)
-        # Relative to the nearest neighbour: the same ranking, without overflow for a small T.
+        # Relative to the nearest neighbour, which avoids overflow for a small T and keeps the ranking.
         vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
         for k in ks:
             votes = vote.new_zeros(len(chunk), num_classes).scatter_add_(1, label[:, :k], vote[:, :k])
@@ -135,7 +135,7 @@ def knn_top1(
     num_workers: int = 0,
     k: int = 20,
 ) -> float:
-    """Top-1 accuracy in percent, on every rank, of `model` as in `extract_features`."""
+    """Top-1 accuracy in percent, on every rank; `model` as in `extract_features`."""
     x, y = extract_features(model, train, transform, device, num_workers=num_workers)
     test_x, test_y = extract_features(model, val, transform, device, num_workers=num_workers)
     data = F.normalize(x, dim=1), y, F.normalize(test_x, dim=1), test_y
@@ -143,15 +143,15 @@ def knn_top1(
 
 
 def count_classes(*labels: Tensor) -> int:
-    """The largest label, and one for the 0."""
+    """The number of classes, numbered from 0, that the labels imply."""
     return int(torch.cat(labels).max()) + 1
 
 
 class PeriodicKNN:
     """k-NN accuracy of networks while they train: every few epochs, for about a `share` of the time.
 
-    Does not change the bits of the training. When a rank is asked to stop, the evaluation is skipped: the
-    weights are saved, and there may be little time.
+    Does not change the bits of the training. If a rank is asked to stop, skips the evaluation, because
+    there may be little time.
     """
 
     class Stopped(Exception):
@@ -193,7 +193,7 @@ class PeriodicKNN:
             if any(all_gather_object(self.stop_asked())):
                 raise self.Stopped
             with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-                return network.backbone.forward(images)  # not the compiled call, which is for training
+                return network.backbone.forward(images)  # without the compiled call, which is for training
 
         training = network.training
         network.eval()
@@ -218,8 +218,8 @@ def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
 def load_features(folder: str, device: torch.device) -> Data:
     """Features (N, D) and labels (N,) of train, then of test, as `dump_features` saves them.
 
-    Features are L2-normalised if they were not. Raises UserError for tensors that do not fit together,
-    and for values that are neither features nor class numbers.
+    Normalises features whose length is not 1. Raises UserError for tensors that do not fit together, and
+    for values that are neither features nor class numbers.
     """
     tensors = [load_file(Path(folder) / name) for name in FEATURE_FILES]
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
@@ -245,7 +245,7 @@ def load_features(folder: str, device: torch.device) -> Data:
 
 
 def _unit_rows(features: Tensor, where: str) -> Tensor:
-    """Features (N, D) as float32 rows of length 1. Raises UserError where that is not possible."""
+    """Convert features (N, D) to float32 rows of length 1. Raises UserError if that is not possible."""
     if features.is_complex() or not features.isfinite().all():
         raise UserError("features are not finite numbers", where, "save finite features")
     features = features.float()
@@ -261,7 +261,7 @@ def _unit_rows(features: Tensor, where: str) -> Tensor:
 
 
 def _class_numbers(labels: Tensor, where: str) -> Tensor:
-    """Labels (N,) as int64. Raises UserError for any that is not a whole number from 0."""
+    """Convert labels (N,) to int64. Raises UserError if one is not a whole number from 0."""
     wrong = labels.is_complex() or (labels != labels.long()).any() or (labels < 0).any()
     if wrong:
         raise UserError("labels are not whole numbers from 0", where, "save class numbers")
@@ -269,7 +269,7 @@ def _class_numbers(labels: Tensor, where: str) -> Tensor:
 
 
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> Data:
-    """L2-normalised features and labels of train, then of val, from the flags' images and weights."""
+    """Compute L2-normalised features and labels of train, then of val, by the flags."""
     train, val = on_all_ranks(open_train_and_val, Source.of(args))
     with same_error_on_all_ranks():
         frozen = load_backbone(
@@ -289,7 +289,7 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     device = init_distributed_mode(args.dist_url)
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
-    if args.dump_features:  # checked now, not after all the work
+    if args.dump_features:  # checked at the start, not after all the work
         folder = cli.make_folder(args.dump_features, "dump_features")
         if args.load_features and folder.resolve() == Path(args.load_features).resolve():
             raise UserError("would overwrite --load_features", f"--dump_features {folder}", "leave it out")

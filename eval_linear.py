@@ -66,7 +66,7 @@ from vision_transformer import VisionTransformer
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags; a parent for other parsers, hence no `--help`."""
+    """All flags. A parent for other parsers, so it has no `--help`."""
     parser = cli.ArgumentParser("Evaluation with linear classification on ImageNet", add_help=False)
     # fmt: off
     cli.add_weights_flags(parser)
@@ -118,8 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# Flags that may change when a run resumes, because `run_identity` holds what follows from them: the network's
-# weights, and the names, sizes and classes of the images, wherever they are.
+# Flags that may change when a run resumes. `run_identity` holds what matters of them: the network's weights,
+# and the names, sizes and classes of the images, wherever they are.
 FREE_FLAGS = {
     "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
     "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "num_labels",
@@ -229,7 +229,7 @@ def build_optimizer(classifiers: LinearClassifiers, lrs: list[float]) -> torch.o
 def image_batches(
     loader: Iterable[tuple[Tensor, Tensor]], features: "Features", device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """uint8 images and labels, as loaded -> features (B, F) and labels (B,) on the device."""
+    """Loaded uint8 images and labels -> features (B, F) and labels (B,) on the device."""
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True), features.frozen.mean, features.frozen.std)
         # A clone, because a tensor made in inference mode cannot take part in a backward pass.
@@ -239,7 +239,7 @@ def image_batches(
 def cached_batches(
     features: Tensor, labels: Tensor, batches: Iterable[list[tuple[int, int]]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of features (N, F) and labels (N,), for each batch of (epoch, index)."""
+    """Yield rows of features (N, F) and labels (N,) for each batch of (epoch, index)."""
     for batch in batches:
         rows = torch.tensor([index for _, index in batch], device=features.device)
         yield features[rows], labels[rows]
@@ -248,7 +248,7 @@ def cached_batches(
 def train(
     classifiers: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[Tensor]:
-    """One step per batch of features (B, F) and labels (B,); yields the cross-entropies of the step, (H,)."""
+    """Train one step per batch of features (B, F) and labels (B,); yields its cross-entropies, (H,)."""
     for features, labels in batches:
         losses = torch.stack([F.cross_entropy(scores, labels) for scores in classifiers(features)])
         optimizer.zero_grad()
@@ -265,8 +265,8 @@ PRINT_FREQ = 10  # steps
 def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
     """Loss, and top-1 and top-5 accuracy in percent, of each classifier on features (N, F), labels (N,).
 
-    With fewer than five classes, top-5 counts them all. Scores that are not finite, which a too high
-    learning rate causes, count as wrong.
+    With fewer than five classes, top-5 counts all of them. Scores that are not finite, as with a learning
+    rate that is too high, count as wrong.
     """
     sums = torch.zeros(3, 1, device=features.device)
     for x, y in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
@@ -292,7 +292,7 @@ def class_names(images: Images) -> list[str] | None:
 
 
 def count_classes(images: Images, num_labels: int | None) -> int:
-    """How many classes to tell apart: `num_labels`, or as many as the data names. Raises UserError."""
+    """The number of classes: `num_labels`, or as many as the data names. Raises UserError."""
     names = class_names(images)
     if num_labels is None:
         if names is None:
@@ -304,9 +304,9 @@ def count_classes(images: Images, num_labels: int | None) -> int:
 
 
 def to_classes(labels: Tensor, images: Images, classes: list[str] | None, num_labels: int) -> Tensor:
-    """Labels (N,) of images -> the classifier's labels, which number `classes`, matched by name.
+    """Convert labels (N,) of images to the classifier's, which number `classes`; matched by name.
 
-    Without names on both sides, labels count as they are. Raises UserError for classes that the
+    Without names on both sides, labels stay unchanged. Raises UserError for classes that the
     classifier does not know.
     """
     names = class_names(images)
@@ -338,7 +338,7 @@ class Features(NamedTuple):
 
 
 def build_features(args: argparse.Namespace, device: torch.device) -> Features:
-    """The features that the flags describe. Raises UserError."""
+    """Load the network and describe its features, as the flags say. Raises UserError."""
     with same_error_on_all_ranks():
         frozen = load_backbone(
             args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
@@ -368,7 +368,7 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
 def extract(
     args: argparse.Namespace, features: Features, images: Images, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, F) and labels (N,) of images without augmentation."""
+    """Compute features (N, F) and labels (N,) of images without augmentation."""
     batch_size, workers = args.batch_size_per_gpu, args.num_workers
     return extract_features(features.of, images, features.frozen.transform, device, batch_size, workers)
 
@@ -376,10 +376,10 @@ def extract(
 def load_classifier(
     weights: str, width: int, n_last_blocks: int, avgpool_patchtokens: bool, backbone: str
 ) -> tuple[LinearClassifiers, list[str] | None]:
-    """A trained classifier, ours or published, by file or name, and its class names if the file has them.
+    """Load a trained classifier, ours or published, by file or name; also its class names if recorded.
 
-    It takes features of `width`, from the network whose digest is `backbone`. Raises UserError, also if
-    our file records other features.
+    Its input are features of `width`, from the network with the digest `backbone`. Raises UserError, also
+    if the file records other features.
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
@@ -434,7 +434,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
 def run_identity(
     args: argparse.Namespace, features: Features, num_labels: int, train_images: Images, val_images: Images
 ) -> dict:
-    """Everything that decides the result, by name."""
+    """Everything that determines the result, by name."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     return flags | {
         "number of classes": num_labels,
@@ -449,8 +449,8 @@ def run_identity(
 
 
 def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
-    """Resume the pieces if there is a checkpoint; returns the epoch to go on from, the best validation of
-    each classifier, and the best classifier's `state_dict`. Raises UserError.
+    """Resume the pieces if there is a checkpoint. Returns the epoch to continue from, the best validation
+    of each classifier, and the best classifier's `state_dict`. Raises UserError.
     """
     state = {"epoch": 0, "best": [{"acc1": -1.0}] * num_rates, "state_dict": {}}
     saved = run.resume(pieces, identity)
@@ -467,7 +467,7 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
 def build_batches(
     args: argparse.Namespace, features: Features, images: Images, first_epoch: int, device: torch.device
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
-    """Features (B, F) and labels (B,), epoch after epoch, and the number of batches of an epoch."""
+    """Build batches of features (B, F) and labels (B,), epoch after epoch; also their number per epoch."""
     order = EpochBatches(len(images), args.batch_size_per_gpu, args.seed, drop_last=False)
     order.first_step, order.last_step = (n * order.steps_per_epoch for n in (first_epoch, args.epochs))
     if args.cache_features:
@@ -478,7 +478,7 @@ def build_batches(
 
 
 def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
-    """Train a classifier for each rate, or resume; returns the best validation of each."""
+    """Train a classifier for each rate, or resume the training; returns the best validation of each."""
     train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args))
     folder = cli.make_folder(args.output_dir)
     features = build_features(args, device)
@@ -492,7 +492,7 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
     identity = run_identity(args, features, num_labels, train_images, val_images)
     with Run(folder, list(pieces), ".pth.tar", "log_linear.txt", advice=None) as run:
         state = resume(run, pieces, identity, len(args.lr))
-        if state["epoch"] < args.epochs:  # else nothing needs the images
+        if state["epoch"] < args.epochs:  # else the images are not needed
             x, labels = extract(args, features, val_images, device)
             val_data = x, to_classes(labels, val_images, classes, num_labels)
             batches, steps = build_batches(args, features, train_images, state["epoch"], device)

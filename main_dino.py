@@ -67,9 +67,7 @@ from visualize_attention import draw_views
 
 
 def demo_defaults() -> dict:
-    """The values of flags that `--demo` sets unless the user gives them: a recipe for a tiny network and
-    tiny images, in minutes on a CPU.
-    """
+    """Defaults of flags under `--demo`: a recipe for a tiny network and tiny images, for minutes on a CPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return dict(
         arch="vit_nano",
@@ -96,14 +94,14 @@ def demo_defaults() -> dict:
         global_crops_size=64,
         local_crops_size=32,
         num_workers=1,
-        cpu_threads=max(1, cores - 1),  # one draws the images
+        cpu_threads=max(1, cores - 1),  # one core draws the images
         output_dir="demo_run",
         saveckp_freq=0,
     )
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All training flags; a parent for other parsers, hence without `--help` of its own."""
+    """All training flags. A parent for other parsers, so it has no `--help`."""
     parser = cli.ArgumentParser("DINO", add_help=False)
 
     # fmt: off
@@ -284,9 +282,9 @@ ADVICE = "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.
 def parse_args(
     argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None
 ) -> argparse.Namespace:
-    """The command line; under `--demo`, flags not given take the demo's values.
+    """Parse the command line; under `--demo`, flags that are not given take the demo's values.
 
-    `parser` is that of a program with more flags.
+    `parser` is the parser of a program with more flags.
     """
     if parser is None:
         parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
@@ -296,7 +294,7 @@ def parse_args(
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Check what flags say together, and settle what they leave open. Raises UserError."""
+    """Check combinations of flags, and shorten default warm-ups to `--epochs`. Raises UserError."""
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if low > high:
@@ -313,7 +311,7 @@ def check_args(args: argparse.Namespace) -> None:
 
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
         value = getattr(args, name)
-        # A last layer that is frozen to the end learns nothing.
+        # A last layer that stays frozen to the end learns nothing.
         if value < args.epochs or (value == args.epochs and name != "freeze_last_layer"):
             continue
         if value != parser.get_default(name):
@@ -328,7 +326,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def crop_sizes(args: argparse.Namespace) -> list[int]:
-    """Pixels per side of the global views and, if there are any, of the local ones."""
+    """Pixels per side of the global views and, if there are any, of the local views."""
     return (
         [args.global_crops_size, args.local_crops_size]
         if args.local_crops_number
@@ -337,7 +335,7 @@ def crop_sizes(args: argparse.Namespace) -> list[int]:
 
 
 def build_augmentation(args: argparse.Namespace) -> DataAugmentationDINO:
-    """The views of an image, as the crop flags say."""
+    """Build the augmentation that the crop flags describe."""
     return DataAugmentationDINO(
         args.global_crops_scale,
         args.local_crops_scale,
@@ -379,7 +377,7 @@ def build_loader(
     device: torch.device,
     stop_asked: Callable[[], bool],
 ) -> DataLoader:
-    """Batches of this rank's views from `first_step` to the end of the run."""
+    """Build the loader of this rank's views, from `first_step` to the end of the run."""
     augmentation = build_augmentation(args)
     make_views = augmentation.crops if args.augment_on == "device" else augmentation.views
     batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
@@ -414,7 +412,7 @@ def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCro
 
 
 def compile_in_place(*networks: MultiCropWrapper) -> None:
-    """torch.compile backbones and heads, once for each shape; what it cannot compile is an error."""
+    """Apply torch.compile to backbones and heads, once per shape; raises for what it cannot compile."""
     for network in networks:
         for part in (network.backbone, network.head):
             part.compile(fullgraph=True, dynamic=False)
@@ -426,8 +424,8 @@ def distribute(model: nn.Module, device: torch.device, sizes: Iterable[int]) -> 
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # After its first backward pass, DDP regroups the gradients, and the groups decide in which order
-    # the ranks' sums are rounded. Without a blank pass first, a restart would change bits.
+    # DDP regroups the gradients after its first backward pass, and the groups determine the order in which
+    # the ranks' sums are rounded. So make a blank pass first; otherwise a restart would change bits.
     model.eval()
     model([torch.zeros(1, 3, size, size, device=device) for size in sizes]).sum().backward()
     model.zero_grad()
@@ -458,7 +456,7 @@ def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: tor
 
 
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer by name; learning rate and weight decay come from the schedules."""
+    """Build the optimizer by name; learning rate and weight decay come from the schedules."""
     groups = utils.get_params_groups(model)
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
@@ -470,7 +468,7 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
 def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndarray]:
     """Learning rate, weight decay and teacher momentum, one value per global step.
 
-    Other teachers are other momenta: 0 copies the student, 1 leaves the teacher as it is.
+    Other teachers have other momenta: 0 copies the student, 1 keeps the teacher unchanged.
     """
     cosine = partial(utils.cosine_scheduler, epochs=args.epochs, niter_per_ep=steps.per_epoch)
     step = np.arange(1, args.epochs * steps.per_epoch + 1)
@@ -493,9 +491,9 @@ def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) 
 
 @dataclass
 class Training:
-    """What is trained, and how a step is done; it has no behaviour."""
+    """What is trained, and the settings of a step; it has no behaviour."""
 
-    student: nn.Module  # as it is called: within DistributedDataParallel for several processes
+    student: nn.Module  # inside DistributedDataParallel if there are several processes
     student_without_ddp: MultiCropWrapper
     teacher: MultiCropWrapper
     dino_loss: DINOLoss
@@ -522,7 +520,7 @@ class Training:
 
 
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
-    """Networks, loss, optimizer and schedules. Raises UserError."""
+    """Build networks, loss, optimizer and schedules. Raises UserError."""
     # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
     student_without_ddp, teacher = build_networks(args)
     center = None
@@ -574,7 +572,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
 
 
 def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:
-    """The k-NN evaluation of student and teacher during training. Raises UserError."""
+    """Build the k-NN evaluation of student and teacher during training. Raises UserError."""
     source = Source(args.knn_data) if args.knn_data else Source.of(args)
     train, val = on_all_ranks(open_train_and_val, source)
     log(f"k-NN every {args.knn_every} epochs: train {describe(train)}; val {describe(val)}")
@@ -590,7 +588,7 @@ def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) ->
 
 
 def run_identity(args: argparse.Namespace, images: Images, dtype: torch.dtype | None) -> dict:
-    """Everything that decides the maths of a run, by name."""
+    """Everything that determines the maths of a run, by name."""
     flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     return flags | {
         "world_size": get_world_size(),
@@ -653,19 +651,19 @@ def train_dino(args: argparse.Namespace) -> None:
                 record = {f"train_{name}": value for name, value in logger.averages().items()}
                 record |= {"epoch": epoch, "step": step, "unreadable": monitor.unreadable}
             save(run, args, step, steps, record, last=stopped or step == steps.last)
-            if record and knn and not stopped:  # now that nothing can be lost
+            if record and knn and not stopped:  # after the save, so that nothing can be lost
                 record |= knn(epoch, {"student": training.student_without_ddp, "teacher": training.teacher})
                 run.log([record])
             if record and curves:
                 curves.update(record)
-    barrier()  # what was saved is there for every rank
+    barrier()  # every rank can now read what was saved
     monitor.raise_if_stopped(step, steps.last, run.folder)
 
 
 def first_step(found: dict, steps: Steps) -> int:
-    """The step to resume at, by what a checkpoint holds; 0 for a new run.
+    """The step at which to resume from a checkpoint; 0 for a new run.
 
-    A checkpoint counts images, as the number of images a step may have changed.
+    A checkpoint counts images, because the number of images per step may have changed.
     """
     seen = (found.get("sampler") or {}).get("seen", 0)
     return found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch)
@@ -681,7 +679,7 @@ def end_of_stretch(step: int, steps: Steps, save_every: int) -> int:
 def save(
     run: Run, args: argparse.Namespace, step: int, steps: Steps, record: dict | None, last: bool
 ) -> None:
-    """Write the checkpoint, after an epoch also its `record`, and a numbered copy where one is due."""
+    """Write the checkpoint; after an epoch also its `record` and, every few epochs, a numbered copy."""
     values = {
         "epoch": step // steps.per_epoch,
         "step": step,
@@ -708,10 +706,10 @@ def train_one_epoch(
     monitor: Monitor,
     logger: MetricLogger,
 ) -> int:
-    """Algorithm 1 of the paper, for these global steps of an epoch. Returns the step to go on from.
+    """Algorithm 1 of the paper, for these global steps of an epoch. Returns the step to continue from.
 
-    A batch is as `to_device` gives it: uint8 views on the device, one tensor (B, V, 3, H, W) for each
-    size; how their colours are still to change; and (B,) indices of images that were replaced, or -1.
+    A batch is as `to_device` yields it: uint8 views on the device, one tensor (B, V, 3, H, W) for each size;
+    the colours that are still to be applied to them; and (B,) indices of images that were replaced, or -1.
     """
     wanted = logger.log_every(
         itertools.islice(batches, len(stretch)),
@@ -719,7 +717,7 @@ def train_one_epoch(
         length=len(stretch),
         steps_after=t.steps.last - stretch.stop,
     )
-    step = stretch.start - 1  # should no batch come, because of a signal
+    step = stretch.start - 1  # in case a signal ends the loop before the first batch
     for step, (views, colours, unreadable) in enumerate(wanted, stretch.start):
         # schedules and random numbers (drop path) of this step
         lr, wd, momentum = (float(t.schedules[name][step]) for name in ("lr", "wd", "momentum"))
@@ -733,7 +731,7 @@ def train_one_epoch(
         for part in utils.in_parts(views, t.accum_steps, t.student):
             with torch.autocast(t.device.type, t.dtype, enabled=t.dtype is not None):
                 teacher_output = t.teacher(part[:2])
-                student_output = t.student(part)  # the last layer is left to the loss: `Prototypes`
+                student_output = t.student(part)  # `Prototypes`: the loss applies the last layer
             loss = t.dino_loss(student_output, teacher_output, progress)
             t.scaler.scale(loss / t.accum_steps).backward()
 
@@ -799,7 +797,7 @@ def report_demo(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train; under `--demo`, show what was learned."""
+    """Train; under `--demo`, also evaluate what was learned."""
     train_dino(args)
     if args.demo:
         report_demo(args)

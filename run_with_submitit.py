@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
 
 
 class Trainer:
-    """What runs in each process of the job. submitit pickles it, and calls it again after a requeue."""
+    """Runs in each process of the job. submitit pickles it, and calls it again after a requeue."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -101,13 +101,13 @@ class Trainer:
         """What submitit runs after the requeue: the same training, which resumes from its checkpoint."""
         return submitit.helpers.DelayedSubmission(Trainer(self.args))
 
-    __submitit_checkpoint__ = checkpoint  # newer versions of submitit call it so
+    __submitit_checkpoint__ = checkpoint  # its name in newer versions of submitit
 
 
 def still_wanted() -> bool:
-    """Whether the job is to continue: SLURM shows a preempted job as running, a cancelled one not.
+    """Whether the job should continue, i.e. was not cancelled.
 
-    Both may get the same signals.
+    A preempted and a cancelled job may get the same signals, but SLURM shows only the first as running.
     """
     if "SLURM_JOB_ID" not in os.environ:
         return True
@@ -134,8 +134,8 @@ def local_executor(job: argparse.Namespace, folder: Path) -> submitit.AutoExecut
 
 def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecutor:
     """submitit's executor for SLURM; it writes the job's script and logs to `folder`. Raises UserError."""
-    # While Python starts, before submitit sets its handlers, a signal would end the job for good. If it is
-    # ignored, SLURM requeues a preempted job that still runs when the grace period is over.
+    # A signal while Python starts, before submitit sets its handlers, would end the job for good. If it is
+    # ignored, SLURM requeues a preempted job that still runs after the grace period.
     ignoring = f"""sh -c 'trap "" TERM {submitit.JobEnvironment.USR_SIG}; exec "$@"' sh"""
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=30, python=f"{ignoring} {python_command()}")
@@ -161,7 +161,7 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
         wckey=None,  # submitit's default, "submitit", is refused where the cluster has no such key
         setup=job.slurm_setup or None,
         signal_delay_s=120,
-        # srun does not inherit the job's cores; and the end of one process has to end the others.
+        # srun does not inherit the job's cores; if one process ends, the others have to end too.
         srun_args=[f"--cpus-per-task={job.cpus_per_task}", "--kill-on-bad-exit=1"],
         additional_parameters={"requeue": True} | sbatch_options(job.slurm_extra),
     )
@@ -169,7 +169,7 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
 
 
 def sbatch_options(words: list[str]) -> dict[str, str | bool]:
-    """The options of `--slurm_extra`: `key=value`, or `key` for a switch; named as submitit names its own."""
+    """Parse `--slurm_extra`: `key=value`, or `key` for a switch; returns them as submitit's parameters."""
     pairs = (word.partition("=") for word in words)
     return {key.replace("-", "_"): value if equals else True for key, equals, value in pairs}
 
@@ -178,7 +178,7 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
     """Submit a job that trains, or print its script under `--dry_run`. Raises UserError."""
     if job.local and job.dry_run:
         raise UserError("a local job has no script", "--dry_run", "leave out one of --local, --dry_run")
-    main_dino.check_args(argparse.Namespace(**vars(args)))  # now, not after days in the queue
+    main_dino.check_args(argparse.Namespace(**vars(args)))  # checked now, not after days in the queue
     args.output_dir = str(Path(args.output_dir).expanduser().absolute())
     folder = Path(job.shared_dir or f"{args.output_dir}_slurm").expanduser().absolute()
     if job.dry_run:

@@ -1,4 +1,4 @@
-"""What the scripts share, in the order in which data flows through training:
+"""The method, in the order in which data flows through training:
 
 augmentation - networks - loss - schedules - optimisation.
 
@@ -26,7 +26,7 @@ from support.logger import log
 from support.pixels import Colour, View, apply_colours, crop_and_resize, normalize, stack_colours, to_pixels
 
 # ---------------------------------------------------------------------------------------------
-# Augmentation. `rng` has the methods of `random.Random`. Another order of the draws gives other views.
+# Augmentation. `rng` has the methods of `random.Random`. The order of the draws determines the views.
 # ---------------------------------------------------------------------------------------------
 
 JITTER = (  # smallest and largest amount, in the order of `support.pixels.ADJUSTMENTS`
@@ -38,7 +38,7 @@ JITTER = (  # smallest and largest amount, in the order of `support.pixels.ADJUS
 
 
 class Recipe(NamedTuple):
-    """What differs between the kinds of views."""
+    """Parameters in which the kinds of views differ."""
 
     size: int  # pixels per side
     scale: Sequence[float]  # smallest and largest share of the image's area
@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
 
 
 def draw_view(width: int, height: int, recipe: Recipe, rng=random) -> View:
-    """All that is random in one view of an image of this size.
+    """Draw the random numbers of one view of an image of this size.
 
     Paper, Section 3.2 (multi-crop), with colours and blur as in BYOL.
     """
@@ -72,9 +72,9 @@ def happens(p: float, rng=random) -> bool:
 def draw_box(
     width: int, height: int, scale: Sequence[float], rng=random, ratio: Sequence[float] = (3 / 4, 4 / 3)
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a crop of random area and aspect ratio.
+    """Draw top, left, height and width of a crop of random area and aspect ratio.
 
-    As in torchvision, the centre is taken if ten draws do not fit into the image.
+    As in torchvision, returns a crop at the centre if ten draws do not fit into the image.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -89,7 +89,7 @@ def draw_box(
 
 
 def draw_jitter(rng=random, p: float = 0.8) -> tuple[Sequence[int], Sequence[float]]:
-    """`Colour.order` and `Colour.amounts`: with probability `p` all four, in random order; else none."""
+    """Draw `Colour.order` and `Colour.amounts`: with probability `p` all four, in random order; else none."""
     if not happens(p, rng):
         return (-1,) * 4, (0.0,) * 4
     order = rng.sample(range(4), 4)
@@ -97,7 +97,7 @@ def draw_jitter(rng=random, p: float = 0.8) -> tuple[Sequence[int], Sequence[flo
 
 
 def draw_radius(p: float, rng=random, smallest: float = 0.1, largest: float = 2.0) -> float:
-    """A radius of blur in pixels, with probability `p`; else 0."""
+    """Draw a radius of blur in pixels, with probability `p`; else 0."""
     return rng.uniform(smallest, largest) if happens(p, rng) else 0.0
 
 
@@ -113,7 +113,7 @@ class GaussianBlur:
 
 
 class Solarization:
-    """With probability `p`, invert the pixels of an image from half brightness on."""
+    """With probability `p`, invert the pixels of an image from a level of 128 on."""
 
     def __init__(self, p: float):
         self.p = p
@@ -143,11 +143,11 @@ class DataAugmentationDINO:
         ]
 
     def draw(self, width: int, height: int, rng=random) -> list[View]:
-        """What is random in the views of an image of this size."""
+        """Draw the random numbers of the views of an image of this size."""
         return [draw_view(width, height, recipe, rng) for recipe in self.recipes]
 
     def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], list[Tensor]]:
-        """uint8 (3, H, W) -> crops, and the colours that `normalized_views` is to give them.
+        """uint8 (3, H, W) -> crops, and the colours that `normalized_views` applies to them.
 
         Crops are uint8 tensors, one (V, 3, size, size) for each size; few tensors are cheap to pass
         between processes. The colours are one tensor over all views for each field of `Colour`.
@@ -163,7 +163,7 @@ class DataAugmentationDINO:
             views = np.empty((len(group), 3, group[0].size, group[0].size), np.uint8)
             for out, view in zip(views, group, strict=True):
                 done = apply_colours(crop_and_resize(pixels, view)[None], [view.colour])[0]
-                out[:] = done.numpy().astype(np.uint8)  # NumPy does so five times as fast as torch
+                out[:] = done.numpy().astype(np.uint8)  # NumPy converts five times as fast as torch
             stacks.append(torch.from_numpy(views))
         return stacks, ()
 
@@ -174,7 +174,7 @@ class DataAugmentationDINO:
 
 
 def by_size(views: Iterable[View]) -> list[list[View]]:
-    """Consecutive views of one size together."""
+    """Group consecutive views of one size."""
     return [list(group) for _, group in itertools.groupby(views, key=lambda view: view.size)]
 
 
@@ -189,16 +189,16 @@ def has_batchnorms(model: nn.Module) -> bool:
 
 
 class MultiCropWrapper(nn.Module):
-    """A backbone and a head over views of several sizes.
+    """Applies a backbone and a head to views of several sizes.
 
-    Views of one size go through the backbone together, all features through the head together:
+    Views of one size go through the backbone together, and all features through the head together:
     V views (B, 3, H, W) -> (V * B, K), in the order of the views.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         for classifier in ("fc", "head"):
-            # timm's convnets have their pooling in a `head`, and no classifier in it any more
+            # a `head` of timm's convnets contains the pooling, and no classifier by now
             if isinstance(getattr(backbone, classifier, None), nn.Linear):
                 setattr(backbone, classifier, nn.Identity())
         self.backbone = backbone
@@ -214,8 +214,8 @@ class MultiCropWrapper(nn.Module):
 class WeightNormLinear(nn.Module):
     """x -> x W^T with W = g v / |v| row by row.
 
-    As `torch.nn.utils.weight_norm` makes it, whose parameter names it keeps, without that
-    function's hooks: they are deprecated and cannot be deep-copied.
+    Has the parameter names of `torch.nn.utils.weight_norm`, but not its hooks, which are deprecated and
+    cannot be deep-copied.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -233,9 +233,9 @@ class WeightNormLinear(nn.Module):
 
 
 class Prototypes(NamedTuple):
-    """A student's output before its last layer, whose output is `features @ weight.T`.
+    """The input and the weight of a student's last layer, whose output is `features @ weight.T`.
 
-    That would be the largest tensor of the step: `DINOLoss` never holds it whole.
+    That output would be the largest tensor of the step; `DINOLoss` computes it in parts.
     """
 
     features: Tensor  # (N, bottleneck)
@@ -247,7 +247,7 @@ class DINOHead(nn.Module):
 
     An MLP of `nlayers` layers, L2 normalisation, a weight-normalised linear layer. With
     `norm_last_layer` the prototypes keep unit length, which makes training more stable. With
-    `defer_last_layer`, in training, the last layer is left to the loss: `Prototypes` come out.
+    `defer_last_layer`, in training, the loss applies the last layer, and the output is `Prototypes`.
     """
 
     defer_last_layer = False
@@ -297,15 +297,15 @@ class DINOHead(nn.Module):
 class DINOLoss(nn.Module):
     """Cross-entropy between teacher and student over all pairs of different views.
 
-    The teacher's outputs are centred, which keeps one prototype from winning always, and
-    sharpened by a low temperature, which keeps the outputs from becoming uniform (paper,
-    Section 3.1). The temperature warms up linearly over the first epochs. `centering` is "ema" (of
-    the mean output over all ranks), "none", or "sinkhorn" over the batch of all ranks.
+    The teacher's outputs are centred, so that no prototype dominates, and sharpened by a low temperature,
+    so that the outputs do not become uniform (paper, Section 3.1). The temperature warms up linearly over
+    the first epochs. `centering` is "ema" (of the mean output over all ranks), "none", or "sinkhorn" over
+    the batch of all ranks.
 
-    A batch may come in `accum_steps` parts of one size: the centre moves after the last of them, by
-    the mean over all. Then `stats` holds means over the parts as scalars on the device, in nats:
-    "loss"; the teacher's "entropy"; the "spread" of its outputs over the images, which is the entropy
-    of their mean less the mean of their entropies, 0 where all images get the same output; and "kl",
+    A batch may consist of `accum_steps` parts of one size: the centre is updated after the last one, with
+    the mean over all. Then `stats` holds means over the parts, as scalars on the device, in nats: "loss";
+    the teacher's "entropy"; the "spread" of its outputs over the images, i.e. the entropy of their mean
+    minus the mean of their entropies, which is 0 if all images get the same output; and "kl",
     KL(teacher || student).
     """
 
@@ -337,8 +337,8 @@ class DINOLoss(nn.Module):
         self.warmup_epochs = warmup_teacher_temp_epochs
 
     def teacher_temp(self, epoch: float) -> float:
-        """The teacher's temperature, which rises from epoch to epoch in a warm-up of whole epochs, and
-        continuously in one of a fraction.
+        """The teacher's temperature. It rises once per epoch in a warm-up of whole epochs, and continuously
+        in a warm-up of a fraction of epochs.
         """
         first, last = self.teacher_temps
         if epoch >= self.warmup_epochs:
@@ -390,10 +390,10 @@ class DINOLoss(nn.Module):
 
 
 def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
-    """Logits (N, K) whose softmax uses all prototypes alike, over the batches of all ranks.
+    """Change logits (N, K) so that their softmax uses all prototypes equally, over all ranks' batches.
 
-    As in SwAV (Caron et al., 2020, https://arxiv.org/abs/2006.09882): by turns, prototypes get equal
-    shares of the batch, and each image probabilities.
+    As in SwAV (Caron et al., 2020, https://arxiv.org/abs/2006.09882): alternately normalises each
+    prototype's share of the batch and each image's probabilities.
     """
     for _ in range(iterations):
         share = all_gather(logits.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)  # (K,)
@@ -402,17 +402,17 @@ def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
-    """Last layer, softmax and cross-entropy of `DINOLoss` in one, with their gradients, a few rows
-    at a time: of the (V*B, K) tensors that autograd would keep, there is never more than one chunk.
+    """Last layer, softmax and cross-entropy of `DINOLoss` with their gradients, a few rows at a time, so
+    that only one chunk of the (V*B, K) tensors that autograd would keep exists at any time.
 
     The loss is linear in the log-softmax, so its gradient with respect to the logits of one view of
-    an image is (|q| softmax - q) / (temperature * terms), q being the sum of the targets from the
-    teacher's other views, |q| their number.
+    an image is (|q| softmax - q) / (temperature * terms), where q is the sum of the targets from the
+    teacher's other views and |q| is their number.
     """
 
     CHUNK = 2**23  # elements; 32 MiB
-    # In half precision, gradients are made larger by a power of 2 on their way through the GEMM: the
-    # student's smallest probabilities would be lost, whatever scale the loss has.
+    # In half precision, gradients are scaled by a power of 2 for the matrix product. Otherwise the student's
+    # smallest probabilities would underflow, whatever scale the loss has.
     HALF_SCALE = 2.0**10
 
     @staticmethod
@@ -423,7 +423,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         half = features.dtype in (torch.float16, torch.bfloat16)
         exact = torch.float32 if half else features.dtype
         scale = _FusedCrossEntropy.HALF_SCALE if half else 1.0
-        # How many of the teacher's two views each view is compared with: all but itself.
+        # How many of the teacher's two views each view is compared with: all except itself.
         count = torch.full((len(views), 1, 1), 2.0, dtype=exact, device=features.device)
         count[:2] = 1.0
         grad_views = torch.empty_like(views, dtype=exact)
@@ -471,11 +471,11 @@ def _entropy(p: Tensor, logits: Tensor) -> Tensor:
 
 
 class CollapseWatch:
-    """Names a training that has collapsed, by the numbers of `DINOLoss.stats`.
+    """Warns of a training that has collapsed, based on the numbers of `DINOLoss.stats`.
 
     Uniform collapse: the teacher's outputs are flat and the loss stays at ln K. Constant collapse: they
     are peaked, but the same for every image, so their spread is near 0 (paper, Section 5.3 and Figure 7).
-    Warns once, when either has lasted for `patience` steps.
+    Warns once when either has lasted for `patience` steps.
     """
 
     ADVICE = {
@@ -526,9 +526,9 @@ def cosine_scheduler(
     warmup_epochs: float = 0,
     start_warmup_value: float = 0,
 ) -> np.ndarray:
-    """One value per global step: a linear warm-up, then half a cosine down (or up) to the final.
+    """One value per global step: a linear warm-up, then half a cosine to the final value.
 
-    The warm-up may be a fraction of an epoch. Raises ValueError when it is longer than the training.
+    The warm-up may be a fraction of an epoch. Raises ValueError if it is longer than the training.
     """
     if warmup_epochs > epochs:
         raise ValueError(f"a warm-up of {warmup_epochs} epochs does not fit into {epochs}")
@@ -544,7 +544,7 @@ def cosine_scheduler(
 
 
 def get_params_groups(model: nn.Module) -> list[dict]:
-    """Trained parameters in two groups: weights, which decay; biases and norms, which do not."""
+    """Group trained parameters: weights, which decay, and biases and norms, which do not."""
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for name, param in model.named_parameters():
@@ -554,14 +554,14 @@ def get_params_groups(model: nn.Module) -> list[dict]:
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """This step's learning rate, and the weight decay of the group that decays."""
+    """Set this step's learning rate, and the weight decay of the group that decays."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
 def in_parts(views: list[Tensor], count: int, model: nn.Module) -> Iterator[list[Tensor]]:
-    """V views (B, ...) as `count` times V views (B / count, ...), one backward pass each.
+    """Split V views (B, ...) into `count` parts of V views (B / count, ...), for one backward pass each.
 
     Gradients add up; ranks average them in the last pass only.
     """
@@ -577,9 +577,9 @@ def in_parts(views: list[Tensor], count: int, model: nn.Module) -> Iterator[list
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, clip: float) -> Tensor:
-    """Scale each parameter's gradient, by itself, to a norm of at most `clip`.
+    """Scale each parameter's gradient separately to a norm of at most `clip`.
 
-    Returns the norms before, one per gradient, on the device: nothing waits for them.
+    Returns the norms before clipping, one per gradient, on the device, without waiting for it.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
@@ -588,7 +588,7 @@ def clip_gradients(model: nn.Module, clip: float) -> Tensor:
 
 
 def cancel_gradients_last_layer(epoch: float, model: nn.Module, freeze_last_layer: float) -> None:
-    """Keep the head's last layer as it is in the first `freeze_last_layer` epochs."""
+    """Freeze the head's last layer in the first `freeze_last_layer` epochs."""
     if epoch < freeze_last_layer:
         for name, param in model.named_parameters():
             if "last_layer" in name:
@@ -627,7 +627,7 @@ class LARS(torch.optim.Optimizer):
                 if param.ndim != 1:
                     update = update.add(param, alpha=group["weight_decay"])
                     ratio = group["eta"] * param.norm() / update.norm()
-                    # A zero norm of either gives 0, infinity or NaN: then do not adapt.
+                    # If either norm is zero, the ratio is 0, infinite or NaN: then do not adapt.
                     update = update * ratio.where(ratio.isfinite() & (ratio > 0), 1.0)
                 state = self.state[param]
                 if "mu" not in state:
@@ -638,7 +638,7 @@ class LARS(torch.optim.Optimizer):
 
 
 # ---------------------------------------------------------------------------------------------
-# Names that the published `utils` had and that now live in support/
+# Names of the published `utils` that are now in support/
 # ---------------------------------------------------------------------------------------------
 
 from support.cli import bool_flag  # noqa: E402, F401

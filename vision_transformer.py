@@ -1,8 +1,8 @@
 """Vision Transformers as DINO trains them: no classifier, any image size.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), https://arxiv.org/abs/2010.11929;
-the sizes are those of Touvron et al., "DeiT" (2021), https://arxiv.org/abs/2012.12877.
-Parameter names are timm's (`blocks.0.attn.qkv.weight`), so weights travel both ways.
+the sizes follow Touvron et al., "DeiT" (2021), https://arxiv.org/abs/2012.12877.
+Parameter names are timm's (`blocks.0.attn.qkv.weight`), so weights can be exchanged with timm.
 
 Shapes: B images, C channels, H x W pixels, P patch, N = 1 + (H/P)(W/P) tokens, D width, h heads.
 """
@@ -46,8 +46,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         q, k, v = self.project(x, cls_only)
-        # On the CPU, the fused kernel saves memory where there are many tokens, but it is slower for the
-        # few tokens of small crops, and for any number of them in bfloat16.
+        # On the CPU, the fused kernel saves memory for many tokens, but it is slower for the few tokens of
+        # small crops, and in bfloat16 for any number of tokens.
         if x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training):
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
     `drop_path_rate` grows linearly from 0 in the first block to its value in the last.
     """
 
-    # Keep the blocks' inputs only and compute the rest again for the gradients: less memory, more time.
+    # Keep only the blocks' inputs and recompute the rest in the backward pass: less memory, more time.
     grad_checkpointing = False
 
     def __init__(
@@ -215,10 +215,10 @@ def _vit(width: int, depth: int, heads: int, patch_size: int, **kwargs) -> Visio
 
 
 def vit_nano(patch_size: int = 16, **kwargs) -> VisionTransformer:
-    """1.2 M parameters, ours: for the demo, for tests and for small images.
+    """1.2 M parameters, for the demo, for tests and for small images; not from the paper.
 
-    The usual 0.02 suits widths of 384 and more. At 128 the blocks would add next to nothing at the
-    start; 0.09 is about 1 / sqrt(width).
+    The usual `init_std` of 0.02 suits widths of 384 and more. At a width of 128 the blocks would add almost
+    nothing at the start; 0.09 is about 1 / sqrt(width).
     """
     return _vit(128, 6, 4, patch_size, **({"init_std": 0.09} | kwargs))
 

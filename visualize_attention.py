@@ -45,7 +45,7 @@ ON_SHEET = 16  # images at most
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags; a parent for other parsers, hence no `--help`."""
+    """All flags. A parent for other parsers, so it has no `--help`."""
     parser = cli.ArgumentParser("Visualize Self-Attention maps", add_help=False)
     # fmt: off
     cli.add_weights_flags(parser)
@@ -115,8 +115,8 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
 def _last_timm_attention(backbone: Any, images: Tensor) -> Tensor:
     """First row of the last attention map, (B, h, N) for a ViT; (B, 0) for networks without one.
 
-    timm's attention layers pass their softmax through a module `attn_drop`, unless a fused kernel
-    computes both, which only the last layer must not use.
+    timm's attention layers pass their softmax through a module `attn_drop`, unless they use a fused
+    kernel, which is turned off in the last layer.
     """
     names = [name for name, _ in backbone.named_modules() if name.endswith("attn_drop")]
     found = [images.new_zeros(len(images), 0)]
@@ -147,7 +147,7 @@ def patch_size_of(backbone: nn.Module) -> int:
 
 
 def keep_mass(attention: Tensor, share: float) -> Tensor:
-    """The fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
+    """Mark the fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
     if share >= 1:  # rounding could make the sum reach 1 before the last patch
         return torch.ones_like(attention, dtype=torch.bool)
     values, order = attention.flatten(-2).sort(dim=-1, descending=True)
@@ -203,7 +203,7 @@ def heat_map(attention: Tensor) -> Image.Image:
 
 
 def draw(image: Image.Image, attention: Tensor, threshold: float | None) -> dict[str, Image.Image]:
-    """Pictures of one image's attention (h, R, C), by file name; the image has R x C patches."""
+    """Draw pictures of one image's attention (h, R, C), by file name; the image has R x C patches."""
     size = (image.height, image.width)
     pictures = {"img": image}
     maps = {"mean": attention.mean(dim=0)} | {f"head{i}": head for i, head in enumerate(attention)}
@@ -218,9 +218,9 @@ def draw(image: Image.Image, attention: Tensor, threshold: float | None) -> dict
 
 
 def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = None) -> list[list[Image.Image]]:
-    """Rows of the sheet for one image: overlays and, below, what each mask keeps of the image.
+    """Make the sheet's rows for one image: the overlays and, below them, the image behind each mask.
 
-    `first` is put below the image, e.g. the true mask.
+    `first`, e.g. the true mask, is shown below the image.
     """
     image = pictures["img"]
     white = Image.new("RGB", image.size, "white")
@@ -234,9 +234,9 @@ def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = Non
 
 
 def contact_sheet(rows: list[list[Image.Image]], side: int = 160) -> Image.Image:
-    """Rows of pictures on white, each centred in a square of `side` pixels.
+    """Arrange rows of pictures on white, each centred in a square of `side` pixels.
 
-    One factor scales all pictures: the largest fills its square.
+    One factor scales all pictures, so that the largest fills its square.
     """
     factor = side / max(max(picture.size) for row in rows for picture in row)
     resample = Image.Resampling.BICUBIC if factor < 1 else Image.Resampling.NEAREST
@@ -250,7 +250,7 @@ def contact_sheet(rows: list[list[Image.Image]], side: int = 160) -> Image.Image
 
 
 def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
-    """Draw an image and its views; below each, the attention of the teacher in it."""
+    """Draw an image and its views and, below each, the teacher's attention in it."""
     views = [view for part in augmentation.views(to_pixels(image), random.Random(0))[0] for view in part]
     rows: list[list[Image.Image]] = [[], []]
     for pixels in (to_pixels(image), *views):
@@ -277,7 +277,7 @@ def is_own(path: str | Path) -> bool:
 
 
 def open_images(paths: list[str]) -> ImageFiles:
-    """The images to show: the named files, and those in the named folders that are not our pictures.
+    """Open the images to show: the named files, and those in the named folders that are not our pictures.
 
     Raises UserError.
     """
@@ -297,7 +297,7 @@ def open_images(paths: list[str]) -> ImageFiles:
 
 
 def folder_names(paths: list[str]) -> list[str]:
-    """A name for each image's folder: the file's, with a number if another image has that name."""
+    """Name each image's folder after its file, with a number if another image has that name."""
     names: list[str] = []
     for path in paths:
         stem = name = Path(path).stem
@@ -317,7 +317,7 @@ def check_free(path: Path, inputs: set[Path]) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path, inputs: set[Path]) -> None:
-    """Save a PNG with our mark. Raises UserError as `check_free`."""
+    """Save a PNG with our mark. Raises UserError as `check_free` does."""
     check_free(path, inputs)
     text = PngInfo()
     for name, value in MARK.items():
@@ -331,7 +331,7 @@ def save_picture(picture: Image.Image, path: Path, inputs: set[Path]) -> None:
 
 
 def prepare(image: Image.Image, image_size: list[int], patch_size: int) -> Image.Image:
-    """Turn as EXIF says, resize, then crop right and bottom to whole patches. Raises UserError."""
+    """Rotate as EXIF says, resize, then crop right and bottom to whole patches. Raises UserError."""
     image = resize(ImageOps.exif_transpose(image), image_size)
     width, height = (side - side % patch_size for side in image.size)
     if not width or not height:
@@ -341,7 +341,7 @@ def prepare(image: Image.Image, image_size: list[int], patch_size: int) -> Image
 
 
 def attention_of(frozen: Frozen, images: list[Image.Image], device: torch.device) -> Tensor:
-    """Attention (B, h, R, C) in B images of one size, on the device."""
+    """Compute the attention (B, h, R, C) in B images of one size, on the device."""
     pixels = torch.stack([pil_to_tensor(image) for image in images]).to(device)
     return cls_attention(frozen.network, normalize(pixels, frozen.mean, frozen.std))
 
@@ -354,14 +354,14 @@ def visualize(
     output_dir: Path,
     device: torch.device,
 ) -> None:
-    """Write the pictures of each image, in a folder each if there are several, and the sheet.
+    """Write the pictures of each image, in separate folders if there are several, and the sheet.
 
-    An image that cannot be read is named and skipped. Raises TrainingError at the end if there were
-    any, ImageError if no image could be read, UserError for an output that is not ours to overwrite.
+    Logs and skips an image that cannot be read. Raises TrainingError at the end if there was any,
+    ImageError if no image could be read, UserError if it would overwrite a file of another program.
     """
     paths = [sample_name(images, i) for i in range(len(images))]
     inputs = {Path(path).resolve() for path in paths}
-    check_free(output_dir / "sheet.png", inputs)  # now, not after all the work
+    check_free(output_dir / "sheet.png", inputs)  # at the start, not after all the work
     rows, broken = [], []
     for i, name in enumerate(folder_names(paths)):
         try:
@@ -393,7 +393,7 @@ def visualize(
 def segment_shapes(
     frozen: Frozen, shapes: Shapes, image_size: list[int], threshold: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """How well each head segments the drawn objects, as in `segmentation`: means over the images, (h,)."""
+    """Measure how well each head segments the drawn objects: `segmentation`'s means over images, (h,)."""
     results = []
     for chunk in torch.arange(len(shapes)).split(100):
         images = [prepare(shapes[i][0], image_size, patch_size_of(frozen.network)) for i in chunk.tolist()]
@@ -404,7 +404,7 @@ def segment_shapes(
 
 
 def load_demo(args: argparse.Namespace, device: torch.device) -> dict[str, Frozen]:
-    """The demo's network, with the weights that its training started from and with the trained ones.
+    """Load the demo's network, once with the first weights of its training and once with the trained ones.
 
     Raises UserError.
     """
@@ -415,7 +415,7 @@ def load_demo(args: argparse.Namespace, device: torch.device) -> dict[str, Froze
     trained = load_backbone(args.pretrained_weights, args.checkpoint_key, *known)
     fix_random_seeds(args.seed)
     untrained = load_backbone("random", None, *known)
-    for size in args.image_size:  # what cropping removed would still be in the true masks
+    for size in args.image_size:  # cropped images would not match the true masks
         check_divides("image_size", size, patch_size_of(trained.network))
     for frozen in (untrained, trained):
         frozen.network.to(device)
@@ -449,7 +449,7 @@ def report_demo(args: argparse.Namespace, device: torch.device, num_images: int 
 def main(args: argparse.Namespace) -> None:
     """Write the pictures; under `--demo`, measure the segmentation too."""
     check_args(args)
-    if launched_as()[0]:  # one process does the work, and waits for no other
+    if launched_as()[0]:  # one process does all the work
         return
     device = choose_device()
     fix_random_seeds(args.seed)

@@ -15,7 +15,7 @@ from vision_transformer import VITS, VisionTransformer
 
 
 def canonical(arch: str) -> str:
-    """Our or timm's name for a network that the published code names differently; other names unchanged."""
+    """Map a name from the published code to ours or timm's; other names stay unchanged."""
     if arch in VITS:
         return VITS[arch].__name__  # deit_small -> vit_small
     return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
@@ -24,11 +24,12 @@ def canonical(arch: str) -> str:
 def build_backbone(
     arch: str, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0
 ) -> tuple[nn.Module, int]:
-    """A backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
+    """Build a backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
 
     The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
-    `patch_size` and `img_size` (of the position embedding) apply to our ViTs only; other names
-    include theirs. `drop_path_rate` applies to our ViTs and timm's models; torchvision's keep their own.
+    `patch_size` and `img_size` (of the position embedding) apply to our ViTs only; the names of other
+    networks determine theirs. `drop_path_rate` applies to our ViTs and timm's models; torchvision's keep
+    their own.
     Returns the model, whose attribute `dropped_classifiers` names the removed layers, and D. Raises
     UserError for an unknown name.
     """
@@ -53,9 +54,9 @@ def build_backbone(
             model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
             names = model.default_cfg["classifier"]  # two for a distilled ViT
             model.dropped_classifiers = (names,) if isinstance(names, str) else tuple(names)
-            # MobileNetV3 and its like have a layer behind the pooling.
+            # MobileNetV3 and similar networks have a layer after the pooling.
             return model, getattr(model, "head_hidden_size", None) or model.num_features
-        except TypeError as error:  # most convnets know neither argument
+        except TypeError as error:  # most convnets accept neither argument
             unknown = [name for name in kwargs if f"'{name}'" in str(error)]
             if not unknown:
                 raise
@@ -92,7 +93,7 @@ def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iter
         try:
             with torch.no_grad():
                 shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
-        except Exception as error:  # whatever a foreign model raises on a size it cannot take
+        except Exception as error:  # a model may raise anything for a size that it does not accept
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{arch} takes no {size}-pixel images: {reason}", "--arch", fix) from None
         if shape != (2, embed_dim):
@@ -106,14 +107,17 @@ def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
         backbone.grad_checkpointing = True
         return
     enable = getattr(backbone, "set_grad_checkpointing", None)  # timm's
-    with contextlib.suppress(AttributeError, AssertionError):  # how models of others refuse
+    with contextlib.suppress(AttributeError, AssertionError):  # how other models refuse
         if enable:
             return enable()
     raise UserError(f"{arch} cannot recompute activations", "--grad_checkpointing", "use a ViT")
 
 
 def convert_batchnorms(model: nn.Module) -> nn.Module:
-    """The model with batch norms that use the statistics of all ranks' images, on GPUs."""
+    """Replace batch norms by ones that use the statistics of all ranks' images; these work on GPUs only.
+
+    Changes the model in place unless it is itself a batch norm; returns it.
+    """
     if "timm" in sys.modules:  # timm's batch norms contain the activation, which torch would drop
         from timm.layers import convert_sync_batchnorm
 

@@ -1,4 +1,4 @@
-"""Warnings, before a training begins, about images that mean something else than their pixels say."""
+"""Checks images before training starts, and warns of likely mistakes in how they were prepared."""
 
 import random
 import time
@@ -15,22 +15,22 @@ IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
 def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
-    """Look at up to `most` images, spread over all, for about `seconds`; a warning for each kind of fault.
+    """Read up to `most` images, evenly spread, for about `seconds`; log a warning for each kind of fault.
 
-    The faults: images that cannot be read, 16-bit values of which few bits are used, bands and
-    transparency that are dropped, images that are nearly constant, and images that are nearly the same.
+    The faults: images that cannot be read, 16-bit values that use few bits, bands or transparency that are
+    dropped, images that are nearly constant, and images that are nearly identical.
     """
     if isinstance(images, Shapes):
         return
     spread = np.unique(np.linspace(0, len(images) - 1, most).astype(int)).tolist()
-    random.Random(0).shuffle(spread)  # so that those that there is time for are spread as well
+    random.Random(0).shuffle(spread)  # so that the images read in time are evenly spread too
     faults: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
-    thumbnails, deepest, begun, looked_at = {}, 0, time.monotonic(), 0
+    thumbnails, deepest, begun, checked = {}, 0, time.monotonic(), 0
     for index in spread:
         if time.monotonic() - begun > seconds:
             break
-        looked_at += 1
+        checked += 1
         try:
             file, image = _stored_and_read(images, index)
         except Exception as error:  # a broken file can raise nearly anything
@@ -52,7 +52,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
         faults["are nearly identical to another one: training learns from differences between images"] = same
     for words, indices in faults.items():
         example = sample_name(images, min(indices)) + reasons.get(min(indices), "")
-        log(f"warning: {len(indices)} of {looked_at} images looked at {words}; e.g. {example}")
+        log(f"warning: {len(indices)} of {checked} checked images {words}; e.g. {example}")
 
 
 DEEP = "16 bits"
@@ -67,9 +67,9 @@ def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
 
 
 def _stored_and_read(images: Images, index: int) -> tuple[Image.Image, Image.Image]:
-    """An image as it is stored, and as training reads it."""
+    """Read an image as it is stored, and as training sees it."""
     if isinstance(images, ImageFiles):
-        read = load_image(images.paths[index])  # refuses what is no file
+        read = load_image(images.paths[index])  # raises for a path that is not a file
         with Image.open(images.paths[index]) as file:
             file.load()
         return file, read
@@ -78,14 +78,14 @@ def _stored_and_read(images: Images, index: int) -> tuple[Image.Image, Image.Ima
 
 
 def _largest(file: Image.Image) -> int | None:
-    """The largest value of a 16-bit image that does not say that it uses fewer bits."""
+    """The largest value of a 16-bit image; None for other images and for a TIFF that states fewer bits."""
     if not file.mode.startswith("I") or sample_bits(file) < 16:
         return None
     return int(np.asarray(file).max())
 
 
 def _dropped(file: Image.Image) -> str:
-    """What the conversion to RGB drops."""
+    """Describe what the conversion to RGB drops; "" if nothing."""
     bands = getattr(file, "tag_v2", {}).get(277, len(file.getbands()))  # TIFF's SamplesPerPixel
     if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
         alpha = file.convert("RGBA").getchannel("A")
@@ -94,7 +94,7 @@ def _dropped(file: Image.Image) -> str:
 
 
 def _identical(thumbnails: dict[int, np.ndarray]) -> list[int]:
-    """The indices of images whose thumbnail is nearly that of another one."""
+    """Indices of images whose thumbnail is nearly identical to another image's."""
     indices = list(thumbnails)
     return [
         i for i in indices

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults but where there is none: switches, and flags that are empty unless given."""
+    """Shows each flag's default, except for switches and empty defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         empty = action.nargs == 0 or action.default in (None, "")
@@ -47,7 +47,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, split: str = "") -> None:
-    """The flags that say what the images are; `folder` and `demo` complete their help.
+    """Add the flags that select the images; `folder` and `demo` complete their help.
 
     `split` is the help of `--split`, for a script that reads one part of a dataset.
     """
@@ -63,13 +63,13 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, spli
         help="let --dataset fetch what is missing; several machines have to share --data_path")
     group.add_argument("--demo", action="store_true", help=demo)
     group.add_argument("--num_workers", default=10, type=number(int, at_least=0),
-        help="data-loading workers per process; more while the log's data share is above a few per cent, "
-             "but no more than there are cores")
+        help="data-loading workers per process; increase while the log shows more than a few per cent of the "
+             "time spent on data; at most one per core")
     # fmt: on
 
 
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a frozen network; None where they are not given."""
+    """Add the flags that select a frozen network; a flag that is not given is None."""
     # fmt: off
     group = parser.add_argument_group("weights")
     group.add_argument("--pretrained_weights", default="",
@@ -87,7 +87,7 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launch_flags(group) -> None:
-    """The flags of the process group."""
+    """Add the flags of the process group."""
     # fmt: off
     group.add_argument("--dist_url", default="env://",
         help="rendezvous of the process group, as in torch.distributed")
@@ -96,12 +96,12 @@ def add_launch_flags(group) -> None:
     # fmt: on
 
 
-# Autocast's type by the name a flag gives it; None: no autocast.
+# The type that autocast uses for each value of --precision; None: no autocast.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bool_flag(value: str) -> bool:
-    """`true`, `on`, `1` or `false`, `off`, `0`."""
+    """Parse `true`, `on`, `1` or `false`, `off`, `0`."""
     words = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
     if value.lower() not in words:
         raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
@@ -115,7 +115,7 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Callable[[str], float]:
-    """An argparse type: a finite int or float within these bounds; an int also below 2**31."""
+    """Build an argparse type for a finite int or float within these bounds; an int is also below 2**31."""
     bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
     if kind is int and at_most is None and below is None:
         bounds["below"] = 2**31  # torch takes no larger sizes
@@ -140,7 +140,7 @@ NUMBER_WORDS = {int: "a whole number", float: "a number"}
 
 
 def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
-    """The folder for a run's files, made if it is not there. Raises UserError if it cannot be written."""
+    """Create the folder for a run's files if it does not exist. Raises UserError if it is not writable."""
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
 
 
 def say(error: UserError) -> None:
-    """The error in one line, from the first rank, or from the only one that knows of it."""
+    """Print the error in one line, from the first rank or, if only one rank knows of it, from that one."""
     if launched_as()[0] == 0 or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
@@ -165,7 +165,7 @@ def exit_with(error: UserError):
     sys.exit(error.exit_code)
 
 
-# What saves memory, by flag: a script is advised those that it has.
+# How to save memory, by flag; a message names the flags that the script has.
 MEMORY_ADVICE = {
     "batch_size_per_gpu": "lower --batch_size_per_gpu",
     "grad_checkpointing": "add --grad_checkpointing",
@@ -175,7 +175,7 @@ MEMORY_ADVICE = {
 
 
 def from_outside(error: Exception, args: object = None) -> UserError | None:
-    """One clear line for what the machine, not the program, did wrong; None for anything else.
+    """Turn an error that the machine caused, not the program, into one clear line; None for others.
 
     `args` are the script's flags, for advice.
     """
@@ -185,7 +185,7 @@ def from_outside(error: Exception, args: object = None) -> UserError | None:
         fix = " or ".join(words for name, words in MEMORY_ADVICE.items() if hasattr(args, name))
         fix = fix or "close other programs"
         return TrainingError(f"out of memory: {message}", "", fix, alone=True)
-    if message.startswith("DataLoader worker (pid"):  # it died; its own exceptions are not meant
+    if message.startswith("DataLoader worker (pid"):  # it died; an exception in a worker reads differently
         what = f"a data-loading worker died: {message}"
         return Interrupted(what, "", "run the same command to resume", alone=True)
     if (dist.is_available() and isinstance(error, dist.DistError)) or "/gloo/" in message:
@@ -202,9 +202,9 @@ def from_outside(error: Exception, args: object = None) -> UserError | None:
 def warn_no_effect(
     args: argparse.Namespace, parser: argparse.ArgumentParser, rules: Iterable[tuple[str, Callable, str]]
 ) -> None:
-    """Warn of flags that are not at their defaults and have no effect beside the others.
+    """Warn of flags that differ from their defaults but have no effect, given the other flags.
 
-    A rule is a flag's name, whether it has no effect given `args`, and why.
+    A rule is a flag's name, a function of `args` that returns whether it has no effect, and the reason.
     """
     for name, holds, reason in rules:
         value, default = getattr(args, name), parser.get_default(name)
@@ -214,13 +214,13 @@ def warn_no_effect(
 
 
 def run_script(main: Callable[[T], object], args: T, resumable: bool = False) -> None:
-    """Call `main(args)`; end in one clear line when the user can correct what went wrong.
+    """Call `main(args)`; print an error that the user can correct in one line, and exit.
 
-    A `resumable` script also ends with "resume me" (75) at a scheduler's signal that `main` does not handle.
+    A `resumable` script exits with 75 ("resume me") on a scheduler's signal that `main` does not handle.
     """
     for number in SCHEDULERS if resumable else ():
         signal.signal(number, _end_by_signal)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
@@ -231,7 +231,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
         stop.exit_code = 130  # what a shell reports for SIGINT
         end_at_once(stop)
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         stop = Interrupted("the reader of the output has ended", "", "run the same command to resume")
         stop.exit_code = 141  # what a shell reports for SIGPIPE
         end_at_once(stop)
@@ -246,13 +246,13 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
 
 
 def _end_by_signal(signum: int, _):
-    """For a signal outside of training, when there is nothing to finish and nothing to save."""
+    """Handle a signal outside of training: there is nothing to finish and nothing to save."""
     what = f"by {signal.Signals(signum).name}, outside of training"
     end_at_once(Interrupted(what, "", "run the same command to resume"))
 
 
 def end_at_once(error: UserError):
-    """End the process; leaving a group in order would wait for processes that may be dead."""
+    """End the process without leaving the group, which would wait for processes that may be dead."""
     if in_group():
         say(error)
         kill_workers(multiprocessing.active_children())

@@ -1,4 +1,4 @@
-"""A run's log as a picture, and for TensorBoard. Training needs neither library."""
+"""Draws a run's log and writes it for TensorBoard. Training needs neither matplotlib nor TensorBoard."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ Panels = Sequence[tuple[str, Sequence[str]]]
 
 
 class Curves:
-    """Draws curves.png from log.txt after each epoch; gives the same numbers to TensorBoard if asked to.
+    """Draws curves.png from log.txt after each epoch; writes the same numbers for TensorBoard if asked to.
 
-    Says so in a note where matplotlib is missing.
+    Logs a note if matplotlib is missing.
     """
 
     def __init__(self, folder: Path, panels: Panels, tensorboard: bool = False, first_step: int = 0):
-        """`folder` is the run's; TensorBoard drops what it has from `first_step` on."""
+        """`folder` is the run's; TensorBoard discards its earlier records from `first_step` on."""
         self.folder, self.panels, self.writer, self.can_draw = folder, panels, None, True
         try:  # checked at the start, so that the user learns it before training
             import matplotlib.figure  # noqa: F401
@@ -31,7 +31,7 @@ class Curves:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def update(self, record: dict) -> None:
-        """Draw again after `record` was added to log.txt."""
+        """Redraw the curves, after `record` was added to log.txt."""
         if self.can_draw:
             picture, log_file = self.folder / "curves.png", self.folder / "log.txt"
             try_to_write(picture, lambda path: draw_curves(log_file, path, self.panels))

@@ -1,4 +1,4 @@
-"""The images: opened by path or by name, read, described.
+"""Opens sets of images by path or by name, reads images, and describes them.
 
 Shapes: H x W pixels.
 """
@@ -36,19 +36,19 @@ from support.shapes import Shapes
 
 
 def load_image(path: str) -> Image.Image:
-    """The first frame of an image file, as `to_rgb` reads it; EXIF rotation is ignored.
+    """Read the first frame of an image file as RGB, as `to_rgb` converts it; EXIF rotation is ignored.
 
-    16-bit values keep the upper 8 of the bits they use, which a TIFF may say.
-    Raises nearly anything for a file that cannot be read.
+    16-bit values keep the upper 8 of the bits that they use, which a TIFF may state. A file that cannot be
+    read may raise any exception.
     """
-    if not os.path.isfile(path):  # a pipe would never end
+    if not os.path.isfile(path):  # reading a pipe could block forever
         raise OSError("not a file")
     with open(path, "rb") as file, Image.open(file) as image:
         return to_rgb(image, sample_bits(image))
 
 
 def sample_bits(image: Image.Image) -> int:
-    """The bits that the values of a 16-bit image use, from 8 to 16, as a TIFF says in its tags."""
+    """How many bits the values of a 16-bit image use, 8 to 16, according to the tags of a TIFF."""
     tags = getattr(image, "tag_v2", {})
     bits, largest = tags.get(258, (16,)), tags.get(281, (65_535,))  # BitsPerSample, MaxSampleValue
     said = [int(np.max(bits)), int(np.max(largest)).bit_length()]
@@ -58,8 +58,8 @@ def sample_bits(image: Image.Image) -> int:
 def load_pixels(path: str) -> Tensor:
     """An image file as uint8 (3, H, W), with `load_image`'s pixels.
 
-    torchvision decodes JPEGs 1.5 times as fast as Pillow. It is left out where it no longer does so
-    (deprecated since 0.29), and where the file is not a whole JPEG in colour: Pillow sees to those.
+    torchvision decodes JPEGs 1.5 times as fast as Pillow. Falls back to Pillow if torchvision has dropped
+    the decoder (deprecated in 0.29) or the file is not a complete RGB JPEG.
     """
     decode = getattr(torchvision.io, "decode_jpeg", None)
     if decode and path.lower().endswith((".jpg", ".jpeg")) and os.path.isfile(path):
@@ -96,7 +96,7 @@ class ImageFiles(Dataset):
         return [root] if os.path.isfile(root) else [os.path.join(root, name) for name in self._found(root)]
 
     def _found(self, root: str | Path) -> list[str]:
-        """Image files below a folder, relative to it, and counted. Raises UserError."""
+        """Find and count the image files below a folder; paths relative to it. Raises UserError."""
         found = find_images(root)
         self.taken, self.left_out = self.taken + found.taken, self.left_out + found.left_out
         self.hidden += found.hidden
@@ -136,7 +136,7 @@ class LabelledFiles(ImageFiles):
         return load_image(self.paths[index]), int(self.labels[index])
 
     def renumber(self, classes: list[str]) -> None:
-        """Give each class the number that it has in `classes`, which has to name all of them."""
+        """Number the classes as `classes` does, which has to contain all of them."""
         self.labels = np.array([classes.index(name) for name in self.classes])[self.labels]
         self.classes = classes
 
@@ -152,20 +152,20 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Source":
-        """What the data flags say."""
+        """Read the data flags."""
         return cls(**{name: value for name, value in vars(args).items() if name in cls._fields})
 
 
 def open_training_images(source: Source) -> Images:
-    """Images to train on; items are (PIL image, label), and training ignores the label.
+    """Open the images to train on; items are (PIL image, label), and training ignores the label.
 
-    Of a dataset with a split of unlabelled images that one is taken, else the training split, unless
-    `source.split` names another. Logs what was taken. Raises UserError.
+    From a torchvision dataset, takes `source.split` if given, else a split of unlabelled images if there is
+    one, else the training split. Logs what was taken. Raises UserError.
     """
     if source.demo:
         if source.split:
             raise UserError("has no effect with --demo", f"--split {source.split}", "leave it out")
-        return Shapes("train", 3_584)  # five minutes of 2 cores
+        return Shapes("train", 3_584)  # training takes five minutes on 2 cores
     if source.dataset:
         return _torchvision_dataset(source, "unlabelled")
     root = _existing_folder(source.data_path)
@@ -184,8 +184,8 @@ def open_training_images(source: Source) -> Images:
 
 
 def open_labelled_images(source: Source, split: str) -> Images:
-    """The "train" or "val" images to evaluate on, with `.classes`. Logs what was taken. Raises UserError."""
-    if source.demo:  # few enough to be evaluated in seconds
+    """Open the "train" or "val" images of an evaluation, with `.classes`. Logs them. Raises UserError."""
+    if source.demo:  # few, so that an evaluation takes seconds
         return Shapes(split, {"train": 4_096, "val": 1_000}[split])
     if source.dataset:
         return _torchvision_dataset(source, split)
@@ -196,9 +196,9 @@ def open_labelled_images(source: Source, split: str) -> Images:
 
 
 def open_train_and_val(source: Source) -> tuple[Images, Images]:
-    """Both parts of a labelled dataset, with the same class numbers. Raises UserError.
+    """Open both parts of a labelled dataset, with the same class numbers. Raises UserError.
 
-    The validation part may lack classes of the training part, but not the other way round.
+    The validation part may lack classes; the training part has to have all classes.
     """
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
     known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
@@ -222,19 +222,19 @@ def _split_folder(root: Path, split: str) -> Path:
 
 
 def _by_extension(files: Counter) -> str:
-    """The most frequent first, e.g. ".jpg 20, .txt 4"."""
+    """List counts by extension, the most frequent first, e.g. ".jpg 20, .txt 4"."""
     common = sorted(files.items(), key=lambda pair: (-pair[1], pair[0]))[:6]
     return ", ".join([f"{name} {count:,}" for name, count in common] + ["..."] * (len(files) > len(common)))
 
 
 def describe(images: Images) -> str:
-    """How many images and classes there are, e.g. "1,281,167 images, 1,000 classes"."""
+    """State the numbers of images and classes, e.g. "1,281,167 images, 1,000 classes"."""
     classes = getattr(images, "classes", None)
     return f"{len(images):,} images" + (f", {len(classes):,} classes" if classes else "")
 
 
 def _selection(images: "ImageFiles") -> str:
-    """`describe`, and which files were taken and left out, by extension."""
+    """State also how many files were taken and left out, by extension."""
     left_out = []
     if images.left_out:
         left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
@@ -245,7 +245,7 @@ def _selection(images: "ImageFiles") -> str:
 
 
 def digest(images: Images) -> str:
-    """12 hex digits that tell sets of images apart; a folder that was moved keeps its digits.
+    """12 hex digits that identify a set of images; moving its folder does not change them.
 
     For files, they depend on names relative to the folder, sizes (of at most 10,000 files) and classes; for
     other datasets on the kind, the split, the length, the classes and, where the dataset has them as an
@@ -259,7 +259,7 @@ def digest(images: Images) -> str:
     for name in ("labels", "targets", "_labels"):
         labels = getattr(images, name, None)
         if isinstance(labels, np.ndarray | Tensor | list):
-            with contextlib.suppress(ValueError, TypeError):  # labels that are no numbers
+            with contextlib.suppress(ValueError, TypeError):  # labels that are not numbers
                 summary.update(np.asarray(labels, dtype=np.float64).tobytes())
     return summary.hexdigest()[:12]
 
@@ -276,7 +276,7 @@ def _existing_folder(data_path: str) -> Path:
 
 
 def _torchvision_dataset(source: Source, split: str) -> Images:
-    """A torchvision dataset by class name; its own name for the held-out part is found out."""
+    """Open a torchvision dataset by class name, and try the usual names of its splits."""
     name, root, known = source.dataset, source.data_path, torchvision.datasets.__all__
     if name not in known:
         raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
@@ -293,7 +293,7 @@ def _torchvision_dataset(source: Source, split: str) -> Images:
 
 
 def _unpack(archive: Path) -> None:
-    """Decompress a .gz file beside it; another process sees either no file or the whole one."""
+    """Decompress a .gz file into its folder; other processes see no file or the complete one."""
     try:
         with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=".unpacking", delete=False) as part:
             try:
@@ -310,7 +310,7 @@ def _unpack(archive: Path) -> None:
         raise UserError(f"cannot unpack: {error}", str(archive), fix) from None
 
 
-# What datasets call their parts, in the order in which the names are tried.
+# Names that datasets have for their splits, in the order in which they are tried.
 SPLITS = {
     "unlabelled": ["unlabeled", "train", "trainval"],
     "train": ["train", "trainval"],
@@ -319,12 +319,12 @@ SPLITS = {
 
 
 def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
-    """The dataset, and words that say which part of it was taken."""
+    """Open the dataset; also returns words that name the split taken, for a message."""
     name, part = source.dataset, "val" if split == "val" else "train"
-    # MNIST and its like hide their arguments behind **kwargs of a parent.
+    # Subclasses of MNIST pass their arguments on as **kwargs.
     takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
     kwargs = {"download": True} if source.download and "download" in takes else {}
-    own = source.split if split == "unlabelled" else ""  # evaluations know which part they want
+    own = source.split if split == "unlabelled" else ""  # evaluations choose the split themselves
     choices: list[dict[str, bool | str]]
     if "train" in takes:
         if own not in ("", "train", "test"):
@@ -343,7 +343,7 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
             return make(source.data_path, **choice, **kwargs), words
         except ValueError as error:  # this dataset calls its split by another name
             refusal = str(error)
-        except TypeError as error:  # it wants to know more than where it is
+        except TypeError as error:  # it needs more arguments
             raise UserError(str(error), f"--dataset {name}", "use a folder instead") from None
         except (RuntimeError, OSError) as error:
             fix = "check the folder, or add --download" if not source.download else "check the network"
@@ -371,7 +371,7 @@ def on_all_ranks(open_images: Callable[..., Opened], *args) -> Opened:
 
 
 def sample_name(dataset: Images, index: int) -> str:
-    """What a message calls a sample: its file, if it has one."""
+    """The name of a sample in messages: its file, if it has one."""
     if isinstance(dataset, ImageFiles):
         return dataset.paths[index]
     if isinstance(dataset, torchvision.datasets.ImageFolder):
@@ -380,7 +380,7 @@ def sample_name(dataset: Images, index: int) -> str:
 
 
 def why_unreadable(images: Images, index: int) -> str:
-    """Why a sample cannot be read, found by reading it once more."""
+    """Read a sample once more, to find out why it cannot be read."""
     try:
         if isinstance(images, ImageFiles):
             images.pixels(index)
@@ -392,7 +392,7 @@ def why_unreadable(images: Images, index: int) -> str:
 
 
 def name_and_reason(images: Images, index: int) -> str:
-    """What a warning calls an image that cannot be read."""
+    """The name of an image that cannot be read, and the reason, for a warning."""
     return f"{sample_name(images, index)} ({why_unreadable(images, index)})"
 
 
@@ -402,13 +402,16 @@ def reason(error: Exception) -> str:
 
 
 def machine_lacks(error: Exception) -> bool:
-    """Whether an image could not be read for lack of memory or of open files."""
+    """Whether the machine lacks memory or open files, so that the image itself may be sound."""
     lacks = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     return lacks or isinstance(error, MemoryError)
 
 
 def read_labelled(images: Images, index: int) -> tuple[Image.Image, int]:
-    """An RGB image and its class number. Raises ImageError for one that cannot be read, else UserError."""
+    """Read an RGB image and its class number.
+
+    Raises ImageError if the image cannot be read, UserError if its label is not a class number.
+    """
     try:
         image, label = images[index]
         image = image.convert("RGB")
@@ -419,7 +422,7 @@ def read_labelled(images: Images, index: int) -> tuple[Image.Image, int]:
         raise ImageError(f"cannot read image: {reason(error)}", name, "repair or remove it") from None
     try:
         number = operator.index(label)
-    except (TypeError, RuntimeError, ValueError):  # several labels, or a target of a regression
+    except (TypeError, RuntimeError, ValueError):  # several labels, or a regression target
         number = -1
     if number < 0:
         where, fix = f"{sample_name(images, index)}: {label!r:.40}", "use a dataset with one class per image"

@@ -33,8 +33,8 @@ from support.errors import Interrupted, TrainingError, UserError
 def launched_as() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's environment, SLURM's, or for one process.
 
-    SLURM counts only inside a step started by `srun`: in the batch script itself, the other tasks
-    do not exist. Where the launcher gives no local rank, the rank stands in for it.
+    SLURM's variables count only inside a step started by `srun`, because the batch script itself is a
+    single process. If the launcher gives no local rank, the rank is used.
     """
     env = os.environ
     for rank, world_size, local_rank in (
@@ -47,7 +47,7 @@ def launched_as() -> tuple[int, int, int]:
 
 
 def check_launch() -> None:
-    """Raises UserError if the environment names several processes, and this one cannot be one of them."""
+    """Raise UserError if the environment describes several processes, but incompletely or wrongly."""
     env = os.environ
     rank, world_size, _ = launched_as()
     if rank >= world_size:
@@ -67,13 +67,13 @@ def check_launch() -> None:
 
 
 def choose_device() -> torch.device:
-    """This process's GPU; without GPUs, Apple's for a process by itself, else the CPU. Raises UserError."""
+    """Choose this process's GPU; without CUDA, MPS for a single process, else the CPU. Raises UserError."""
     _, world_size, local_rank = launched_as()
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if 1 < gpus < processes:  # 1: perhaps each process is shown another one
+        if 1 < gpus < processes:  # 1: each process may see a different one
             raise UserError(f"{processes} processes for {gpus} GPUs", "torchrun", "start one process per GPU")
-        # SLURM may show each task one GPU of its own, which is then number 0.
+        # SLURM may show each task only its own GPU, as number 0.
         device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)
         return device
@@ -87,7 +87,7 @@ def choose_device() -> torch.device:
 
 
 def _set_slurm_address() -> None:
-    """Set MASTER_ADDR and MASTER_PORT, unless the user has: the step's first node, a port per attempt."""
+    """Set MASTER_ADDR to the step's first node and MASTER_PORT to a port of this attempt, if not set."""
 
     def scontrol(*arguments: str) -> str:
         command = ["scontrol", "show", *arguments]
@@ -95,14 +95,14 @@ def _set_slurm_address() -> None:
 
     env = os.environ
     try:
-        if not env.get("MASTER_ADDR"):  # in a container, there may be no scontrol to ask
+        if not env.get("MASTER_ADDR"):  # a container may lack scontrol
             first = scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
             # A node's name need not resolve; its address does.
             address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))
             env["MASTER_ADDR"] = address[1] if address else first
         if not env.get("MASTER_PORT"):
             attempt = int(env.get("SLURM_STEP_ID", 0)) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
-            # Jobs on one machine, and attempts at one job, do not share a port.
+            # Jobs on one machine, and attempts at one job, need different ports.
             env["MASTER_PORT"] = str(20000 + (97 * int(env["SLURM_JOB_ID"]) + attempt) % 20000)
     except KeyError as error:
         reason = f"{error.args[0]} is not set"
@@ -134,10 +134,10 @@ def _address(dist_url: str) -> tuple[str, int] | None:
 def _wait_until(
     condition: Callable[[], object], whom: Callable[[], str], patience: float = 600, silent: float = 10
 ) -> None:
-    """Wait until `condition()` holds; after `silent` seconds, say once for whom.
+    """Wait until `condition()` is true; after `silent` seconds, print once whom it waits for.
 
-    It asks again and again, because a signal would not end a wait inside torch. Raises
-    TimeoutError after `patience` seconds.
+    It polls, because a signal would not end a wait inside torch. Raises TimeoutError after `patience`
+    seconds.
     """
     start = time.monotonic()
     while not condition():
@@ -160,9 +160,9 @@ def _listens(address: tuple[str, int]) -> bool:
 
 
 def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
-    """The store that the processes at this address share.
+    """Connect to the store that all processes at this address share.
 
-    Raises UserError, or TimeoutError if not all of them come.
+    Raises UserError, or TimeoutError if some processes do not connect.
     """
     if "RANK" not in os.environ and dist_url == "env://":
         _set_slurm_address()
@@ -171,7 +171,7 @@ def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     if rank and address:
         _wait_until(lambda: _listens(address), lambda: f"rank 0 of {world_size} processes ({place})")
     try:
-        # As for one process: torch would wait for the others here, and not say so.
+        # World size 1, because torch would wait here for the others without a message.
         store, *_ = next(dist.rendezvous(dist_url, rank, 1 if address else world_size))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -181,12 +181,12 @@ def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
 
 
 def _fresh_store(store: dist.Store, rank: int, world_size: int, place: str, **waiting: float) -> dist.Store:
-    """The store under a prefix that no earlier attempt has used.
+    """Return the store under a prefix that no earlier attempt has used.
 
-    torchrun's store outlives a restart of its processes, which would read the addresses of
-    processes that have ended; the count of restarts that it gives may differ between machines
-    (https://github.com/pytorch/pytorch/issues/135712). So rank 0 draws a name, and writes it under
-    a key that each rank has just drawn.
+    torchrun's store survives a restart of the processes, which would then read the addresses of processes
+    that have ended. torchrun's count of restarts may differ between machines
+    (https://github.com/pytorch/pytorch/issues/135712). So each rank draws a random key, and rank 0 draws
+    the prefix and writes it under each of these keys.
     """
     if rank:
         question = uuid.uuid4().hex
@@ -203,7 +203,7 @@ def _fresh_store(store: dist.Store, rank: int, world_size: int, place: str, **wa
     def heard() -> int:
         return store.add(f"{name} heard", 0)
 
-    def all_have_heard() -> bool:  # a question may be one of an earlier attempt
+    def all_have_heard() -> bool:  # a question may be left from an earlier attempt
         for other in range(1, world_size):
             if store.check([f"question of {other}"]):
                 store.set(store.get(f"question of {other}").decode(), name)
@@ -220,8 +220,8 @@ def _fresh_store(store: dist.Store, rank: int, world_size: int, place: str, **wa
 # The group
 # ---------------------------------------------------------------------------------------------
 
-# Of the group that `init_distributed_mode` made: its store, and how many blocks of `main_process_first`
-# this process has come to.
+# The store of the group that `init_distributed_mode` made, and the number of `main_process_first` blocks
+# that this process has reached.
 _store: dist.Store | None = None
 _first_blocks = 0
 _FIRST = "blocks of the main process that have ended"
@@ -258,15 +258,15 @@ def in_group() -> bool:
 
 
 def leave_group(seconds: float = 60) -> None:
-    """Leave the group, as the last thing that a process does.
+    """Leave the group at the end of a process.
 
-    If that takes longer than `seconds`, the process ends at once, with the exit code that it would have had.
+    If that takes longer than `seconds`, end the process at once, with the exit code of its pending error.
     """
     if not in_group():
         return
     if dist.get_backend() == "gloo":
-        # Never freed: with torch 2.5, freeing the group joins threads that may need the interpreter's lock,
-        # and holds that lock meanwhile: a finished run then never ends.
+        # Keep a reference, so that the group is never freed. torch 2.5 holds the interpreter's lock while it
+        # frees the group and joins threads that may need that lock; a finished run could then hang.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     error = sys.exc_info()[1]
     thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
@@ -299,17 +299,17 @@ def is_main_process() -> bool:
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks have reached this call."""
     if get_world_size() > 1:
         dist.barrier()
 
 
 @contextlib.contextmanager
 def main_process_first():
-    """The main process runs the block, then the others do.
+    """Run the block in the main process first, then in the others.
 
-    They wait at the store: no collective has to match, and no timeout ends a long download. In a group that
-    `init_distributed_mode` did not make, all run the block at once.
+    The others poll the store, so that no collective has to match and no timeout ends a long download. In a
+    group that `init_distributed_mode` did not make, all processes run the block at once.
     """
     global _first_blocks
     if _store is None:
@@ -327,11 +327,11 @@ def main_process_first():
 
 @contextlib.contextmanager
 def same_error_on_all_ranks():
-    """An error that one rank meets in the block is raised by all ranks, with that rank's number in it.
+    """Raise an error that one rank meets in the block on all ranks, with that rank's number in the message.
 
-    For what each process reads by itself, before the ranks work together: inside the block, no collectives
-    (`main_process_first` is none). An error that all ranks share is raised as it is. One that is no UserError
-    stays what it is on its own rank, and is a TrainingError on the others.
+    For work that each process does by itself, e.g. reading files. The block must not contain collectives;
+    `main_process_first` is allowed. An error that all ranks share is raised unchanged. An error that is not
+    a UserError is raised unchanged on its own rank, and as a TrainingError on the others.
     """
     error = None
     try:
@@ -339,7 +339,7 @@ def same_error_on_all_ranks():
     except Exception as caught:
         error = caught
     if error and is_main_process() and _store:
-        _store.add(_FIRST, 2**30)  # the others have nothing to wait for
+        _store.add(_FIRST, 2**30)  # the others need not wait any longer
     is_ours = isinstance(error, UserError)
     mine = (type(error), str(error)) if is_ours else (TrainingError, f"{type(error).__name__}: {error}")
     errors = all_gather_object(mine if error else None)
@@ -355,7 +355,7 @@ def same_error_on_all_ranks():
 
 
 def agree(what: str, value: str) -> None:
-    """Raises UserError on all ranks unless `value`, a short description of `what`, is the same on all."""
+    """Raise UserError on all ranks unless `value`, a short description of `what`, is the same on all."""
     values = all_gather_object(value)
     for rank, other in enumerate(values):
         if other != values[0]:
@@ -383,7 +383,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_gather_object(value) -> list:
-    """Small picklable values of all ranks, in their order."""
+    """Gather small picklable values from all ranks, in the order of the ranks."""
     values = [value] * get_world_size()
     if get_world_size() > 1:
         dist.all_gather_object(values, value)

@@ -20,11 +20,11 @@ class UserError(Exception):
 class ImageError(UserError):
     """An image that cannot be read."""
 
-    alone = True  # of the class, because torch rebuilds an error of a data-loading worker from its text
+    alone = True  # a class attribute, because torch rebuilds a worker's error from its text alone
 
 
 class TrainingError(UserError):
-    """Training cannot go on as asked; what was saved stays. Exit code 1."""
+    """Training cannot continue; what was saved is kept. Exit code 1."""
 
     exit_code = 1
 
@@ -41,6 +41,6 @@ def reason_of(error: OSError) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known names most similar to `name`."""
+    """A hint with the known names that are most similar to `name`."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else "check the name"

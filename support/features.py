@@ -1,4 +1,4 @@
-"""Frozen features of a set of images, on any number of processes."""
+"""Computes frozen features of a set of images, on any number of processes."""
 
 import contextlib
 from collections.abc import Callable
@@ -22,11 +22,11 @@ def extract_features(
     num_workers: int = 0,
     keep_on: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, D), float32, and labels (N,) of all images, on every rank, in the order of the images.
+    """Compute features (N, D), float32, and labels (N,) of all images, in their order, on every rank.
 
     `transform` maps an RGB image to a tensor (3, H, W), e.g. `pixels.eval_transform()`; `model`, on the
     device, maps a batch (B, 3, H, W) to features (B, D). The results are kept on `keep_on`, by default the
-    device. Raises UserError, which names an image that cannot be read.
+    device. Raises UserError if an image cannot be read.
     """
     keep_on = keep_on or device
     dataset = EvalImages(images, transform)
@@ -34,13 +34,13 @@ def extract_features(
     loader = make_loader(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers, device)
     labels = torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
     features = torch.empty(0)  # until the first batch shows D
-    with contextlib.closing(iter(loader)) as batches:  # ends the workers, also after an error of the model
+    with contextlib.closing(iter(loader)) as batches:  # also ends the workers after an error of the model
         for batch, label, index in batches:
             with torch.inference_mode():
                 feature = model(batch.to(device, non_blocking=True)).float()
             if len(features) < len(dataset):
                 features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
-            # The sampler repeats images to fill the last batch; a repetition overwrites itself.
+            # The sampler repeats images to fill the last batch; these are written twice.
             index = all_gather(index.to(device)).to(keep_on)
             features[index] = all_gather(feature).to(keep_on)
             labels[index] = all_gather(label.to(device)).to(keep_on)

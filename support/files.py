@@ -1,4 +1,4 @@
-"""Image files below folders, with their paths in memory that data-loading workers share."""
+"""Finds image files below folders, and keeps their paths in memory that data-loading workers share."""
 
 import array
 import functools
@@ -19,8 +19,8 @@ from support.errors import UserError, reason_of
 class Paths:
     """Paths of files below `root`, in one buffer.
 
-    Workers share it with the process that made it. Of a list of strings each worker would get a copy over
-    time, because reading a Python object changes its reference count.
+    Workers share the buffer with the process that made it. They would copy a list of strings over time,
+    because reading a Python object changes its reference count.
     """
 
     def __init__(self, names: Iterable[str], root: str = ""):
@@ -43,7 +43,7 @@ class Paths:
         return (self[index] for index in range(len(self)))
 
     def digest(self, sizes_of: int = 10_000) -> bytes:
-        """Of the names, and of the sizes in bytes of at most `sizes_of` files, evenly spread."""
+        """Hash the names, and the sizes in bytes of at most `sizes_of` files, evenly spread."""
         spread = np.unique(np.linspace(0, len(self) - 1, min(len(self), sizes_of)).astype(int))
         sizes = np.array([_size(self[i]) for i in spread.tolist()], np.int64)
         parts = (self.buffer, self.ends, sizes)
@@ -64,7 +64,7 @@ def readable_extensions() -> frozenset[str]:
     decoded = set()
     for name, (make, _) in Image.OPEN.items():
         stub = isinstance(make, type) and issubclass(make, ImageFile.StubImageFile)
-        if not stub and name not in ("MPEG", "EPS"):  # Pillow identifies MPEG only; EPS needs Ghostscript
+        if not stub and name not in ("MPEG", "EPS"):  # Pillow cannot decode MPEG; EPS needs Ghostscript
             decoded.add(name)
     return frozenset(extension for extension, name in known.items() if name in decoded)
 
@@ -79,7 +79,7 @@ class Found(NamedTuple):
 
 
 def find_images(root: str | Path) -> Found:
-    """All image files below a folder. Hidden names are left out. Raises UserError."""
+    """Find all image files below a folder, except hidden ones. Raises UserError."""
     taken: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     folders, hidden, readable = [], 0, readable_extensions()
@@ -100,8 +100,8 @@ def find_images(root: str | Path) -> Found:
 
 
 def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:
-    """Each folder at and below `root`, links followed: its path relative to `root`, its files' names, and
-    how many hidden names it has.
+    """Yield `root` and each folder below it, following links: the path relative to `root`, the names of the
+    files, and the number of hidden names.
 
     A folder that several links lead to is entered once, by its own path if that is below `root`.
     """
@@ -133,7 +133,7 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:
 
 
 def class_folders(root: str | Path) -> list[str]:
-    """The names of the folders in a folder, sorted; hidden ones are left out. Raises UserError."""
+    """List the names of the folders in a folder, sorted, except hidden ones. Raises UserError."""
     try:
         with os.scandir(root) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Names of tensors in files of weights: wrappers, other projects' layouts, several networks in one file.
+"""Handles names of tensors in files: wrappers, other projects' layouts, several networks in one file.
 
 Everything here works on names and shapes; it neither reads files nor builds networks.
 """
@@ -33,7 +33,7 @@ HUGGING_FACE = [
 HUGGING_FACE_MARK = "embeddings.patch_embeddings.projection.weight"
 PATCHES = "patch_embed.proj.weight"
 
-# Parts that a training adds beside a backbone, and in it, and that its features do not need.
+# Parts that a training adds beside a backbone, and inside it, and that its features do not need.
 BESIDE = re.compile(
     r"head|proj|predictor|classifier|prototype|queue|pooler|decoder|linear|fc|center|n_averaged|mask_token"
 )
@@ -41,12 +41,12 @@ WITHIN = re.compile(r"(mask_token|masked_embed|n_averaged)$|(decoder|pooler|clas
 
 
 def is_state(value) -> TypeGuard[Mapping[str, Tensor]]:
-    """Whether it is a state dict: nothing but named tensors."""
+    """Whether a value is a state dict: a mapping that contains tensors only."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
 def unwrap(state: Mapping, source: str) -> dict:
-    """The same entries without wrappers in their names. Raises UserError where two names become one."""
+    """Remove the wrappers from the names of entries. Raises UserError if two names become equal."""
     plain = {}
     for name, value in state.items():
         short = WRAPPERS.sub("", str(name))
@@ -57,7 +57,7 @@ def unwrap(state: Mapping, source: str) -> dict:
 
 
 def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Networks in Hugging Face's layout, or in DINOv2's chunks of blocks, with timm's names."""
+    """Rename tensors in Hugging Face's layout, or in DINOv2's chunks of blocks, to timm's names."""
     for mark in [name for name in state if is_last_part(HUGGING_FACE_MARK, name)]:
         state = _from_hugging_face(state, mark.removesuffix(HUGGING_FACE_MARK))
     for mark in [name for name in state if is_last_part(PATCHES, name)]:
@@ -93,18 +93,18 @@ def _from_hugging_face(state: dict[str, Tensor], prefix: str) -> dict[str, Tenso
 
 
 def find_networks(state: Iterable[str], own: Iterable[str]) -> list[str]:
-    """The prefixes under which `state` has at least half of a network's `own` names, "" among them."""
+    """Find the prefixes, "" included, under which `state` has at least half of a network's `own` names."""
     state, own = set(state), list(own)
-    samples = {own[0], own[len(own) // 2], own[-1]}  # other layouts may have other names for some
+    samples = {own[0], own[len(own) // 2], own[-1]}  # several, because another layout may rename some
     prefixes = {name.removesuffix(own) for own in samples for name in state if is_last_part(own, name)}
     return sorted(p for p in prefixes if 2 * sum(p + name in state for name in own) >= len(own))
 
 
 def select_network(state: Iterable[str], own: Iterable[str], key: str | None, source: str) -> str:
-    """The prefix of the one network in `state`, or of the one that `key` names.
+    """Return the prefix of the only network in `state`, or of the one that `key` names.
 
-    The teacher is taken where `teacher.` and `student.` stand side by side. Raises UserError where
-    several networks fit, or none.
+    Of a teacher and a student in one state dict, takes the teacher. Raises UserError if several networks
+    fit, or none.
     """
     prefixes = find_networks(state, own)
     named = [prefix.removesuffix(".") for prefix in prefixes if prefix]
@@ -126,7 +126,7 @@ def select_network(state: Iterable[str], own: Iterable[str], key: str | None, so
 
 
 def groups(names: Iterable[str]) -> str:
-    """Names by their first part, with the number of each: "projector (4 tensors), queue"."""
+    """Group names by their first part and count them: "projector (4 tensors), queue"."""
     counts: dict[str, int] = {}
     for name in names:
         first = name.partition(".")[0]
@@ -135,7 +135,7 @@ def groups(names: Iterable[str]) -> str:
 
 
 def vit_shapes(state: dict[str, Tensor]) -> dict[str, int]:
-    """Width, patch size and image size of the ViTs in a state dict; {} for other networks."""
+    """A ViT's width, patch size and image size, from the shapes in a state dict; {} for other networks."""
     for name in state:
         if is_last_part(PATCHES, name):
             patches, position = state[name], state.get(name.removesuffix(PATCHES) + "pos_embed")

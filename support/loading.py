@@ -1,4 +1,4 @@
-"""Images as batches: views to train on, whole images to evaluate; the workers, the copy to the device.
+"""Loads batches of images in worker processes, for training and evaluation; copies them to the device.
 
 Shapes: B images, V views, H x W pixels.
 """
@@ -32,11 +32,10 @@ from support.pixels import to_pixels
 class TrainingViews(Dataset):
     """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
 
-    It is `make_views(pixels, rng)` and an index. `make_views` takes uint8 (3, H, W) and a
-    `random.Random`; it returns uint8 views, one tensor (V, 3, H, W) for each size, and how their
-    colours are still to change, as `pixels.normalized_views` takes it. The index is -1; for an image
-    that cannot be read and is replaced by another one, it is that image's, so that training can name
-    and count it.
+    An item is (views, colours, index). `make_views(pixels, rng)` takes uint8 (3, H, W) and a
+    `random.Random`; it returns uint8 views, one tensor (V, 3, H, W) for each size, and the colours that
+    `pixels.normalized_views` still has to apply. The index is -1; if an image cannot be read and another
+    one replaces it, it is the index of the unreadable image, so that training can name and count it.
     """
 
     TRIES = 30  # other images, before the data as a whole is considered unreadable
@@ -58,7 +57,7 @@ class TrainingViews(Dataset):
         return to_pixels(self.images[index][0])
 
     def _readable(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        """The image, or one drawn in its place and the index of what it replaces, else -1."""
+        """Read an image: its pixels and -1; if that fails, the pixels of a random other one and `index`."""
         others = random.Random(f"{self.seed} {epoch} {index} instead")
         for candidate in [index] + [others.randrange(len(self)) for _ in range(self.TRIES)]:
             try:
@@ -93,9 +92,9 @@ class EvalImages(Dataset[tuple[Tensor, int, int]]):
 class EpochBatches:
     """This rank's batches of (epoch, index) for the global steps of a run, epoch after epoch.
 
-    A batch sampler. Each epoch has an order of its own, which the seed decides, and the ranks share it:
-    the order of `DistributedSampler` with `set_epoch(epoch)`. With `drop_last`, an epoch's incomplete last
-    batch is left out. `first_step` may lie anywhere in an epoch; without `last_step` there is no end.
+    A batch sampler. The seed determines a different order for each epoch, which is split among the ranks
+    as by `DistributedSampler` with `set_epoch(epoch)`. With `drop_last`, an epoch's incomplete last
+    batch is left out. `first_step` may lie anywhere in an epoch; without `last_step` the batches never end.
     """
 
     def __init__(
@@ -107,10 +106,10 @@ class EpochBatches:
         last_step: int | None = None,
         drop_last: bool = True,
     ):
-        """`batch_size` is that of one rank."""
+        """`batch_size` counts the images of one rank."""
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.first_step, self.last_step = first_step, last_step
-        self.per_rank = -(-num_images // get_world_size())  # rounded up: some images come twice
+        self.per_rank = -(-num_images // get_world_size())  # rounded up: some images are used twice
         self.steps_per_epoch = self.per_rank // batch_size if drop_last else -(-self.per_rank // batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -133,10 +132,10 @@ class EpochBatches:
 
 
 class Loader(DataLoader):
-    """A DataLoader that does not wait for a batch without end, and whose workers end with each pass.
+    """A DataLoader that does not wait forever for a batch, and whose workers end with each pass.
 
-    A pass raises Interrupted when a worker, or a batch, was lost, when no batch comes for `patience`
-    seconds, and when `stop_asked()` during a wait. One process alone then just ends the pass.
+    A pass raises Interrupted if a worker or a batch was lost, if no batch arrives for `patience` seconds,
+    and if `stop_asked()` becomes true during a wait. In a single process, a stop only ends the pass.
     """
 
     patience, warn_every, grace, poll = 600.0, 60.0, 5.0, 1.0  # seconds
@@ -156,11 +155,11 @@ class Loader(DataLoader):
             while (batch := self._next(batches, workers)) is not None:
                 yield batch
         finally:
-            del batches  # with it, torch ends workers that are well
+            del batches  # torch then ends the workers that respond
             kill_workers(workers)
 
     def _next(self, batches: Iterator, workers: set[BaseProcess]):
-        """The next batch; None at the end, and when this process is asked to stop and no batch comes."""
+        """Return the next batch; None at the end, and if this process is asked to stop while it waits."""
         begun, warned = time.monotonic(), 0
         while True:
             try:
@@ -186,7 +185,7 @@ class Loader(DataLoader):
 
 SLOW = "check that the file system of --data_path responds, or lower --num_workers"
 
-# What the message of a lost worker or batch tells about its cause, and what helps.
+# Patterns in the message of a lost worker or batch, and what to do in each case.
 CAUSES = {
     "Too many open files|ancdata": "raise the limit of open files (ulimit -n), or lower --num_workers",
     "Bus error|shared memory|No space left on device|Cannot allocate memory": (
@@ -198,7 +197,7 @@ CAUSES = {
 
 @contextlib.contextmanager
 def _explained():
-    """Raise Interrupted, with the cause and what helps, for an error by which a worker or a batch is lost."""
+    """Turn an error that loses a worker or a batch into Interrupted, with the cause and what to do."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -210,18 +209,17 @@ def _explained():
 
 
 def collate(items: list):
-    """torch's default_collate; in a worker, an error where it reaches the training, if too few files are left
-    to send the batch.
-    """
+    """Collate as torch's default_collate does; in a worker, first check that the batch can be sent."""
     if get_worker_info():
         _check_open_files(32)
     return default_collate(items)
 
 
 def _check_open_files(count: int) -> None:
-    """Raise OSError, where it reaches the training, if a worker cannot open so many files.
+    """Raise OSError if this worker cannot open `count` more files.
 
-    It sends tensors from another thread, where the error would only lose the batch.
+    A worker sends tensors from another thread. An error there would lose the batch and not reach the
+    training, as this one does.
     """
     opened = []
     try:
@@ -239,9 +237,9 @@ def make_loader(
     device: torch.device,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Loader:
-    """The DataLoader of training and of evaluation; `batches` gives the items of each batch.
+    """Build the DataLoader of training and of evaluation; `batches` yields the items of each batch.
 
-    `stop_asked` says whether this process was asked to stop.
+    `stop_asked()` returns whether this process was asked to stop.
     """
     return Loader(
         dataset,
@@ -256,16 +254,16 @@ def make_loader(
 
 
 def kill_workers(workers: Iterable[BaseProcess]) -> None:
-    """End data-loading workers that still run. They ignore SIGTERM, by which Python would end them."""
+    """Kill data-loading workers that still run; they ignore SIGTERM, which Python would send at its exit."""
     alive = [worker for worker in workers if worker.is_alive()]
     if not alive:
         return
-    # torch's handler of SIGCHLD would take their end for an accident.
+    # torch's handler of SIGCHLD would report their end as a crash.
     watched = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if watched else None
     for worker in alive:
         worker.kill()
-        worker.join(timeout=5)  # the kernel may hold one that waits for a file system
+        worker.join(timeout=5)  # one that waits for a file system may not end at once
     if watched:
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
@@ -273,7 +271,7 @@ def kill_workers(workers: Iterable[BaseProcess]) -> None:
 def to_device(batches: Iterable[tuple], device: torch.device) -> Generator[tuple, None, None]:
     """Batches of `TrainingViews` with the views on the device, copied one batch ahead.
 
-    On CUDA the copy has a stream of its own, so that it goes on during the step before.
+    On CUDA the copy runs on a separate stream, during the step before.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -291,7 +289,7 @@ def to_device(batches: Iterable[tuple], device: torch.device) -> Generator[tuple
             current = torch.cuda.current_stream(device)
             current.wait_event(copied)
             for view in views:
-                view.record_stream(current)  # its memory is not free before the step is through
+                view.record_stream(current)  # keeps its memory until the step is done
         return views, *rest
 
     ahead = None

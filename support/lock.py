@@ -15,8 +15,8 @@ from support.logger import log
 class FolderLock:
     """A file that names the process which holds a folder, rewritten every `beat` seconds.
 
-    Needs no locks of the file system. A lock left by a process that died does not hold: on the same
-    machine its process number tells, elsewhere it no longer changes.
+    Needs no locks of the file system. A lock that a dead process left is ignored: on the same machine its
+    process ID shows that it is dead, on other machines the file no longer changes.
     """
 
     def __init__(self, path: Path, beat: float = 10.0):
@@ -48,7 +48,7 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         if self._thread:
             self._ended.set()
             self._thread.join()
@@ -57,7 +57,7 @@ class FolderLock:
                 self.path.unlink(missing_ok=True)
 
     def check(self, error: type[UserError] = TrainingError) -> None:
-        """Raise `error` if another process has taken the folder, as after a long sleep of this one."""
+        """Raise `error` if another process has taken the folder, e.g. while this one was suspended."""
         holder = self._read()
         if holder and holder["token"] != self.token:
             fix = "stop one of the two, then run the same command"
@@ -72,11 +72,11 @@ class FolderLock:
                 if holder and holder["token"] != self.token:
                     return
                 self._write(beats)
-            except OSError:  # full or gone: the saves say so
+            except OSError:  # disk full or folder gone: saving reports it
                 continue
 
     def _read(self) -> dict | None:
-        """What the file says; None if there is none, or none that we wrote."""
+        """Read the file; None if there is none, or if we did not write it."""
         try:
             holder = json.loads(self.path.read_text())
             return holder if {"token", "pid", "host", "since", "machine"} <= set(holder) else None
@@ -100,7 +100,7 @@ class FolderLock:
         os.replace(temporary, self.path)
 
     def _is_dead(self, holder: dict) -> bool:
-        if holder["machine"] == _machine() and os.name != "nt":  # there, signal 0 would end a process
+        if holder["machine"] == _machine() and os.name != "nt":  # on Windows, signal 0 would end the process
             return holder["pid"] == os.getpid() or not _is_alive(holder["pid"], holder.get("started"))
         log(f"waiting up to {2 * self.beat:.0f} s to see whether {_name(holder)} holds {self.path.parent}")
         deadline = time.monotonic() + 2 * self.beat
@@ -116,7 +116,7 @@ def _name(holder: dict) -> str:
 
 
 def _machine() -> list[str]:
-    """What processes share whose numbers mean the same: host, start of the system, container."""
+    """Identify where process IDs are valid: the host, its boot, and the container."""
     try:
         return [
             platform.node(),
@@ -128,7 +128,7 @@ def _machine() -> list[str]:
 
 
 def _started(pid: int) -> str:
-    """When a process started, so that a number used twice is no confusion; "" where it cannot be told."""
+    """When a process started, to recognise a process ID that is used again; "" if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""What a run says: lines on the terminal, and the numbers of an epoch."""
+"""Prints a run's messages, and averages the numbers of an epoch."""
 
 import functools
 import sys
@@ -75,7 +75,7 @@ class MetricLogger:
             own.total, own.count = float(total), int(count)
 
     def averages(self) -> dict[str, float]:
-        """Each series' mean over the epoch, and its images/s."""
+        """The mean of each series over the epoch, and the images per second."""
         speed = self.images_per_step / self.step_time.global_avg if self.step_time.total else 0.0
         return {n: m.global_avg for n, m in self.meters.items()} | {"images_per_second": speed}
 

@@ -26,7 +26,7 @@ def ignore_signals(*_) -> None:
 
 
 class Watch(Protocol):
-    """Looks at the numbers of each step, by name; has a state that a restart keeps."""
+    """Receives the numbers of each step, by name; its state is kept over restarts."""
 
     def __call__(self, numbers: dict[str, float]) -> None: ...
 
@@ -36,10 +36,10 @@ class Watch(Protocol):
 
 
 class Monitor:
-    """Checks every step: ends a run that cannot go on, counts unreadable images, notes signals.
+    """Checks every step: ends a run that cannot continue, counts unreadable images, notes signals.
 
-    Within its block, a signal that asks to stop is noted and does not end the process; a second Ctrl-C
-    stops at once. `stopping` turns true on all ranks at the same step once any rank got a signal.
+    Within its `with` block, a signal to stop is noted and does not end the process; a second Ctrl-C ends
+    it at once. `stopping` becomes true on all ranks at the same step after any rank got a signal.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Monitor:
             self.watch.load_state_dict(state["lasted"])
 
     def check(self, step: int, stats: dict[str, Tensor], unreadable: Tensor) -> dict[str, float]:
-        """The step's numbers as means over ranks; the one place where the host waits for the device.
+        """Average the step's numbers over the ranks; the only place where the host waits for the device.
 
         `stats` are scalars on the device, among them "loss"; `unreadable` (B,) holds the indices of
         replaced images, else -1. Raises TrainingError, on all ranks together, for a loss that is not

@@ -1,7 +1,8 @@
 """Operations on pixels: reading modes, crop and resize, colours, blur, normalisation.
 
-A view is first drawn as numbers (`View`, by `utils.DataAugmentationDINO`), then made from them. So its
-colours can change where that is fastest: in the worker that loads the image, or on the device, in batches.
+`utils.DataAugmentationDINO` first draws the random numbers of a view (`View`); the functions here then make
+the view from them. So colours can change where that is fastest: in the worker that loads the image, or on
+the device, in batches.
 
 Colours change as in PIL, up to rounding (tests/test_pixels.py states the differences), but with tensor
 operations, which are several times as fast.
@@ -32,10 +33,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
-    """An image of any mode -> RGB, 8 bits. Transparency is dropped; the pixels below it stay.
+    """Convert an image of any mode to RGB, 8 bits. Transparency is dropped; the pixels below it are kept.
 
-    16-bit grey values, of which `bits` are used, keep the upper 8 of these; PIL would clip nearly all of
-    them to white. Raises ValueError for values without an agreed range: floating point, or outside 0..65535.
+    16-bit grey values that use `bits` bits keep the upper 8 of them; PIL would clip nearly all values to
+    white. Raises ValueError for values without an agreed range: floating point, or outside 0..65535.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image)
@@ -57,7 +58,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 @functools.cache
 def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Values per channel, of 1 -> of 255, (3, 1, 1), copied to the device once."""
+    """Scale values per channel from [0, 1] to [0, 255]; (3, 1, 1), copied to the device once."""
     return (torch.tensor(values).view(3, 1, 1) * 255).to(device)
 
 
@@ -103,7 +104,7 @@ class Colour(NamedTuple):
 
 
 class View(NamedTuple):
-    """All that is random in one view."""
+    """The random numbers of one view."""
 
     size: int  # pixels per side
     box: tuple[int, int, int, int]  # of the image: top, left, height, width
@@ -146,7 +147,7 @@ def normalized_views(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> list[Tensor]:
-    """A batch of views as loaded, uint8, on the device -> a list of all views, normalised (B, 3, H, W).
+    """Apply the colours to uint8 views on the device and normalise: a list of all views, (B, 3, H, W).
 
     `views` has one tensor (B, V, 3, H, W) for each size. `colours`, on the CPU, are the changes still to
     make: one tensor (B, number of views, ...) for each field of `Colour`; empty if they are done.
@@ -179,7 +180,7 @@ def _change(
 
 
 def _each(amounts: Sequence[float], images: Tensor) -> Tensor | float:
-    """One number per image, to be combined with images; a plain number, which is faster, if one."""
+    """One number per image, to be combined with images; for a single image a float, which is faster."""
     if len(amounts) == 1:
         return amounts[0]
     return torch.tensor(amounts).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
@@ -220,9 +221,9 @@ def adjust_hue(images: Tensor, shifts: Sequence[float]) -> None:
     """Turn the hue by a share of the circle, at most 1/6 either way, keeping each pixel's extremes.
 
     On the hue circle each channel goes through max, a linear slope, min, and a slope back. Extended
-    beyond the plateaus, its slope is at 2 x - middle (the middle channel at itself); turned by s it falls
-    or rises by 6 s (max - min), against the sign of the difference of the two other channels; clamping
-    gives back the plateaus. No division, no cases.
+    beyond the plateaus, the slope has the value 2 x - middle (for the middle channel, x). A turn by s
+    changes it by 6 s (max - min), against the sign of the difference of the two other channels. Clamping
+    restores the plateaus. This needs neither divisions nor cases.
     """
     red, green, blue = images.split(1, dim=1)
     less, more = torch.minimum(red, green), torch.maximum(red, green)
@@ -238,24 +239,24 @@ ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
 
 
 def drop_colour(images: Tensor, _) -> None:
-    """Luma in all channels."""
+    """Set all channels to the luma."""
     images.copy_(luma(images).expand_as(images))
 
 
 def solarize(images: Tensor, _) -> None:
-    """From 128 on, 255 - x; below, x."""
+    """Invert the levels from 128 on: x becomes 255 - x."""
     images.sub_(127.5).abs_().neg_().add_(127.5)
 
 
 def gaussian_blur(images: Tensor, radii: Sequence[float]) -> None:
-    """PIL's Gaussian blur with these standard deviations (in pixels); edges are continued."""
+    """Blur as PIL's Gaussian blur, with these standard deviations in pixels; edges are replicated."""
     kernels = [_blur_kernel(radius) for radius in radii]
     for length in {len(kernel) for kernel in kernels}:
         _change(images, [kernel if len(kernel) == length else None for kernel in kernels], _convolve)
 
 
 def _blur_kernel(radius: float) -> list[float]:
-    """What three box filters in a row make, which PIL takes for a Gaussian: Gwosdek et al. (2011),
+    """The kernel of three box filters in a row, PIL's approximation of a Gaussian: Gwosdek et al. (2011),
     "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering".
     """
     variance = radius * radius / 3

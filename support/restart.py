@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and how it resumes from there with the same bits.
+"""Saves a run to its folder, and resumes it from there with the same bits.
 
 `checkpoint.pth` is the newest state, `checkpoint_prev.pth` the one before, `log.txt` has a line of JSON
 per epoch. The pieces of a run are objects with `state_dict` and `load_state_dict`.
@@ -28,8 +28,8 @@ from support.weights import load_checkpoint, load_strictly, replacing, save_chec
 class Run:
     """A run's folder: resumes from it and saves to it.
 
-    `required` names the pieces that a checkpoint has to hold; it may lack others, which is said. `advice` is
-    what to try when the weights are not finite; None: save them all the same.
+    `required` names the pieces that a checkpoint has to hold; a warning names others that it lacks. `advice`
+    is what to try when the weights are not finite; with None, they are saved nevertheless.
     """
 
     def __init__(
@@ -64,11 +64,10 @@ class Run:
     def resume(self, pieces: dict, identity: dict, allow_changed: bool | None = None) -> dict:
         """Load the newest whole checkpoint, if there is one, into the pieces; all ranks call this together.
 
-        From here to the end of the run's `with` block no other run can use the folder.
-        `identity` holds everything that decides the run's maths, by name: a checkpoint with another one is
-        a UserError unless `allow_changed`, which is None for a script without such a flag. Returns what the
-        checkpoint holds besides the pieces, {} for a new run. Raises UserError also for states that do not
-        fit.
+        From here to the end of the run's `with` block no other run can use the folder. `identity` holds
+        everything that determines the run's maths, by name. Returns what the checkpoint holds besides the
+        pieces, {} for a new run. Raises UserError for states that do not fit, and for a checkpoint with
+        another identity unless `allow_changed`, which is None for a script without such a flag.
         """
         self.pieces, self.identity = pieces, json.loads(json.dumps(identity))  # lists for tuples: comparable
         with same_error_on_all_ranks(), main_process_first():
@@ -92,15 +91,15 @@ class Run:
         return {name: value for name, value in checkpoint.items() if name not in pieces}
 
     def newest_whole(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that can be read, None if there is none at all.
+        """Read the newest checkpoint that is not damaged; None if there is no checkpoint.
 
-        Names a damaged one and puts it aside. Raises UserError where all are damaged.
+        Logs and renames a damaged one. Raises UserError if all are damaged.
         """
         damaged: UserError | None = None
         for path in (self.checkpoint, self.previous):
             if not path.exists():
                 continue
-            if not os.access(path, os.R_OK):  # not damaged: the one before is no substitute
+            if not os.access(path, os.R_OK):  # not damaged, so do not fall back to the one before
                 raise UserError("no permission to read", str(path), "change its permissions")
             try:
                 checkpoint = load_checkpoint(path)
@@ -110,7 +109,7 @@ class Run:
                 continue
             if damaged:
                 log(f"warning: resuming from {path}; the damaged file is now {self.damaged.name}")
-                if is_main_process():  # else the next save would keep it in the place of this one
+                if is_main_process():  # else the next save would replace the sound one by it
                     os.replace(self.checkpoint, self.damaged)
             return path, checkpoint
         if damaged:
@@ -137,7 +136,7 @@ class Run:
         if missing or not isinstance(epoch, int) or epoch < 0:
             raise UserError(f"checkpoint lacks {', '.join(missing or ['epoch'])}", str(path), fix)
         absent = [name for name in self.pieces if checkpoint.get(name) is None]
-        if absent:  # the published format knows fewer
+        if absent:  # the published format has fewer
             log(f"warning: {path} has no {', '.join(absent)}: starting from their initial state")
         for name, piece in self.pieces.items():
             if name in absent:
@@ -158,9 +157,9 @@ class Run:
     def save(self, values: dict, records: Sequence[dict] = (), keep_as: str = "", last: bool = False) -> None:
         """Write the checkpoint: the pieces' states, the identity, and `values`. Rank 0 writes.
 
-        Before it, writes the epoch's `records` to the log and a numbered copy `keep_as`, if given. In this
-        order, a run killed in between rewrites what is missing when it resumes. A disk error is a warning,
-        at the `last` save a TrainingError.
+        First writes the epoch's `records` to the log and a numbered copy `keep_as`, if given. In this order,
+        a run killed in between rewrites what is missing when it resumes. A disk error is a warning; at the
+        `last` save it is a TrainingError.
         """
         if self.advice and (ruined := self._ruined()):  # on all ranks, whose weights are the same
             raise TrainingError(f"{ruined}: not saved", str(self.folder), self.advice)
@@ -175,8 +174,9 @@ class Run:
         try_to_write(self.checkpoint, lambda path: save_checkpoint(state, path, self.previous), last)
 
     def _ruined(self) -> str | None:
-        """What is wrong with the weights, which a step can ruin after a finite loss; None if they are finite,
-        and so are their squares.
+        """Describe weights that are not finite, or whose squares are not; None if there are none.
+
+        A step can ruin the weights after a finite loss.
         """
         for name, piece in self.pieces.items():
             tensors = list(piece.state_dict().values()) if isinstance(piece, nn.Module) else []
@@ -214,12 +214,12 @@ def try_to_write(path: Path, write: Callable[[Path], None], last: bool = False) 
 
 
 def read_log(path: Path) -> list[dict]:
-    """The epochs' records in the log; skips lines that we did not write."""
+    """Read the epochs' records in the log; skips lines that we did not write."""
     return [record for _, record in _lines(path) if record]
 
 
 def add_records(records: Sequence[dict], path: Path) -> None:
-    """Append lines of JSON; they replace lines of their epoch or later ones from before a restart."""
+    """Append lines of JSON; drop earlier lines of their epoch and of later ones, from before a restart."""
     kept = [line for line, old in _lines(path) if not old or old["epoch"] < records[0]["epoch"]]
     with replacing(path) as file:
         for line in [*kept, *map(json.dumps, records)]:
@@ -227,7 +227,7 @@ def add_records(records: Sequence[dict], path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
-    """The lines of the log and their records, None for a line that we did not write."""
+    """Yield the lines of the log and their records, None for a line that we did not write."""
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)

@@ -1,8 +1,8 @@
 """The demo's images: one textured polygon over a smooth colour field; the texture is the class.
 
-Drawn from the split and the index alone, so there is nothing to download and no end to them.
-Place, size, outline, rotation, phase, polarity and colours say nothing about the class: raw pixels
-tell little, and neither does a network that has learned to look at colour or position.
+An image follows from the split and the index alone, so nothing has to be downloaded and their number is
+unlimited. Place, size, outline, rotation, phase, polarity and colours are independent of the class, so raw
+pixels say little about it, and features of colour or position do not help.
 """
 
 import functools
@@ -48,7 +48,7 @@ class Shapes(Dataset):
         center = self.size * rng.uniform(0.4, 0.6, 2)
         cover = self._polygon(rng, center)[..., None]
         tone = self._texture(rng, self.classes[label], center)[..., None]
-        tone -= (cover * tone).sum() / cover.sum()  # brightness says nothing about the class
+        tone -= (cover * tone).sum() / cover.sum()  # brightness is independent of the class
         contrast = rng.uniform(0.25, 0.4) * rng.choice([-1, 1])
         object_ = 0.5 + contrast * tone + 0.1 * self._field(rng, 4) + 0.3 * self._field(rng, 4, 3)
         ground = 0.5 + 0.6 * self._field(rng, 5) + 0.3 * self._field(rng, 5, 3)

@@ -78,15 +78,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            temporary.unlink()  # on a full disk, it would be in the way
-        if isinstance(error.__context__, OSError):  # torch hides it behind an error of its own
+            temporary.unlink()  # it would take room on a full disk
+        if isinstance(error.__context__, OSError):  # torch raises another error over it
             raise error.__context__ from None
         raise
     _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write the folder's list of names to the disk; otherwise a power cut may undo a rename."""
+    """Write the folder's list of names to the disk, because a power cut could undo a rename."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -129,7 +129,7 @@ def _stand_in(name: str, function: Callable) -> Callable:
 
 
 def _data_types() -> list:
-    """Types and functions that pickled data may use, in addition to torch's: none runs code."""
+    """Types and functions that pickled data may use in addition to torch's; none of them runs code."""
     path_types = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
     path_types |= {"PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
     path_modules = ("pathlib", "pathlib._local")  # the second in Python 3.13
@@ -149,7 +149,7 @@ def _data_types() -> list:
     ]
 
 
-# First bytes of files that are not weights, in lower case: what such a file is, and what to do.
+# First bytes, in lower case, of files that are not weights: what such a file is, and what to do.
 FOREIGN = {
     b"version https://git-lfs": ("is a Git LFS pointer, not the file", "run git lfs pull"),
     b"<!doctype html": ("is a web page, not the file", "download the file itself"),
@@ -163,7 +163,7 @@ FOREIGN = {
 
 
 def find_file(name: str | Path) -> Path:
-    """The file of this name, `~` expanded. Raises UserError, which says what the name is instead."""
+    """Find the file of this name, with `~` expanded. Raises UserError, also for a URL or a folder."""
     if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
         raise UserError("is a URL, and only published models are downloaded", str(name), "download the file")
     path = Path(name).expanduser()
@@ -213,7 +213,7 @@ SAVE = "torch.save(model.state_dict(), path)"
 
 
 def _check_sums(path: Path) -> None:
-    """Raises ValueError for a byte that has changed since the file was written; torch does not check."""
+    """Raise ValueError if a byte has changed since the file was written, which torch does not check."""
     if zipfile.is_zipfile(path):  # older formats of torch have no sums
         with zipfile.ZipFile(path) as archive:
             garbled = archive.testzip()
@@ -239,7 +239,7 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_strictly(
     module: nn.Module, state: dict, source: str, fix: str = "check --arch and the file"
 ) -> None:
-    """`load_state_dict`, but what does not fit is named in one line: UserError."""
+    """Load a state dict. Raises UserError, which names in one line what does not fit."""
     own = module.state_dict()
     problems = {
         "missing": [k for k in own if k not in state],
@@ -284,24 +284,24 @@ def digest(module: nn.Module) -> str:
 
 
 class Weights(NamedTuple):
-    """The state dict chosen from a file, and what the file says of it."""
+    """The state dict chosen from a file, and what the file records about it."""
 
     state: dict[str, Tensor]  # all networks of the entry, with timm's names
     source: str  # for messages
     entry: str  # of the file, "" for a file of weights alone
     key: str | None  # the part of `state` that the user asks for
-    trained: dict  # arguments of the training, or what is known of a published model
+    trained: dict  # the training's arguments, or those known of a published model
     epoch: int | None
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and deviation
     center: Tensor | None  # of the loss, (1, K); belongs to the teacher's head
 
 
 def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "") -> Weights:
-    """Weights by file, or by the name of a published model, which is downloaded.
+    """Read weights by file, or by the name of a published model, which is downloaded.
 
     `checkpoint_key` names an entry of the file or a network in it, or both, as in
     "state_dict.momentum_backbone"; None takes the teacher of a training checkpoint, or the only
-    network of other files. Raises UserError, with this `fix` where a checkpoint has no teacher.
+    network of other files. Raises UserError; `fix` is its advice if a checkpoint has no teacher.
     """
     checkpoint = load_checkpoint(download(weights, "pretrain") if weights in PUBLISHED else weights)
     entry, key = _choose_entry(checkpoint, checkpoint_key, weights, fix)
@@ -328,7 +328,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
 
 
 def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> tuple[str, str | None]:
-    """The entry of a file that holds the network, "" for the file itself, and what is left of the key."""
+    """Choose the entry of a file that holds the network, "" for the file itself; also the rest of the key."""
     mappings = [name for name, value in checkpoint.items() if isinstance(value, Mapping)]
     trained = [name for name in ("student", "teacher") if name in mappings]
     wanted, _, rest = (key or "teacher").partition(".")
@@ -340,7 +340,7 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
     if trained:
         choices = " or ".join(f"--checkpoint_key {name}" for name in trained)
         raise UserError(f"no {wanted!r} in file", source, fix or f"give {choices}")
-    # Networks have something named weight; the centre or the queue of a loss has not.
+    # A network has names that end in weight; the centre or the queue of a loss does not.
     networks = [name for name in mappings if any(str(k).endswith("weight") for k in checkpoint[name])]
     if key:
         parts = [name for name in networks if any(str(k).startswith(f"{key}.") for k in checkpoint[name])]
@@ -354,7 +354,7 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
 
 
 def _recorded_normalization(checkpoint: dict, source: str):
-    """Mean and deviation that a checkpoint records, None where it does not."""
+    """Mean and deviation that a checkpoint records; None if it records none."""
     record = checkpoint.get("normalization")
     if record is None:
         return None
@@ -388,10 +388,10 @@ def download(name: str, kind: str) -> Path:
 
 
 def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """The tensors for a backbone, those for a DINO head ({} for none), and the network's prefix in the file.
+    """Select a backbone's tensors, a DINO head's ({} for none), and the network's prefix in the file.
 
-    Classifiers, and heads of other trainings, are left out with a line that names them. Raises
-    UserError where the file holds several networks and none is chosen, or parts of unknown purpose.
+    Leaves out classifiers and the heads of other trainings, and logs them. Raises UserError if the file
+    holds several networks and none is chosen, or parts of unknown purpose.
     """
     own = model.state_dict()
     prefix = select_network(weights.state, own, weights.key, weights.source)
@@ -418,13 +418,13 @@ def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor
 
 
 def _as_timm_reads_it(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """What timm makes of files in the layout of a model's own repository: DINOv2, XCiT and others."""
+    """Convert the layout of a model's own repository (DINOv2, XCiT and others) as timm does."""
     prepare = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if prepare is None or not set(model.state_dict()) - set(state):
         return state
     try:
         prepared = prepare(dict(state), model)
-    except Exception:  # whatever a foreign file makes it raise; `load_strictly` says what does not fit
+    except Exception:  # a foreign file may raise anything; `load_strictly` says what does not fit
         return state
 
     def side(shape: torch.Size) -> int:
@@ -434,7 +434,7 @@ def _as_timm_reads_it(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
         new = prepared.get(name)
         if new is None or new.numel() == value.numel():
             continue
-        # Less a CLS token, a grid of positions is the same; timm would also interpolate other grids.
+        # Without its CLS token, a grid of positions is the same; timm would also interpolate other grids.
         if name != "pos_embed" or side(new.shape) != side(value.shape):
             return state
     return prepared
@@ -471,7 +471,7 @@ class Frozen(NamedTuple):
     image_size: int  # pixels
     mean: tuple[float, ...]  # of red, green and blue, in [0, 1]
     std: tuple[float, ...]
-    description: str  # one line: the file, and what is known of its network
+    description: str  # one line: the file, and what is known about its network
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
@@ -486,11 +486,11 @@ def load_backbone(
     patch_size: int | None = None,
     image_size: int | None = None,
 ) -> Frozen:
-    """A frozen backbone from a file, a published model by name, or a baseline: "random" or "pixels".
+    """Load a frozen backbone from a file, a published model by name, or a baseline: "random" or "pixels".
 
-    "pixels" is no network: it returns the image as a vector. What is None is taken from the file's
-    record, else from its shapes, else it is vit_small with patches of 16 for 224 pixels. Raises
-    UserError, also where an argument contradicts the file.
+    "pixels" returns the image as a vector, without a network. An argument that is None is taken from the
+    file's record, else from its shapes; by default it is vit_small with patches of 16 for 224 pixels.
+    Raises UserError, also if an argument contradicts the file.
     """
     if not weights:
         raise UserError(
@@ -531,7 +531,7 @@ def timm_config(weights: Weights, model: nn.Module) -> dict | None:
 
 
 def normalization_of(weights: Weights, model: nn.Module) -> tuple | None:
-    """Mean and deviation that weights expect: those recorded in their file, else timm's for timm's weights.
+    """Mean and deviation that weights expect: those recorded in the file, else timm's for timm's weights.
 
     None stands for ImageNet's.
     """
@@ -581,14 +581,14 @@ def init_from(
     return known.center
 
 
-# What a network is when neither flags nor its file say so.
+# What a network is if neither the flags nor the file say it.
 FALLBACK: dict[str, Any] = {"arch": "vit_small", "patch_size": 16, "image_size": 224}
 
 
 def settle_architecture(
     weights: Weights, arch: str | None = None, patch_size: int | None = None, image_size: int | None = None
 ) -> tuple[str, int, int]:
-    """Architecture, patch size and image size that the weights were trained with.
+    """Determine architecture, patch size and image size of the training that made the weights.
 
     Each is the argument, else what the file records, else what a ViT's shapes say, else the fallback.
     Raises UserError where an argument contradicts the file.
@@ -597,7 +597,7 @@ def settle_architecture(
     with torch.device("meta"):
         names = [name for name, make in VITS.items() if make().embed_dim == shapes.get("width")]
     arch = _settle("arch", arch, weights.trained, names[0] if names else None)
-    if canonical(arch) not in VITS:  # the name decides on patches
+    if canonical(arch) not in VITS:  # the name determines the patches
         if patch_size not in (None, FALLBACK["patch_size"]):
             log(f"note: --patch_size has no effect on {arch}")
         size = _recorded(weights.trained, "global_crops_size") or image_size or FALLBACK["image_size"]
@@ -608,7 +608,7 @@ def settle_architecture(
 
 
 def _settle(name: str, flag, record: dict, shape):
-    """The flag, else the record, else the shape, else the fallback."""
+    """Return the flag, else the record, else the shape, else the fallback. Raises UserError."""
     recorded = _recorded(record, name)
     if flag is not None and recorded is not None and canonical(str(recorded)) != canonical(str(flag)):
         what = f"weights were trained with {recorded}"
@@ -617,7 +617,7 @@ def _settle(name: str, flag, record: dict, shape):
 
 
 def _recorded(record: dict, name: str):
-    """A word or a positive whole number that a file records, None where it is anything else."""
+    """Read a word or a positive whole number from a file's record; None for anything else."""
     value = record.get(name)
     if name == "arch":
         return value if isinstance(value, str) and value else None

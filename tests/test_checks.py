@@ -61,7 +61,7 @@ def test_constant_and_repeated_images_are_named_and_so_are_unreadable_ones(tmp_p
     Image.fromarray(same.clip(0, 255).astype(np.uint8)).save(tmp_path / "again.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
     found = warnings(tmp_path, capsys)
-    assert [line.split(": ", 1)[1].split(" images looked at ")[0] for line in found] == [
+    assert [line.split(": ", 1)[1].split(" checked images ")[0] for line in found] == [
         "1 of 7", "1 of 7", "2 of 7",
     ]  # fmt: skip
     assert any("nearly constant" in line and "black.png" in line for line in found)
