@@ -354,7 +354,8 @@ class Payload:
 
 
 def cut(text: str, length: int = 200) -> str:
-    return text if len(text) <= length else f"{text[: length - 4].rstrip()} ..."
+    """The text, or its first words."""
+    return text if len(text) <= length else f"{text[: length - 4].rpartition(' ')[0]} ..."
 
 
 class BadInputs:
