@@ -30,7 +30,7 @@ def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_pat
         values[0, 0] = 4095
         Image.fromarray(values).save(tmp_path / f"{i}.{extension}")
     found = [line for line in warnings(tmp_path, capsys) if "16 bits" in line]
-    assert len(found) == 1 and "3 of 3 images" in found[0]
+    assert len(found) == 1 and "3 of 3 checked images" in found[0]
     assert "use 12 of them (largest value 4095)" in found[0] and "multiply their values by 16" in found[0]
     assert found[0].endswith(f"e.g. {tmp_path / f'0.{extension}'}")
 
@@ -77,5 +77,5 @@ def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     found = warnings(tmp_path, capsys, most=5)
-    assert len(found) == 1 and "5 of 5 images" in found[0]
+    assert len(found) == 1 and "5 of 5 checked images" in found[0]
     assert warnings(tmp_path, capsys, seconds=-1) == []
