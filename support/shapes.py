@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
-SPLITS = "train", "val"
+SPLITS = {"train": 0, "val": 1}
 
 
 class Shapes(Dataset):
@@ -26,7 +26,7 @@ class Shapes(Dataset):
     )  # fmt: skip
 
     def __init__(self, split: str, length: int, size: int = 64):
-        self.split = SPLITS.index(split)
+        self.split = SPLITS[split]
         self.length, self.size = length, size
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
 
@@ -98,5 +98,5 @@ class Shapes(Dataset):
 
 @functools.lru_cache(maxsize=8_192)  # 100 MB at 64 pixels; a drawing takes 4 ms, and each epoch asks again
 def _drawn(split: int, size: int, index: int) -> tuple[np.ndarray, int]:
-    pixels, label, _ = Shapes(SPLITS[split], 1, size).draw(index)
+    pixels, label, _ = Shapes(list(SPLITS)[split], 1, size).draw(index)
     return pixels, label
