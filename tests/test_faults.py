@@ -1,9 +1,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_and_nothing_let_in():
     """A few of the faults; `python -m tests.faults` has all."""
     command = [sys.executable, "-m", "tests.faults", "--short"]
