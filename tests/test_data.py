@@ -238,6 +238,7 @@ print(len(open_training_images(Source(sys.argv[1], "FashionMNIST"))))
 """
 
 
+@pytest.mark.slow
 def test_two_runs_that_start_together_unpack_the_same_archive(tmp_path):
     write_fashion_mnist(tmp_path, 5_000, 10)
     command = [sys.executable, "-c", UNPACK, str(tmp_path)]

@@ -247,6 +247,7 @@ cli.run_script(main, None)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "fix"),
     [

@@ -21,6 +21,7 @@ def holder(path, beat: float = 10.0) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
     path = tmp_path / "lock"
     process = holder(path)
@@ -35,6 +36,7 @@ def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_lock_from_another_machine_holds_as_long_as_it_changes(tmp_path, capsys):
     path = tmp_path / "lock"
     mine = FolderLock(path, beat=0.2)
