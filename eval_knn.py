@@ -28,12 +28,11 @@ from support.distributed import (
     fix_random_seeds,
     init_distributed_mode,
     is_main_process,
-    same_error_on_all_ranks,
 )
 from support.errors import UserError
-from support.features import extract_features
+from support.features import extract_features, load_by_flags
 from support.logger import log
-from support.weights import load_backbone, load_file
+from support.weights import load_file
 from utils import MultiCropWrapper
 
 
@@ -271,12 +270,7 @@ def _class_numbers(labels: Tensor, where: str) -> Tensor:
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> Data:
     """Compute L2-normalised features and labels of train, then of val, by the flags."""
     train, val = on_all_ranks(open_train_and_val, Source.of(args))
-    with same_error_on_all_ranks():
-        frozen = load_backbone(
-            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
-        )
-    log(f"weights: {frozen.description}")
-    log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
+    frozen = load_by_flags(args)
     model = frozen.network.to(device)
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)

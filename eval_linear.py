@@ -43,10 +43,9 @@ from support.distributed import (
     fix_random_seeds,
     get_world_size,
     init_distributed_mode,
-    same_error_on_all_ranks,
 )
 from support.errors import TrainingError, UserError
-from support.features import extract_features
+from support.features import extract_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import normalize
@@ -57,7 +56,6 @@ from support.weights import (
     check_finite,
     download,
     is_state,
-    load_backbone,
     load_checkpoint,
     load_strictly,
 )
@@ -339,12 +337,7 @@ class Features(NamedTuple):
 
 def build_features(args: argparse.Namespace, device: torch.device) -> Features:
     """Load the network and describe its features, as the flags say. Raises UserError."""
-    with same_error_on_all_ranks():
-        frozen = load_backbone(
-            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
-        )
-    log(f"weights: {frozen.description}")
-    log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
+    frozen = load_by_flags(args)
     network = frozen.network.to(device)
     is_vit = isinstance(network, VisionTransformer)
     if isinstance(network, VisionTransformer) and args.n_last_blocks > len(network.blocks):

@@ -1,5 +1,6 @@
 """Computes frozen features of a set of images, on any number of processes."""
 
+import argparse
 import contextlib
 from collections.abc import Callable
 
@@ -9,8 +10,24 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from support.data import Images
-from support.distributed import all_gather, get_rank, get_world_size
+from support.distributed import all_gather, get_rank, get_world_size, same_error_on_all_ranks
 from support.loading import EvalImages, make_loader
+from support.logger import log
+from support.weights import Frozen, load_backbone
+
+
+def load_by_flags(args: argparse.Namespace) -> Frozen:
+    """Load the network that the weights' flags and `--image_size` name, and log what was loaded.
+
+    All ranks call this together. Raises UserError.
+    """
+    with same_error_on_all_ranks():
+        frozen = load_backbone(
+            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
+        )
+    log(f"weights: {frozen.description}")
+    log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
+    return frozen
 
 
 def extract_features(
