@@ -255,7 +255,7 @@ def digest(images: Images) -> str:
     facts += [getattr(images, "size", None), list(map(str, getattr(images, "classes", None) or []))]
     summary = hashlib.sha256(repr(facts).encode())
     if isinstance(images, ImageFiles):
-        summary.update(images.paths.digest())
+        summary.update(images.paths.digest)
     for name in ("labels", "targets", "_labels"):
         labels = getattr(images, name, None)
         if isinstance(labels, np.ndarray | Tensor | list):

@@ -42,9 +42,10 @@ class Paths:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
-    def digest(self, sizes_of: int = 10_000) -> bytes:
-        """Hash the names, and the sizes in bytes of at most `sizes_of` files, evenly spread."""
-        spread = np.unique(np.linspace(0, len(self) - 1, min(len(self), sizes_of)).astype(int))
+    @functools.cached_property  # ranks compare it and the checkpoint records it: read the sizes once
+    def digest(self) -> bytes:
+        """Hash of the names, and of the sizes in bytes of at most 10,000 files, evenly spread."""
+        spread = np.unique(np.linspace(0, len(self) - 1, min(len(self), 10_000)).astype(int))
         sizes = np.array([_size(self[i]) for i in spread.tolist()], np.int64)
         parts = (self.buffer, self.ends, sizes)
         return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).digest()
