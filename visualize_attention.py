@@ -33,6 +33,7 @@ from support.backbones import check_divides
 from support.data import ImageFiles, describe, read_labelled, sample_name
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import ImageError, TrainingError, UserError
+from support.features import patch_size_of
 from support.logger import log
 from support.pixels import normalize, to_pixels
 from support.shapes import Shapes
@@ -138,12 +139,6 @@ def _last_timm_attention(backbone: Any, images: Tensor) -> Tensor:
         handle.remove()
         layer.fused_attn = fused
     return found[-1]
-
-
-def patch_size_of(backbone: nn.Module) -> int:
-    """Patch size in pixels; 1 for networks without patches."""
-    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
-    return size if isinstance(size, int) else size[0]
 
 
 def keep_mass(attention: Tensor, share: float) -> Tensor:

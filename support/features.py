@@ -1,19 +1,25 @@
-"""Computes frozen features of a set of images, on any number of processes."""
+"""Computes frozen features of a set of images, on any number of processes; and features of patches.
+
+Shapes: B images, N images of a set, H x W pixels, R x C patches, D features.
+"""
 
 import argparse
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from support.data import Images
 from support.distributed import all_gather, get_rank, get_world_size, same_error_on_all_ranks
+from support.errors import UserError
 from support.loading import EvalImages, make_loader
 from support.logger import log
 from support.weights import Frozen, load_backbone
+from vision_transformer import VisionTransformer
 
 
 def load_by_flags(args: argparse.Namespace) -> Frozen:
@@ -62,3 +68,52 @@ def extract_features(
             features[index] = all_gather(feature).to(keep_on)
             labels[index] = all_gather(label.to(device)).to(keep_on)
     return features, labels
+
+
+def patch_size_of(network: nn.Module) -> int:
+    """Patch size in pixels; 1 for networks without patches."""
+    size = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+    return size if isinstance(size, int) else size[0]
+
+
+def cls_and_patches(network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The last block's normed tokens: the CLS token (B, D) and the patches (B, R, C, D).
+
+    For timm's networks, the output stands for the CLS token. Raises UserError as `patch_tokens` does.
+    """
+    if isinstance(network, VisionTransformer):
+        tokens = network.get_intermediate_layers(images, 1)[0]
+        return tokens[:, 0], _grid(network, images, tokens)
+    return network(images), patch_tokens(network, images)
+
+
+def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
+    """Normed patch tokens after a block, counted from the end: (B, 3, H, W) -> (B, R, C, D).
+
+    Works for our ViTs and for timm's networks. Raises UserError for other networks, for a layer that is
+    not there, and for an image size that the network does not take.
+    """
+    name = type(network).__name__
+    if isinstance(network, VisionTransformer):
+        if layer > len(network.blocks):
+            raise UserError(f"network has {len(network.blocks)} blocks", f"--layer {layer}", "lower it")
+        return _grid(network, images, network.get_intermediate_layers(images, layer)[0])
+    if not hasattr(network, "forward_intermediates"):
+        raise UserError(f"{name} has no patch tokens", "--arch", "use one of our ViTs or a timm model")
+    try:
+        maps = network.forward_intermediates(
+            images, indices=layer, norm=True, intermediates_only=True, output_fmt="NCHW"
+        )
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name}: {reason}", "--arch", "choose another image size, layer or network"
+        ) from None
+    return maps[0].permute(0, 2, 3, 1)
+
+
+def _grid(network: VisionTransformer, images: Tensor, tokens: Tensor) -> Tensor:
+    """(B, 1 + R C, D), CLS first -> (B, R, C, D)."""
+    patch = network.patch_embed.patch_size
+    rows, cols = (side // patch for side in images.shape[-2:])
+    return tokens[:, 1:].unflatten(1, (rows, cols))

@@ -1,5 +1,6 @@
 """Shared fixtures: small images on disk, small flags, and real processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.data import eval_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +62,20 @@ def labelled(tmp_path_factory) -> Path:
         save_images(folder / "train" / name, 5, seed=seed)
         save_images(folder / "val" / name, 3, seed=10 + seed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def paper_inputs(tmp_path_factory) -> Path:
+    """The inputs of the paper's other evaluations, for which data/evals.json has the published numbers."""
+    folder = tmp_path_factory.mktemp("paper")
+    eval_inputs.write(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published() -> dict:
+    """What the published evaluations print for `paper_inputs`."""
+    return json.loads((ROOT / "tests" / "data" / "evals.json").read_text())
 
 
 def run(*command: str, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:

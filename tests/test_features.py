@@ -1,10 +1,13 @@
 import multiprocessing
 
+import pytest
 import torch
 from torch import nn
 
+from support.backbones import build_backbone
 from support.data import Source, open_labelled_images
-from support.features import extract_features
+from support.errors import UserError
+from support.features import cls_and_patches, extract_features, patch_tokens
 from support.pixels import eval_transform
 
 
@@ -35,3 +38,33 @@ def test_no_worker_outlives_an_error_of_the_network(labelled):
         )
     except ZeroDivisionError:  # its traceback keeps the frames, as until the end of a script
         assert multiprocessing.active_children() == []
+
+
+def test_patch_tokens_stand_where_the_patches_are():
+    network = build_backbone("vit_nano", 8, 32)[0].eval()
+    images = torch.randn(2, 3, 24, 32)
+    cls, patches = cls_and_patches(network, images)
+    tokens = network.get_intermediate_layers(images, 1)[0]
+    assert patches.shape == (2, 3, 4, 128)
+    assert torch.equal(cls, tokens[:, 0]) and torch.equal(patches[:, 1, 2], tokens[:, 1 + 1 * 4 + 2])
+    third = network.get_intermediate_layers(images, 3)[0]
+    assert torch.equal(patch_tokens(network, images, layer=3)[:, 2, 3], third[:, 1 + 2 * 4 + 3])
+    with pytest.raises(UserError, match="6 blocks"):
+        patch_tokens(network, images, layer=7)
+
+
+@pytest.mark.parametrize(
+    "arch", ["vit_tiny_patch16_224", "xcit_nano_12_p16_224", "deit_tiny_distilled_patch16_224"]
+)
+def test_patch_tokens_of_timms_networks_leave_out_the_other_tokens(arch):
+    network = build_backbone(arch)[0].eval()
+    images = torch.randn(1, 3, 64, 96)
+    patches = patch_tokens(network, images)
+    assert patches.shape[:3] == (1, 4, 6)
+    if arch.startswith("vit"):
+        torch.testing.assert_close(patches, network.forward_features(images)[:, 1:].unflatten(1, (4, 6)))
+
+
+def test_networks_without_patch_tokens_are_refused():
+    with pytest.raises(UserError, match="no patch tokens"):
+        patch_tokens(build_backbone("resnet18")[0], torch.zeros(1, 3, 32, 32))
