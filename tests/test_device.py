@@ -1,0 +1,152 @@
+"""Training and evaluation on torch's meta device, which has shapes but no values.
+
+There, the host cannot wait for a value (`.item()`, a boolean, `nonzero`, a copy to the CPU), and a tensor
+left on the CPU does not combine with the others. So these tests fail without a GPU where a GPU would be
+slow or would fail.
+"""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import eval_knn
+import eval_linear
+import main_dino
+import utils
+from support.backbones import build_backbone
+from support.data import Source, open_labelled_images, open_training_images
+from support.features import extract_features, patch_tokens
+from support.loading import to_device
+from support.logger import MetricLogger
+from support.monitor import Monitor
+from support.pixels import eval_transform
+from tests.conftest import TINY
+from visualize_attention import cls_attention, keep_mass
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[str]:
+    """Lets `Tensor.tolist` return zeros on the meta device, and notes each call. Nothing else may wait.
+
+    Two things are replaced that the meta device does not have: autocast, and the fused AdamW.
+    """
+    found: list[str] = []
+    tolist, adamw = Tensor.tolist, torch.optim.AdamW
+    autocast, enabled = torch.autocast, torch.is_autocast_enabled
+
+    def noted(tensor: Tensor):
+        if not tensor.is_meta:
+            return tolist(tensor)
+        found.append(str(tuple(tensor.shape)))
+        return tolist(torch.zeros(tensor.shape))
+
+    def on_meta_too(device_type: str, *args, **kwargs):
+        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "tolist", noted)
+    monkeypatch.setattr(torch, "autocast", on_meta_too)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused: adamw(groups))
+    return found
+
+
+def train_two_steps(images, *flags: str) -> int:
+    """The last two steps that the script's own pieces make on the meta device."""
+    args = main_dino.parse_args([*TINY, *flags, "--data_path", str(images)])
+    main_dino.check_args(args)
+    data = open_training_images(Source.of(args))
+    steps = main_dino.count_steps(args, len(data))
+    training = main_dino.build_training(args, META, steps, resumes=False)
+    monitor, logger = Monitor(9), MetricLogger()
+    loader = main_dino.build_loader(args, data, steps, 0, META, monitor.stop_asked)
+    with contextlib.closing(to_device(iter(loader), META)) as batches:
+        return main_dino.train_one_epoch(training, batches, 0, range(2), monitor, logger)
+
+
+RECIPES = {
+    "as the paper": [],
+    "sinkhorn": ["--centering", "sinkhorn"],
+    "colours on the device": ["--augment_on", "device"],
+    "LARS, batch norm in the head": ["--optimizer", "lars", "--use_bn_in_head", "true"],
+    "a trained last layer": ["--norm_last_layer", "false", "--freeze_last_layer", "0"],
+    "drop path": ["--drop_path_rate", "0.3"],
+    "checkpointing": ["--grad_checkpointing"],
+    "accumulation": ["--accum_steps", "2", "--batch_size_per_gpu", "2"],
+    "resnet18": ["--arch", "resnet18", "--optimizer", "sgd", "--clip_grad", "0"],
+    "timm": ["--arch", "xcit_nano_12_p16_224", "--drop_path_rate", "0", "--local_crops_size", "32"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_waits_once_for_the_device(images, waits, recipe):
+    """Once, in `Monitor.check`, for four statistics and two counts."""
+    assert train_two_steps(images, *RECIPES[recipe]) == 2
+    assert waits == ["(6,)", "(6,)"]
+
+
+def test_the_plain_loss_does_not_wait(waits):
+    loss = utils.DINOLoss(8, 4, 0.04, 0.04, 0, 1).to(META)
+    student = torch.zeros(4 * 3, 8, device=META, requires_grad=True)
+    loss(student, torch.zeros(2 * 3, 8, device=META), 0).backward()
+    assert student.grad is not None and not waits
+
+
+@pytest.mark.parametrize("wait", [Tensor.item, bool, Tensor.nonzero, Tensor.cpu])
+def test_a_wait_within_the_step_is_found(images, waits, monkeypatch, wait):
+    clip = utils.clip_gradients
+
+    def waiting(model, limit):
+        norms = clip(model, limit)
+        wait(norms.max())
+        return norms
+
+    monkeypatch.setattr(utils, "clip_gradients", waiting)
+    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+        train_two_steps(images)
+
+
+def test_a_tensor_left_on_the_cpu_is_found(images, waits, monkeypatch):
+    normalized = main_dino.normalized_views
+    offset = torch.zeros(3, 1, 1)
+    monkeypatch.setattr(
+        main_dino, "normalized_views", lambda *args: [view + offset for view in normalized(*args)]
+    )
+    with pytest.raises(RuntimeError, match="device"):
+        train_two_steps(images)
+
+
+def test_knn_waits_once_for_each_k(waits):
+    x, y = torch.zeros(20, 8, device=META), torch.zeros(20, dtype=torch.long, device=META)
+    eval_knn.knn_accuracies(F.normalize(x, dim=1), y, x[:7], y[:7], [1, 5], 0.07, 3)
+    assert waits == ["(2,)", "(2,)"]
+
+
+def test_features_of_images_do_not_wait(labelled, waits):
+    network = build_backbone("vit_nano", 8, 32)[0].eval().to(META)
+    data = open_labelled_images(Source(str(labelled)), "val")
+    x, y = extract_features(network, data, eval_transform(32), META, batch_size=4)
+    assert x.shape == (9, 128) and y.shape == (9,) and x.is_meta and not waits
+
+
+def test_linear_probe_waits_once_for_a_validation(waits):
+    network = build_backbone("vit_nano", 8, 32)[0].eval().to(META)
+    images, labels = torch.zeros(6, 3, 32, 32, device=META), torch.zeros(6, dtype=torch.long, device=META)
+    x = eval_linear.frozen_features(network, images, 4, True).clone()
+    classifiers = eval_linear.LinearClassifiers(2, x.shape[1], 6).to(META)
+    optimizer = eval_linear.build_optimizer(classifiers, [0.1, 0.01])
+    assert len(list(eval_linear.train(classifiers, optimizer, [(x, labels)] * 2))) == 2 and not waits
+    eval_linear.validate_network(classifiers, x, labels)
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_tiny_patch16_224"])
+def test_attention_and_patch_tokens_do_not_wait(waits, arch):
+    network = build_backbone(arch, 16, 64)[0].eval().to(META)
+    images = torch.zeros(2, 3, 64, 96, device=META)
+    assert keep_mass(cls_attention(network, images), 0.6).shape[-2:] == (4, 6)
+    assert patch_tokens(network, images).shape[1:3] == (4, 6) and not waits
