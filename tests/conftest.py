@@ -25,6 +25,12 @@ TINY = (
 ).split()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpu-device", default="cuda", help="the device of `-m gpu`: cuda, mps, or cpu for a trial"
+    )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tests are many small operations; threads would only fight for the cores."""

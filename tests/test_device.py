@@ -55,17 +55,23 @@ def waits(monkeypatch) -> list[str]:
     return found
 
 
-def train_two_steps(images, *flags: str) -> int:
-    """The last two steps that the script's own pieces make on the meta device."""
+@contextlib.contextmanager
+def training_on(device: torch.device, images, *flags: str):
+    """Yields a function that makes the given steps with the script's own pieces, and returns the last."""
     args = main_dino.parse_args([*TINY, *flags, "--data_path", str(images)])
     main_dino.check_args(args)
     data = open_training_images(Source.of(args))
     steps = main_dino.count_steps(args, len(data))
-    training = main_dino.build_training(args, META, steps, resumes=False)
+    training = main_dino.build_training(args, device, steps, resumes=False)
     monitor, logger = Monitor(9), MetricLogger()
-    loader = main_dino.build_loader(args, data, steps, 0, META, monitor.stop_asked)
-    with contextlib.closing(to_device(iter(loader), META)) as batches:
-        return main_dino.train_one_epoch(training, batches, 0, range(2), monitor, logger)
+    loader = main_dino.build_loader(args, data, steps, 0, device, monitor.stop_asked)
+    with contextlib.closing(to_device(iter(loader), device)) as batches:
+        yield lambda steps: main_dino.train_one_epoch(training, batches, 0, steps, monitor, logger)
+
+
+def train_two_steps(images, *flags: str) -> int:
+    with training_on(META, images, *flags) as train:
+        return train(range(2))
 
 
 RECIPES = {

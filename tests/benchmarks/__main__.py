@@ -1,6 +1,7 @@
 """How much faster and lighter than the textbook: both sides interleaved, in one run.
 
     python -m tests.benchmarks [augmentation|step|training|loss|knn|linear|start|all]
+    python -m tests.benchmarks --device cuda        # the training step on a GPU: device.py
 
 Needs the photographs of tests/benchmarks/requirements.txt. Measure with nothing else running. A row
 gives the medians of both sides, the median of their ratios round by round, and the smallest and
@@ -10,13 +11,12 @@ largest ratio; peak memory is that of separate processes, above what they held b
 import argparse
 import functools
 import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,23 +26,20 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import decode_image
 
-import main_dino
 import utils
 from eval_knn import knn_accuracies
 from eval_linear import LinearClassifiers, build_optimizer, frozen_features, train
 from support import backbones
 from support.data import ImageFiles, load_pixels
-from support.distributed import fix_random_seeds
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
-from support.logger import MetricLogger
-from support.monitor import Monitor
 from support.pixels import normalized_views, to_pixels
-from tests.benchmarks import textbook
+from tests.benchmarks import device, textbook
+from tests.benchmarks.photographs import write_photographs
 from utils import DataAugmentationDINO
 
 Side = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[2]
-PROTOTYPES = 65536
+CPU = torch.device("cpu")
 
 
 # ---- measuring
@@ -106,27 +103,6 @@ def print_peak(side: Side) -> None:
 # ---- augmentation
 
 
-def write_photographs(folder: Path, count: int = 24) -> list[Path]:
-    """JPEGs of about 500 x 375 pixels, cut from real photographs."""
-    try:
-        from skimage import data
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        sys.exit("error: no photographs: pip install -r tests/benchmarks/requirements.txt")
-
-    photographs = [data.astronaut(), data.coffee(), data.chelsea(), *load_sample_images().images]
-    rng, paths = random.Random(0), []
-    for i in range(count):
-        image = Image.fromarray(photographs[i % len(photographs)])
-        width = rng.randint(300, image.width)
-        height = min(image.height, round(width * 0.75))
-        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-        size = (500 + rng.randint(-40, 40), 375 + rng.randint(-30, 30))
-        paths.append(folder / f"{i:02}.jpg")
-        image.crop((left, top, left + width, top + height)).resize(size).save(paths[-1], quality=90)
-    return paths
-
-
 def recipe() -> DataAugmentationDINO:
     return DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8)
 
@@ -176,39 +152,6 @@ def augmentation(rounds: int) -> None:
 # ---- the step
 
 
-class OurTrainer:
-    """The pieces of `main_dino.train_dino`, and its epoch function on batches made before."""
-
-    def __init__(self, arch: str, out_dim: int, dtype: torch.dtype | None = None, compiled: bool = False):
-        fix_random_seeds(0)
-        flags = (
-            f"--arch {arch} --out_dim {out_dim} --epochs 1 --warmup_epochs 0 --freeze_last_layer 0".split()
-        )
-        flags += ["--precision", "fp32" if dtype is None else "bf16", *["--compile"] * compiled]
-        steps = main_dino.Steps(1, 1, per_epoch=10_000, last=10_000)
-        args = main_dino.parse_args(flags)
-        self.training = main_dino.build_training(args, torch.device("cpu"), steps, resumes=False)
-
-    def steps(self, batches: Iterator) -> None:
-        stretch = range(self.training.steps.last)
-        main_dino.train_one_epoch(self.training, batches, 0, stretch, Monitor(1), Quiet())
-
-
-class Quiet(MetricLogger):
-    """Prints nothing."""
-
-    def log_every(self, iterable, **_):
-        return iterable
-
-
-def random_batch(images: int) -> tuple:
-    """As `to_device` gives it."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(images, count, 3, side, side) for count, side in ((2, 224), (8, 96))]
-    views = [torch.randint(256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
-    return views, (), torch.full((images,), -1)
-
-
 def cpu_has_bf16() -> bool:
     """Whether bfloat16 is faster than float32 on this CPU: where it is emulated, it is far slower."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -226,26 +169,26 @@ def step(rounds: int) -> None:
 
 
 def compare_steps(arch: str, images: int, rounds: int) -> None:
-    batch = random_batch(images)
+    batch = device.random_batch(images, CPU)
     views = normalized_views(batch[0])
-    theirs = functools.partial(textbook.Trainer(arch, PROTOTYPES).step, views)
+    theirs = functools.partial(textbook.Trainer(arch, device.PROTOTYPES).step, views)
 
-    def our_step(**kwargs) -> Side:
-        trainer = OurTrainer(arch, PROTOTYPES, **kwargs)
-        return lambda: trainer.steps(iter([batch]))
+    def our_step(precision: str, *flags: str) -> Side:
+        trainer = device.OurTrainer(arch, precision, CPU, *flags)
+        return lambda: trainer.step(batch)
 
-    ours = our_step()
+    ours = our_step("fp32")
     compare(f"step {arch}/16 fp32", ours, theirs, rounds, images, "img/s")
     with FlopCounterMode(display=False) as counter:
         ours()
     share = counter.get_total_flops() / min(seconds(ours) for _ in range(3)) / gemm_peak()
     print_row("its share of the machine's fp32 GEMM peak", f"{share:.0%}")
     if cpu_has_bf16():
-        ours = our_step(dtype=torch.bfloat16)
+        ours = our_step("bf16")
         compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
     else:
         print_row(f"step {arch}/16 bf16", "this CPU has no bfloat16")
-    ours = our_step(compiled=True)
+    ours = our_step("fp32", "--compile")
     compare(f"step {arch}/16 fp32 `--compile`", ours, theirs, rounds, images, "img/s")
 
 
@@ -269,18 +212,17 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int =
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), steps * batch)
-        dataset, cpu = TrainingViews(ImageFiles(folder), recipe().views, 0), torch.device("cpu")
+        dataset = TrainingViews(ImageFiles(folder), recipe().views, 0)
         loaders = {
-            "ours": make_loader(dataset, EpochBatches(len(dataset), batch, 0, last_step=steps), 1, cpu),
+            "ours": make_loader(dataset, EpochBatches(len(dataset), batch, 0, last_step=steps), 1, CPU),
             "textbook": DataLoader(PlainImages(paths), batch, shuffle=True, num_workers=1, drop_last=True),
         }
-        plain = textbook.Trainer(arch, PROTOTYPES)
-        dtypes = {"fp32": None} | ({"bf16": torch.bfloat16} if cpu_has_bf16() else {})
-        for name, dtype in dtypes.items():
-            ours = OurTrainer(arch, PROTOTYPES, dtype)
+        plain = textbook.Trainer(arch, device.PROTOTYPES)
+        for precision in ["fp32", *["bf16"] * cpu_has_bf16()]:
+            ours = device.OurTrainer(arch, precision, CPU)
             compare(
-                f"files to weights, {arch}/16 {name} : textbook fp32",
-                lambda ours=ours: ours.steps(to_device(loaders["ours"], cpu)),
+                f"files to weights, {arch}/16 {precision} : textbook fp32",
+                lambda ours=ours: ours.steps(to_device(loaders["ours"], CPU)),
                 lambda: [plain.step(views) for views in loaders["textbook"]],
                 rounds,
                 steps * batch,
@@ -294,9 +236,15 @@ def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int =
 @functools.cache
 def loss_inputs(images: int = 64) -> tuple:
     torch.manual_seed(0)
-    head = utils.DINOHead(384, PROTOTYPES)
+    K = device.PROTOTYPES
+    head = utils.DINOHead(384, K)
     teacher = F.normalize(torch.randn(2 * images, 256), dim=1) @ head.last_layer.weight.detach().T
-    return head, torch.randn(10 * images, 384), teacher, utils.DINOLoss(PROTOTYPES, 10, 0.04, 0.04, 0, 1)
+    return (
+        head,
+        torch.randn(10 * images, 384),
+        teacher,
+        utils.DINOLoss(K, 10, 0.04, 0.04, 0, 1),
+    )
 
 
 def our_loss() -> None:
@@ -393,8 +341,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--rounds", type=int, default=7, help="how often both sides are timed")
+    parser.add_argument("--device", default="", help="measure the training step on this device instead")
+    parser.add_argument("--images", type=int, default=64, help="images per step, with --device")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device:
+        device.run(torch.device(args.device), args.images, args.rounds)
+        return
     if args.peak:
         benchmark, side = args.peak
         INPUTS[benchmark]()

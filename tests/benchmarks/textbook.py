@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from support.backbones import build_backbone
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD
 from utils import DINOHead, MultiCropWrapper, get_params_groups
 from vision_transformer import VITS
@@ -88,33 +89,47 @@ def pair_loss(student: Tensor, teacher: Tensor, center: Tensor, views: int, temp
 
 
 class Trainer:
-    """Student, teacher and one optimisation step."""
+    """Student, teacher and one optimisation step, on one device; `dtype` is autocast's, if any."""
 
-    def __init__(self, arch: str, out_dim: int):
+    def __init__(
+        self,
+        arch: str,
+        out_dim: int,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        dtype: torch.dtype | None = None,
+    ):
         torch.manual_seed(0)
-        self.student, self.teacher = (
-            MultiCropWrapper(
-                WholeViT(VITS[arch](drop_path_rate=rate)), DINOHead(VITS[arch]().embed_dim, out_dim)
-            )
-            for rate in (0.1, 0.0)
-        )
+        self.device, self.dtype = device, dtype
+        self.student, self.teacher = (self.network(arch, out_dim, rate).to(device) for rate in (0.1, 0.0))
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.center = torch.zeros(1, out_dim)
+        self.center = torch.zeros(1, out_dim, device=device)
         self.optimizer = torch.optim.AdamW(get_params_groups(self.student), lr=1e-6)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    @staticmethod
+    def network(arch: str, out_dim: int, drop_path_rate: float) -> nn.Module:
+        if arch not in VITS:
+            backbone, embed_dim = build_backbone(arch)
+            return MultiCropWrapper(backbone, DINOHead(embed_dim, out_dim))
+        vit = VITS[arch](drop_path_rate=drop_path_rate)
+        return MultiCropWrapper(WholeViT(vit), DINOHead(vit.embed_dim, out_dim))
 
     def step(self, views: list[Tensor]) -> float:
-        teacher, student = self.teacher(views[:2]), self.student(views)
-        loss = pair_loss(student, teacher, self.center, len(views))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            teacher, student = self.teacher(views[:2]), self.student(views)
+        loss = pair_loss(student.float(), teacher.float(), self.center, len(views))
         value = loss.item()
         self.optimizer.zero_grad()
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         for param in self.student.parameters():
             if param.grad is not None:
                 norm = param.grad.norm(2)
                 if (3.0 / (norm + 1e-6)).item() < 1:
                     param.grad.mul_(3.0 / (norm + 1e-6))
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         with torch.no_grad():
             for s, t in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
                 t.mul_(0.996).add_(0.004 * s)

@@ -1,0 +1,241 @@
+"""What only a GPU can show: `python -m pytest -m gpu`, about ten minutes on one GPU.
+
+`docs/gpu.md` lists the paths that only a GPU reaches, with the test for each. Tests that need more GPUs
+than there are, or another device than asked for, are skipped and say so. To try the tests themselves
+where there is no GPU: `--gpu-device cpu`.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support.distributed import choose_device
+from support.pixels import normalized_views, to_pixels
+from support.weights import load_checkpoint
+from tests import golden
+from tests.conftest import ROOT, TINY, picture, run, torchrun, wait_for
+from tests.test_device import training_on
+from utils import DataAugmentationDINO
+
+pytestmark = pytest.mark.gpu
+
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+TRAINING = ["main_dino.py", *TINY, "--seed", "1"]
+
+
+@pytest.fixture(scope="module")
+def gpu(request) -> torch.device:
+    """The device of --gpu-device, with exact float32 products."""
+    device = torch.device(request.config.getoption("--gpu-device"))
+    if choose_device().type != device.type:
+        pytest.skip(f"no {device.type} here")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield device
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def trained(images, folder, *flags: str, env: dict | None = None) -> dict:
+    """The checkpoint of a run of two epochs, by the script."""
+    run(*TRAINING, *flags, "--data_path", str(images), "--output_dir", str(folder), env=env)
+    return load_checkpoint(folder / "checkpoint.pth")
+
+
+def distance(a: dict, b: dict, part: str = "student") -> float:
+    """Relative distance of two checkpoints' weights."""
+    x, y = (torch.cat([v.double().flatten() for v in c[part].values()]) for c in (a, b))
+    return ((x - y).norm() / y.norm()).item()
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    for part in ("student", "teacher", "dino_loss"):
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), f"{part}.{name}"
+
+
+# ---- numbers
+
+
+def test_golden_numbers(gpu, monkeypatch):
+    """All numbers of the published code, with weights and inputs on the GPU."""
+    from_numpy = torch.from_numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda array: from_numpy(array).to(gpu))
+    torch.manual_seed(0)
+    with gpu:
+        found = golden.run(golden.load(str(ROOT)))
+    reference = json.loads((ROOT / "tests" / "data" / "golden.json").read_text())
+    assert list(golden.compare(reference, found)) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--arch", "resnet18", "--use_bn_in_head", "true"]])
+def test_weights_after_ten_steps_equal_the_cpus(gpu, images, tmp_path, flags):
+    """With SGD: Adam would enlarge the rounding of gradients that are zero."""
+    flags = [*flags, "--optimizer", "sgd", "--lr", "0.3"]
+    here = trained(images, tmp_path / "gpu", *flags)
+    cpu = trained(images, tmp_path / "cpu", *flags, env=ON_CPU)
+    assert here["step"] == 10 and distance(here, cpu) < 1e-4 and distance(here, cpu, "teacher") < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("flags", [[], ["--grad_checkpointing"], ["--accum_steps", "2"]])
+def test_half_precision_follows_float32(gpu, images, tmp_path, precision, flags):
+    losses = []
+    for name in ("fp32", precision):
+        if gpu.type == "cpu" and name == "fp16":
+            pytest.skip("the CPU has no scaler")
+        trained(images, tmp_path / name, *flags, "--precision", name)
+        lines = (tmp_path / name / "log.txt").read_text().splitlines()
+        losses.append([json.loads(line)["train_loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+@pytest.mark.parametrize("flag", ["--grad_checkpointing", "--compile", "--augment_on=device"])
+def test_a_flag_that_saves_time_or_memory_gives_the_same_weights(gpu, images, tmp_path, flag):
+    words = ["--optimizer", "sgd", "--lr", "0.3"]
+    plain = trained(images, tmp_path / "plain", *words)
+    other = trained(images, tmp_path / "other", *words, *flag.split("="))
+    # Colours on the device may differ from the worker's by a grey level.
+    assert distance(other, plain) < (1e-2 if "augment" in flag else 1e-4)
+
+
+def test_views_coloured_on_the_device_equal_the_workers(gpu):
+    """At most one grey level in at most one pixel of a thousand."""
+    augmentation = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 4, 96, 48)
+    pixels = to_pixels(picture(0, (120, 90)))
+    for seed in range(20):
+        done, none = augmentation.views(pixels, random.Random(seed))
+        crops, colours = augmentation.crops(pixels, random.Random(seed))
+        there = normalized_views([part[None].to(gpu) for part in crops], [field[None] for field in colours])
+        expected = normalized_views([part[None] for part in done], none)
+        for a, b in zip(there, expected, strict=True):
+            levels = (a.cpu() - b).abs() * 0.229 * 255
+            assert levels.max() < 1.2 and (levels > 0.5).float().mean() < 1e-3
+
+
+# ---- evaluations
+
+
+@pytest.fixture(scope="module")
+def weights(images, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("weights")
+    trained(images, folder)
+    return str(folder / "checkpoint.pth")
+
+
+def test_knn_equals_the_cpus(gpu, labelled, weights, tmp_path):
+    said = []
+    for name, env in (("gpu", None), ("cpu", ON_CPU)):
+        (tmp_path / name).mkdir()
+        flags = ["--data_path", str(labelled), "--num_workers", "2", "--dump_features", str(tmp_path / name)]
+        result = run("eval_knn.py", "--pretrained_weights", weights, "--nb_knn", "5", *flags, env=env)
+        said.append([line for line in result.stdout.splitlines() if "Top1" in line])
+    a, b = (torch.load(tmp_path / name / "trainfeat.pth") for name in ("gpu", "cpu"))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert said[0] == said[1] != []
+
+
+def test_linear_probe_equals_the_cpus(gpu, labelled, weights, tmp_path):
+    found = []
+    for name, env in (("gpu", None), ("cpu", ON_CPU)):
+        words = ["--pretrained_weights", weights, "--data_path", str(labelled), "--epochs", "3"]
+        words += ["--num_workers", "0", "--batch_size_per_gpu", "5", "--output_dir", str(tmp_path / name)]
+        run("eval_linear.py", *words, env=env)
+        lines = (tmp_path / name / "log.txt").read_text().splitlines()
+        found.append([json.loads(line)["train_loss"] for line in lines])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_attention_equals_the_cpus(gpu, images, weights, tmp_path):
+    pictures = []
+    for name, env in (("gpu", None), ("cpu", ON_CPU)):
+        words = ["--pretrained_weights", weights, "--image_path", str(images / "000.png")]
+        run(
+            "visualize_attention.py",
+            *words,
+            "--image_size",
+            "64",
+            "--output_dir",
+            str(tmp_path / name),
+            env=env,
+        )
+        pictures.append(np.asarray(Image.open(tmp_path / name / "attn-mean.png"), dtype=float))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 3
+
+
+# ---- restarts
+
+
+def kill_at(step: int, folder: Path, *command: str) -> None:
+    """Start the script, and kill it as soon as it has saved this step."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
+    wait_for(lambda: process.poll() is not None or saved_step(folder) >= step, f"step {step}")
+    with contextlib.suppress(ProcessLookupError):  # it may have ended in between
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def saved_step(folder: Path) -> int:
+    path = folder / "checkpoint.pth"
+    return load_checkpoint(path)["step"] if path.exists() else 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_killed_run_ends_with_the_same_bits(gpu, images, tmp_path, precision):
+    if gpu.type == "cpu" and precision == "fp16":
+        pytest.skip("the CPU has no scaler")
+    flags = ["--precision", precision, "--save_every_steps", "2", "--num_workers", "2"]
+    whole = trained(images, tmp_path / "whole", *flags)
+    command = [*TRAINING, *flags, "--data_path", str(images), "--output_dir", str(tmp_path / "killed")]
+    for step in (2, 4):
+        kill_at(step, tmp_path / "killed", *command)
+    run(*command)
+    assert_same_bits(load_checkpoint(tmp_path / "killed" / "checkpoint.pth"), whole)
+
+
+# ---- several processes
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_bn_in_head", "true"], ["--centering", "sinkhorn"]])
+def test_two_processes_train_together(gpu, images, tmp_path, flags):
+    """Over NCCL, with synchronised batch norms, on two GPUs; else over gloo, on the CPU."""
+    env = ON_CPU if torch.cuda.device_count() < 2 else None
+    words = [*TRAINING, *flags, "--optimizer", "sgd", "--lr", "0.3", "--data_path", str(images)]
+    torchrun(2, *words, "--batch_size_per_gpu", "2", "--output_dir", str(tmp_path / "two"), env=env)
+    two = load_checkpoint(tmp_path / "two" / "checkpoint.pth")
+    assert two["step"] == 10 and all(v.isfinite().all() for v in two["student"].values())
+
+
+# ---- speed
+
+
+def test_a_step_waits_once_for_the_gpu(gpu, images, monkeypatch):
+    """torch counts what waits: the copy of the statistics in `Monitor.check` alone."""
+    if gpu.type != "cuda":
+        pytest.skip("torch counts waits on CUDA only; tests/test_device.py covers the rest")
+    with (
+        training_on(gpu, images, "--precision", "bf16") as train,
+        warnings.catch_warnings(record=True) as found,
+    ):
+        train(range(2))  # loads the kernels
+        found.clear()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train(range(2, 4))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in found if "synchroniz" in str(warning.message)]
+    assert [Path(w.filename).name for w in waits] == ["monitor.py"] * 2, [str(w.message) for w in waits]
