@@ -68,8 +68,11 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, spli
     # fmt: on
 
 
-def add_weights_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that select a frozen network; a flag that is not given is None."""
+def add_weights_flags(parser: argparse.ArgumentParser, arch: str = "vit_small", patch_size: int = 16) -> None:
+    """Add the flags that select a frozen network; a flag that is not given is None.
+
+    The help names `arch` and `patch_size` as what the script takes if the file does not say it.
+    """
     # fmt: off
     group = parser.add_argument_group("weights")
     group.add_argument("--pretrained_weights", default="",
@@ -80,9 +83,9 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
              "(default: the teacher, or the only network)")
     group.add_argument("--arch", default=None,
         help="architecture: one of our ViTs, or a torchvision or timm model by name (default: the file's, "
-             "else vit_small)")
+             f"else {arch})")
     group.add_argument("--patch_size", default=None, type=number(int, at_least=1),
-        help="pixels per patch side, for our ViTs only (default: the file's, else 16)")
+        help=f"pixels per patch side, for our ViTs only (default: the file's, else {patch_size})")
     # fmt: on
 
 

@@ -44,10 +44,12 @@ from support.logger import log
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from vision_transformer import VITS, VisionTransformer
 
-# The models published with the paper: name -> (stem of the files, architecture, patch size).
+# The models published with the paper: name -> (stem of the files, architecture, patch size). Only some have
+# linear classifiers; dino_vits16_landmarks is trained on Google Landmarks v2, the others on ImageNet.
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/{stem}_pretrain/{stem}_{kind}.pth"
 PUBLISHED = {
     "dino_vits16": ("dino_deitsmall16", "vit_small", 16),
+    "dino_vits16_landmarks": ("dino_vitsmall16_googlelandmark", "vit_small", 16),
     "dino_vits8": ("dino_deitsmall8", "vit_small", 8),
     "dino_vitb16": ("dino_vitbase16", "vit_base", 16),
     "dino_vitb8": ("dino_vitbase8", "vit_base", 8),

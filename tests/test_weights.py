@@ -289,8 +289,8 @@ def test_offline_a_published_model_is_a_clear_error(server, monkeypatch):
         load_backbone("dino_vit_s16")
 
 
-def test_the_nine_published_models_are_known_networks():
-    assert len(weights.PUBLISHED) == 9
+def test_the_published_models_are_known_networks():
+    assert len(weights.PUBLISHED) == 9 + 1  # of the paper's list, and the one trained on landmarks
     for stem, arch, patch_size in weights.PUBLISHED.values():
         url = weights.PUBLISHED_URL.format(stem=stem, kind="pretrain")
         assert url == f"https://dl.fbaipublicfiles.com/dino/{stem}_pretrain/{stem}_pretrain.pth"

@@ -1,0 +1,283 @@
+"""Evaluate frozen features by finding the originals of copied images, on Copydays.
+
+    python eval_copy_detection.py --pretrained_weights dino_vitb8 --data_path /data/copydays \\
+        --whitening_path /data/whitening --distractors_path /data/distractors
+
+`--data_path` holds the folders `original`, `strong`, `jpegqual/75` and others, `crops/10` and others. All
+their images are queries. The database to search is the originals and the distractors. The feature of an image
+is the CLS token beside the generalised mean of the patch tokens (Berman et al., "MultiGrain: a unified image
+embedding for classes and instances" (2019), https://arxiv.org/abs/1902.05509). With `torchrun`, the GPUs
+share the feature extraction.
+
+Shapes: B images, Q queries, N images of the database, D features.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import transforms
+
+from eval_image_retrieval import average_precision
+from support import cli
+from support.cli import bool_flag
+from support.data import ImageFiles, describe, digest
+from support.distributed import (
+    agree,
+    fix_random_seeds,
+    init_distributed_mode,
+    is_main_process,
+    same_error_on_all_ranks,
+)
+from support.errors import UserError
+from support.features import cls_and_patches, extract_features, load_by_flags
+from support.files import class_folders
+from support.logger import log
+from support.pixels import normalize
+
+NEAREST = 20  # images of the database that count for a query
+POWER = 4  # of the generalised mean
+
+# What the authors report of their command: weights -> (--imsize, mAP on `strong`), with these images.
+PUBLISHED = {"dino_vitb8": (320, 0.858)}
+PUBLISHED_IMAGES = {"original": 157, "strong": 229, "distractors": 10_000, "whitening": 20_000}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags. A parent for other parsers, so it has no `--help`."""
+    parser = cli.ArgumentParser("Copy detection on Copydays", add_help=False)
+    # fmt: off
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="",
+        help="folder with original/, strong/, jpegqual/*/ and crops/*/; those that are there are evaluated")
+    group.add_argument("--distractors_path", default="",
+        help="folder of other images, to search among; without it, among the originals only")
+    group.add_argument("--whitening_path", default="",
+        help="folder of other images, from which the whitening of the features is computed; without it, the "
+             "features are not whitened")
+    group.add_argument("--whiten_centred", action="store_true",
+        help="whiten by the covariance about the mean, as textbooks do; the published code removes the mean "
+             "from the features, but takes the covariance about 0")
+    group.add_argument("--imsize", "--image_size", default=320, type=cli.number(int, at_least=1),
+        help="resize images to this height and width, in pixels")
+    group.add_argument("--num_workers", default=10, type=cli.number(int, at_least=0),
+        help="data-loading workers per process; at most one per core")
+    cli.add_weights_flags(parser, arch="vit_base", patch_size=8)
+    parser.add_argument("--batch_size_per_gpu", default=16, type=cli.number(int, at_least=1),
+        help="images per process and forward pass")
+    parser.add_argument("--use_cuda", default=True, type=bool_flag,
+        help="keep the features on the GPU, if there is one")
+    parser.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+        help="seed of the weights of --pretrained_weights random")
+    cli.add_launch_flags(parser)
+    # fmt: on
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------
+
+
+def open_blocks(data_path: str) -> dict[str, ImageFiles]:
+    """Open the blocks of queries that are there, by name, the originals first. Raises UserError."""
+    if not data_path:
+        raise UserError("no data given", "--data_path", "give the folder that holds original/")
+    root = Path(data_path).expanduser()
+    names = [name for name in ("original", "strong") if (root / name).is_dir()]
+    if "original" not in names:
+        raise UserError("no folder original/", f"--data_path {root}", "give the folder that holds it")
+    for family in ("jpegqual", "crops"):
+        if not (root / family).is_dir():
+            continue
+        found = class_folders(root / family)
+        if not found:
+            raise UserError(f"no folders in {family}/", f"--data_path {root}", "add one for each degree")
+        names += [f"{family}/{name}" for name in sorted(found, key=_as_number)]
+    return {name: open_folder(root / name, f"--data_path {root}") for name in names}
+
+
+def _as_number(name: str) -> tuple[float, str]:
+    """Sort "5" before "10", and words last."""
+    return (int(name) if name.isdecimal() else float("inf"), name)
+
+
+def open_folder(folder: str | Path, flag: str, at_least: int = 1) -> ImageFiles:
+    """Open the images of a folder. Raises UserError if there are fewer than `at_least`."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError("no such folder", flag, "check the path")
+    images = ImageFiles(path)
+    if len(images) < at_least:
+        what = f"only {len(images)} images in {path.name}" if len(images) else f"no images in {path}"
+        raise UserError(what, flag, f"put at least {at_least} there" if at_least > 1 else "put images there")
+    return images
+
+
+def positives_of(block: str, images: ImageFiles, originals: ImageFiles) -> list[np.ndarray]:
+    """Indices of the originals of each image of a block.
+
+    For `strong`, those whose names begin with the same four letters; for other blocks, the original with
+    the same index. Raises UserError if an image has no original or, by its name, another one.
+    """
+    starts = np.array([Path(path).name[:4] for path in originals.paths])
+    queries = [Path(path).name for path in images.paths]
+    if block == "strong":
+        found = [np.flatnonzero(starts == name[:4]) for name in queries]
+        for name, positives in zip(queries, found, strict=True):
+            if not len(positives):
+                what = f"no original begins with {name[:4]!r}, as strong/{name} does"
+                raise UserError(what, str(images.paths.root), "add the original, or remove the image")
+        return found
+    if len(queries) > len(starts):
+        what = f"{block} has {len(queries)} images, but there are {len(starts)} originals"
+        raise UserError(what, str(images.paths.root), "give each image its original")
+    for name, start, path in zip(queries, starts, originals.paths, strict=False):
+        if name[:4] != start:
+            what = f"{block}/{name} stands where original/{Path(path).name} is"
+            raise UserError(what, str(images.paths.root), "name each image as its original")
+    return [np.array([index]) for index in range(len(queries))]
+
+
+def open_sets(data_path: str, distractors: str, whitening: str) -> dict[str, ImageFiles]:
+    """Open the blocks, and "distractors" and "whitening" if their folders are given. Raises UserError."""
+    sets = open_blocks(data_path)
+    if distractors:
+        sets["distractors"] = open_folder(distractors, f"--distractors_path {distractors}")
+    if whitening:
+        sets["whitening"] = open_folder(whitening, f"--whitening_path {whitening}", at_least=2)
+    return sets
+
+
+# ---------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------
+
+
+def copy_features(network: Any, images: Tensor) -> Tensor:
+    """CLS token, and generalised mean of the patch tokens: (B, 3, H, W) -> (B, 2 D).
+
+    Raises UserError for networks without patch tokens.
+    """
+    cls, patches = cls_and_patches(network, images)  # (B, D), (B, R, C, D)
+    mean = patches.clamp(min=1e-6).pow(POWER).mean(dim=(1, 2)).pow(1 / POWER)
+    return torch.cat([cls, mean], dim=1)
+
+
+def input_transform(imsize: int, mean: Sequence[float], std: Sequence[float]) -> Callable:
+    """Resize and normalise: an RGB image -> (3, imsize, imsize), float32."""
+    return transforms.Compose(
+        [
+            transforms.Resize((imsize, imsize), transforms.InterpolationMode.BICUBIC),
+            transforms.PILToTensor(),
+            functools.partial(normalize, mean=mean, std=std),
+        ]
+    )
+
+
+def fit_whitening(features: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and matrix (D, D) such that (x - mean) @ matrix is white, from features (N, D).
+
+    As published, the covariance is that of the features themselves; with `centred`, that of their
+    distance from the mean. Eigenvalues are at least 1e-5 of the largest. Raises UserError if all are 0.
+    """
+    x = features.cpu().double()  # on the CPU, because not every device has float64
+    mean = x.mean(dim=0)
+    x = x - mean if centred else x
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    if not values[-1] > 0:
+        raise UserError("features of all images are equal", "--whitening_path", "give different images")
+    matrix = vectors / values.clamp(min=1e-5 * values[-1]).sqrt()
+    mean, matrix = mean.to(features.dtype), matrix.to(features.dtype)
+    return mean.to(features.device), matrix.to(features.device)
+
+
+def whiten(features: dict[str, Tensor], centred: bool) -> dict[str, Tensor]:
+    """Whiten all features by those of "whitening"."""
+    count, width = features["whitening"].shape
+    if count < width:
+        few = f"{count} images for {width} features"
+        log(f"note: --whitening_path has {few}: the covariance lacks full rank")
+    mean, matrix = fit_whitening(features["whitening"], centred)
+    return {name: (x - mean) @ matrix for name, x in features.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# The evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+def mean_average_precision(queries: Tensor, database: Tensor, positives: Sequence[np.ndarray]) -> float:
+    """Mean over queries (Q, D) of the average precision among the nearest in the database (N, D)."""
+    similarities = F.normalize(queries, dim=1) @ F.normalize(database, dim=1).T
+    nearest = similarities.topk(min(NEAREST, len(database)), dim=1).indices.cpu().numpy()
+    found = zip(nearest, positives, strict=True)
+    return float(np.mean([average_precision(np.flatnonzero(np.isin(i, p)), len(p)) for i, p in found]))
+
+
+def published_line(weights: str, imsize: int, centred: bool, counts: dict[str, int]) -> str | None:
+    """The authors' result, if these are their weights, their number of images and their flags."""
+    size, result = PUBLISHED.get(weights, (0, 0))
+    is_theirs = imsize == size and not centred
+    if not is_theirs or any(counts.get(name) != count for name, count in PUBLISHED_IMAGES.items()):
+        return None
+    return f"published for these weights: eval on strong mAP={result:.3f}"
+
+
+def network_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags as `load_by_flags` reads them. Random weights are of a ViT-B/8, the published default."""
+    untold = args.pretrained_weights == "random" and args.arch is None
+    arch, patch_size = ("vit_base", args.patch_size or 8) if untold else (args.arch, args.patch_size)
+    own = {"image_size": args.imsize, "arch": arch, "patch_size": patch_size}
+    return argparse.Namespace(**vars(args) | own)
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Compute features, search, and print a line for each block; {block: mAP} on rank 0."""
+    device = init_distributed_mode(args.dist_url)
+    keep_on = device if args.use_cuda else torch.device("cpu")
+    fix_random_seeds(args.seed)
+    no_whitening = [("whiten_centred", lambda args: not args.whitening_path, "--whitening_path is not given")]
+    cli.warn_no_effect(args, get_args_parser(), no_whitening)
+    with same_error_on_all_ranks():
+        sets = open_sets(args.data_path, args.distractors_path, args.whitening_path)
+        blocks = [name for name in sets if name not in ("distractors", "whitening")]
+        positives = {name: positives_of(name, sets[name], sets["original"]) for name in blocks}
+    agree("images", "; ".join(f"{name}: {describe(x)}, digest {digest(x)}" for name, x in sets.items()))
+    counts = {name: len(images) for name, images in sets.items()}
+    log("images: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    frozen = load_by_flags(network_flags(args))
+    model = functools.partial(copy_features, frozen.network.to(device))
+    transform = input_transform(args.imsize, frozen.mean, frozen.std)
+    images = ImageFiles(*(path for part in sets.values() for path in part.paths))
+    flags = args.batch_size_per_gpu, args.num_workers, keep_on
+    together = extract_features(model, images, transform, device, *flags)[0]
+    if not is_main_process():
+        return {}
+    features = dict(zip(counts, together.split(list(counts.values())), strict=True))
+    if args.whitening_path:
+        features = whiten(features, args.whiten_centred)
+    database = torch.cat([features[name] for name in ("original", "distractors") if name in features])
+    results = {}
+    for name in blocks:
+        results[name] = mean_average_precision(features[name], database, positives[name])
+        log(f"eval on {name} mAP={results[name]:.3f}")
+    if line := published_line(args.pretrained_weights, args.imsize, args.whiten_centred, counts):
+        log(line)
+    return results
+
+
+if __name__ == "__main__":
+    cli.run_script(main, parse_args())

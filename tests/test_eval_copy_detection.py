@@ -1,0 +1,279 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval_copy_detection
+from eval_copy_detection import fit_whitening, mean_average_precision, positives_of
+from support.backbones import build_backbone
+from support.data import ImageFiles
+from support.errors import UserError
+from tests.conftest import picture, run, save_images, torchrun
+
+
+def evaluate(folder, *flags: str) -> dict:
+    data = "--data_path", str(folder), "--num_workers", "0"
+    return eval_copy_detection.main(eval_copy_detection.parse_args([*data, *flags]))
+
+
+# ---- the published numbers
+
+
+@pytest.mark.parametrize(
+    ("extra", "words", "tolerance"),
+    [
+        ([], "", 0.01),
+        (["distractors"], " with distractors", 0.01),
+        (["distractors", "whitening"], " with distractors and whitening", 0.02),
+    ],
+)
+def test_the_published_numbers(paper_inputs, published, capsys, extra, words, tolerance):
+    folders = [part for name in extra for part in (f"--{name}_path", str(paper_inputs / name))]
+    flags = "--pretrained_weights", str(paper_inputs / "weights.pth"), "--imsize", "96"
+    result = evaluate(paper_inputs / "copydays", *flags, *folders)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval on")]
+    expected = published[f"copy --imsize 96{words}"]
+    assert list(result) == list(expected)
+    for (block, theirs), line in zip(expected.items(), printed, strict=True):
+        assert line == f"eval on {block} mAP={result[block]:.3f}"
+        # The published numbers have three digits.
+        assert result[block] == pytest.approx(float(theirs), abs=tolerance + 0.0005), block
+
+
+# ---- measures, by hand
+
+
+def test_precision_counts_the_twenty_nearest_alone():
+    database = torch.eye(30)
+    query = torch.linspace(1, 0.1, 30)[None]  # image i is the i-th nearest
+    for positives, expected in (
+        ([0], 1),
+        ([1], (0 + 1 / 2) / 2),
+        ([0, 2], (1 + (1 / 2 + 2 / 3) / 2) / 2),
+        ([19], (0 + 1 / 20) / 2),
+        ([20], 0),
+        ([0, 25], 1 / 2),
+    ):
+        found = mean_average_precision(query, database, [np.array(positives)])
+        assert found == pytest.approx(expected), positives
+    two = mean_average_precision(torch.cat([query, query]), database, [np.array([0]), np.array([1])])
+    assert two == pytest.approx((1 + 1 / 4) / 2)
+    assert (
+        mean_average_precision(query[:, :5], 3 * torch.eye(5), [np.array([0])]) == 1
+    )  # lengths do not count
+
+
+def test_originals_are_found_by_four_letters_or_by_index(tmp_path):
+    for folder, names in {
+        "original": ["200000", "200001", "200100"],
+        "strong": ["200005", "200109"],
+        "crops": ["200003", "200004"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            picture().save(tmp_path / folder / f"{name}.png")
+    sets = {folder: ImageFiles(tmp_path / folder) for folder in ("original", "strong", "crops")}
+
+    def found(block: str) -> list:
+        images = sets[block.partition("/")[0]]
+        return [positives.tolist() for positives in positives_of(block, images, sets["original"])]
+
+    assert found("strong") == [[0, 1], [2]]
+    assert found("crops/10") == [[0], [1]]
+    assert found("original") == [[0], [1], [2]]
+
+
+def test_the_published_result_stands_beside_its_weights_and_its_data_only():
+    line, counts = (
+        eval_copy_detection.published_line,
+        eval_copy_detection.PUBLISHED_IMAGES | {"crops/10": 157},
+    )
+    assert line("dino_vitb8", 320, False, counts).endswith("eval on strong mAP=0.858")
+    assert line("dino_vitb8", 224, False, counts) is None
+    assert line("dino_vitb8", 320, True, counts) is None
+    assert line("dino_vitb16", 320, False, counts) is None
+    assert line("dino_vitb8", 320, False, counts | {"distractors": 9_999}) is None
+    del counts["whitening"]
+    assert line("dino_vitb8", 320, False, counts) is None
+
+
+# ---- features
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_tiny_patch16_224"])
+def test_features_are_the_cls_token_and_the_generalised_mean(arch):
+    network = build_backbone(arch, 16, 32)[0].eval()
+    images = torch.randn(2, 3, 32, 48)
+    if arch == "vit_nano":
+        tokens = network.get_intermediate_layers(images, 1)[0]
+    else:
+        tokens = network.forward_features(images)
+    with torch.no_grad():
+        features = eval_copy_detection.copy_features(network, images)
+    patches = tokens[:, 1:].double().detach()
+    positive = torch.where(patches > 1e-6, patches, torch.full_like(patches, 1e-6))
+    mean = ((positive**4).sum(dim=1) / 6) ** 0.25
+    torch.testing.assert_close(features[:, : mean.shape[1]], network(images).detach())
+    torch.testing.assert_close(features[:, mean.shape[1] :].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_images_are_squeezed_to_a_square_by_bicubic():
+    image = picture(size=(60, 45))
+    pixels = eval_copy_detection.input_transform(32, (0, 0, 0), (1, 1, 1))(image)
+    expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+def test_whitening_as_published_and_as_in_textbooks():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 4, generator=generator) @ torch.randn(4, 4, generator=generator) + 3
+    mean, matrix = fit_whitening(x, centred=True)
+    white = (x - mean) @ matrix
+    torch.testing.assert_close(white.T @ white / len(x), torch.eye(4), rtol=0, atol=1e-3)
+    mean, matrix = fit_whitening(x, centred=False)
+    torch.testing.assert_close(mean, x.mean(dim=0))
+    white = x @ matrix  # white about 0, before the mean is removed
+    torch.testing.assert_close(white.T @ white / len(x), torch.eye(4), rtol=0, atol=1e-3)
+
+
+def test_no_direction_is_enlarged_without_bound():
+    x = torch.zeros(3, 2)
+    x[:, 0] = torch.tensor([1.0, 2, 3])
+    matrix = fit_whitening(x, centred=True)[1]
+    lengths = matrix.norm(dim=0).sort().values
+    largest = 2 / 3  # the variance of 1, 2, 3
+    expected = torch.tensor([largest**-0.5, (1e-5 * largest) ** -0.5])
+    torch.testing.assert_close(lengths, expected)
+    with pytest.raises(UserError, match="features of all images are equal"):
+        fit_whitening(torch.ones(3, 2), centred=True)
+
+
+# ---- blocks as they are found, and bad input
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    """Small blocks: 3 originals, and 2 degrees of one distortion."""
+    for name in ("original", "crops/5", "crops/10"):
+        save_images(tmp_path / "copydays" / name, 3)
+    return tmp_path / "copydays"
+
+
+RANDOM = "--pretrained_weights random --arch vit_nano --patch_size 8 --imsize 16".split()
+
+
+def test_blocks_are_taken_as_found(blocks, capsys):
+    assert list(evaluate(blocks, *RANDOM)) == ["original", "crops/5", "crops/10"]
+    assert "images: original 3, crops/5 3, crops/10 3\n" in capsys.readouterr().out
+    save_images(blocks / "strong", 5)
+    for number in (3, 4):  # they begin with the same letters as originals 001 and 002
+        (blocks / "strong" / f"00{number}.png").rename(blocks / "strong" / f"00{number - 2}.b.png")
+    assert list(evaluate(blocks, *RANDOM)) == ["original", "strong", "crops/5", "crops/10"]
+
+
+def test_whiten_centred_changes_the_features_and_needs_images(blocks, tmp_path, capsys):
+    save_images(tmp_path / "others", 5, seed=1)
+    others = "--whitening_path", str(tmp_path / "others")
+    evaluate(blocks, *RANDOM, *others)
+    said = capsys.readouterr().out
+    assert "warning" not in said
+    assert "note: --whitening_path has 5 images for 256 features" in said
+    evaluate(blocks, *RANDOM, "--whiten_centred")
+    said = capsys.readouterr().out
+    assert "warning: --whiten_centred has no effect: --whitening_path is not given" in said
+    x = {name: torch.randn(9, 4) + 2 for name in ("original", "whitening")}
+    published, centred = (eval_copy_detection.whiten(x, centred)["original"] for centred in (False, True))
+    assert not torch.allclose(published, centred, rtol=0.1)
+
+
+def refused(folder, message: str, *flags: str) -> None:
+    """The script ends with this one line before it looks for the weights."""
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(folder, "--pretrained_weights", "/nowhere.pth", *flags)
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_bad_blocks_are_named(blocks, tmp_path):
+    refused("", "no data given")
+    refused(tmp_path, "no folder original/")
+    save_images(blocks / "crops" / "20", 4)
+    refused(blocks, "crops/20 has 4 images, but there are 3 originals")
+    for path in (blocks / "crops" / "20").iterdir():
+        path.unlink()
+    refused(blocks, "no images in .*crops/20")
+    picture().save(blocks / "crops" / "20" / "001.png")
+    refused(blocks, "crops/20/001.png stands where original/000.png is")
+    shutil.rmtree(blocks / "crops" / "20")
+    (blocks / "jpegqual").mkdir()
+    refused(blocks, "no folders in jpegqual/")
+    (blocks / "jpegqual").rmdir()
+    save_images(blocks / "strong", 1)
+    (blocks / "strong" / "000.png").rename(blocks / "strong" / "777701.png")
+    refused(blocks, "no original begins with '7777', as strong/777701.png does")
+    shutil.rmtree(blocks / "strong")
+    refused(blocks, "no such file")  # of weights: the blocks are fine now
+    for path in (blocks / "original").iterdir():
+        path.unlink()
+    refused(blocks, "no images in .*original")
+
+
+def test_bad_folders_of_other_images_are_named(blocks, tmp_path):
+    save_images(tmp_path / "one", 1)
+    (tmp_path / "empty").mkdir()
+    for flag in ("--distractors_path", "--whitening_path"):
+        refused(blocks, f"no such folder .{flag} /nowhere", flag, "/nowhere")
+        refused(blocks, f"no images in .*empty .{flag}", flag, str(tmp_path / "empty"))
+    refused(blocks, "only 1 images in one .--whitening_path", "--whitening_path", str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no weights given"),
+        (["--pretrained_weights", "pixels"], "Flatten has no patch tokens"),
+        (["--pretrained_weights", "random", "--arch", "resnet18"], "ResNet has no patch tokens"),
+        ([*RANDOM, "--imsize", "20"], r"does not divide by --patch_size 8 \(--image_size 20\)"),
+    ],
+)
+def test_a_network_that_does_not_suit_is_one_clear_line(blocks, flags, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(blocks, "--imsize", "32", *flags)
+
+
+def test_random_weights_are_of_the_published_default_network():
+    def settled(*flags: str) -> tuple:
+        args = eval_copy_detection.parse_args(["--pretrained_weights", *flags])
+        flags = eval_copy_detection.network_flags(args)
+        return flags.arch, flags.patch_size, flags.image_size
+
+    assert settled("random") == ("vit_base", 8, 320)
+    assert settled("random", "--patch_size", "16") == ("vit_base", 16, 320)
+    assert settled("random", "--arch", "vit_small") == ("vit_small", None, 320)
+    assert settled("x.pth", "--imsize", "96") == (None, None, 96)
+
+
+def test_published_flags_and_defaults():
+    args = vars(eval_copy_detection.parse_args([]))
+    published = {
+        "imsize": 320, "batch_size_per_gpu": 16, "pretrained_weights": "", "use_cuda": True,
+        "num_workers": 10, "dist_url": "env://", "local_rank": 0,
+    }  # fmt: skip
+    assert {name: args[name] for name in published} == published
+    assert args["arch"] is args["patch_size"] is args["checkpoint_key"] is None  # as the weights say
+    assert args["data_path"] == args["whitening_path"] == args["distractors_path"] == ""
+
+
+@pytest.mark.slow
+def test_two_processes_print_what_one_prints(paper_inputs):
+    flags = (
+        "eval_copy_detection.py", "--data_path", str(paper_inputs / "copydays"), "--imsize", "32",
+        "--pretrained_weights", str(paper_inputs / "weights.pth"), "--num_workers", "1",
+        "--whitening_path", str(paper_inputs / "whitening"),
+    )  # fmt: skip
+    lines = [
+        [line for line in process.stdout.splitlines() if line.startswith("eval on")]
+        for process in (run(*flags), torchrun(2, *flags))
+    ]
+    assert len(lines[0]) == 20 and lines[0] == lines[1]
