@@ -173,7 +173,7 @@ def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     try:
         # World size 1, because torch would wait here for the others without a message.
         store, *_ = next(dist.rendezvous(dist_url, rank, 1 if address else world_size))
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError("the port is in use", place, "set another MASTER_PORT") from None

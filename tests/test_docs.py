@@ -26,8 +26,8 @@ OTHER_FLAGS = {
     "torchrun": "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max_restarts --signals-to-handle",
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
     "--open-mode --me",
-    "pytest": "--dist",
-    "python -m tests.*": "--rounds --quick --only",
+    "pytest": "--dist --gpu-device",
+    "python -m tests.*": "--rounds --quick --only --device --images",
     "every parser": "--help",
 }
 
