@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from extract_features import read_features
 from support import cli
 from support.cli import bool_flag
-from support.data import Images, Source, on_all_ranks, open_train_and_val
+from support.data import Images, Source, match_classes, on_all_ranks, open_train_and_val
 from support.distributed import (
     all_gather_object,
     fix_random_seeds,
@@ -53,8 +54,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="keep the features on the GPU, if there is one; turn off if they do not fit into its memory")
     parser.add_argument("--dump_features", default=None, help="folder to save the features in")
     parser.add_argument("--load_features", default=None,
-        help="folder of saved features, to use instead of weights and images: torch files trainfeat.pth "
-             "(N, D), trainlabels.pth (N,), testfeat.pth (M, D), testlabels.pth (M,)")
+        help="folder of saved features, to use instead of weights and images: train/ and val/, each written "
+             "by extract_features.py; or torch files trainfeat.pth (N, D), trainlabels.pth (N,), "
+             "testfeat.pth (M, D), testlabels.pth (M,)")
     parser.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
         help="seed of the weights of --pretrained_weights random")
     cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
@@ -215,32 +217,54 @@ def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
 
 
 def load_features(folder: str, device: torch.device) -> Data:
-    """Features (N, D) and labels (N,) of train, then of test, as `dump_features` saves them.
+    """Features (N, D) and labels (N,) of train, then of test.
 
+    Reads the folders train/ and val/ of extract_features.py, or the files that `dump_features` saves.
     Normalises features whose length is not 1. Raises UserError for tensors that do not fit together, and
     for values that are neither features nor class numbers.
     """
-    tensors = [load_file(Path(folder) / name) for name in FEATURE_FILES]
+    names: Sequence[str] = FEATURE_FILES
+    if Path(folder, "train").is_dir():
+        names, tensors = ("train/features", "train/labels", "val/features", "val/labels"), _extracted(folder)
+    else:
+        tensors = [load_file(Path(folder) / name) for name in names]
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
     fit = [len(shape) for shape in shapes] == [2, 1, 2, 1] and all(map(min, shapes))
     (N, D), n, (M, d), m = shapes if fit else ((0, 0), (), (1, 1), ())
     if not (n == (N,) and m == (M,) and D == d):
         what = f"features and labels do not fit together: {', '.join(map(str, shapes))}"
         raise UserError(what, f"--load_features {folder}", "save (N, D), (N,), (M, D) and (M,)")
-    train, train_labels, test, test_labels = tensors
-    features = [
-        _unit_rows(x, f"{folder}/{name}.pth") for x, name in ((train, "trainfeat"), (test, "testfeat"))
-    ]
-    labels = [
-        _class_numbers(x, f"{folder}/{name}.pth")
-        for x, name in ((train_labels, "trainlabels"), (test_labels, "testlabels"))
-    ]
+    rows = list(zip(tensors, (f"{folder}/{name}" for name in names), strict=True))
+    features = [_unit_rows(x, where) for x, where in rows[::2]]
+    labels = [_class_numbers(y, where) for y, where in rows[1::2]]
     unknown = int((~torch.isin(labels[1], labels[0])).sum())
     if unknown:
         log(f"warning: {unknown} of {M} test labels are not among the training labels: counted as wrong")
     log(f"features: {N} training and {M} test rows of {D} from {folder}, {len(labels[0].unique())} classes")
     (x, test_x), (y, test_y) = ([tensor.to(device) for tensor in pair] for pair in (features, labels))
     return x, y, test_x, test_y
+
+
+def _extracted(folder: str) -> list[Tensor]:
+    """Features and labels of train/, then of val/, with the same class numbers. Raises UserError."""
+    train, val = (read_features(Path(folder, split)) for split in ("train", "val"))
+    if train.labels is None or val.labels is None:
+        split = "train" if train.labels is None else "val"
+        fix = "extract features of class folders"
+        raise UserError("features without labels", f"--load_features {folder}: {split}/", fix)
+    differ = [name for name in OF_NETWORK if train.identity.get(name) != val.identity.get(name)]
+    if differ:
+        fix = "extract both with the same weights and flags"
+        raise UserError(f"train/ and val/ differ in {', '.join(differ)}", f"--load_features {folder}", fix)
+    labels = val.labels
+    if train.classes != val.classes:
+        numbers = match_classes(train.classes, val.classes, f"--load_features {folder}")
+        labels = torch.tensor([*numbers, -1])[labels]  # -1 stays -1
+    return [train.features, train.labels, val.features, labels]
+
+
+# What the identities of train and val features have to agree in.
+OF_NETWORK = ("kind", "network", "pixels", "mean", "std")
 
 
 def _unit_rows(features: Tensor, where: str) -> Tensor:

@@ -45,7 +45,7 @@ from support.distributed import (
     init_distributed_mode,
 )
 from support.errors import TrainingError, UserError
-from support.features import extract_features, load_by_flags
+from support.features import extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import normalize
@@ -140,31 +140,6 @@ def check_args(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 # Features and classifiers
 # ---------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def frozen_features(
-    backbone: nn.Module,
-    images: Tensor,
-    n_last_blocks: int,
-    avgpool_patchtokens: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Normalised images (B, 3, H, W) -> features (B, F), float32; `dtype` is the type for autocast, if any.
-
-    For our ViTs, the CLS tokens of the last blocks, F = n D, and with `avgpool_patchtokens` also the mean
-    of the last block's patches, F = (n + 1) D; for other networks, their output.
-    """
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        if not isinstance(backbone, VisionTransformer):
-            return backbone(images).float()
-        layers = backbone.get_intermediate_layers(images, n_last_blocks)
-    classes = [layer[:, 0].float() for layer in layers]
-    if avgpool_patchtokens:
-        # Interleaved: the order in which the published classifiers of ViT-B were trained.
-        mean = layers[-1][:, 1:].float().mean(dim=1)
-        classes[-1] = torch.stack([classes[-1], mean], dim=-1).flatten(1)
-    return torch.cat(classes, dim=-1)
 
 
 class AugmentedImages(Dataset):

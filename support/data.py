@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
-from support.errors import ImageError, UserError, nearest
-from support.files import Paths, class_folders, find_images
+from support.errors import ImageError, UserError, nearest, reason_of
+from support.files import Paths, class_folders, find_images, readable_extensions
 from support.logger import log
 from support.pixels import to_pixels, to_rgb
 from support.shapes import Shapes
@@ -141,6 +141,55 @@ class LabelledFiles(ImageFiles):
         self.classes = classes
 
 
+class FolderFiles(ImageFiles):
+    """All image files below a folder. If all of them lie in folders of it, these folders are the classes.
+
+    `classes` is empty, and labels are 0, if there are images beside the folders.
+    """
+
+    classes: list[str]
+
+    def __init__(self, root: str | Path):
+        super().__init__(root)
+        folders = [name.partition(os.sep) for name in self.paths.names()]
+        self.classes, self.labels = [], np.zeros(len(self), int)
+        if folders and all(separator for _, separator, _ in folders):
+            names, self.labels = np.unique([first for first, _, _ in folders], return_inverse=True)
+            self.classes = names.tolist()
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return load_image(self.paths[index]), int(self.labels[index])
+
+
+class ListedFiles(ImageFiles):
+    """The image files that a text file lists, one a line, in that order; without labels.
+
+    Relative paths start at the list's folder. Empty lines are skipped. Raises UserError for a line that
+    names no file.
+    """
+
+    def __init__(self, path: str | Path):
+        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        root = os.path.dirname(path)
+        try:
+            lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        except OSError as error:
+            raise UserError(reason_of(error), str(path), "make it readable") from None
+        names = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if b"\0" in line:
+                raise UserError("is not a text file", str(path), "give a folder, or a text file of paths")
+            name = os.fsdecode(line.strip())
+            if not os.path.isfile(os.path.join(root, name)):
+                fix = "give one image file a line, relative to the list's folder"
+                raise UserError(f"no such file: {name:.200}", f"{path}, line {number}", fix)
+            names.append(name)
+            self.taken[os.path.splitext(name)[1].lower() or "no extension"] += 1
+        self.paths = Paths(names, root)
+
+
 class Source(NamedTuple):
     """Where images come from: a folder, a torchvision dataset by class name in a folder, or the demo."""
 
@@ -168,6 +217,15 @@ def open_training_images(source: Source) -> Images:
         return Shapes("train", 3_584)  # training takes five minutes on 2 cores
     if source.dataset:
         return _torchvision_dataset(source, "unlabelled")
+    root = _one_part(source)
+    images = ImageFiles(root)
+    _check_not_empty(images, root)
+    log(f"training images: {root}: {_selection(images)}")
+    return images
+
+
+def _one_part(source: Source) -> Path:
+    """The folder of `source`, or of its split. Raises UserError for a folder of several splits."""
     root = _existing_folder(source.data_path)
     if source.split:
         root = _split_folder(root, source.split)
@@ -175,11 +233,40 @@ def open_training_images(source: Source) -> Images:
     if os.path.isdir(root / "train") and others:
         what = f"folder has train/ and {'/ and '.join(others)}/"
         raise UserError(what, f"--data_path {root}", f"give --data_path {root / 'train'}")
-    images = ImageFiles(root)
+    return root
+
+
+def _check_not_empty(images: ImageFiles, root: Path) -> None:
     if not len(images):
         only = f", only {_by_extension(images.left_out)}" if images.left_out else ""
-        raise UserError(f"no images found{only}", f"--data_path {root}", "give a folder of image files")
-    log(f"training images: {root}: {_selection(images)}")
+        raise UserError(f"no images found{only}", f"--data_path {root}", "give image files")
+
+
+def open_any_images(source: Source) -> Images:
+    """Open any images, labelled or not, e.g. to compute features of; items are (PIL image, label).
+
+    `data_path` is a folder, an image, or a text file that lists images; see `FolderFiles` and `ListedFiles`.
+    Of a dataset or the demo, takes `source.split`, where "train" (also the default) and "val" are the parts
+    that evaluations take. Logs what was taken. Raises UserError.
+    """
+    split = source.split or "train"
+    if source.demo and split not in ("train", "val"):
+        raise UserError("the demo has train and val", f"--split {split}", "name one of them")
+    if source.demo or source.dataset:
+        if split not in ("train", "val"):
+            return _torchvision_dataset(source, "unlabelled", "images")
+        return open_labelled_images(source, split)
+    root = Path(source.data_path).expanduser()
+    if not os.path.isfile(root):
+        root = _one_part(source)
+        images: ImageFiles = FolderFiles(root)
+    elif source.split:
+        raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
+    else:
+        is_image = root.suffix.lower() in readable_extensions()
+        images = ImageFiles(root) if is_image else ListedFiles(root)
+    _check_not_empty(images, root)
+    log(f"images: {root}: {_selection(images)}")
     return images
 
 
@@ -204,15 +291,28 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
     if known == seen:
         return train, val
-    unknown, absent = ([c for c in a if c not in b] for a, b in ((seen, known), (known, seen)))
-    if unknown or not isinstance(val, LabelledFiles):
-        names = ", ".join(map(str, (unknown or absent)[:5]))
-        what = f"val has classes that train lacks: {names}" if unknown else f"val lacks classes: {names}"
-        fix = "give train/ images of these classes, or remove them from val/"
-        raise UserError(what, f"--data_path {source.data_path}", fix)
-    log(f"note: val lacks {len(absent)} of {len(known)} classes: {', '.join(absent[:5])}")
+    where = f"--data_path {source.data_path}"
+    match_classes(known, seen, where)
+    if not isinstance(val, LabelledFiles):
+        raise UserError("train and val number their classes differently", where, "use a folder instead")
     val.renumber(known)
     return train, val
+
+
+def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
+    """The numbers that the classes of val have among those of train; logs those that val lacks.
+
+    Raises UserError if val has others.
+    """
+    numbers = {name: number for number, name in enumerate(known)}
+    unknown = [str(name) for name in seen if name not in numbers]
+    if unknown:
+        fix = "give train/ images of these classes, or remove them from val/"
+        raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}", where, fix)
+    absent = sorted(numbers.keys() - set(seen), key=known.index)
+    if absent:
+        log(f"note: val lacks {len(absent)} of {len(known)} classes: {', '.join(map(str, absent[:5]))}")
+    return [numbers[name] for name in seen]
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -240,7 +340,7 @@ def _selection(images: "ImageFiles") -> str:
         left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
     if images.hidden:
         left_out.append(f"{images.hidden:,} hidden names")
-    words = f"{describe(images)} ({_by_extension(images.taken)})"
+    words = describe(images) + (f" ({_by_extension(images.taken)})" if images.taken else "")
     return words + "; left out " * bool(left_out) + " and ".join(left_out)
 
 
@@ -275,8 +375,8 @@ def _existing_folder(data_path: str) -> Path:
     return root
 
 
-def _torchvision_dataset(source: Source, split: str) -> Images:
-    """Open a torchvision dataset by class name, and try the usual names of its splits."""
+def _torchvision_dataset(source: Source, split: str, called: str = "training images") -> Images:
+    """Open a torchvision dataset by class name, and try the usual names of its splits; log it as `called`."""
     name, root, known = source.dataset, source.data_path, torchvision.datasets.__all__
     if name not in known:
         raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
@@ -288,7 +388,7 @@ def _torchvision_dataset(source: Source, split: str) -> Images:
             if not archive.with_suffix("").exists():
                 _unpack(archive)
         images, taken = _open_split(make, source, split)
-    log(f"{split if split == 'val' else 'training'} images: {name}{taken}: {describe(images)}")
+    log(f"{'val images' if split == 'val' else called}: {name}{taken}: {describe(images)}")
     return images
 
 
@@ -379,6 +479,13 @@ def sample_name(dataset: Images, index: int) -> str:
     return f"image {index}"
 
 
+def short_name(dataset: Images, index: int) -> str:
+    """The name of a sample, for a file relative to the folder that was given."""
+    if isinstance(dataset, ImageFiles):
+        return dataset.paths.name(index)
+    return sample_name(dataset, index)
+
+
 def why_unreadable(images: Images, index: int) -> str:
     """Read a sample once more, to find out why it cannot be read."""
     try:
@@ -407,23 +514,33 @@ def machine_lacks(error: Exception) -> bool:
     return lacks or isinstance(error, MemoryError)
 
 
-def read_labelled(images: Images, index: int) -> tuple[Image.Image, int]:
-    """Read an RGB image and its class number.
-
-    Raises ImageError if the image cannot be read, UserError if its label is not a class number.
-    """
+def read_image(images: Images, index: int) -> tuple[Image.Image, Any]:
+    """Read an RGB image and its label, of any kind. Raises ImageError if the image cannot be read."""
     try:
         image, label = images[index]
-        image = image.convert("RGB")
+        return image.convert("RGB"), label
     except Exception as error:  # a broken file can raise nearly anything
         if machine_lacks(error):
             raise
         name = sample_name(images, index)
         raise ImageError(f"cannot read image: {reason(error)}", name, "repair or remove it") from None
+
+
+def class_number(label: Any) -> int:
+    """The label as a class number, -1 if it is none: several labels, or a regression target."""
     try:
-        number = operator.index(label)
-    except (TypeError, RuntimeError, ValueError):  # several labels, or a regression target
-        number = -1
+        return max(-1, operator.index(label))
+    except (TypeError, RuntimeError, ValueError):
+        return -1
+
+
+def read_labelled(images: Images, index: int) -> tuple[Image.Image, int]:
+    """Read an RGB image and its class number.
+
+    Raises ImageError if the image cannot be read, UserError if its label is not a class number.
+    """
+    image, label = read_image(images, index)
+    number = class_number(label)
     if number < 0:
         where, fix = f"{sample_name(images, index)}: {label!r:.40}", "use a dataset with one class per image"
         raise UserError("label is not a class number", where, fix)

@@ -70,6 +70,38 @@ def extract_features(
     return features, labels
 
 
+@torch.inference_mode()
+def frozen_features(
+    backbone: nn.Module,
+    images: Tensor,
+    n_last_blocks: int,
+    avgpool_patchtokens: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Normalised images (B, 3, H, W) -> features (B, F), float32; `dtype` is the type for autocast, if any.
+
+    For our ViTs, the CLS tokens of the last blocks, F = n D, and with `avgpool_patchtokens` also the mean
+    of the last block's patches, F = (n + 1) D; for other networks, their output.
+    """
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        if not isinstance(backbone, VisionTransformer):
+            return backbone(images).float()
+        layers = backbone.get_intermediate_layers(images, n_last_blocks)
+    classes = [layer[:, 0].float() for layer in layers]
+    if avgpool_patchtokens:
+        classes[-1] = with_mean(classes[-1], layers[-1][:, 1:])
+    return torch.cat(classes, dim=-1)
+
+
+def with_mean(cls: Tensor, patches: Tensor) -> Tensor:
+    """The CLS token (B, D) and the mean of the patches (B, ..., D), float32: (B, 2 D), interleaved.
+
+    In this order the published classifiers of ViT-B were trained.
+    """
+    mean = patches.flatten(1, -2).float().mean(dim=1)
+    return torch.stack([cls.float(), mean], dim=-1).flatten(1)
+
+
 def patch_size_of(network: nn.Module) -> int:
     """Patch size in pixels; 1 for networks without patches."""
     size = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
@@ -93,23 +125,40 @@ def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
     Works for our ViTs and for timm's networks. Raises UserError for other networks, for a layer that is
     not there, and for an image size that the network does not take.
     """
-    name = type(network).__name__
     if isinstance(network, VisionTransformer):
         if layer > len(network.blocks):
             raise UserError(f"network has {len(network.blocks)} blocks", f"--layer {layer}", "lower it")
         return _grid(network, images, network.get_intermediate_layers(images, layer)[0])
+    return _timm_layers(network, images, layer, output_fmt="NCHW")[0].permute(0, 2, 3, 1)
+
+
+def last_cls_tokens(network: Any, images: Tensor, n: int) -> list[Tensor]:
+    """Normed CLS tokens after each of the last `n` blocks: n times (B, D).
+
+    Works for our ViTs and for timm's that have a CLS token. Raises UserError as `patch_tokens` does.
+    """
+    if isinstance(network, VisionTransformer):
+        return [layer[:, 0] for layer in network.get_intermediate_layers(images, n)]
+    layers = _timm_layers(network, images, n, output_fmt="NLC", return_prefix_tokens=True)
+    if not all(isinstance(layer, tuple) and layer[1].shape[1] for layer in layers):
+        raise UserError(
+            f"{type(network).__name__} has no CLS token in its blocks", "--arch", "use another ViT"
+        )
+    return [prefix[:, 0] for _, prefix in layers]
+
+
+def _timm_layers(network: Any, images: Tensor, n: int, **kwargs) -> list:
+    """What timm's `forward_intermediates` gives for the last `n` blocks, normed. Raises UserError."""
+    name = type(network).__name__
     if not hasattr(network, "forward_intermediates"):
         raise UserError(f"{name} has no patch tokens", "--arch", "use one of our ViTs or a timm model")
     try:
-        maps = network.forward_intermediates(
-            images, indices=layer, norm=True, intermediates_only=True, output_fmt="NCHW"
-        )
-    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        return network.forward_intermediates(images, indices=n, norm=True, intermediates_only=True, **kwargs)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{name}: {reason}", "--arch", "choose another image size, layer or network"
         ) from None
-    return maps[0].permute(0, 2, 3, 1)
 
 
 def _grid(network: VisionTransformer, images: Tensor, tokens: Tensor) -> Tensor:

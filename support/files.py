@@ -33,11 +33,18 @@ class Paths:
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """The path relative to `root`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        name = self.buffer[self.ends[index] : self.ends[index + 1]].tobytes()
-        return os.path.join(self.root, os.fsdecode(name))
+        return os.fsdecode(self.buffer[self.ends[index] : self.ends[index + 1]].tobytes())
+
+    def names(self) -> Iterator[str]:
+        """The paths relative to `root`."""
+        return (self.name(index) for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> str:
+        return os.path.join(self.root, self.name(index))
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))

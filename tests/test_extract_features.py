@@ -1,0 +1,406 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.models import VisionTransformer as TimmViT
+from torch import nn
+
+import eval_knn
+import extract_features
+from extract_features import PAGE, Store, read_features
+from support.backbones import build_backbone
+from support.data import class_number, load_image
+from support.distributed import fix_random_seeds
+from support.errors import UserError
+from support.features import cls_and_patches, frozen_features, last_cls_tokens, patch_tokens
+from support.pixels import eval_transform
+from tests.conftest import ROOT, run, save_images, torchrun, wait_for
+
+PIXELS = ("--pretrained_weights", "pixels", "--image_size", "16")
+VIT = ("--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32")
+DEMO = ("--demo", "--split", "val", "--batch_size_per_gpu", "8")
+
+
+def extract(folder: Path, *flags: str, weights: tuple[str, ...] = PIXELS) -> Path:
+    given = [*weights, "--output_dir", str(folder), "--num_workers", "0", *flags]
+    return extract_features.main(extract_features.parse_args(given))
+
+
+def names(folder: Path) -> list[str]:
+    return (folder / "names.txt").read_text().splitlines()
+
+
+def vit():
+    fix_random_seeds(0)
+    return build_backbone("vit_nano", 8, 32)[0].eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# What is taken, and what is written
+# ---------------------------------------------------------------------------------------------
+
+
+def test_rows_names_and_labels_are_in_one_order(labelled, tmp_path, capsys):
+    path = extract(tmp_path, "--data_path", str(labelled), "--split", "train", "--batch_size_per_gpu", "4")
+    rows, transform = np.load(path, mmap_mode="r"), eval_transform(16)
+    assert rows.shape == (15, 768) and rows.dtype == np.float32
+    for row, label, name in zip(rows, np.load(tmp_path / "labels.npy"), names(tmp_path), strict=True):
+        image = load_image(str(labelled / "train" / name))
+        assert np.array_equal(row, transform(image).flatten().numpy())
+        assert "abc"[label] == name[0]
+    assert json.loads((tmp_path / "features.json").read_text())["classes"] == ["a", "b", "c"]
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*"))
+    said = capsys.readouterr().out
+    assert "/train: 15 images, 3 classes (.png 15)" in said and "preprocessing: 16 pixels" in said
+    assert "features: cls, (15, 768) float32, 4.61e-05 GB" in said
+
+
+def test_images_beside_folders_have_no_classes(images, tmp_path):
+    extract(tmp_path, "--data_path", str(images))
+    found = read_features(tmp_path)
+    assert found.labels is None and found.classes == [] and not (tmp_path / "labels.npy").exists()
+    assert names(tmp_path) == [f"{i:03}.png" for i in range(8)] + [f"nested/{i:03}.png" for i in range(12)]
+
+
+def test_a_list_gives_its_order_and_its_names(images, labelled, tmp_path):
+    other = labelled / "val" / "a" / "001.png"
+    listed = images / "some images.txt"
+    listed.write_bytes(f"nested/003.png\r\n\n{other}\n  000.png".encode())
+    extract(tmp_path / "list", "--data_path", str(listed))
+    listed.unlink()
+    assert names(tmp_path / "list") == ["nested/003.png", str(other), "000.png"]
+    single = read_features(extract(tmp_path / "one", "--data_path", str(other)).parent)
+    assert torch.equal(read_features(tmp_path / "list").features[1], single.features[0])
+    assert single.labels is None and names(tmp_path / "one") == [str(other)]
+
+
+def test_the_demo_and_datasets_are_taken_as_the_evaluations_take_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("support.data.Shapes.__len__", lambda shapes: 20)
+    extract(tmp_path / "val", *DEMO)
+    extract(tmp_path / "train", "--demo")
+    val = read_features(tmp_path / "val")
+    assert len(val.labels) == 20 and "fine blobs" in val.classes
+    assert not torch.equal(val.features, read_features(tmp_path / "train").features)
+    with pytest.raises(UserError, match="the demo has train and val"):
+        extract(tmp_path / "test", "--demo", "--split", "test")
+
+
+@pytest.mark.parametrize("kind", extract_features.KINDS)
+def test_kinds_are_what_the_evaluations_use(images, tmp_path, kind):
+    extract(tmp_path, "--data_path", str(images), "--kind", kind, weights=VIT)
+    network = vit()
+    transform = eval_transform(32)
+    pixels = torch.stack([transform(load_image(str(images / name))) for name in names(tmp_path)])
+    expected = {
+        "cls": network(pixels),
+        "patches": patch_tokens(network, pixels),
+        "last4": frozen_features(network, pixels, 4, False),
+        "avgpool": frozen_features(network, pixels, 1, True),
+    }[kind]
+    found = read_features(tmp_path).features
+    assert kind != "patches" or found.shape == (20, 4, 4, 128)
+    digits = json.loads((tmp_path / "features.json").read_text())["identity"]["network"]
+    assert digits == extract_features.digest_weights(network)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_kinds_of_other_networks():
+    x = torch.randn(2, 3, 64, 64)
+    resnet, timm = build_backbone("resnet18")[0].eval(), build_backbone("vit_tiny_patch16_224")[0].eval()
+    kinds = extract_features.KINDS
+    torch.testing.assert_close(kinds["avgpool"](resnet, x), resnet(x))
+    both = kinds["avgpool"](timm, x)
+    cls, patches = cls_and_patches(timm, x)
+    torch.testing.assert_close(both[:, ::2], cls)
+    torch.testing.assert_close(both[:, 1::2], patches.mean(dim=(1, 2)))
+    four = kinds["last4"](timm, x)
+    assert four.shape == (2, 4 * 192)
+    torch.testing.assert_close(four[:, -192:], timm.forward_features(x)[:, 0])
+    for network, kind in ((resnet, "patches"), (resnet, "last4"), (nn.Flatten(), "patches")):
+        with pytest.raises(UserError, match="has no patch tokens"):
+            kinds[kind](network, x)
+    with pytest.raises(UserError, match="Xcit: .*return_prefix_tokens"):
+        last_cls_tokens(build_backbone("xcit_nano_12_p16_224")[0].eval(), x, 4)
+    with pytest.raises(UserError, match="no CLS token in its blocks"):
+        sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        last_cls_tokens(TimmViT(class_token=False, global_pool="avg", **sizes).eval(), x, 2)
+
+
+def test_torch_files_and_half_precision_hold_the_same(images, tmp_path):
+    found = {}
+    for name, flags in {"npy": [], "pt": ["--format", "pt"], "half": ["--dtype", "float16"]}.items():
+        path = extract(tmp_path / name, "--data_path", str(images), *flags)
+        found[name] = read_features(path.parent).features
+    assert torch.equal(found["pt"], found["npy"]) and torch.equal(found["half"], found["npy"].half())
+    there = {path.name for path in (tmp_path / "pt").iterdir()}
+    assert there == {"features.pt", "features.json", "names.txt"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_done(images, tmp_path, monkeypatch) -> Path:
+    """Features of twenty images whose eleventh could not be read; below `images`, the images."""
+    monkeypatch.setattr(extract_features, "RECORD", 1)
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot read image: .*nested/002.png.*, or add --skip_unreadable"):
+        extract(tmp_path, "--data_path", str(tmp_path / "images"), "--batch_size_per_gpu", "4")
+    return tmp_path
+
+
+def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
+    assert json.loads((half_done / "features.json").read_text())["blocks"] == 2
+    assert not (half_done / "features.npy").exists()
+    with pytest.raises(UserError, match="features are not complete .*: run extract_features.py again"):
+        read_features(half_done)
+    partial = np.load(half_done / "features.npy.partial", mmap_mode="r+")
+    partial[3] = 7  # a value that no image has: it stays only if the row is not computed again
+    del partial
+    (half_done / "images").rename(half_done / "moved")
+    flags = "--data_path", str(half_done / "moved"), "--batch_size_per_gpu", "4", "--skip_unreadable"
+    extract(half_done, *flags)
+    rows = np.load(half_done / "features.npy")
+    whole = np.load(extract(half_done / "whole", "--data_path", str(images)))
+    kept = np.array([i for i in range(20) if i not in (3, 10)])
+    assert np.array_equal(rows[kept], whole[kept]) and (rows[3] == 7).all() and np.isnan(rows[10]).all()
+    said = capsys.readouterr().out
+    assert "resuming" in said and "at row 8 of 20" in said
+    assert "warning: row 10 is NaN: " in said and "warning: 1 rows are NaN" in said
+    assert json.loads((half_done / "features.json").read_text())["unreadable"] == ["nested/002.png"]
+    extract(half_done, *flags)
+    assert "is complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kind", "avgpool"], "differs from the features in it: kind cls -> avgpool "),
+        (["--dtype", "float16"], "differs from the features in it: dtype float32 -> float16 "),
+        (["--batch_size_per_gpu", "8"], "batch_size_per_gpu 4 -> 8"),
+        (["--image_size", "24"], r"pixels 16 -> 24"),
+        (["--format", "pt"], "format npy -> pt"),
+        (["--pretrained_weights", "random", "--arch", "vit_nano"], "network .* -> "),
+        ("images", "images .* -> "),
+    ],
+)
+def test_other_features_are_not_continued(half_done, images, flags, message):
+    data = str(half_done / "images")
+    if flags == "images":
+        flags, data = [], str(images)
+    common = "--batch_size_per_gpu", "4", "--skip_unreadable"
+    with pytest.raises(UserError, match=message) as error:
+        extract(half_done, *common, "--data_path", data, *flags)
+    assert "\n" not in str(error.value) and str(error.value).endswith("or another --output_dir")
+    extract(half_done, *common, "--data_path", str(half_done / "images"))
+    with pytest.raises(UserError, match=message):
+        extract(half_done, *common, "--data_path", data, *flags)
+
+
+def test_lost_files_are_computed_again(half_done, capsys):
+    flags = "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4", "--skip_unreadable"
+    (half_done / "labels.npy.partial").unlink()
+    whole = np.load(extract(half_done, *flags))
+    assert "resuming" not in capsys.readouterr().out and np.isfinite(whole).all(axis=1).sum() == 19
+    (half_done / "features.npy").unlink()
+    assert np.array_equal(np.load(extract(half_done, *flags)), whole, equal_nan=True)
+    (half_done / "features.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say what the features are"):
+        extract(half_done, *flags)
+    (half_done / "features.json").unlink()
+    with pytest.raises(UserError, match="file is not ours"):
+        extract(half_done, *flags)
+
+
+def test_a_file_cut_short_is_refused(half_done):
+    os.truncate(half_done / "features.npy.partial", 5000)
+    with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
+        extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+
+
+def test_two_runs_do_not_share_a_folder(images, tmp_path):
+    identity = {"dtype": "float32", "format": "npy", "batch_size_per_gpu": 4}
+    held = Store(tmp_path, (20, 768), identity)
+    holder = held.lock._write
+    holder(0)
+    text = json.loads(held.lock.path.read_text())
+    held.lock.path.write_text(json.dumps(text | {"pid": os.getppid(), "started": ""}))
+    with pytest.raises(UserError, match="another run writes to this folder"):
+        extract(tmp_path, "--data_path", str(images))
+
+
+@given(width=st.integers(1, 3000), batch=st.integers(1, 300), dtype=st.sampled_from(["float32", "float16"]))
+def test_processes_never_share_a_page(tmp_path_factory, width, batch, dtype):
+    identity = {"dtype": dtype, "format": "npy", "batch_size_per_gpu": batch}
+    store = Store(Path(), (10_000, width), identity)
+    assert store.block * width * np.dtype(dtype).itemsize % PAGE == 0 and store.block % batch == 0
+    covered = [row for block in range(store.blocks + 2) for row in store.rows(block)]
+    assert covered == list(range(10_000))
+
+
+def test_rows_begin_at_a_page_and_room_is_reserved(tmp_path):
+    path = tmp_path / "x.npy.partial"
+    extract_features._create(path, (3, 5, 7), np.dtype(np.float16))
+    array = np.lib.format.open_memmap(path, mode="r+")
+    assert (array.shape, array.dtype, array.offset) == ((3, 5, 7), np.float16, PAGE)
+    assert path.stat().st_blocks * 512 >= path.stat().st_size == PAGE + 3 * 5 * 7 * 2
+    np.load(path)  # without a larger limit for the header
+    with pytest.raises(UserError, match=r"cannot reserve 4\.5e\+06 GB: .*give another --output_dir"):
+        extract_features._create(path, (2**50,), np.dtype(np.float32))
+    assert not path.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_gives_the_file_of_one_that_was_not(tmp_path):
+    flags = [*PIXELS, *DEMO, "--num_workers", "0"]
+    run("extract_features.py", *flags, "--output_dir", str(tmp_path / "whole"))
+    command = [sys.executable, "-c", "import extract_features as e; e.RECORD = 1; e.cli.run_script(e.main, "
+               "e.parse_args())", *flags, "--output_dir", str(tmp_path / "killed")]  # fmt: skip
+    record = tmp_path / "killed" / "features.json"
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: record.exists() and json.loads(record.read_text())["blocks"] >= 20, "progress")
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "features.npy").exists()
+    # More processes may continue what one has begun.
+    ended = torchrun(2, "extract_features.py", *flags, "--output_dir", str(tmp_path / "killed"))
+    assert "resuming" in ended.stdout and "of 1,000" in ended.stdout
+    for name in ("features.npy", "labels.npy", "names.txt"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_write_what_one_writes(labelled, tmp_path):
+    flags = [*VIT, "--data_path", str(labelled / "train"), "--num_workers", "1", "--batch_size_per_gpu", "4"]
+    for count in (1, 3):  # of four blocks, so in the last round only one process has work
+        command = "extract_features.py", *flags, "--output_dir", str(tmp_path / f"{count}")
+        ended = torchrun(count, *command) if count > 1 else run(*command)
+        assert ended.stdout.count("written: ") == 1
+    for name in ("features.npy", "labels.npy", "names.txt", "features.json"):
+        assert len({(tmp_path / f"{count}" / name).read_bytes() for count in (1, 3)}) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# k-NN on saved features
+# ---------------------------------------------------------------------------------------------
+
+
+def knn(*flags: str) -> dict:
+    return eval_knn.main(eval_knn.parse_args([*flags, "--num_workers", "0", "--nb_knn", "1", "3", "7"]))
+
+
+def extract_both(data: Path, folder: Path, *flags: str, weights: tuple[str, ...] = PIXELS) -> Path:
+    for split in ("train", "val"):
+        extract(folder / split, "--data_path", str(data), "--split", split, *flags, weights=weights)
+    return folder
+
+
+@pytest.mark.parametrize("weights", [PIXELS, VIT], ids=["pixels", "vit"])
+@pytest.mark.parametrize("format", ["npy", "pt"])
+def test_knn_of_saved_features_is_that_of_the_images(labelled, tmp_path, weights, format):
+    extract_both(labelled, tmp_path, "--format", format, weights=weights)
+    direct = knn(*weights, "--data_path", str(labelled))
+    assert knn("--load_features", str(tmp_path)) == direct
+
+
+def test_classes_are_matched_by_name(tmp_path, capsys):
+    for seed, (split, name) in enumerate([("train", "a"), ("train", "b"), ("train", "c"), ("val", "c")]):
+        save_images(tmp_path / "data" / split / name, 4, seed=seed % 3)
+    folder = extract_both(tmp_path / "data", tmp_path / "features")
+    capsys.readouterr()
+    assert knn("--load_features", str(folder)) == knn(*PIXELS, "--data_path", str(tmp_path / "data"))
+    assert "note: val lacks 2 of 3 classes: a, b" in capsys.readouterr().out
+    shutil.rmtree(folder / "val")
+    (tmp_path / "data" / "val" / "c").rename(tmp_path / "data" / "val" / "d")
+    extract(folder / "val", "--data_path", str(tmp_path / "data" / "val"))
+    with pytest.raises(UserError, match="val has classes that train lacks: d "):
+        knn("--load_features", str(folder))
+
+
+def test_features_that_do_not_belong_together_are_refused(labelled, images, tmp_path):
+    extract_both(labelled, tmp_path)
+    load = "--load_features", str(tmp_path)
+
+    def again(split: str, *flags: str, **kwargs) -> None:
+        shutil.rmtree(tmp_path / split)
+        extract(tmp_path / split, *flags, **kwargs)
+
+    again("val", "--data_path", str(labelled / "val"), "--image_size", "24")
+    with pytest.raises(UserError, match=r"train/ and val/ differ in pixels \(--load_features"):
+        knn(*load)
+    again("val", "--data_path", str(images))
+    with pytest.raises(UserError, match="features without labels .*val/"):
+        knn(*load)
+    (tmp_path / "val" / "features.npy").write_bytes(b"\x93NUMPY no")
+    with pytest.raises(UserError, match="cannot read: .*val/features.npy"):
+        knn(*load)
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(UserError, match="no features .*/val.*: run extract_features.py with"):
+        knn(*load)
+    extract_both(labelled, tmp_path / "patches", "--kind", "patches", weights=VIT)
+    with pytest.raises(UserError, match="do not fit together"):
+        knn("--load_features", str(tmp_path / "patches"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"000.png\n\nabsent.png\n", r"no such file: absent.png \(.*list.txt, line 3\): give one image file"),
+        (b"000.png\n\0\1\n", r"is not a text file \(.*list.txt\)"),
+        (b"\n", r"no images found \(--data_path .*list.txt\)"),
+    ],
+)
+def test_a_bad_list_is_one_clear_line(tmp_path, content, message):
+    save_images(tmp_path, 1)
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        extract(tmp_path / "out", "--data_path", str(tmp_path / "list.txt"))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_data_is_one_clear_line(labelled, images, tmp_path):
+    with pytest.raises(UserError, match=r"folder has train/ and val/ .*: give --data_path .*/train"):
+        extract(tmp_path, "--data_path", str(labelled))
+    with pytest.raises(UserError, match="no such folder"):
+        extract(tmp_path, "--data_path", str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="has no effect on a file .--split train"):
+        extract(tmp_path, "--data_path", str(images / "000.png"), "--split", "train")
+    save_images(tmp_path / "odd", 1)
+    (tmp_path / "odd" / "000.png").rename(tmp_path / "odd" / "0\n0.png")
+    with pytest.raises(UserError, match=r"file name has a line break \('0\\n0.png'\): rename it"):
+        extract(tmp_path, "--data_path", str(tmp_path / "odd"))
+
+
+def test_values_that_are_not_finite_are_refused(images, tmp_path):
+    network = vit()
+    network.norm.weight.data.fill_(1e6)  # beyond float16
+    torch.save(network.state_dict(), tmp_path / "large.pth")
+    weights = "--pretrained_weights", str(tmp_path / "large.pth")
+    with pytest.raises(UserError, match="features are not finite .000.png to nested/011.png"):
+        extract(tmp_path, "--data_path", str(images), "--dtype", "float16", weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [(3, 3), (np.int64(2), 2), (torch.tensor(1), 1), (-5, -1), ("cat", -1), (1.5, -1), (torch.ones(4), -1)],
+)
+def test_labels_that_are_class_numbers(label, number):
+    assert class_number(label) == number
+    assert math.isclose(class_number(label), number)
