@@ -1,0 +1,127 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hubconf
+from support.errors import UserError
+from support.pixels import eval_transform
+from support.weights import PUBLISHED
+from tests.conftest import ROOT, picture
+from tests.test_house import SCRIPTS, imported
+from vision_transformer import VisionTransformer, vit_nano
+
+NINE = {
+    "dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8", "dino_xcit_small_12_p16",
+    "dino_xcit_small_12_p8", "dino_xcit_medium_24_p16", "dino_xcit_medium_24_p8", "dino_resnet50",
+}  # fmt: skip
+
+
+def load(name: str, **kwargs):
+    return torch.hub.load(str(ROOT), name, source="local", **kwargs)
+
+
+def test_the_published_names_are_there():
+    assert NINE <= set(PUBLISHED)
+    entries = {name for name in vars(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"}
+    assert entries == NINE | {"dino"}  # what torch.hub.list shows
+
+
+def test_it_imports_neither_the_method_nor_a_script():
+    assert not imported(ROOT / "hubconf.py") & ((SCRIPTS | {"utils"}) - {"hubconf"})
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(3)
+    network = vit_nano(8, img_size=32)
+    normalization = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3)}
+    entries = {"teacher": network.state_dict(), "args": {"arch": "vit_nano", "patch_size": 8}}
+    torch.save(entries | {"normalization": normalization}, tmp_path / "checkpoint.pth")
+    return tmp_path / "checkpoint.pth", network.eval()
+
+
+def test_any_file_of_weights_loads(weights):
+    path, expected = weights
+    network = load("dino", weights=path)
+    assert isinstance(network, VisionTransformer)  # in this project, the class is the project's own
+    assert not network.training and all(parameter.requires_grad for parameter in network.parameters())
+    pixels = network.transform(picture())
+    assert torch.equal(pixels, eval_transform(32, (0.5, 0.4, 0.3), (0.2, 0.2, 0.3))(picture()))
+    assert torch.equal(network(pixels[None]), expected(pixels[None]))
+    with pytest.raises(UserError, match="no such file"):
+        load("dino", weights="absent.pth")
+
+
+@pytest.mark.parametrize(("name", "width"), [("dino_vits8", 384), ("dino_resnet50", 2048)])
+def test_published_networks_with_random_weights(name, width):
+    network = load(name, pretrained=False)
+    assert network(torch.randn(1, 3, 32, 32)).shape == (1, width)
+    if name == "dino_vits8":
+        assert network.patch_embed.patch_size == 8
+
+
+def test_published_weights_are_read_from_torch_hubs_folder(tmp_path, monkeypatch):
+    """As after a download."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    network = hubconf.dino("random", arch="vit_small")
+    file = tmp_path / "hub" / "checkpoints" / "dino_deitsmall16_pretrain.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), file)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load("dino_vits16")(x), network(x))
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A project whose modules are called as ours are."""
+    (tmp_path / "support").mkdir()
+    for name in ("support/__init__.py", "support/weights.py", "vision_transformer.py", "utils.py"):
+        (tmp_path / name).write_text("OWNER = 'foreign'\n")
+    return tmp_path
+
+
+def test_the_callers_modules_stay_in_their_place(foreign, monkeypatch, weights):
+    names = ("support", "vision_transformer", "utils")
+    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(foreign))
+    own = importlib.import_module("support.weights")
+    path, expected = weights
+    network = load("dino", weights=path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(x), expected(x))
+    assert sys.modules["support.weights"] is own and own.OWNER == "foreign"
+    assert "support.pixels" not in sys.modules
+    assert importlib.import_module("vision_transformer").OWNER == "foreign"  # only imported now
+    assert network.transform(picture()).shape == (3, 32, 32)
+
+
+FOREIGN = """
+import pickle, sys
+import torch
+import utils
+network = torch.hub.load(sys.argv[1], "dino", source="local", weights=sys.argv[2])
+print(tuple(network(torch.zeros(2, 3, 32, 32)).shape), utils.OWNER)
+if "foreign" in sys.argv:
+    import support.weights, vision_transformer
+    print(support.weights.OWNER, vision_transformer.OWNER)
+else:
+    print(type(pickle.loads(pickle.dumps(network))) is type(network))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_all", [False, True])
+def test_it_loads_from_a_foreign_project(foreign, weights, has_all):
+    if not has_all:
+        for name in ("support/__init__.py", "support/weights.py", "vision_transformer.py"):
+            (foreign / name).unlink()
+        (foreign / "support").rmdir()
+    (foreign / "main.py").write_text(FOREIGN)
+    command = [sys.executable, "main.py", str(ROOT), str(weights[0]), *["foreign"] * has_all]
+    ended = subprocess.run(command, cwd=foreign, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["(2, 128) foreign", "foreign foreign" if has_all else "True"]
