@@ -474,6 +474,7 @@ class Frozen(NamedTuple):
     mean: tuple[float, ...]  # of red, green and blue, in [0, 1]
     std: tuple[float, ...]
     description: str  # one line: the file, and what is known about its network
+    arch: str  # the network's name, as `build_backbone` takes it; "" for none
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
@@ -502,7 +503,7 @@ def load_backbone(
         log(f"note: --checkpoint_key has no effect on {weights}")
     if weights == "pixels":
         size = image_size or FALLBACK["image_size"]
-        return _frozen(nn.Flatten(), size, None, "pixels: no network")
+        return _frozen(nn.Flatten(), size, None, "pixels: no network", "")
     known = Weights({}, weights, "", None, {}, None, None, None)
     if weights != "random":
         known = read_weights(weights, checkpoint_key)
@@ -524,7 +525,7 @@ def load_backbone(
     if is_ours:
         check_divides("image_size", size, patch_size)
     check_crop_sizes(model, arch, embed_dim, [size])
-    return _frozen(model, size, normalization, f"{weights}: {', '.join(words)}")
+    return _frozen(model, size, normalization, f"{weights}: {', '.join(words)}", canonical(arch))
 
 
 def timm_config(weights: Weights, model: nn.Module) -> dict | None:
@@ -541,15 +542,16 @@ def normalization_of(weights: Weights, model: nn.Module) -> tuple | None:
     return weights.normalization or ((config["mean"], config["std"]) if config else None)
 
 
-def _frozen(network: nn.Module, image_size: int, normalization: tuple | None, description: str) -> Frozen:
+def _frozen(
+    network: nn.Module, image_size: int, normalization: tuple | None, description: str, arch: str
+) -> Frozen:
     mean, std = normalization or (IMAGENET_MEAN, IMAGENET_STD)
     pixels = "ImageNet's mean and deviation"
     if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
         pixels = f"mean {' '.join(map(str, mean))}, deviation {' '.join(map(str, std))}"
     network = network.eval().requires_grad_(False)
-    return Frozen(
-        network, image_size, tuple(mean), tuple(std), f"{description}; {image_size} pixels, {pixels}"
-    )
+    description = f"{description}; {image_size} pixels, {pixels}"
+    return Frozen(network, image_size, tuple(mean), tuple(std), description, arch)
 
 
 def init_from(

@@ -1,0 +1,314 @@
+"""Export a frozen backbone for other programs.
+
+    python export.py --pretrained_weights runs/vit_small/checkpoint.pth --output_dir exported \\
+        --to backbone timm hf onnx torch_export
+
+| --to | file in --output_dir | for |
+|---|---|---|
+| backbone | backbone.pth | this project; records architecture, mean and deviation |
+| timm | timm.safetensors | `timm.create_model(..., checkpoint_path=...)`; the call is printed |
+| hf | hf/ | `transformers.AutoModel` and `AutoImageProcessor`, for our ViTs |
+| onnx | model.onnx | ONNX Runtime; images of one size, any number of them |
+| torch_export | model.pt2 | `torch.export.load`; images of one size, any number of them |
+
+Each is written to a temporary folder, read back and compared with the network on random images, and only
+then moved to its place. ONNX needs the packages onnx, onnxscript and onnxruntime, hf needs transformers.
+
+Shapes: B images of S x S pixels, D features.
+"""
+
+import argparse
+import importlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support import cli
+from support.distributed import fix_random_seeds, launched_as
+from support.errors import TrainingError, UserError
+from support.features import load_by_flags
+from support.logger import log
+from support.weights import Frozen, load_backbone, load_strictly
+from vision_transformer import VisionTransformer
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags. A parent for other parsers, so it has no `--help`."""
+    parser = cli.ArgumentParser("Export a backbone", add_help=False)
+    # fmt: off
+    cli.add_weights_flags(parser)
+    group = parser.add_argument_group("export")
+    group.add_argument("--to", nargs="+", default=["backbone"], choices=EXPORTS,
+        help="what to write: a backbone file of this project, a state dict for timm, a Hugging Face ViTModel "
+             "folder, ONNX, torch.export")
+    group.add_argument("--image_size", default=None, type=cli.number(int, at_least=1),
+        help="image size in pixels (default: the checkpoint's, else 224)")
+    group.add_argument("--output_dir", default="exported", help="folder for the files")
+    group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+        help="seed of the random images, and of the weights of --pretrained_weights random")
+    # fmt: on
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+    return parser.parse_args(argv)
+
+
+# An exported network, read back: normalised images (B, 3, S, S) -> features (B, D).
+Exported = Callable[[Tensor], Tensor]
+
+
+def need(module: str, to: str) -> Any:
+    """Import an optional package. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = (error.name or module).partition(".")[0]
+        raise UserError(f"needs the package {package}", f"--to {to}", f"pip install {package}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# The formats: each writes to `path`, and returns the network that it reads from there
+# ---------------------------------------------------------------------------------------------
+
+
+def to_backbone(frozen: Frozen, path: Path) -> Exported:
+    """The state dict, with the records that `load_backbone` reads."""
+    args: dict[str, str | int] = {"arch": frozen.arch}
+    if isinstance(frozen.network, VisionTransformer):
+        args["patch_size"] = frozen.network.patch_embed.patch_size
+    else:
+        args["global_crops_size"] = frozen.image_size  # a ViT's shapes say it
+    normalization = {"mean": frozen.mean, "std": frozen.std}
+    state = frozen.network.state_dict()
+    torch.save({"state_dict": state, "args": args, "normalization": normalization}, path)
+    again = load_backbone(str(path))
+    if again[1:4] != frozen[1:4]:
+        raise TrainingError(f"reads back as {again[1:4]}, not {frozen[1:4]}", path.name)
+    return again.network
+
+
+def to_timm(frozen: Frozen, path: Path) -> Exported:
+    """A state dict that timm's model of this architecture loads strictly."""
+    timm, safetensors = need("timm", "timm"), need("safetensors.torch", "timm")
+    network, name = frozen.network, frozen.arch
+    kwargs: dict[str, int] = {}
+    if isinstance(network, VisionTransformer):
+        name, kwargs = timm_arguments(network, frozen.image_size)
+    elif getattr(network, "dynamic_img_size", False):
+        kwargs = {"dynamic_img_size": True}
+    if not timm.is_model(name):
+        raise UserError(f"timm has no {name}", "--to timm", "export it to another format")
+    record = {"architecture": name, "mean": str(frozen.mean), "std": str(frozen.std)}
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    path.write_bytes(safetensors.save(state, metadata=record))  # `save_file` makes it private to the user
+    model = timm.create_model(name, num_classes=0, **kwargs)
+    load_strictly(model, safetensors.load_file(path), f"--to timm: {name}", "export it to another format")
+    words = "".join(f", {key}={value}" for key, value in kwargs.items())
+    log(f'timm.create_model("{name}", num_classes=0{words}, checkpoint_path="{path.name}")')
+    return model.eval()
+
+
+def timm_arguments(network: VisionTransformer, image_size: int) -> tuple[str, dict[str, int]]:
+    """The name of timm's ViT of the same width, and the arguments by which ours differs from it."""
+    attention: Any = network.blocks[0].attn
+    names = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
+    width = network.embed_dim if network.embed_dim in names else 192
+    theirs = {"img_size": 224, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": width // 64}
+    ours = {
+        "img_size": image_size,
+        "patch_size": network.patch_embed.patch_size,
+        "embed_dim": network.embed_dim,
+        "depth": len(network.blocks),
+        "num_heads": attention.num_heads,
+    }
+    differ = {key: value for key, value in ours.items() if theirs[key] != value}
+    return f"{names[width]}_patch16_224", differ
+
+
+def to_hf(frozen: Frozen, path: Path) -> Exported:
+    """A folder with a Hugging Face ViTModel and an image processor that gives our transform's pixels."""
+    transformers, safetensors = need("transformers", "hf"), need("safetensors.torch", "hf")
+    vit, size = frozen.network, frozen.image_size
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(f"{frozen.arch} is not one of our ViTs", "--to hf", "export it to another format")
+    attention: Any = vit.blocks[0].attn
+    config = transformers.ViTConfig(
+        hidden_size=vit.embed_dim,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=attention.num_heads,
+        intermediate_size=4 * vit.embed_dim,
+        image_size=size,
+        patch_size=vit.patch_embed.patch_size,
+        layer_norm_eps=vit.norm.eps,
+        qkv_bias=True,
+        hidden_act="gelu",
+        architectures=["ViTModel"],
+    )
+    config.save_pretrained(path)
+    state = {name: value.contiguous() for name, value in hugging_face_names(vit.state_dict()).items()}
+    (path / "model.safetensors").write_bytes(safetensors.save(state, metadata={"format": "pt"}))
+    processor = transformers.BitImageProcessor(
+        size={"shortest_edge": round(size * 256 / 224)},
+        crop_size={"height": size, "width": size},
+        resample=3,  # bicubic
+        image_mean=list(frozen.mean),
+        image_std=list(frozen.std),
+    )
+    processor.save_pretrained(path)
+    again = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
+    return lambda images: again(images).last_hidden_state[:, 0]
+
+
+def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our ViT's tensors under the names that files of Hugging Face's ViTModel have."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if ".attn.qkv." in name:
+            block, _, kind = name.replace("blocks.", "encoder.layer.").partition(".attn.qkv.")
+            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+            renamed |= {f"{block}.attention.attention.{part}.{kind}": tensor for part, tensor in parts}
+            continue
+        for ours, theirs in HUGGING_FACE.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = value
+    return renamed
+
+
+# Parts of our names -> those of Hugging Face's ViTModel, replaced in this order.
+HUGGING_FACE = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "blocks.": "encoder.layer.",
+    ".attn.proj.": ".attention.output.dense.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+    "norm.": "layernorm.",
+}
+
+
+def to_onnx(frozen: Frozen, path: Path) -> Exported:
+    """ONNX with the input "images" (B, 3, S, S), B free, and the output "features" (B, D)."""
+    need("onnxscript", "onnx")
+    runtime = need("onnxruntime", "onnx")
+    program: Any = torch.onnx.export(
+        frozen.network,
+        (random_images(frozen, 2),),
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+    program.save(path, external_data=False)
+    session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def to_torch_export(frozen: Frozen, path: Path) -> Exported:
+    """A `torch.export` program of images (B, 3, S, S), B free."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(frozen.network, (random_images(frozen, 2),), dynamic_shapes=shapes)
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+# --to -> the name of the file, and the function that writes it.
+EXPORTS: dict[str, tuple[str, Callable[[Frozen, Path], Exported]]] = {
+    "backbone": ("backbone.pth", to_backbone),
+    "timm": ("timm.safetensors", to_timm),
+    "hf": ("hf", to_hf),
+    "onnx": ("model.onnx", to_onnx),
+    "torch_export": ("model.pt2", to_torch_export),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------
+
+
+def random_images(frozen: Frozen, count: int) -> Tensor:
+    """Normalised images of noise: (count, 3, S, S)."""
+    return torch.randn(count, 3, frozen.image_size, frozen.image_size)
+
+
+@torch.no_grad()
+def largest_difference(frozen: Frozen, exported: Exported) -> tuple[float, float]:
+    """The largest difference between the exported features and the network's, and the largest feature.
+
+    Compares 1 and 3 images; programs are traced with 2. Raises TrainingError for features of another shape.
+    """
+    differences, sizes = [], []
+    for count in (1, 3):
+        images = random_images(frozen, count)
+        expected, found = frozen.network(images), exported(images)
+        if found.shape != expected.shape:
+            what = f"{count} images give {tuple(found.shape)}, not {tuple(expected.shape)}"
+            raise TrainingError(what, "--to", "use other versions of the packages")
+        differences.append((found - expected).abs().max().item())
+        sizes.append(expected.abs().max().item())
+    return max(differences), max(sizes)
+
+
+TOLERANCE = 1e-4  # of the largest feature
+
+
+def export(frozen: Frozen, to: str, folder: Path) -> float:
+    """Write one format, in place of an earlier export; returns the largest difference of a feature.
+
+    Raises UserError or TrainingError; an earlier export is then unchanged.
+    """
+    name, write = EXPORTS[to]
+    final = folder / name
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
+        path = Path(temporary, name)
+        difference, size = largest_difference(frozen, write(frozen, path))
+        if not difference <= TOLERANCE * size:
+            what = f"features differ by {difference:.1e}; the largest is {size:.1e}"
+            raise TrainingError(what, f"--to {to}", "use other versions of the packages")
+        if final.is_dir():  # a folder cannot replace a folder
+            os.replace(final, Path(temporary, "earlier"))
+        os.replace(path, final)
+    log(f"{to}: {final}: largest difference {difference:.1e} of features up to {size:.3g}")
+    return difference
+
+
+def fit_to_size(frozen: Frozen) -> None:
+    """Interpolate the position embedding of one of our ViTs to the image size, if it has another."""
+    network = frozen.network
+    if isinstance(network, VisionTransformer):
+        position = network.interpolate_pos_encoding(frozen.image_size, frozen.image_size)
+        if position is not network.pos_embed:
+            log(f"note: position embedding interpolated to {frozen.image_size} pixels")
+            network.pos_embed = nn.Parameter(position, requires_grad=False)
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Write the formats; returns the largest difference of a feature for each."""
+    if launched_as()[0]:  # one process does all the work
+        return {}
+    if args.pretrained_weights == "pixels":
+        raise UserError("there is no network", "--pretrained_weights pixels", "give a file of weights")
+    fix_random_seeds(args.seed)
+    folder = cli.make_folder(args.output_dir)
+    other = folder / EXPORTS["hf"][0]
+    if "hf" in args.to and other.exists() and not (other / "config.json").exists():
+        raise UserError("is not an earlier export", str(other), "give another --output_dir")
+    frozen = load_by_flags(args)
+    fit_to_size(frozen)
+    return {to: export(frozen, to, folder) for to in dict.fromkeys(args.to)}
+
+
+if __name__ == "__main__":
+    cli.run_script(main, parse_args())

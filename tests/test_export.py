@@ -1,0 +1,166 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import export
+from support.errors import TrainingError, UserError
+from support.pixels import eval_transform
+from support.weights import Frozen, load_backbone
+from tests.conftest import picture
+from vision_transformer import vit_nano, vit_tiny
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """As `main_dino.py` writes it, with a mean and a deviation of its own."""
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
+    torch.manual_seed(0)
+    entries = {f"backbone.{name}": value for name, value in vit_nano(8, img_size=32).state_dict().items()}
+    args = {"arch": "vit_nano", "patch_size": 8}
+    torch.save({"teacher": entries, "args": args, "normalization": {"mean": MEAN, "std": STD}}, path)
+    return path
+
+
+def write(folder: Path, weights: Path | str, *flags: str) -> dict[str, float]:
+    given = ["--pretrained_weights", str(weights), "--output_dir", str(folder), *flags]
+    return export.main(export.parse_args(given))
+
+
+def features(weights: Path, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images, and the network's features of them."""
+    frozen = load_backbone(str(weights), image_size=size)
+    images = torch.randn(5, 3, frozen.image_size, frozen.image_size)
+    return images, frozen.network(images)
+
+
+def test_a_backbone_file_keeps_all_that_is_known(checkpoint, tmp_path, capsys):
+    assert write(tmp_path, checkpoint, "--to", "backbone") == {"backbone": 0}
+    again = load_backbone(str(tmp_path / "backbone.pth"))
+    assert again[1:4] == (32, MEAN, STD) and again.arch == "vit_nano"
+    images, expected = features(checkpoint)
+    assert torch.equal(again.network(images), expected)
+    assert "largest difference 0.0e+00 of features up to" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
+
+
+@pytest.mark.parametrize("size", [None, 48])
+def test_timm_loads_what_the_printed_call_says(checkpoint, tmp_path, capsys, monkeypatch, size):
+    import timm
+
+    flags = [] if size is None else ["--image_size", str(size)]
+    difference = write(tmp_path, checkpoint, "--to", "timm", *flags)["timm"]
+    said = capsys.readouterr().out
+    call = next(line for line in said.splitlines() if line.startswith("timm.create_model("))
+    assert ("note: position embedding interpolated to 48 pixels" in said) == (size == 48)
+    monkeypatch.chdir(tmp_path)
+    model = eval(call, {"timm": timm}).eval()
+    images, expected = features(checkpoint, size)
+    assert (model(images) - expected).abs().max() < 1e-4 and difference < 1e-4
+
+
+def test_timms_own_names_are_used_where_the_sizes_are_the_same(tmp_path, capsys):
+    torch.save(vit_tiny(16).state_dict(), tmp_path / "tiny.pth")
+    write(tmp_path, tmp_path / "tiny.pth", "--to", "timm")
+    words = 'timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path="timm.safetensors")'
+    assert words in capsys.readouterr().out
+    modes = {(tmp_path / name).stat().st_mode for name in ("tiny.pth", "timm.safetensors")}
+    assert len(modes) == 1  # readable by those who may read other files
+
+
+@pytest.mark.parametrize(("arch", "size"), [("resnet18", "64"), ("vit_tiny_patch16_224", "64")])
+def test_other_networks_go_to_timm_and_back(tmp_path, arch, size):
+    flags = "--arch", arch, "--image_size", size
+    differences = write(tmp_path, "random", "--to", "timm", "backbone", *flags)
+    assert differences["backbone"] == 0 and differences["timm"] < 1e-4
+    assert load_backbone(str(tmp_path / "backbone.pth")).image_size == 64
+
+
+def test_networks_that_a_format_does_not_know_are_refused(tmp_path):
+    with pytest.raises(UserError, match="timm has no alexnet"):
+        write(tmp_path, "random", "--arch", "alexnet", "--to", "timm")
+    with pytest.raises(UserError, match="there is no network"):
+        write(tmp_path, "pixels", "--to", "backbone")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def shallow() -> Frozen:
+    """One block, because tracing takes seconds a block."""
+    network = vit_nano(8, img_size=32).eval().requires_grad_(False)
+    network.blocks = network.blocks[:1]
+    return Frozen(network, 32, MEAN, STD, "", "vit_nano")
+
+
+def test_torch_export_takes_any_number_of_images(shallow, tmp_path):
+    difference = export.export(shallow, "torch_export", tmp_path)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    images = export.random_images(shallow, 5)
+    assert (program(images) - shallow.network(images)).abs().max() < 1e-4 and difference < 1e-4
+
+
+def test_onnx_takes_any_number_of_images(shallow, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    difference = export.export(shallow, "onnx", tmp_path)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    images = export.random_images(shallow, 5)
+    found = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+    assert (found - shallow.network(images)).abs().max() < 1e-4 and difference < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_hugging_face_reads_the_network_and_the_images(checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for _ in range(2):  # the second replaces the first
+        difference = write(tmp_path, checkpoint, "--to", "hf")["hf"]
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    assert type(model).__name__ == "ViTModel"
+    images, expected = features(checkpoint)
+    assert (model(images).last_hidden_state[:, 0] - expected).abs().max() < 1e-4 and difference < 1e-4
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    pixels = processor(picture(), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, eval_transform(32, MEAN, STD)(picture()), rtol=0, atol=1e-5)
+    again = load_backbone(str(tmp_path / "hf" / "model.safetensors"), arch="vit_nano")
+    assert torch.equal(again.network(images), expected)
+    with pytest.raises(UserError, match="resnet18 is not one of our ViTs .--to hf"):
+        write(tmp_path, "random", "--arch", "resnet18", "--image_size", "64", "--to", "hf")
+
+
+def test_a_folder_of_others_is_not_replaced(checkpoint, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not an earlier export"):
+        write(tmp_path, checkpoint, "--to", "hf")
+    assert (tmp_path / "hf" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "package"), [("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("hf", "transformers")]
+)
+def test_a_missing_package_is_one_clear_line(checkpoint, tmp_path, monkeypatch, to, package):
+    if package == "onnxruntime":
+        pytest.importorskip("onnxscript")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs the package {package} .--to {to}.: pip install {package}"):
+        write(tmp_path, checkpoint, "--to", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_export_leaves_the_earlier_file(checkpoint, tmp_path, monkeypatch):
+    write(tmp_path, checkpoint, "--to", "timm")
+    before = (tmp_path / "timm.safetensors").read_bytes()
+    images = export.random_images
+
+    def other_weights(frozen, count):  # the network changes between the writing and the comparison
+        frozen.network.norm.weight.data += 1e-2
+        return images(frozen, count)
+
+    monkeypatch.setattr(export, "random_images", other_weights)
+    with pytest.raises(TrainingError, match="features differ by"):
+        write(tmp_path, checkpoint, "--to", "timm")
+    assert [path.name for path in tmp_path.iterdir()] == ["timm.safetensors"]
+    assert (tmp_path / "timm.safetensors").read_bytes() == before
