@@ -214,15 +214,34 @@ def input_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear without antialiasing, as OpenCV resizes: grey levels (3, H, W) -> whole ones (1, 3, *size)."""
-    return F.interpolate(pixels[None].float(), size, mode="bilinear").round()
+    """Resize as OpenCV's INTER_LINEAR, without antialiasing: uint8 (3, H, W) -> int32 (3, *size).
+
+    The arithmetic is OpenCV's too: weights are multiples of 1/2048, and partial sums are rounded down. It
+    differs by one grey level from exact rounding at a tenth of the pixels, which the scores show.
+    """
+    (upper, lower, v), (left, right, u) = (
+        _neighbours(old, new, pixels.device) for old, new in zip(pixels.shape[1:], size, strict=True)
+    )
+    pixels = pixels.int()
+    rows = (pixels[:, :, left] * (2048 - u) + pixels[:, :, right] * u) >> 4  # (3, H, new width)
+    above, below = rows[:, upper] * (2048 - v)[:, None], rows[:, lower] * v[:, None]
+    return ((above >> 16) + (below >> 16) + 2) >> 2
+
+
+def _neighbours(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `new` pixels, the two old ones around its centre, and 2048 times the second's weight."""
+    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    first = place.floor()
+    weight = ((place - first) * 2048).round().int()
+    pair = [(first + step).long().clamp(0, old - 1) for step in (0, 1)]
+    return pair[0].to(device), pair[1].to(device), weight.to(device)
 
 
 @torch.inference_mode()
 def unit_features(frozen: Frozen, frame: Path, size: tuple[int, int], device: torch.device) -> Tensor:
     """The last block's patch tokens of a frame, of length 1: (R, C, D). Raises ImageError."""
     pixels = to_pixels(read_labelled(ImageFiles(frame), 0)[0])
-    images = normalize(resize(pixels.to(device), size), frozen.mean, frozen.std)
+    images = normalize(resize(pixels.to(device), size)[None], frozen.mean, frozen.std)
     return F.normalize(patch_tokens(frozen.network, images)[0].float(), dim=-1)
 
 

@@ -111,8 +111,8 @@ def test_resizing_is_opencvs():
     """cv2.resize(image, (5, 3)) of this image, with its default interpolation."""
     image = (np.arange(7)[:, None] * 31 + np.arange(11) * 17 + np.arange(11) ** 2) % 256
     expected = [[31, 76, 130, 195, 64], [104, 149, 203, 11, 85], [176, 221, 19, 84, 157]]
-    pixels = torch.from_numpy(np.stack([image] * 3))
-    assert video.resize(pixels, (3, 5))[0, 1].tolist() == expected
+    pixels = torch.from_numpy(np.stack([image] * 3).astype(np.uint8))
+    assert video.resize(pixels, (3, 5))[1].tolist() == expected
 
 
 def test_the_deviation_is_the_published_one_for_imagenets_and_a_models_own_otherwise(tmp_path):
