@@ -155,7 +155,7 @@ def open_clip(root: Path, name: str) -> Clip:
         if (size := _size(path)) != (width, height):
             what = f"{size[0]} x {size[1]} pixels, but the clip's first frame has {width} x {height}"
             raise UserError(what, str(path), "use frames and masks of one size")
-    if not _objects(read_mask(masks[0])).any():
+    if not without_void(read_mask(masks[0])).any():
         raise UserError("the mask of the first frame has no object", str(masks[0]), "remove the clip")
     return Clip(name, frames, masks, (height, width))
 
@@ -181,8 +181,8 @@ def read_mask(path: Path) -> np.ndarray:
         raise ImageError(f"cannot read mask: {reason(error)}", str(path), "repair it") from None
 
 
-def _objects(mask: np.ndarray) -> np.ndarray:
-    """The mask with the pixels that are not scored as background."""
+def without_void(mask: np.ndarray) -> np.ndarray:
+    """Make pixels that are not scored background."""
     return np.where(mask == VOID, 0, mask)
 
 
@@ -279,7 +279,7 @@ def propagate(target: Tensor, context: Sequence[tuple[Tensor, Tensor]], reach: i
     return torch.cat(parts).unflatten(0, (R, C))
 
 
-def to_labels(maps: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def to_labels(maps: Tensor, seen: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
     """Soft maps (R, C, K) -> the class of each pixel, uint8 of the frame's `size`.
 
     Each class is scaled to [0, 1] at the size that the network has seen, before the largest one wins.
@@ -292,22 +292,29 @@ def to_labels(maps: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> np.
 
 
 def track(
-    frozen: Frozen, clip: Clip, first: np.ndarray, n_last: int, reach: int, topk: int, device: torch.device
+    frozen: Frozen,
+    frames: list[Path],
+    first: np.ndarray,
+    seen: tuple[int, int],
+    n_last: int,
+    reach: int,
+    topk: int,
+    device: torch.device,
 ) -> Iterator[np.ndarray]:
-    """Yield the labels of each frame, uint8 (H, W); the first frame's are given.
+    """Yield the labels of each frame, uint8 (H, W); the `first` ones are given.
 
-    Only the context is kept in memory. `reach` 0 stands for whole frames.
+    The network sees frames of the size `seen`. Only the context is kept in memory. `reach` 0 stands for
+    whole frames.
     """
-    seen = input_size(*clip.size, patch_size_of(frozen.network))
-    features = unit_features(frozen, clip.frames[0], seen, device)
+    features = unit_features(frozen, frames[0], seen, device)
     maps = first_map(first, *features.shape[:2]).to(device)
     start, last = (features, maps), deque[tuple[Tensor, Tensor]](maxlen=n_last)
     yield first
-    for frame in clip.frames[1:]:
+    for frame in frames[1:]:
         features = unit_features(frozen, frame, seen, device)
         maps = propagate(features, [start, *last], reach or max(features.shape[:2]), topk)
         last.append((features, maps))
-        yield to_labels(maps, seen, clip.size)
+        yield to_labels(maps, seen, first.shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,14 +389,21 @@ def segment(
     """
     with Image.open(clip.masks[0]) as image:
         palette = image.getpalette()
-    first = _objects(read_mask(clip.masks[0]))
+    first = without_void(read_mask(clip.masks[0]))
     objects, scored, found = int(first.max()), set(clip.scored), []
-    masks = track(frozen, clip, first, n_last, reach, topk, device)
+    seen = input_size(*clip.size, patch_size_of(frozen.network))
+    unknown: set[int] = set()
+    masks = track(frozen, clip.frames, first, seen, n_last, reach, topk, device)
     for path, labels in zip(clip.masks, masks, strict=True):
         save_mask(labels, palette, folder / path.name)
         if path in scored:
-            found.append(score(labels, read_mask(path), objects))
-    log(f"{clip.name}: {len(clip.frames)} frames, {objects} objects, in {folder}")
+            truth = read_mask(path)
+            found.append(score(labels, truth, objects))
+            unknown |= set(np.unique(truth).tolist()) - {*range(objects + 1), VOID}
+    if unknown:
+        log(f"note: {clip.name}: not in the first mask, so not scored: objects {sorted(unknown)}")
+    size = f"{seen[0]} x {seen[1]}"
+    log(f"{clip.name}: {len(clip.frames)} frames, seen at {size} pixels, {objects} objects, in {folder}")
     return torch.stack(found).mean(dim=0) if found else None
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval_video_segmentation as video
+from support.backbones import build_backbone
 from support.errors import ImageError, UserError
 from tests.conftest import ROOT, picture
 
@@ -116,8 +117,14 @@ def test_resizing_is_opencvs():
 
 
 def test_the_deviation_is_the_published_one_for_imagenets_and_a_models_own_otherwise(tmp_path):
-    args = video.parse_args([*RANDOM])
-    assert video.load_network(args, torch.device("cpu")).std == (0.228, 0.224, 0.225)
+    network = build_backbone("vit_nano", 32, 64)[0]
+    teacher = {f"backbone.{name}": value for name, value in network.state_dict().items()}
+    record = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    torch.save({"teacher": teacher, "normalization": record}, tmp_path / "own.pth")
+    torch.save({"teacher": teacher}, tmp_path / "imagenet.pth")
+    for name, std in (("own", (0.25, 0.25, 0.25)), ("imagenet", (0.228, 0.224, 0.225))):
+        args = video.parse_args(["--pretrained_weights", str(tmp_path / f"{name}.pth")])
+        assert video.load_network(args, torch.device("cpu")).std == std
 
 
 def test_the_first_map_takes_the_pixel_nearest_to_the_centre_of_each_patch(capsys):
@@ -300,6 +307,13 @@ def test_a_clip_with_its_first_mask_only_is_segmented_but_not_scored(tmp_path, c
     assert "J and F were not computed for 1 of 2 clips" in capsys.readouterr().out
 
 
+def test_objects_that_come_later_are_not_scored(tmp_path, capsys):
+    data = make_clip(tmp_path / "data")
+    square(8, number=3).save(data / video.MASKS / "clip" / "00002.png")
+    assert set(segment(data, tmp_path / "output")) == {"clip_1", "mean"}
+    assert "note: clip: not in the first mask, so not scored: objects [3]\n" in capsys.readouterr().out
+
+
 def test_pixels_of_the_first_mask_that_are_not_scored_are_background(tmp_path):
     data = make_clip(tmp_path / "data")
     path = data / video.MASKS / "clip" / "00000.png"
@@ -322,17 +336,13 @@ def test_frames_are_read_when_they_are_needed(tmp_path):
 
 
 def test_only_the_context_is_kept(tmp_path):
-    """With one last frame, the fourth frame does not depend on the second frame's features and maps."""
     args = video.parse_args([*RANDOM])
     frozen = video.load_network(args, torch.device("cpu"))
     clip = video.open_clips(str(make_clip(tmp_path)))[0]
     first = video.read_mask(clip.masks[0])
-    masks = video.track(frozen, clip, first, 1, 12, 5, torch.device("cpu"))
-    frames = []
-    for mask in masks:
-        frames.append(mask)
-        state = masks.gi_frame.f_locals if masks.gi_frame else None
-        assert len(state["last"]) == min(1, len(frames) - 1)
+    masks = video.track(frozen, clip.frames, first, (96, 128), 1, 12, 5, torch.device("cpu"))
+    kept = [len(masks.gi_frame.f_locals["last"]) for _ in masks]
+    assert kept == [0, 1, 1, 1]
 
 
 def test_timms_vits_are_evaluated_too(tmp_path, capsys):
