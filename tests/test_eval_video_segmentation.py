@@ -176,6 +176,14 @@ def test_propagation_equals_the_formula(monkeypatch, chunk, reach, topk):
     torch.testing.assert_close(own, brute_force(features[0], context, reach, topk))
 
 
+def test_propagation_and_resizing_stay_on_the_device():
+    """torch's meta device refuses tensors that were left on the CPU."""
+    features, maps = torch.empty(5, 7, 6, device="meta"), torch.empty(5, 7, 3, device="meta")
+    assert video.propagate(features, [(features, maps)] * 3, 2, 5).device.type == "meta"
+    pixels = torch.empty(3, 8, 9, dtype=torch.uint8, device="meta")
+    assert video.resize(pixels, (4, 5)).device.type == "meta"
+
+
 def test_each_class_is_scaled_before_the_largest_wins():
     """A weak object wins where it is near its own largest value; a constant class keeps its value."""
     maps = torch.tensor([[[0.9, 0.1, 0.0], [0.7, 0.3, 0.0]]])  # (1, 2, 3)
