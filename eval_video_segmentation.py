@@ -353,10 +353,20 @@ def boundary(masks: Tensor) -> Tensor:
 
 
 def dilate(masks: Tensor, radius: int) -> Tensor:
-    """Pixels at most `radius` away from a mask: bool (K, H, W) -> (K, H, W)."""
-    reach = torch.arange(-radius, radius + 1)
-    disc = (reach[:, None] ** 2 + reach**2 <= radius**2).float()
-    return F.conv2d(masks[:, None].float(), disc[None, None], padding=radius)[:, 0] > 0.5
+    """Pixels at most `radius` away from a mask: bool (K, H, W) -> (K, H, W).
+
+    The disc is a run of pixels in each row; sums along the rows tell whether a run meets the mask. A
+    convolution would take a hundred times as long.
+    """
+    H, W = masks.shape[1:]
+    sums = F.pad(masks.int(), (radius + 1, radius, radius, radius)).cumsum(dim=2, dtype=torch.int32)
+    near = torch.zeros_like(masks)
+    for shift in range(2 * radius + 1):
+        half = math.isqrt(radius**2 - (shift - radius) ** 2)
+        rows = sums[:, shift : shift + H]
+        end, start = radius + half + 1, radius - half
+        near |= rows[:, :, end : end + W] > rows[:, :, start : start + W]
+    return near
 
 
 def score(labels: np.ndarray, truth: np.ndarray, objects: int) -> Tensor:
