@@ -9,22 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import eval_copy_detection
-import eval_image_retrieval
-import eval_knn
-import eval_linear
-import export
-import extract_features
-import main_dino
-import run_with_submitit
-import visualize_attention
 from tests.conftest import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-SCRIPTS = (main_dino, eval_knn, eval_linear, visualize_attention, run_with_submitit)
-SCRIPTS += (eval_image_retrieval, eval_copy_detection)
-SCRIPTS += (extract_features, export)
+SCRIPTS = [importlib.import_module(path.stem) for path in ROOT.glob("*.py") if "get_args_parser" in path.read_text()]
 OTHER_FLAGS = {
     "torchrun": "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max_restarts --signals-to-handle",
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
