@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from support.layouts import (
     vit_shapes,
 )
 from support.logger import log
+from support.pickles import NUMPY, PlainArray, PlainType, Refused
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from vision_transformer import VITS, VisionTransformer
 
@@ -135,15 +135,13 @@ def _data_types() -> list:
     path_types = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
     path_types |= {"PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
     path_modules = ("pathlib", "pathlib._local")  # the second in Python 3.13
-    numpy_functions: list[Any] = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
-    numpy_modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # before NumPy 2, and since
     return [
         *(argparse.Namespace, types.SimpleNamespace),  # the published checkpoints carry a Namespace
         *(int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice),
         *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
-        *(torch.torch_version.TorchVersion, np.ndarray, np.dtype),
-        *{type(np.dtype(code)) for code in np.typecodes["All"]},
-        *(_stand_in(f"{m}.{f.__name__}", f) for m in numpy_modules for f in numpy_functions),
+        # torch sets the state of an object only if its type is listed itself
+        *(torch.torch_version.TorchVersion, PlainArray, PlainType),
+        *(_stand_in(".".join(name), kind) for name, kind in NUMPY.items()),
         *(_stand_in(f"{m}.{name}", kind) for m in path_modules for name, kind in path_types.items()),
         # torch's loader fills dicts and lists only
         _stand_in("collections.defaultdict", lambda *args: {}),
@@ -194,18 +192,15 @@ def load_file(name: str | Path):
             from safetensors.torch import load_file as load_safetensors  # comes with timm
 
             return load_safetensors(path)
-        _check_sums(path)
+        if begin.startswith(b"PK"):  # older formats of torch are no archives and have no sums
+            _check_archive(path)
         with torch.serialization.safe_globals(_data_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        text = str(error)
-        found = re.search(r"GLOBAL (\S+)", text) or re.search(
-            r"(?:but got|function) (?:<(?:class|function) ')?([^\s'>]+)", text
-        )
-        if found and ("GLOBAL" in text or "Can only" in text or "unrecognized function" in text):
-            what = f"file contains {found[1]}, which may run code, and was not loaded"
-            raise UserError(what, str(name), f"save weights only, with {SAVE}") from None
-        if "TorchScript" in text:
+        if refused := _refused(error):
+            what, fix = f"file contains {refused}, and was not loaded", f"save weights only, with {SAVE}"
+            raise UserError(what, str(name), fix) from None
+        if "TorchScript" in str(error):
             raise UserError("file is a TorchScript program", str(name), f"save weights with {SAVE}") from None
         what = "file is empty" if not begin else "file is damaged or of another kind"
         raise UserError(what, str(name), "use another file") from None
@@ -214,13 +209,30 @@ def load_file(name: str | Path):
 SAVE = "torch.save(model.state_dict(), path)"
 
 
-def _check_sums(path: Path) -> None:
-    """Raise ValueError if a byte has changed since the file was written, which torch does not check."""
-    if zipfile.is_zipfile(path):  # older formats of torch have no sums
-        with zipfile.ZipFile(path) as archive:
-            garbled = archive.testzip()
-        if garbled:
-            raise ValueError(f"{garbled} is garbled")
+def _refused(error: Exception) -> str:
+    """Return what a loader has refused as unsafe; "" if its error is another."""
+    text = str(error)
+    if isinstance(error, Refused):
+        return text
+    found = re.search(r"GLOBAL (\S+)", text) or re.search(
+        r"(?:but got|function) (?:<(?:class|function) ')?([^\s'>]+)", text
+    )
+    if found and ("GLOBAL" in text or "Can only" in text or "unrecognized function" in text):
+        return f"{found[1]}, which may run code"
+    return ""
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for TorchScript, and if a byte has changed since the file was written.
+
+    torch checks no sums, and its older versions load TorchScript.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ValueError("TorchScript")
+        garbled = archive.testzip()
+    if garbled:
+        raise ValueError(f"{garbled} is garbled")
 
 
 def load_checkpoint(path: str | Path) -> dict:

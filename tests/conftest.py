@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -82,6 +83,48 @@ def paper_inputs(tmp_path_factory) -> Path:
 def published() -> dict:
     """What the published evaluations print for `paper_inputs`."""
     return json.loads((ROOT / "tests" / "data" / "evals.json").read_text())
+
+
+class Call:
+    """Unpickled, it calls a function, and sets the state of what it returns."""
+
+    def __init__(self, function: Callable, *arguments, state: tuple | None = None):
+        self.reduced = function, arguments, state
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def _forged() -> dict[str, tuple[object, str]]:
+    """Data that would make an array over any address: what it is -> (data, what is said of it)."""
+    reconstruct, arguments, _ = np.empty(0).__reduce__()
+    scalar, address, fields = np.float64(0).__reduce__()[0], b"\0" * 8, {"a": (np.dtype("O"), 0)}
+    structure = Call(np.dtype, "f8", False, True, state=(3, "<", None, ("a",), fields, 8, 8, 63))
+    block = Call(np.dtype, "f8", False, True, state=(3, "<", (np.dtype("f8"), (2,)), None, None, 8, 8, 0))
+    objects = (1, (1,), np.dtype("O"), False, address)
+    return {
+        "buffer": (Call(np.ndarray, (1,), np.dtype("f8"), bytearray(8)), "a call of numpy.ndarray"),
+        "strides": (Call(np.ndarray, (2,), np.dtype("f8"), address, 0, (0,)), "a call of numpy.ndarray"),
+        "no buffer": (Call(np.ndarray, (9,)), "a call of numpy.ndarray"),
+        "objects in a buffer": (Call(np.ndarray, (1,), np.dtype("O"), bytearray(8)), "an array of type O8"),
+        "objects by state": (Call(reconstruct, *arguments, state=objects), "an array of type O8"),
+        "objects": (np.zeros(1, "O"), "an array of type O8"),
+        "object": (Call(scalar, np.dtype("O"), address), "an array of type O8"),
+        "type of objects": (np.dtype("O"), "an array of type O8"),
+        "structure": (np.zeros(1, [("a", "O")]), "an array of type V8"),
+        "type with fields": (structure, "an array of (type O8|a structure)"),
+        "type with a shape": (block, "an array of a structure"),
+        "scalar with fields": (Call(scalar, structure, address), "an array of (type O8|a structure)"),
+    }
+
+
+FORGED = _forged()
+
+
+def filled_twice(pickled: bytes) -> bytes:
+    """Make a pickled array set its state again, over memory that a view of it may use."""
+    state = pickle.dumps(np.ones(9).__reduce__()[2], 2)
+    return pickled.removesuffix(b".") + state.removeprefix(b"\x80\x02").removesuffix(b".") + b"b."
 
 
 def run(*command: str, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:

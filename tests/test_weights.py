@@ -11,6 +11,7 @@ import shutil
 import threading
 import types
 import zipfile
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -27,24 +28,15 @@ import utils
 import visualize_attention
 from support import backbones, weights
 from support.errors import UserError
+from support.pickles import PlainType
 from support.pixels import IMAGENET_MEAN
 from support.weights import init_from, load_backbone, load_checkpoint, save_checkpoint
-from tests.conftest import TINY
+from tests.conftest import FORGED, TINY, Call, filled_twice
 from vision_transformer import VITS
 
 
-class Payload:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def test_a_file_that_wants_to_run_code_is_refused(tmp_path):
-    torch.save({"student": Payload(tmp_path / "owned")}, tmp_path / "evil.pth")
+    torch.save({"student": Call(os.mkdir, str(tmp_path / "owned"))}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=f"contains {os.mkdir.__module__}.mkdir, which may run code"):
         load_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
@@ -360,7 +352,7 @@ def entries(path: str, data: str, out: str) -> dict[str, tuple]:
 def test_no_entry_runs_code_from_a_file(entry, labelled, tmp_path):
     owned, out = tmp_path / "owned", tmp_path / "out"
     out.mkdir()
-    evil = dict.fromkeys(("student", "teacher", "state_dict"), Payload(owned))
+    evil = dict.fromkeys(("student", "teacher", "state_dict"), Call(os.mkdir, str(owned)))
     torch.save(evil, tmp_path / "evil.pth")
     script, flags, name = entries(str(tmp_path / "evil.pth"), str(labelled), str(out))[entry]
     if name:
@@ -405,12 +397,59 @@ def test_data_types_of_numpy_pathlib_and_collections_load(tmp_path):
     assert loaded == data
 
 
-def test_a_checkpoint_of_numpy_1_loads(tmp_path):
-    torch.save({"epoch": np.int64(3), "mean": np.ones(3)}, tmp_path / "new.pth")
-    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
-        for name in new.namelist():
-            old.writestr(name, new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    assert load_checkpoint(tmp_path / "old.pth")["epoch"] == 3
+def change_pickle(path: pathlib.Path, change: Callable[[bytes], bytes]) -> None:
+    """Change the pickled data of a torch file."""
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in entries.items():
+            new.writestr(name, change(content) if name.endswith("/data.pkl") else content)
+
+
+@pytest.mark.parametrize("core", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_a_checkpoint_of_each_numpy_loads(core, tmp_path):
+    path, own = tmp_path / "old.pth", np.empty(0).__reduce__()[0].__module__.encode()
+    args = {"lr": np.float64(0.5), "arch": np.str_("vit"), "mean": np.ones(3), "big": np.array([1], ">i8")}
+    data = {"epoch": np.int64(3), "args": argparse.Namespace(**args), "bits": np.array([True, False])}
+    torch.save(data, path)
+    change_pickle(path, lambda content: content.replace(own, core))
+    loaded = load_checkpoint(path)
+    assert loaded["epoch"] == 3 and type(loaded["epoch"]) is np.int64
+    assert loaded["bits"].tolist() == [True, False]
+    loaded = loaded["args"]
+    assert loaded["lr"] == 0.5 and type(loaded["lr"]) is np.float64
+    assert loaded["arch"] == "vit" and loaded["mean"].tolist() == [1, 1, 1]
+    assert loaded["big"].tolist() == [1]
+    torch.testing.assert_close(torch.from_numpy(loaded["mean"]), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_file_cannot_forge_an_arrays_pointers(name, tmp_path):
+    data, message = FORGED[name]
+    torch.save({"x": data}, tmp_path / "forged.pth")
+    with pytest.raises(
+        UserError, match=rf"file contains {message}.* was not loaded \(.*forged.pth\)"
+    ) as error:
+        load_checkpoint(tmp_path / "forged.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_cannot_free_an_arrays_memory(tmp_path):
+    torch.save(np.ones(3), tmp_path / "forged.pth")
+    change_pickle(tmp_path / "forged.pth", filled_twice)
+    with pytest.raises(UserError, match="file contains an array that is filled twice"):
+        load_checkpoint(tmp_path / "forged.pth")
+
+
+def test_a_file_cannot_make_another_object_an_arrays_type(tmp_path):
+    path, scalar = tmp_path / "forged.pth", np.float64(0).__reduce__()[0]
+    torch.save(Call(scalar, argparse.Namespace(dtype="O"), b"\0" * 8), path)
+    with pytest.raises(UserError, match="file contains an array without a type"):
+        load_checkpoint(path)
+    state = {"dtype": "O"}, {"__class__": PlainType}
+    torch.save(Call(scalar, Call(argparse.Namespace, state=state), b"\0" * 8), path)
+    with pytest.raises(UserError, match="file is damaged or of another kind"):
+        load_checkpoint(path)
 
 
 def test_weights_beside_data_load(vits, tmp_path):
