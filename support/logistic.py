@@ -1,0 +1,96 @@
+"""Multinomial logistic regression on fixed features, and the choice of its regularisation.
+
+Shapes: N rows, F features, C classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from support.logger import log
+
+# Strengths of the regularisation to try, strongest first: each starts from the solution of the one before.
+STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
+WITHOUT_CHOICE = 0.1
+STEPS = 1_000  # of L-BFGS at most
+
+
+def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> nn.Linear:
+    """Fit a linear classifier to features (N, F) and labels (N,): (B, F) -> scores (B, C).
+
+    Minimises the mean cross-entropy plus l2 / 2 times the sum of the squared weights, by L-BFGS. The
+    penalty is on the weights of standardised features and not on the biases; scikit-learn's C is
+    1 / (N l2). The classifier takes features as they are, on the device and in the type of `features`.
+    """
+    std, mean = _spread(features)
+    linear = _zeros(features, num_classes)
+    if not _minimise(linear, (features - mean) / std, labels, l2):
+        log(f"note: logistic regression stopped after {STEPS} steps, before it converged")
+    with torch.no_grad():
+        linear.weight /= std
+        linear.bias -= linear.weight @ mean
+    return linear
+
+
+def choose_l2(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> float:
+    """Choose among STRENGTHS: fit all but a held-out fifth of the rows, and take the best accuracy on that.
+
+    Of equal accuracies, the lower cross-entropy decides.
+    """
+    held_out = hold_out(labels, seed=seed)
+    if not held_out.any():
+        log(f"note: one row of each class: regularisation {WITHOUT_CHOICE} is not chosen")
+        return WITHOUT_CHOICE
+    std, mean = _spread(features[~held_out])
+    x = (features - mean) / std
+    linear = _zeros(x, num_classes)
+    found = []
+    for l2 in STRENGTHS:
+        _minimise(linear, x[~held_out], labels[~held_out], l2)
+        with torch.no_grad():
+            scores = linear(x[held_out])
+        accuracy = (scores.argmax(dim=1) == labels[held_out]).double().mean().item()
+        found.append((accuracy, -F.cross_entropy(scores, labels[held_out]).item(), l2))
+    return max(found)[-1]
+
+
+def hold_out(labels: Tensor, share: float = 0.2, seed: int = 0) -> Tensor:
+    """Mark a share of the rows of each class, at least one, but never all: bool (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for number in labels.unique().tolist():
+        rows = (labels == number).nonzero().flatten().cpu()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        held_out[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
+    return held_out.to(labels.device)
+
+
+def _spread(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviation and mean of each feature, (F,); the deviation of a constant feature counts as 1."""
+    std, mean = torch.std_mean(features, dim=0, correction=0)
+    constant = std <= 1e-6 * features.abs().amax(dim=0)
+    return torch.where(constant, 1.0, std), mean
+
+
+def _zeros(features: Tensor, num_classes: int) -> nn.Linear:
+    linear = nn.Linear(features.shape[1], num_classes, device=features.device, dtype=features.dtype)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _minimise(linear: nn.Linear, x: Tensor, labels: Tensor, l2: float) -> bool:
+    """Minimise the penalised cross-entropy from where `linear` is; returns whether it converged."""
+    optimizer = torch.optim.LBFGS(
+        linear.parameters(), max_iter=STEPS, max_eval=2 * STEPS, history_size=10, tolerance_grad=1e-6,
+        tolerance_change=1e-10, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(linear(x), labels) + l2 / 2 * linear.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return optimizer.state[linear.weight]["n_iter"] < STEPS
