@@ -13,6 +13,7 @@ import eval_copy_detection
 import eval_image_retrieval
 import eval_knn
 import eval_linear
+import eval_segmentation
 import export
 import extract_features
 import main_dino
@@ -25,6 +26,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = (main_dino, eval_knn, eval_linear, visualize_attention, run_with_submitit)
 SCRIPTS += (eval_image_retrieval, eval_copy_detection)
 SCRIPTS += (extract_features, export)
+SCRIPTS += (eval_segmentation,)
 OTHER_FLAGS = {
     "torchrun": "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max_restarts --signals-to-handle",
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
