@@ -505,7 +505,8 @@ def few_images(args: argparse.Namespace, images: Images) -> Images:
     """The images that `--few_shot` takes, all without it. Raises UserError."""
     if not args.few_shot:
         return images
-    few = FewImages(images, draw_few(labels_of(images), args.few_shot, args.seed, class_names(images)))
+    chosen = draw_few(labels_of(images), args.few_shot, args.seed, class_names(images))
+    few = FewImages(images, chosen.tolist())
     log(f"training on {len(few):,} of {len(images):,} images: {args.few_shot} of each class")
     return few
 

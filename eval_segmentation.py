@@ -119,7 +119,7 @@ class Masked(Images, Protocol):
 class MaskedShapes(Shapes):
     """The demo's shapes; an object of class k has the number k + 1."""
 
-    names = ("background", *Shapes.classes)
+    names: Sequence[str] = ("background", *Shapes.classes)
     present = set(range(len(names)))
 
     def class_mask(self, index: int) -> Tensor:
@@ -446,7 +446,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     frozen = load_by_flags(args)
     network = frozen.network.to(device)
     loading = device, args.batch_size_per_gpu, args.num_workers
-    found = {}
+    found: dict[str, float] = {}
     if has_attention(frozen, device):
         scores = measure_attention(network, val, square_batches(frozen, val, *loading), args.threshold)
         found |= report_attention(scores, args.threshold, len(val))
@@ -458,7 +458,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     num_classes, k = max(train.present) + 1, min(args.nb_knn, len(labels))
     log(f"patch tokens: {len(labels):,} training patches of {len(train):,} images, {k} neighbours; "
         f"intersection over union in {len(val):,} images, %")  # fmt: skip
-    classifiers = {
+    classifiers: dict[str, Classifier] = {
         "k-NN": knn_segmenter(tokens, labels, k, args.temperature, num_classes),
         "linear": logistic.fit(tokens, labels, num_classes, L2),
     }

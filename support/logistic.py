@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from support.logger import log
 
 # Strengths of the regularisation to try, strongest first: each starts from the solution of the one before.
-STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
+STRENGTHS = tuple(10.0**exponent for exponent in range(3, -8, -1))
 WITHOUT_CHOICE = 0.1
 STEPS = 1_000  # of L-BFGS at most
 
@@ -27,8 +27,8 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> nn.Lin
     if not _minimise(linear, (features - mean) / std, labels, l2):
         log(f"note: logistic regression stopped after {STEPS} steps, before it converged")
     with torch.no_grad():
-        linear.weight /= std
-        linear.bias -= linear.weight @ mean
+        linear.weight.div_(std)
+        linear.bias.sub_(linear.weight @ mean)
     return linear
 
 

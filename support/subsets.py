@@ -15,7 +15,7 @@ class FewImages(Subset):
     """Images of a labelled set, by index, with the set's classes."""
 
     def __init__(self, images: Images, indices: Sequence[int]):
-        super().__init__(images, list(indices))
+        super().__init__(images, list(indices))  # type: ignore[arg-type]
         self.classes = getattr(images, "classes", None)
 
 
