@@ -9,8 +9,8 @@ Each `--lr` trains its own classifier on the same features, in one pass over the
 from `checkpoint.pth.tar` in its `--output_dir` if there is one.
 
 `--few_shot` trains on a few images of each class, a seeded subset. `--logistic` fits a logistic regression to
-the features of the images without augmentation, as in the paper's low-shot table; part of the training images
-chooses its regularisation.
+the features of the images without augmentation, as in the paper's low-shot table; held-out training images
+choose its regularisation.
 
 Shapes: B images, D backbone width, F feature width, H classifiers, C classes.
 """
@@ -104,8 +104,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--few_shot", default=None, type=few_shot, metavar="NUMBER",
         help="train on this many images of each class, e.g. 5, or on this share, e.g. 1%% (at least one)")
     group.add_argument("--logistic", action="store_true",
-        help="fit a logistic regression instead, by L-BFGS, and choose its regularisation on a fifth of the "
-             "training images")
+        help="fit a logistic regression instead, by L-BFGS, and choose its regularisation on held-out fifths "
+             "of the training images")
     group.add_argument("--few_shot_seeds", default=1, type=positive,
         help="with --logistic, repeat with this many subsets, of the seeds --seed, --seed + 1, ...; prints "
              "mean and deviation")

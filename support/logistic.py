@@ -12,6 +12,7 @@ from support.logger import log
 # Strengths of the regularisation to try, strongest first: each starts from the solution of the one before.
 STRENGTHS = tuple(10.0**exponent for exponent in range(3, -8, -1))
 WITHOUT_CHOICE = 0.1
+MANY = 10_000  # rows
 STEPS = 1_000  # of L-BFGS at most
 
 
@@ -33,14 +34,37 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> nn.Lin
 
 
 def choose_l2(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> float:
-    """Choose among STRENGTHS: fit all but a held-out fifth of the rows, and take the best accuracy on that.
+    """Choose among STRENGTHS by the accuracy on held-out fifths of the rows.
 
-    Of equal accuracies, the lower cross-entropy decides.
+    Each fifth is held out once; of MANY rows or more, only the first, which is then large enough. Of equal
+    accuracies, the lower cross-entropy decides.
     """
-    held_out = hold_out(labels, seed=seed)
-    if not held_out.any():
+    fifths = split_in_fifths(labels, seed)
+    held_out = [fifths == fifth for fifth in range(5 if len(labels) < MANY else 1)]
+    held_out = [rows for rows in held_out if rows.any()]
+    if not held_out:
         log(f"note: one row of each class: regularisation {WITHOUT_CHOICE} is not chosen")
         return WITHOUT_CHOICE
+    scores = sum(_scores_held_out(features, labels, num_classes, rows) for rows in held_out)
+    return max(zip(scores.tolist(), STRENGTHS, strict=True))[-1]  # type: ignore[union-attr]
+
+
+def split_in_fifths(labels: Tensor, seed: int = 0) -> Tensor:
+    """Assign the rows of each class to fifths in random order: (N,), 0 to 4.
+
+    The only row of a class is -1, because a class has to be in the rows that are fitted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fifths = torch.full((len(labels),), -1)
+    for number in labels.unique().tolist():
+        rows = (labels == number).nonzero().flatten().cpu()
+        if len(rows) > 1:
+            fifths[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % 5
+    return fifths.to(labels.device)
+
+
+def _scores_held_out(features: Tensor, labels: Tensor, num_classes: int, held_out: Tensor) -> Tensor:
+    """Correct rows among those held out, and minus their cross-entropy, for each of S strengths: (S, 2)."""
     std, mean = _spread(features[~held_out])
     x = (features - mean) / std
     linear = _zeros(x, num_classes)
@@ -49,20 +73,9 @@ def choose_l2(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0)
         _minimise(linear, x[~held_out], labels[~held_out], l2)
         with torch.no_grad():
             scores = linear(x[held_out])
-        accuracy = (scores.argmax(dim=1) == labels[held_out]).double().mean().item()
-        found.append((accuracy, -F.cross_entropy(scores, labels[held_out]).item(), l2))
-    return max(found)[-1]
-
-
-def hold_out(labels: Tensor, share: float = 0.2, seed: int = 0) -> Tensor:
-    """Mark a share of the rows of each class, at least one, but never all: bool (N,)."""
-    generator = torch.Generator().manual_seed(seed)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for number in labels.unique().tolist():
-        rows = (labels == number).nonzero().flatten().cpu()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        held_out[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
-    return held_out.to(labels.device)
+        correct = (scores.argmax(dim=1) == labels[held_out]).sum().item()
+        found.append([correct, -F.cross_entropy(scores, labels[held_out], reduction="sum").item()])
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _spread(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -557,7 +557,8 @@ def test_few_shot_trains_on_few_images(labelled, tmp_path, capsys):
     assert log_of(tmp_path / "few")[0]["train_loss"] != log_of(tmp_path / "all")[0]["train_loss"]
 
 
-def test_logistic_regression_of_several_subsets(labelled, tmp_path, capsys):
+def test_logistic_regression_of_several_subsets(labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logistic, "STRENGTHS", (1.0, 0.01))
     flags = "--logistic", "--few_shot", "3", "--few_shot_seeds", "3"
     results = probe(labelled, tmp_path, *flags)
     said = capsys.readouterr().out.splitlines()

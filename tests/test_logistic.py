@@ -66,12 +66,27 @@ def test_noise_needs_more_regularisation():
     assert clean <= 1e-4 and logistic.choose_l2(noisy, y, 3) >= 100 * clean
 
 
-def test_a_fifth_of_each_class_is_held_out_but_never_all():
-    labels = torch.tensor([0] * 20 + [1] * 3 + [2] + [3] * 2)
-    held = logistic.hold_out(labels, seed=3)
-    assert [int(held[labels == number].sum()) for number in range(4)] == [4, 1, 0, 1]
-    assert torch.equal(held, logistic.hold_out(labels, seed=3))
-    assert not torch.equal(held, logistic.hold_out(labels, seed=4))
+def test_each_class_is_split_in_fifths_and_its_only_row_is_never_held_out():
+    labels = torch.tensor([0] * 20 + [1] * 3 + [2] + [3] * 7)
+    fifths = logistic.split_in_fifths(labels, seed=3)
+    assert fifths[:20].bincount().tolist() == [4] * 5 and fifths[23] == -1
+    assert sorted(fifths[20:23].tolist()) == [0, 1, 2] and fifths[24:].bincount().tolist() == [2, 2, 1, 1, 1]
+    assert torch.equal(fifths, logistic.split_in_fifths(labels, seed=3))
+    assert not torch.equal(fifths, logistic.split_in_fifths(labels, seed=4))
+
+
+def test_of_many_rows_one_fifth_is_enough(monkeypatch):
+    monkeypatch.setattr(logistic, "STRENGTHS", (1.0, 0.01))
+    x, y = blobs(60)
+    all_fifths = logistic.choose_l2(x, y, 3)
+    seen = []
+    scores = logistic._scores_held_out
+    monkeypatch.setattr(logistic, "_scores_held_out", lambda *args: (seen.append(args[-1]), scores(*args))[1])
+    assert logistic.choose_l2(x, y, 3) == all_fifths and len(seen) == 5
+    assert torch.equal(torch.stack(seen).sum(dim=0), torch.ones(60, dtype=torch.long))
+    monkeypatch.setattr(logistic, "MANY", 60)
+    logistic.choose_l2(x, y, 3)
+    assert len(seen) == 6
 
 
 def test_with_one_row_of_each_class_nothing_is_chosen(capsys):
