@@ -12,7 +12,7 @@ Shapes: N training images, M test images, D features, k neighbours.
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -96,21 +96,39 @@ def knn_accuracies(
     Features are L2-normalised, (N, D) and (M, D). The weight of a neighbour's vote is exp(cosine / T).
     """
     correct = {k: torch.zeros(2, dtype=torch.long, device=test_features.device) for k in ks}
+    for first, k, votes in knn_votes(train_features, train_labels, test_features, ks, T, num_classes):
+        ranking = votes.sort(dim=1, descending=True).indices
+        hit = ranking == test_labels[first : first + len(votes), None]
+        correct[k] += torch.stack([hit[:, :1].sum(), hit[:, : min(5, k)].sum()])
+    return {k: tuple(100.0 * n / len(test_labels) for n in c.tolist()) for k, c in correct.items()}
+
+
+def knn_votes(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    ks: Sequence[int],
+    T: float,
+    num_classes: int,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the votes for the classes, (rows, num_classes), of part after part of the test set, for each k.
+
+    They come with the part's first row and k. Arguments as in `knn_accuracies`; the nearest neighbour's
+    vote is 1.
+    """
     rows = max(1, min(CHUNK // len(train_features), len(test_features)))
     room = train_features.new_empty(
         rows, len(train_features)
     )  # allocated once: fresh memory is slow on a CPU
-    for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
+    for first in range(0, len(test_features), rows):
+        chunk = test_features[first : first + rows]
         similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])
         similarity, neighbour = similarities.topk(max(ks), dim=1)  # (rows, k)
         # Relative to the nearest neighbour, which avoids overflow for a small T and keeps the ranking.
         vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
         for k in ks:
-            votes = vote.new_zeros(len(chunk), num_classes).scatter_add_(1, label[:, :k], vote[:, :k])
-            ranking = votes.sort(dim=1, descending=True).indices
-            hit = ranking == target[:, None]
-            correct[k] += torch.stack([hit[:, :1].sum(), hit[:, : min(5, k)].sum()])
-    return {k: tuple(100.0 * n / len(test_labels) for n in c.tolist()) for k, c in correct.items()}
+            votes = vote.new_zeros(len(chunk), num_classes)
+            yield first, k, votes.scatter_add_(1, label[:, :k], vote[:, :k])
 
 
 def knn_classifier(

@@ -3,9 +3,14 @@
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights runs/vit_small/checkpoint.pth \\
         --data_path /data/imagenet --lr 0.001 0.003 0.01 --output_dir runs/vit_small/linear
     python eval_linear.py --pretrained_weights ... --data_path ... --output_dir ... --evaluate
+    python eval_linear.py --pretrained_weights ... --data_path ... --few_shot 1% --few_shot_seeds 3 --logistic
 
 Each `--lr` trains its own classifier on the same features, in one pass over the images. A run resumes
 from `checkpoint.pth.tar` in its `--output_dir` if there is one.
+
+`--few_shot` trains on a few images of each class, a seeded subset. `--logistic` fits a logistic regression to
+the features of the images without augmentation, as in the paper's low-shot table; held-out training images
+choose its regularisation.
 
 Shapes: B images, D backbone width, F feature width, H classifiers, C classes.
 """
@@ -16,10 +21,12 @@ import functools
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from support import cli
+from support import cli, logistic
 from support.cli import bool_flag
 from support.data import (
     Images,
@@ -43,6 +50,7 @@ from support.distributed import (
     fix_random_seeds,
     get_world_size,
     init_distributed_mode,
+    is_main_process,
 )
 from support.errors import TrainingError, UserError
 from support.features import extract_features, frozen_features, load_by_flags
@@ -50,6 +58,7 @@ from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import normalize
 from support.restart import Run
+from support.subsets import FewImages, draw_few, few_shot, labels_of
 from support.weights import (
     PUBLISHED,
     Frozen,
@@ -91,6 +100,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch_size_per_gpu", default=128, type=positive, help="images per process and step")
     group.add_argument("--val_freq", default=1, type=positive, help="validate every this many epochs")
 
+    group = parser.add_argument_group("few labels")
+    group.add_argument("--few_shot", default=None, type=few_shot, metavar="NUMBER",
+        help="train on this many images of each class, e.g. 5, or on this share, e.g. 1%% (at least one)")
+    group.add_argument("--logistic", action="store_true",
+        help="fit a logistic regression instead, by L-BFGS, and choose its regularisation on held-out fifths "
+             "of the training images")
+    group.add_argument("--few_shot_seeds", default=1, type=positive,
+        help="with --logistic, repeat with this many subsets, of the seeds --seed, --seed + 1, ...; prints "
+             "mean and deviation")
+
     cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
         "evaluate on the drawn shapes of main_dino.py --demo")
 
@@ -104,7 +123,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--linear_weights", default="",
         help="a classifier for --evaluate: a file, or a published one by its model's name (dino_vits16, ...)")
     group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
-        help="seed of the classifiers' first weights, the order of the images and the augmentation")
+        help="seed of the classifiers' first weights, the order of the images, the augmentation and the "
+             "subset of --few_shot")
     cli.add_launch_flags(group)
     # fmt: on
     return parser
@@ -120,7 +140,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # and the names, sizes and classes of the images, wherever they are.
 FREE_FLAGS = {
     "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
-    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "num_labels",
+    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "num_labels", "logistic",
+    "few_shot_seeds",
 }  # fmt: skip
 
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
@@ -133,7 +154,16 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("named twice", f"--lr {' '.join(map(str, args.lr))}", "name each rate once")
     if args.linear_weights and not args.evaluate:
         raise UserError("for --evaluate only", "--linear_weights", "add --evaluate or leave it out")
+    if args.evaluate and args.logistic:
+        raise UserError("does not save a classifier to evaluate", "--logistic", "leave out one of the two")
     rules = [(name, lambda args: args.evaluate, "--evaluate does not train") for name in OF_TRAINING]
+    rules += [(name, lambda args: args.logistic, "it is not for --logistic") for name in OF_TRAINING]
+    rules += [
+        ("few_shot", lambda args: args.evaluate, "--evaluate does not train"),
+        ("output_dir", lambda args: args.logistic, "--logistic writes no files"),
+        ("few_shot_seeds", lambda args: not (args.logistic and args.few_shot),
+         "it is for --logistic --few_shot"),
+    ]  # fmt: skip
     cli.warn_no_effect(args, get_args_parser(), rules)
 
 
@@ -448,6 +478,7 @@ def build_batches(
 def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Train a classifier for each rate, or resume the training; returns the best validation of each."""
     train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args))
+    train_images = few_images(args, train_images)
     folder = cli.make_folder(args.output_dir)
     features = build_features(args, device)
     classes, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
@@ -468,6 +499,16 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
             train_epochs(args, run, state, batches, steps, val_data)
     report(args.lr, state["best"])
     return state["best"]
+
+
+def few_images(args: argparse.Namespace, images: Images) -> Images:
+    """The images that `--few_shot` takes, all without it. Raises UserError."""
+    if not args.few_shot:
+        return images
+    chosen = draw_few(labels_of(images), args.few_shot, args.seed, class_names(images))
+    few = FewImages(images, chosen.tolist())
+    log(f"training on {len(few):,} of {len(images):,} images: {args.few_shot} of each class")
+    return few
 
 
 def train_epochs(
@@ -532,11 +573,46 @@ def report(lrs: list[float], best: list[dict]) -> None:
     log(f"Best accuracy: top-1 {row['acc1']:.2f} %, top-5 {row['acc5']:.2f} %, with --lr {lr:g}")
 
 
+def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
+    """Fit a logistic regression for each seed of the subset; returns its loss and accuracies on rank 0."""
+    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args))
+    names, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
+    subsets = {args.seed: np.arange(len(train_images))}
+    if args.few_shot:
+        labels = labels_of(train_images)
+        seeds = range(args.seed, args.seed + args.few_shot_seeds)
+        subsets = {seed: draw_few(labels, args.few_shot, seed, names) for seed in seeds}
+    needed = np.unique(np.concatenate(list(subsets.values())))
+    features = build_features(args, device)
+    x, y = extract(args, features, FewImages(train_images, needed.tolist()), device)
+    val_x, val_y = extract(args, features, val_images, device)
+    val_y = to_classes(val_y, val_images, names, num_labels)
+    if not is_main_process():
+        return []
+    results = []
+    for seed, subset in subsets.items():
+        rows = torch.from_numpy(np.searchsorted(needed, subset)).to(x.device)
+        l2 = logistic.choose_l2(x[rows], y[rows], num_labels, seed)
+        classifiers = LinearClassifiers(1, features.width, num_labels)
+        classifiers[0].linear = logistic.fit(x[rows], y[rows], num_labels, l2)
+        results += validate_network(classifiers, val_x, val_y)
+        log(f"seed {seed}: {len(rows):,} images, regularisation {l2:g}: "
+            f"top-1 {results[-1]['acc1']:.2f} %, top-5 {results[-1]['acc5']:.2f} %")  # fmt: skip
+    if len(results) > 1:
+        top1, top5 = ([result[name] for result in results] for name in ("acc1", "acc5"))
+        log(f"mean and deviation of {len(results)} subsets: "
+            f"top-1 {statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} %, "
+            f"top-5 {statistics.mean(top5):.2f} ± {statistics.stdev(top5):.2f} %")  # fmt: skip
+    return results
+
+
 def main(args: argparse.Namespace) -> list[dict[str, float]]:
-    """Train classifiers on frozen features, or evaluate one; returns the best validation of each."""
+    """Train classifiers on frozen features, or evaluate one; returns the validation of each."""
     check_args(args)
     device = init_distributed_mode(args.dist_url)
     fix_random_seeds(args.seed)
+    if args.logistic:
+        return fit_logistic(args, device)
     return evaluate(args, device) if args.evaluate else train_linear(args, device)
 
 

@@ -37,7 +37,7 @@ from support.features import patch_size_of
 from support.logger import log
 from support.pixels import normalize, to_pixels
 from support.shapes import Shapes
-from support.weights import Frozen, load_backbone, read_weights, settle_architecture
+from support.weights import Frozen, load_backbone
 from utils import DataAugmentationDINO
 from vision_transformer import VisionTransformer
 
@@ -58,8 +58,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="resize to this height and width, or to this length of the shorter side; then crop to whole "
              "patches")
     group.add_argument("--demo", action="store_true",
-        help="show the network of main_dino.py --demo, and measure how well its attention segments the "
-             "drawn shapes")
+        help="show the network of main_dino.py --demo on the drawn shapes; eval_segmentation.py --demo "
+             "measures its attention")
     group.add_argument("--output_dir", default="attention",
         help="folder for the pictures; files of other programs in it are not overwritten")
     group.add_argument("--threshold", default=None, type=cli.number(float, above=0, at_most=1),
@@ -152,28 +152,10 @@ def keep_mass(attention: Tensor, share: float) -> Tensor:
     return kept.unflatten(-1, attention.shape[-2:])
 
 
-def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of masks (..., H, W); 1 where both are empty."""
-    both, either = (masks & truth).sum(dim=(-2, -1)), (masks | truth).sum(dim=(-2, -1))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
-
-
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Repeat each patch as a block of pixels: (..., R, C) -> (..., H, W)."""
     single = maps.reshape(-1, 1, *maps.shape[-2:]).float()
     return F.interpolate(single, size=size, mode="nearest").reshape(*maps.shape[:-2], *size).to(maps.dtype)
-
-
-def segmentation(attention: Tensor, truth: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Compare attention (B, h, R, C) with true masks (B, H, W).
-
-    Returns two tensors (B, h): the Jaccard index of the mask that keeps the `threshold` share of the
-    attention, and the share of the attention on the object.
-    """
-    truth = truth[:, None]
-    pixels = enlarge(attention, truth.shape[-2:])
-    masks = enlarge(keep_mass(attention, threshold), truth.shape[-2:])
-    return jaccard(masks, truth), (pixels * truth).sum(dim=(-2, -1)) / pixels.sum(dim=(-2, -1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,71 +367,38 @@ def visualize(
         raise TrainingError(what, "named above", "repair or remove them")
 
 
-def segment_shapes(
-    frozen: Frozen, shapes: Shapes, image_size: list[int], threshold: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Measure how well each head segments the drawn objects: `segmentation`'s means over images, (h,)."""
-    results = []
-    for chunk in torch.arange(len(shapes)).split(100):
-        images = [prepare(shapes[i][0], image_size, patch_size_of(frozen.network)) for i in chunk.tolist()]
-        truth = torch.stack([torch.from_numpy(shapes.mask(i)) for i in chunk.tolist()]).to(device)
-        results.append(segmentation(attention_of(frozen, images, device), truth, threshold))
-    scores, shares = (torch.cat(result).mean(dim=0) for result in zip(*results, strict=True))
-    return scores, shares
-
-
-def load_demo(args: argparse.Namespace, device: torch.device) -> dict[str, Frozen]:
-    """Load the demo's network, once with the first weights of its training and once with the trained ones.
+def draw_demo(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw the attention of the demo's network on some of its images, beside the true masks.
 
     Raises UserError.
     """
     if not Path(args.pretrained_weights).is_file():
         raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
-    weights = read_weights(args.pretrained_weights, args.checkpoint_key)
-    known = settle_architecture(weights, args.arch, args.patch_size)
-    trained = load_backbone(args.pretrained_weights, args.checkpoint_key, *known)
-    fix_random_seeds(args.seed)
-    untrained = load_backbone("random", None, *known)
+    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
     for size in args.image_size:  # cropped images would not match the true masks
-        check_divides("image_size", size, patch_size_of(trained.network))
-    for frozen in (untrained, trained):
-        frozen.network.to(device)
-    return {"random initialisation": untrained, "trained": trained}
-
-
-def report_demo(args: argparse.Namespace, device: torch.device, num_images: int = 1_000) -> dict[str, float]:
-    """Print and return the Jaccard index in percent of the best head; save a sheet of the trained network."""
+        check_divides("image_size", size, patch_size_of(frozen.network))
     output_dir = cli.make_folder(args.output_dir)
-    shapes = Shapes("val", num_images)
-    networks = load_demo(args, device)
-    log(f"weights: {networks['trained'].description}")
-    log(f"{args.threshold:.0%} of the best head's attention against the true mask, {num_images} images")
-    result = {}
-    for name, frozen in networks.items():
-        scores, shares = segment_shapes(frozen, shapes, args.image_size, args.threshold, device)
-        best = int(scores.argmax())
-        result[name] = 100 * scores[best].item()
-        log(f"  {name:22} Jaccard {result[name]:.1f} %, on the object {100 * shares[best].item():.1f} %")
-
-    rows = []
-    for i in range(4):
-        image = prepare(shapes[i][0], args.image_size, patch_size_of(networks["trained"].network))
-        attention = attention_of(networks["trained"], [image], device)[0].cpu()
+    log(f"weights: {frozen.description}")
+    frozen.network.to(device)
+    shapes, rows = Shapes("val", 4), []
+    for i in range(len(shapes)):
+        image = prepare(shapes[i][0], args.image_size, patch_size_of(frozen.network))
+        attention = attention_of(frozen, [image], device)[0].cpu()
         rows += sheet_rows(draw(image, attention, args.threshold), Image.fromarray(shapes.mask(i)))
     save_picture(contact_sheet(rows, side=128), output_dir / "sheet.png", set())
     log(f"image and true mask, mean and heads: {output_dir / 'sheet.png'}")
-    return result
+    log("eval_segmentation.py --demo measures how well the attention segments the shapes")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the pictures; under `--demo`, measure the segmentation too."""
+    """Write the pictures."""
     check_args(args)
     if launched_as()[0]:  # one process does all the work
         return
     device = choose_device()
     fix_random_seeds(args.seed)
     if args.demo:
-        report_demo(args, device)
+        draw_demo(args, device)
         return
     images = open_images(args.image_path)
     patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)

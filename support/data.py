@@ -25,7 +25,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, nearest, reason_of
@@ -349,13 +349,15 @@ def digest(images: Images) -> str:
 
     For files, they depend on names relative to the folder, sizes (of at most 10,000 files) and classes; for
     other datasets on the kind, the split, the length, the classes and, where the dataset has them as an
-    array, the labels.
+    array, the labels; for a subset also on its indices.
     """
     facts = [type(images).__name__, len(images), getattr(images, "split", getattr(images, "train", None))]
     facts += [getattr(images, "size", None), list(map(str, getattr(images, "classes", None) or []))]
     summary = hashlib.sha256(repr(facts).encode())
     if isinstance(images, ImageFiles):
         summary.update(images.paths.digest)
+    if isinstance(images, Subset):
+        summary.update(repr((digest(images.dataset), images.indices)).encode())  # type: ignore[arg-type]
     for name in ("labels", "targets", "_labels"):
         labels = getattr(images, name, None)
         if isinstance(labels, np.ndarray | Tensor | list):
@@ -476,6 +478,8 @@ def sample_name(dataset: Images, index: int) -> str:
         return dataset.paths[index]
     if isinstance(dataset, torchvision.datasets.ImageFolder):
         return dataset.samples[index][0]
+    if isinstance(dataset, Subset):
+        return sample_name(dataset.dataset, dataset.indices[index])  # type: ignore[arg-type]
     return f"image {index}"
 
 

@@ -19,7 +19,6 @@ import math
 import multiprocessing
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ import eval_knn
 import eval_linear
 import main_dino
 import utils
+from eval_segmentation import MaskedShapes, measure_attention, square_batches
 from support import backbones
 from support.data import Source, open_labelled_images
 from support.distributed import fix_random_seeds
@@ -44,7 +44,6 @@ from support.pixels import normalize, to_pixels
 from support.shapes import Shapes
 from support.weights import load_backbone, save_checkpoint
 from tests.conftest import ROOT
-from visualize_attention import segment_shapes
 
 # ---------------------------------------------------------------------------------------------
 # Recipes
@@ -204,14 +203,13 @@ def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int)
 
     def measure() -> dict[str, float]:
         fix_random_seeds(args.seed)
-        size, shapes = args.global_crops_size, Shapes("val", count)
+        size, shapes = args.global_crops_size, MaskedShapes("val", count)
         frozen = load_backbone(weights, None, args.arch, args.patch_size, size)
-        found = {
-            t: segment_shapes(frozen.network, shapes, [size], t, torch.device("cpu")) for t in (0.6, 0.9)
-        }
-        heads = {"jaccard60": found[0.6][0], "jaccard90": found[0.9][0], "on_object": found[0.6][1]}
-        found = {name: each.max().item() for name, each in heads.items()}
-        found["object"] = statistics.mean(float(shapes.mask(i).mean()) for i in range(count))
+        batches = [*square_batches(frozen, shapes, torch.device("cpu"))]
+        less, more = (measure_attention(frozen.network, shapes, batches, t) for t in (0.6, 0.9))
+        heads = {"jaccard60": less.objects, "jaccard90": more.objects, "on_object": less.on_objects}
+        found = {name: each.mean(dim=0).max().item() for name, each in heads.items()}
+        found["object"] = less.area.mean().item()
         return {name: 100 * share for name, share in found.items()}
 
     keep(folder / "attention.json", measure)

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 import eval_linear
 from eval_linear import LinearClassifiers, frozen_features, validate_network
-from support import backbones, data, restart
+from support import backbones, data, logistic, restart, subsets
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.loading import EpochBatches
@@ -328,6 +328,7 @@ def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
         (["--num_labels", "2"], "the data has 3 classes"),
         (["--linear_weights", "x.pth"], "add --evaluate"),
         (["--evaluate"], "no such file .*checkpoint.pth.tar"),
+        (["--evaluate", "--logistic"], "does not save a classifier .*--logistic"),
         (["--pretrained_weights", ""], "no weights given"),
         (["--data_path", "/nowhere"], "no such folder"),
         (["--image_size", "30"], "--image_size 30"),
@@ -348,6 +349,7 @@ def test_bad_usage_is_one_clear_line(labelled, tmp_path, flags, message):
         (["--seed=-1"], "--seed: must be at least 0, not -1"),
         (["--epochs", "0"], "--epochs: must be at least 1, not 0"),
         (["--num_labels", "0"], "--num_labels: must be at least 1, not 0"),
+        (["--few_shot", "0%"], "--few_shot: must be at least 1, or above 0%"),
     ],
 )
 def test_a_number_out_of_range_is_one_clear_line(capsys, flags, message):
@@ -456,6 +458,8 @@ def test_a_classifier_without_names_needs_data_with_all_its_classes(tmp_path):
             "--avgpool_patchtokens has no effect",
         ),
         (("--evaluate", "--lr", 0.1), "--lr has no effect: --evaluate does not train"),
+        (("--logistic", "--lr", 0.1), "--lr has no effect: it is not for --logistic"),
+        (("--few_shot_seeds", 2), "--few_shot_seeds has no effect: it is for --logistic --few_shot"),
         ((), None),
     ],
 )
@@ -537,3 +541,74 @@ def test_more_classes_than_the_data_has_can_be_asked_for(tmp_path):
     probe(tmp_path / "data", tmp_path / "out", "--num_labels", 7)
     checkpoint = load_checkpoint(tmp_path / "out" / "checkpoint.pth.tar")
     assert checkpoint["state_dict"]["linear.weight"].shape == (7, 512)
+
+
+# ---- few labels
+
+
+def test_few_shot_trains_on_few_images(labelled, tmp_path, capsys):
+    probe(labelled, tmp_path / "few", "--few_shot", 2)
+    said = capsys.readouterr().out
+    assert "training on 6 of 15 images: 2 of each class" in said
+    for flags in (("--few_shot", 3), (), ("--few_shot", 2, "--seed", 1)):
+        with pytest.raises(UserError, match="differs from the run to resume: .*training images"):
+            probe(labelled, tmp_path / "few", *flags)
+    probe(labelled, tmp_path / "all")
+    assert log_of(tmp_path / "few")[0]["train_loss"] != log_of(tmp_path / "all")[0]["train_loss"]
+
+
+def test_logistic_regression_of_several_subsets(labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logistic, "STRENGTHS", (1.0, 0.01))
+    flags = "--logistic", "--few_shot", "3", "--few_shot_seeds", "3"
+    results = probe(labelled, tmp_path, *flags)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in said if line.startswith("seed")] == [
+        f"seed {seed}: 9 images" for seed in range(3)
+    ]
+    mean = sum(result["acc1"] for result in results) / 3
+    assert said[-1].startswith(f"mean and deviation of 3 subsets: top-1 {mean:.2f} ± ")
+    assert probe(labelled, tmp_path, *flags) == results
+    assert not list(tmp_path.iterdir())  # it writes no files
+
+
+def test_logistic_regression_learns_what_can_be_learned(tmp_path):
+    for split, count in (("train", 6), ("val", 3)):
+        for seed, name in enumerate("ab"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                level = 200 * seed + 5 * i
+                Image.new("RGB", (32, 32), (level, 255 - level, 128)).save(
+                    tmp_path / split / name / f"{i}.png"
+                )
+    assert probe(tmp_path, tmp_path, "--logistic")[0]["acc1"] == 100
+    assert probe(tmp_path, tmp_path, "--logistic", "--few_shot", "1")[0]["acc1"] == 100
+
+
+def test_logistic_regression_is_that_of_the_subsets_features(labelled, tmp_path):
+    args = eval_linear.parse_args([*FLAGS, "--data_path", str(labelled), "--logistic", "--few_shot", "40%"])
+    found = eval_linear.main(args)[0]
+    fix_random_seeds(0)
+    features = eval_linear.build_features(args, torch.device("cpu"))
+    train, val = data.open_train_and_val(data.Source(str(labelled)))
+    few = subsets.FewImages(train, subsets.draw_few(train.labels, "2", 0))
+    x, y = eval_linear.extract(args, features, few, torch.device("cpu"))
+    classifiers = LinearClassifiers(1, x.shape[1], 3)
+    classifiers[0].linear = logistic.fit(x, y, 3, logistic.choose_l2(x, y, 3, seed=0))
+    expected = validate_network(classifiers, *eval_linear.extract(args, features, val, torch.device("cpu")))
+    assert expected == [found]
+
+
+def test_a_class_with_too_few_images_is_named_before_the_work(labelled, tmp_path):
+    for flags in ((), ("--logistic",)):
+        with pytest.raises(UserError, match=r"class a has only 5 images \(--few_shot 6\): give at most 5"):
+            probe(labelled, tmp_path, "--few_shot", 6, "--pretrained_weights", "/nowhere.pth", *flags)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_what_one_does(labelled):
+    flags = ("eval_linear.py", *FLAGS, "--data_path", str(labelled), "--logistic", "--few_shot", "3")
+    lines = [
+        [line for line in process.stdout.splitlines() if line.startswith("seed")]
+        for process in (run(*flags), torchrun(2, *flags))
+    ]
+    assert len(lines[0]) == 1 and lines[0] == lines[1]

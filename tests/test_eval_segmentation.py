@@ -1,0 +1,307 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import eval_segmentation
+from eval_segmentation import (
+    VOC_CLASSES,
+    MaskedFiles,
+    MaskedShapes,
+    count_pixels,
+    intersection_over_union,
+    is_voc12,
+    jaccard,
+    knn_segmenter,
+    patch_labels,
+    sample_tokens,
+    score_attention,
+    segment,
+    square_batches,
+)
+from support import logistic
+from support.errors import UserError
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD
+from support.weights import Frozen
+from tests.conftest import run
+
+RANDOM_VIT = "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 32".split()
+CPU = torch.device("cpu")
+COLOURS = {0: (40, 40, 40), 1: (220, 40, 40), 3: (40, 40, 220)}  # of the classes
+
+
+def write_voc(root, train: int = 6, val: int = 4, size: tuple[int, int] = (48, 32)) -> None:
+    """Images with a red and a blue rectangle, in VOC's layout; one row of pixels is void."""
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        names = [f"{split} {i}" for i in range(count)]
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            mask = np.zeros(size[::-1], np.uint8)
+            for number, left in ((1, 0), (3, size[0] // 2)):
+                x, y = left + rng.integers(0, 8), rng.integers(0, 12)
+                mask[y : y + 16, x : x + 16] = number
+            colours = np.zeros((256, 3), np.uint8)
+            colours[list(COLOURS)] = list(COLOURS.values())
+            Image.fromarray(colours[mask]).save(root / f"JPEGImages/{name}.png")
+            mask[-1] = 255
+            picture = Image.fromarray(mask)
+            picture.putpalette(rng.integers(0, 256, 768).astype(np.uint8).tobytes())
+            picture.save(root / f"SegmentationClass/{name}.png")
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    root = tmp_path_factory.mktemp("voc")
+    write_voc(root)
+    return root
+
+
+def evaluate(*flags) -> dict:
+    return eval_segmentation.main(eval_segmentation.parse_args([*map(str, flags), "--num_workers", "0"]))
+
+
+class Pixels(nn.Module):
+    """A network whose patches are pixels and whose tokens are their colours; it has no attention."""
+
+    def forward_intermediates(self, images, **_):
+        return [images]
+
+
+def pixels(image_size: int) -> Frozen:
+    return Frozen(Pixels(), image_size, IMAGENET_MEAN, IMAGENET_STD, "colours")
+
+
+# ---- attention
+
+
+def test_jaccard_by_hand():
+    a = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    b = torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    none = torch.zeros_like(a)
+    assert jaccard(a, b).item() == 0.25 and jaccard(a, a).item() == 1
+    assert jaccard(a, none).item() == 0 and jaccard(none, none).item() == 1
+    assert jaccard(torch.stack([a, b]), b).tolist() == [0.25, 1]
+
+
+def test_attention_on_one_corner_scores_what_the_corner_does():
+    shapes = MaskedShapes("val", 10)
+    corner = torch.tensor([[[0.0, 0.7], [0.0, 0.0]], [[0.1, 0.1], [0.1, 0.1]]])  # two heads
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:32, 32:] = True
+    for i in range(10):
+        truth = torch.from_numpy(shapes.mask(i))
+        scores = score_attention(corner, shapes.class_mask(i), 0.9)
+        share = truth.float().mean()
+        expected = torch.stack([jaccard(mask, truth), share])
+        torch.testing.assert_close(scores.objects[0], expected)
+        torch.testing.assert_close(scores.classes, expected.max()[None])
+        torch.testing.assert_close(scores.on_objects[0], torch.stack([truth[:32, 32:].float().mean(), share]))
+        torch.testing.assert_close(scores.area, share[None])
+
+
+def test_each_class_takes_its_best_head_and_void_counts_nowhere():
+    truth = torch.zeros(4, 8, dtype=torch.uint8)
+    truth[:2, :2], truth[2:, 4:6], truth[:2, 6:] = 1, 5, 255
+    attention = torch.zeros(2, 2, 4)  # patches of 2 x 2 pixels
+    attention[0, 0, 0] = attention[0, 0, 3] = 0.5  # the first head: class 1, and void
+    attention[1, 1, 2] = attention[1, 0, 1] = 0.5  # the second head: class 5, and background
+    scores = score_attention(attention, truth, 0.99)
+    assert scores.classes.item() == pytest.approx((1 + 0.5) / 2)
+    assert scores.objects.tolist() == [[pytest.approx(1 / 2), pytest.approx(1 / 3)]]
+    assert scores.on_objects.tolist() == [[1, 0.5]]
+    assert scores.area.item() == pytest.approx(8 / 28)
+
+
+# ---- patch tokens
+
+
+def test_a_patch_has_the_class_of_most_of_its_pixels():
+    mask = torch.tensor([[0, 0, 7, 7, 255, 255], [0, 7, 7, 3, 255, 3]], dtype=torch.uint8)
+    assert patch_labels(mask, 1, 3).tolist() == [[0, 7, 255]]
+    assert patch_labels(mask, 2, 3).tolist() == [[0, 7, 255], [0, 3, 3]]  # of two, the lower number
+
+
+def test_a_sample_of_patches_is_bounded_and_follows_the_seed(voc):
+    images, frozen = MaskedFiles(voc, "train"), pixels(32)  # patches of 1 x 1.5 pixels
+
+    def sample(limit, seed=0, batch_size=4):
+        batches = square_batches(frozen, images, CPU, batch_size)
+        return sample_tokens(frozen.network, images, batches, limit, seed)
+
+    tokens, labels = sample(100)
+    assert tokens.shape == (100, 3) and set(labels.tolist()) == {0, 1, 3}
+    for same in (sample(100, batch_size=1), sample(100)):
+        assert torch.equal(same[0], tokens) and torch.equal(same[1], labels)
+    assert not torch.equal(sample(100, seed=1)[0], tokens)
+    assert len(sample(4)[1]) == 4  # fewer than there are images
+    whole = sample(10**6)[1]
+    assert len(whole) == 6 * 31 * 32 and set(whole.tolist()) == {0, 1, 3}  # all but the void row
+
+
+def test_pixels_of_known_colours_are_segmented_without_an_error(voc):
+    """With tokens that are the colours, and patches of one pixel, all is known."""
+    train, val = (MaskedFiles(voc, split) for split in ("train", "val"))
+    val_whole = [*square_batches(Frozen(Pixels(), 48, IMAGENET_MEAN, IMAGENET_STD, ""), val, CPU)]
+    frozen = pixels(32)
+    tokens, labels = sample_tokens(frozen.network, train, square_batches(frozen, train, CPU), 500, 0)
+    classifiers = {
+        "k-NN": knn_segmenter(tokens, labels, 5, 0.07, 4),
+        "linear": logistic.fit(tokens, labels, 4, 1e-4),
+    }
+    # 48 x 48 pixels for 48 x 32 of the mask: blurred where colours meet, and nowhere else.
+    found = segment(frozen.network, val, val_whole, classifiers, 4)
+    for counts in found.values():
+        assert counts.sum() == 4 * 48 * 31  # without void
+        scores = intersection_over_union(counts)
+        assert scores[2].isnan() and (scores[[0, 1, 3]] > 90).all()
+
+
+def test_intersection_over_union_by_hand():
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]], dtype=torch.uint8)
+    predicted = torch.tensor([[0, 1, 1, 1], [3, 2, 1, 3]])
+    counts = count_pixels(predicted, truth, 5)
+    assert counts.sum() == 6 and counts[2].tolist() == [0, 0, 1, 1, 0]
+    scores = intersection_over_union(counts)
+    assert scores[:3].tolist() == [50, pytest.approx(200 / 3), 50]
+    assert scores[3:].isnan().all()  # not in the masks: outside the mean, predicted or not
+
+
+# ---- the run
+
+
+def test_a_folder_in_vocs_layout(voc, capsys):
+    found = evaluate(*RANDOM_VIT, "--data_path", voc, "--nb_knn", 3)
+    said = capsys.readouterr().out
+    assert f"train images: {voc}: 6 images, 3 classes" in said and "96 training patches of 6 images" in said
+    assert "60% of a head's attention" in said and "the paper's" not in said
+    rows = [line.split() for line in said.splitlines()]
+    assert [row[0] for row in rows[-4:]] == ["0", "1", "3", "mean"]
+    means = [sum(float(row[column]) for row in rows[-4:-1]) / 3 for column in (1, 2)]
+    assert [found["k-NN"], found["linear"]] == [pytest.approx(mean, abs=0.1) for mean in means]
+    assert (
+        min(found["k-NN"], found["linear"]) > 33 and 0 < found["jaccard_one_head"] <= found["jaccard_image"]
+    )
+    assert evaluate(*RANDOM_VIT, "--data_path", voc, "--nb_knn", 3) == found
+
+
+def test_images_without_objects_are_left_out_of_the_attention(tmp_path, capsys):
+    write_voc(tmp_path)
+    empty = np.zeros((32, 48), np.uint8)
+    Image.fromarray(empty).save(tmp_path / "SegmentationClass" / "val 1.png")
+    evaluate(*RANDOM_VIT, "--data_path", tmp_path)
+    assert "3 images; left out 1 without objects" in capsys.readouterr().out
+
+
+def test_the_paper_s_data_are_recognised(tmp_path):
+    write_voc(tmp_path, 1, 1, (48, 32))
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (tmp_path / folder / "val 0.png").rename(tmp_path / folder / "2007_000033.png")
+    listed = tmp_path / "ImageSets/Segmentation/val.txt"
+    listed.write_text("2007_000033\n")
+    assert not is_voc12(MaskedFiles(tmp_path, "val"))
+    listed.write_text("2007_000033\n" * 1_449)
+    train, val = eval_segmentation.open_masked(str(tmp_path), demo=False)
+    assert is_voc12(val) and train.names == val.names == VOC_CLASSES and len(VOC_CLASSES) == 21
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_timms_networks(voc, capsys, arch):
+    found = evaluate("--pretrained_weights", "random", "--arch", arch, "--image_size", 64, "--data_path", voc)
+    said = capsys.readouterr().out
+    attention = arch.startswith("vit")
+    assert ("jaccard" in found) == attention and {"k-NN", "linear"} <= set(found)
+    assert ("note: no attention is measured: ConvNeXt has no CLS attention" in said) == (not attention)
+
+
+def test_the_demo_as_a_user_would(monkeypatch, capsys):
+    monkeypatch.setattr("support.shapes.Shapes.__len__", lambda shapes: 24)
+    flags = "--demo --pretrained_weights random --arch vit_nano --patch_size 16 --image_size 64".split()
+    found = evaluate(*flags)
+    said = capsys.readouterr().out
+    assert found["area"] == pytest.approx(
+        100 * np.mean([MaskedShapes("val", 24).mask(i).mean() for i in range(24)])
+    )
+    assert "background" in said and "fine blobs" in said
+    shapes = MaskedShapes("val", 24)
+    assert {shapes[i][1] + 1 for i in range(24)} | {0} == {
+        number for i in range(24) for number in shapes.class_mask(i).unique().tolist()
+    }
+
+
+def spoil_size(root):
+    Image.new("L", (48, 31), 1).save(root / "SegmentationClass" / "val 2.png")
+
+
+def spoil_colours(root):
+    Image.new("RGB", (48, 32)).save(root / "SegmentationClass" / "train 0.png")
+
+
+def spoil_classes(root):
+    for path in (root / "SegmentationClass").glob("train*"):
+        Image.new("L", (48, 32), 255).save(path)
+
+
+def spoil_val_class(root):
+    Image.new("L", (48, 32), 9).save(root / "SegmentationClass" / "val 0.png")
+
+
+LIST = "ImageSets/Segmentation/train.txt"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_size, r"mask has 48 x 31 pixels, its image 48 x 32 \(.*val 2.png"),
+        (spoil_colours, r"mask has Pillow's mode RGB.*train 0.png"),
+        (spoil_classes, "no class in the masks, only 255"),
+        (spoil_val_class, "val has classes that train lacks: 9"),
+        (
+            lambda root: (root / "JPEGImages/val 3.png").unlink(),
+            r"1 of 4 images are missing: val 3 \(.*val.txt",
+        ),
+        (lambda root: (root / "SegmentationClass/train 1.png").unlink(), "1 of 6 masks are missing: train 1"),
+        (lambda root: (root / LIST).unlink(), r"No such file or directory \(.*train.txt\): give the folder"),
+        (lambda root: (root / LIST).write_text("\n\n"), "list names no images"),
+        (lambda root: (root / "JPEGImages/val 0.png").write_bytes(b"x"), "cannot read image: .*val 0.png"),
+        (
+            lambda root: (root / "SegmentationClass/val 0.png").write_bytes(b"x"),
+            "cannot read mask: .*val 0.png",
+        ),
+        (lambda root: (root / "JPEGImages").rename(root / "images"), r"No such file .*JPEGImages\)"),
+    ],
+)
+def test_bad_data_is_one_clear_line_before_the_work(tmp_path, spoil, message):
+    write_voc(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        evaluate("--pretrained_weights", "/nowhere.pth", "--data_path", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no data given .*--demo"),
+        (["--data_path", "/nowhere"], "no such folder .*--data_path /nowhere"),
+        (["--demo"], "no weights given"),
+        (["--demo", "--pretrained_weights", "pixels"], "Flatten has no patch tokens"),
+        (["--demo", *RANDOM_VIT, "--image_size", "60"], "60"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(*flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_an_error_of_a_user_ends_with_code_2(tmp_path):
+    write_voc(tmp_path)
+    spoil_size(tmp_path)
+    ended = run("eval_segmentation.py", *RANDOM_VIT, "--data_path", str(tmp_path), check=False)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: mask has 48 x 31 pixels")
+    assert ended.stderr.count("\n") == 1

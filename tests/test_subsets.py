@@ -1,0 +1,66 @@
+import argparse
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.data import Source, digest, open_labelled_images, sample_name
+from support.errors import UserError
+from support.subsets import FewImages, draw_few, few_shot, labels_of
+
+LABELS = np.array([2] * 10 + [0] * 200 + [1] * 30)
+
+
+def counts(wanted: str, seed: int = 0) -> list[int]:
+    return np.bincount(LABELS[draw_few(LABELS, wanted, seed)]).tolist()
+
+
+def test_each_class_has_its_share():
+    assert counts("5") == [5, 5, 5] and counts("10") == [10, 10, 10]
+    assert counts("10%") == [20, 3, 1] and counts("1%") == [2, 1, 1] and counts("100%") == [200, 30, 10]
+    assert counts("2.5%") == [5, 1, 1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(few=st.integers(1, 10), more=st.integers(0, 5), seed=st.integers(0, 100))
+def test_a_subset_follows_the_seed_and_is_part_of_the_larger_ones(few, more, seed):
+    small = draw_few(LABELS, str(few), seed)
+    assert np.array_equal(small, draw_few(LABELS, str(few), seed)) and (np.diff(small) > 0).all()
+    assert set(small) <= set(draw_few(LABELS, str(min(10, few + more)), seed))
+
+
+def test_other_seeds_draw_other_images():
+    assert not np.array_equal(draw_few(LABELS, "5", 0), draw_few(LABELS, "5", 1))
+
+
+def test_the_class_that_is_too_small_is_named():
+    with pytest.raises(UserError, match=r"class cat has only 10 images \(--few_shot 11\): give at most 10"):
+        draw_few(LABELS, "11", 0, ["ant", "bee", "cat"])
+
+
+@pytest.mark.parametrize("text", ["1%", "0.5%", "100%", "1", "20"])
+def test_numbers_and_shares_are_taken(text):
+    assert few_shot(text) == text
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "0%", "101%", "1.5", "few", "%", "nan%", ""])
+def test_others_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        few_shot(text)
+
+
+def test_a_subset_has_its_images_names_labels_and_classes(labelled):
+    images = open_labelled_images(Source(str(labelled)), "train")
+    few = FewImages(images, [1, 7, 14])
+    assert labels_of(images).tolist() == [images[i][1] for i in range(15)]
+    assert few.classes == list("abc") and [few[i][1] for i in range(3)] == [0, 1, 2]
+    assert sample_name(few, 1) == sample_name(images, 7)
+    assert digest(few) == digest(FewImages(images, [1, 7, 14])) != digest(FewImages(images, [1, 7, 13]))
+
+
+def test_labels_of_a_set_without_a_list_are_read(capsys):
+    shapes = open_labelled_images(Source(demo=True), "val")
+    few = FewImages(shapes, range(5))
+    assert labels_of(few).tolist() == [shapes[i][1] for i in range(5)]
+    assert "reading the labels of 5 images" in capsys.readouterr().out
