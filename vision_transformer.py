@@ -175,22 +175,26 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block: (B, h, N, N)."""
-        return self._last_attention(x, cls_only=False)
+        return self.get_attention(x)
 
     def get_last_cls_attention(self, x: Tensor) -> Tensor:
         """Attention of the last block's CLS token over all tokens: (B, h, N).
 
         The first row of `get_last_selfattention`, without the memory for the other rows.
         """
-        return self._last_attention(x, cls_only=True)[:, :, 0]
+        return self.get_attention(x, token=0)[:, :, 0]
 
-    def _last_attention(self, x: Tensor, cls_only: bool) -> Tensor:
+    def get_attention(self, x: Tensor, layer: int = 1, token: int | None = None) -> Tensor:
+        """Attention in a block, counted from the end: (B, h, N, N); of one token over all: (B, h, 1, N).
+
+        Raises IndexError for a block that is not there.
+        """
         x = self.prepare_tokens(x)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        last: Any = self.blocks[-1]  # a Block
-        q, k, _ = last.attn.project(last.norm1(x), cls_only)
-        return last.attn.weights(q, k)
+        block: Any = self.blocks[-layer]  # a Block
+        for before in self.blocks[:-layer]:
+            x = before(x)
+        q, k, _ = block.attn.project(block.norm1(x), cls_only=token == 0)
+        return block.attn.weights(q if token is None else q[:, :, token : token + 1], k)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Tokens after each of the last `n` blocks, normed: n times (B, N, D)."""

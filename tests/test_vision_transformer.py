@@ -180,3 +180,30 @@ def test_intermediate_layers_of_none_few_and_all_blocks():
     model = vit_nano(8, img_size=32).eval()
     x = torch.randn(1, 3, 32, 32)
     assert [len(model.get_intermediate_layers(x, n)) for n in (0, 1, 5, 6, 7)] == [0, 1, 5, 6, 6]
+
+
+@pytest.mark.parametrize("layer", [1, 3, 6])
+def test_attention_of_any_block_and_token(layer):
+    torch.manual_seed(0)
+    model = vit_nano(8, img_size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        whole, row = model.get_attention(x, layer), model.get_attention(x, layer, token=5)
+        tokens = model.prepare_tokens(x)
+        for block in model.blocks[:-layer]:
+            tokens = block(tokens)
+        last = model.blocks[-layer]
+        q, k, _ = last.attn.project(last.norm1(tokens))
+    torch.testing.assert_close(whole, last.attn.weights(q, k))
+    assert row.shape == (2, 4, 1, 17)
+    torch.testing.assert_close(row, whole[:, :, 5:6])
+    with pytest.raises(IndexError):
+        model.get_attention(x, layer=7)
+
+
+def test_the_row_of_a_token_needs_no_map_of_all_tokens():
+    model = vit_nano(8, img_size=32).eval()
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        model.get_attention(torch.randn(1, 3, 160, 160), layer=2, token=7)
+    maps = [event.input_shapes[0] for event in profile.events() if event.name == "aten::softmax"]
+    assert maps == [[1, 4, 1, 401]]
