@@ -1,48 +1,58 @@
-"""Show what the CLS token of a ViT attends to in the last block.
+"""Show what a ViT attends to, or the principal components of its patches, in images and videos.
 
     python visualize_attention.py --pretrained_weights runs/vit_small/checkpoint.pth \\
         --image_path cat.jpg photos/ --threshold 0.6 --output_dir attention
+    python visualize_attention.py --pretrained_weights ... --image_path cat.jpg --query 310 95 --layer 2
+    python visualize_attention.py --pretrained_weights ... --image_path photos/ --pca
+    python visualize_attention.py --pretrained_weights ... --video clip.mp4
     python visualize_attention.py --demo        # after main_dino.py --demo
 
-For each image, it writes heat maps of the heads and of their mean, the same maps laid over the image,
-and with `--threshold` the masks that keep that share of each head's attention (paper, Section 4.2.2).
-`sheet.png` shows them side by side. It overwrites only pictures that it wrote itself.
+For each image, it writes heat maps of the heads' attention and of their mean, the same maps laid over the
+image, and with `--threshold` the masks that keep that share of each head's attention (paper, Section 4.2.2).
+The attention is the CLS token's in the last block, or that of another block (`--layer`) or of the patch at a
+place (`--query`). `--pca` instead colours the patches by their principal components (`support/pca.py`).
+`sheet.png` shows the pictures side by side. `--video` writes a video of the image and its mean attention, or
+its components. It overwrites only files that it wrote itself.
 
-Shapes: B images, h heads, H x W pixels, R x C patches.
+Shapes: B images, h heads, D features, H x W pixels, R x C patches.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
-from torchvision.utils import make_grid
 
 from support import cli
+from support.attention import attention_map, cls_attention, keep_mass
 from support.backbones import check_divides
-from support.data import ImageFiles, describe, read_labelled, sample_name
+from support.data import ImageFiles, Images, describe, read_labelled, sample_name
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import ImageError, TrainingError, UserError
-from support.features import patch_size_of
-from support.logger import log
+from support.features import patch_size_of, patch_tokens
+from support.logger import MetricLogger, log
+from support.pca import SIDES, PatchColours
+from support.pictures import bands, contact_sheet, enlarge, heat_map, mark_patch, side_by_side
 from support.pixels import normalize, to_pixels
 from support.shapes import Shapes
+from support.video import ENCODERS, Frames, comment_of, write_video
 from support.weights import Frozen, load_backbone
 from utils import DataAugmentationDINO
-from vision_transformer import VisionTransformer
 
 DEMO = {"pretrained_weights": "demo_run/checkpoint.pth", "image_size": [64], "threshold": 0.9}
+VIDEO = {"image_size": [480]}  # keeps the frames' shape
 ON_SHEET = 16  # images at most
+FIT_ON = 100  # frames of a video, at most, that fix the scale of its colours
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -53,15 +63,33 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("images")
     group.add_argument("--image_path", nargs="+", default=None, metavar="PATH",
         help="image files, and folders to search for images")
+    group.add_argument("--video", default=None, metavar="PATH",
+        help="a video file, or a folder of frames as image files, to make a video of; needs PyAV")
     group.add_argument("--image_size", default=(480, 480), type=cli.number(int, at_least=1), nargs="+",
         metavar="PIXELS",
         help="resize to this height and width, or to this length of the shorter side; then crop to whole "
-             "patches")
+             "patches (for a video the default is 480, the shorter side)")
     group.add_argument("--demo", action="store_true",
         help="show the network of main_dino.py --demo on the drawn shapes; eval_segmentation.py --demo "
              "measures its attention")
     group.add_argument("--output_dir", default="attention",
         help="folder for the pictures; files of other programs in it are not overwritten")
+    group.add_argument("--fps", default=None, type=cli.number(float, above=0, at_most=1_000),
+        help="frames per second of the video (default: as in the file; for a folder 30)")
+    group.add_argument("--video_format", default="mp4", choices=tuple(ENCODERS),
+        help="format of the video")
+    group = parser.add_argument_group("what to show")
+    group.add_argument("--layer", default=1, type=cli.number(int, at_least=1),
+        help="block, counted from the end; 1 is the last")
+    group.add_argument("--query", default=None, type=cli.number(int, at_least=0), nargs=2, metavar=("X", "Y"),
+        help="show what the patch at this pixel attends to, instead of the CLS token; in pixels of the "
+             "original image, from its left and its top")
+    group.add_argument("--pca", action="store_true",
+        help="colour the patches by their principal components, fitted over all images, instead of the "
+             "attention")
+    group.add_argument("--foreground", default="positive", choices=SIDES,
+        help="patches that --pca colours: those on the positive side of the first component, away from the "
+             "images' borders; try negative if that is the background; all draws no background")
     group.add_argument("--threshold", default=None, type=cli.number(float, above=0, at_most=1),
         help="also write masks that keep this share of the attention, e.g. 0.6")
     group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
@@ -71,91 +99,35 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `--demo` changes the defaults of other flags."""
+    """Parse the command line; `--demo` and `--video` change the defaults of other flags."""
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO)
+    known = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**(DEMO if known.demo else VIDEO if known.video else {}))
     return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that contradict each other."""
+    """Raise UserError for flags that contradict each other; warn of those without effect."""
     if len(args.image_size) > 2:
         size = " ".join(map(str, args.image_size))
         raise UserError("takes one or two lengths", f"--image_size {size}", "try 480 or 480 640")
-    if args.demo and args.image_path:
-        raise UserError("the demo draws its own images", "--image_path", "leave out one of the two")
-    if not args.demo and not args.image_path:
+    if args.demo and (args.image_path or args.video):
+        where = "--image_path" if args.image_path else "--video"
+        raise UserError("the demo draws its own images", where, "leave out one of the two")
+    if args.image_path and args.video:
+        raise UserError("images and a video", "--image_path, --video", "leave out one of the two")
+    if not (args.demo or args.image_path or args.video):
         raise UserError("no images given", "--image_path", "name images or folders, or try --demo")
-
-
-# ---------------------------------------------------------------------------------------------
-# Attention
-# ---------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Attention of the last block's CLS token over the patches: (B, 3, H, W) -> (B, h, R, C).
-
-    Works for our ViTs and for timm's, including XCiT. Raises UserError for networks without such
-    attention, and for image sizes that the network cannot take.
-    """
-    if isinstance(backbone, VisionTransformer):
-        attention = backbone.get_last_cls_attention(images)  # (B, h, N), CLS first
-    else:
-        attention = _last_timm_attention(backbone, images)
-    patch_size = patch_size_of(backbone)
-    rows, cols = (side // patch_size for side in images.shape[-2:])
-    first = attention.shape[-1] - rows * cols  # CLS, registers and other tokens precede the patches
-    if attention.ndim != 3 or first < 1:
-        raise UserError(f"{type(backbone).__name__} has no CLS attention over patches", "--arch", "use a ViT")
-    return attention[..., first:].unflatten(-1, (rows, cols))
-
-
-def _last_timm_attention(backbone: Any, images: Tensor) -> Tensor:
-    """First row of the last attention map, (B, h, N) for a ViT; (B, 0) for networks without one.
-
-    timm's attention layers pass their softmax through a module `attn_drop`, unless they use a fused
-    kernel, which is turned off in the last layer.
-    """
-    names = [name for name, _ in backbone.named_modules() if name.endswith("attn_drop")]
-    found = [images.new_zeros(len(images), 0)]
-    if not names:
-        return found[0]
-    layer: Any = backbone.get_submodule(names[-1].rpartition(".")[0])
-    handle = backbone.get_submodule(names[-1]).register_forward_hook(
-        lambda module, inputs, softmax: found.append(softmax[..., 0, :])
-    )
-    fused = getattr(layer, "fused_attn", False)
-    layer.fused_attn = False
-    try:
-        backbone(images)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        height, width = backbone.default_cfg["input_size"][1:]
-        what, reason = type(backbone).__name__, str(error).splitlines()[0]
-        raise UserError(f"{what}: {reason}", "--image_size", f"try {height} {width}") from None
-    finally:
-        handle.remove()
-        layer.fused_attn = fused
-    return found[-1]
-
-
-def keep_mass(attention: Tensor, share: float) -> Tensor:
-    """Mark the fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
-    if share >= 1:  # rounding could make the sum reach 1 before the last patch
-        return torch.ones_like(attention, dtype=torch.bool)
-    values, order = attention.flatten(-2).sort(dim=-1, descending=True)
-    values = values / values.sum(dim=-1, keepdim=True)
-    before = values.cumsum(dim=-1) - values
-    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < share)
-    return kept.unflatten(-1, attention.shape[-2:])
-
-
-def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeat each patch as a block of pixels: (..., R, C) -> (..., H, W)."""
-    single = maps.reshape(-1, 1, *maps.shape[-2:]).float()
-    return F.interpolate(single, size=size, mode="nearest").reshape(*maps.shape[:-2], *size).to(maps.dtype)
+    if args.pca and args.query:
+        what = "components are the same for every query"
+        raise UserError(what, "--pca, --query", "leave out one of the two")
+    rules = [
+        ("threshold", lambda args: args.pca and not args.demo, "--pca draws no masks"),
+        ("foreground", lambda args: not args.pca, "it is for --pca"),
+        ("fps", lambda args: not args.video, "it is for --video"),
+        ("video_format", lambda args: not args.video, "it is for --video"),
+    ]
+    cli.warn_no_effect(args, get_args_parser(), rules)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -163,67 +135,53 @@ def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _palette() -> np.ndarray:
-    """Colour map of 256 levels, (256, 3) uint8. Raises UserError."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("colours need matplotlib", "not installed", "pip install matplotlib") from None
-    return (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+def draw(
+    image: Image.Image,
+    maps: dict[str, Tensor],
+    threshold: float | None = None,
+    patch: tuple[int, int] | None = None,
+    top: float | None = None,
+) -> dict[str, Image.Image]:
+    """Draw pictures of one image's attention maps (R, C), by file name; the image has R x C patches.
 
-
-def heat_map(attention: Tensor) -> Image.Image:
-    """Draw one map (H, W) in colours, scaled to its largest value."""
-    levels = (attention / attention.max().clamp(min=1e-12) * 255).round().to(torch.uint8)
-    return Image.fromarray(_palette()[levels.cpu().numpy()])
-
-
-def draw(image: Image.Image, attention: Tensor, threshold: float | None) -> dict[str, Image.Image]:
-    """Draw pictures of one image's attention (h, R, C), by file name; the image has R x C patches."""
+    `patch` (row, column), whose attention it is, gets a frame. Each map's colours reach from 0 to `top`, by
+    default its largest value.
+    """
     size = (image.height, image.width)
-    pictures = {"img": image}
-    maps = {"mean": attention.mean(dim=0)} | {f"head{i}": head for i, head in enumerate(attention)}
-    for name, head in maps.items():
-        heat = heat_map(enlarge(head, size))
+
+    def marked(picture: Image.Image) -> Image.Image:
+        return mark_patch(picture, *patch, size[0] // len(maps["mean"])) if patch else picture
+
+    pictures = {"img": marked(image)}
+    for name, values in maps.items():
+        heat = heat_map(enlarge(values, size), top)
         pictures[f"attn-{name}"] = heat
-        pictures[f"overlay-{name}"] = Image.blend(image, heat, 0.6)
+        pictures[f"overlay-{name}"] = marked(Image.blend(image, heat, 0.6))
         if threshold is not None:
-            mask = enlarge(keep_mass(head, threshold), size)
+            mask = enlarge(keep_mass(values, threshold), size)
             pictures[f"mask_th{threshold}_{name}"] = Image.fromarray(mask.cpu().numpy())
     return pictures
 
 
+def by_head(attention: Tensor) -> dict[str, Tensor]:
+    """The mean map (R, C) and those of the heads, by name, of attention (h, R, C)."""
+    return {"mean": attention.mean(dim=0)} | {f"head{i}": head for i, head in enumerate(attention)}
+
+
 def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = None) -> list[list[Image.Image]]:
-    """Make the sheet's rows for one image: the overlays and, below them, the image behind each mask.
+    """Make the sheet's rows for one image: the overlays or components and, if there are masks, below them
+    the image behind each mask.
 
     `first`, e.g. the true mask, is shown below the image.
     """
     image = pictures["img"]
     white = Image.new("RGB", image.size, "white")
-    rows = [[image], [first or white]]
-    for name, picture in pictures.items():
-        if name.startswith("overlay"):
-            rows[0].append(picture)
-        elif name.startswith("mask"):
-            rows[1].append(Image.composite(image, white, picture))
-    return rows if len(rows[1]) > 1 else rows[:1]
-
-
-def contact_sheet(rows: list[list[Image.Image]], side: int = 160) -> Image.Image:
-    """Arrange rows of pictures on white, each centred in a square of `side` pixels.
-
-    One factor scales all pictures, so that the largest fills its square.
-    """
-    factor = side / max(max(picture.size) for row in rows for picture in row)
-    resample = Image.Resampling.BICUBIC if factor < 1 else Image.Resampling.NEAREST
-    tiles = []
-    for picture in (picture.convert("RGB") for row in rows for picture in row):
-        small = picture.resize([max(1, round(factor * length)) for length in picture.size], resample)
-        tile = Image.new("RGB", (side, side), "white")
-        tile.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
-        tiles.append(pil_to_tensor(tile))
-    return to_pil_image(make_grid(tiles, len(rows[0]), padding=4, pad_value=255))
+    shown = [picture for name, picture in pictures.items() if name.startswith(("overlay", "pca"))]
+    masks = [picture for name, picture in pictures.items() if name.startswith("mask")]
+    rows = [[image, *shown]]
+    if masks:
+        rows.append([first or white, *(Image.composite(image, white, mask) for mask in masks)])
+    return rows
 
 
 def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
@@ -233,7 +191,7 @@ def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: 
     for pixels in (to_pixels(image), *views):
         device = next(teacher.parameters()).device
         attention = cls_attention(teacher, normalize(pixels[None].to(device)))
-        pictures = draw(to_pil_image(pixels), attention[0].cpu(), None)
+        pictures = draw(to_pil_image(pixels), {"mean": attention[0].mean(dim=0).cpu()})
         for row, name in zip(rows, ("img", "overlay-mean"), strict=True):
             row.append(pictures[name])
     return contact_sheet(rows, side=128)
@@ -243,11 +201,13 @@ def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: 
 # Files
 # ---------------------------------------------------------------------------------------------
 
-MARK = {"Software": "DINO visualize_attention.py"}  # text in each PNG, which identifies our pictures
+MARK = {"Software": "DINO visualize_attention.py"}  # text in each PNG and video, which identifies our files
 
 
 def is_own(path: str | Path) -> bool:
     """Whether this script wrote the file."""
+    if Path(path).suffix[1:] in ENCODERS:
+        return comment_of(path) == MARK["Software"]
     with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
         return MARK.items() <= image.info.items()
     return False
@@ -303,11 +263,11 @@ def save_picture(picture: Image.Image, path: Path, inputs: set[Path]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The run
+# What to show
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(image: Image.Image, image_size: list[int], patch_size: int) -> Image.Image:
+def prepare(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image.Image:
     """Rotate as EXIF says, resize, then crop right and bottom to whole patches. Raises UserError."""
     image = resize(ImageOps.exif_transpose(image), image_size)
     width, height = (side - side % patch_size for side in image.size)
@@ -317,20 +277,107 @@ def prepare(image: Image.Image, image_size: list[int], patch_size: int) -> Image
     return image.crop((0, 0, width, height))
 
 
-def attention_of(frozen: Frozen, images: list[Image.Image], device: torch.device) -> Tensor:
-    """Compute the attention (B, h, R, C) in B images of one size, on the device."""
-    pixels = torch.stack([pil_to_tensor(image) for image in images]).to(device)
-    return cls_attention(frozen.network, normalize(pixels, frozen.mean, frozen.std))
+def patch_at(
+    query: Sequence[int], image: Image.Image, image_size: Sequence[int], patch_size: int
+) -> tuple[int, int]:
+    """Row and column of the patch that has the pixel (x, y) of an image, once `prepare` has prepared it.
+
+    The pixels that `prepare` crops belong to the nearest patch. Raises UserError outside of the image.
+    """
+    upright = ImageOps.exif_transpose(image)
+    (x, y), (width, height) = query, upright.size
+    if x >= width or y >= height:
+        fix = f"give X below {width} and Y below {height}"
+        raise UserError(f"outside of the {width} x {height} image", f"--query {x} {y}", fix)
+    column, row = (
+        min(int((place + 0.5) * after / before), after - after % patch_size - 1) // patch_size
+        for place, before, after in zip(query, upright.size, resize(upright, image_size).size, strict=True)
+    )
+    return row, column
 
 
-def visualize(
-    frozen: Frozen,
-    images: ImageFiles,
-    image_size: list[int],
-    threshold: float | None,
-    output_dir: Path,
-    device: torch.device,
-) -> None:
+class Viewer(NamedTuple):
+    """A network, and what of it to look at."""
+
+    frozen: Frozen  # on the device
+    device: torch.device
+    image_size: Sequence[int]  # as `prepare` takes it
+    layer: int = 1  # counted from the end
+    query: Sequence[int] | None = None  # (x, y) in an original image; without it, the CLS token
+
+    def prepare(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
+        """The image in whole patches, and as the network takes it: (1, 3, H, W)."""
+        image = prepare(image, self.image_size, patch_size_of(self.frozen.network))
+        pixels = pil_to_tensor(image)[None].to(self.device)
+        return image, normalize(pixels, self.frozen.mean, self.frozen.std)
+
+    def patch(self, image: Image.Image) -> tuple[int, int] | None:
+        """The query's patch (row, column). Raises UserError."""
+        size = patch_size_of(self.frozen.network)
+        return patch_at(self.query, image, self.image_size, size) if self.query else None
+
+    def attention(self, image: Image.Image) -> Tensor:
+        """Attention over the patches of one image, on the CPU: (h, R, C). Raises UserError."""
+        pixels = self.prepare(image)[1]
+        return attention_map(self.frozen.network, pixels, self.layer, self.patch(image))[0].cpu()
+
+    @torch.inference_mode()
+    def tokens(self, image: Image.Image) -> Tensor:
+        """Patch tokens of one image: (R, C, D). Raises UserError."""
+        return patch_tokens(self.frozen.network, self.prepare(image)[1], self.layer)[0]
+
+
+# What draws the pictures of one image, by file name.
+Show = Callable[[Image.Image], dict[str, Image.Image]]
+
+
+def show_attention(viewer: Viewer, threshold: float | None, image: Image.Image) -> dict[str, Image.Image]:
+    """Draw the attention of the heads, and their mean."""
+    maps = by_head(viewer.attention(image))
+    return draw(viewer.prepare(image)[0], maps, threshold, viewer.patch(image))
+
+
+def show_mean_attention(
+    viewer: Viewer, threshold: float | None, top: float, image: Image.Image
+) -> dict[str, Image.Image]:
+    """Draw the mean attention of the heads, in colours from 0 to `top`."""
+    maps = {"mean": viewer.attention(image).mean(dim=0)}
+    return draw(viewer.prepare(image)[0], maps, threshold, viewer.patch(image), top)
+
+
+def show_components(viewer: Viewer, colours: PatchColours, image: Image.Image) -> dict[str, Image.Image]:
+    """Draw each patch in the colours of its principal components."""
+    prepared = viewer.prepare(image)[0]
+    picture = Image.fromarray(colours(viewer.tokens(image)).numpy())
+    return {"img": prepared, "pca": picture.resize(prepared.size, Image.Resampling.NEAREST)}
+
+
+def fit_components(viewer: Viewer, images: Callable[[], Iterable[Image.Image]], side: str) -> PatchColours:
+    """Fit the components over all images; `images()` yields them. Raises UserError."""
+    colours = PatchColours(lambda: map(viewer.tokens, images()), side)
+    wrong = "" if side == "all" else "; if it is the background, give the other side with --foreground"
+    log(f"principal components: foreground {colours.share:.0%} of the patches{wrong}")
+    return colours
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------
+
+
+def readable(images: Images) -> Iterator[Image.Image]:
+    """Yield the images that can be read. Raises ImageError if none can."""
+    broken = 0
+    for i in range(len(images)):
+        try:
+            yield read_labelled(images, i)[0]
+        except ImageError:
+            broken += 1
+            if broken == len(images):
+                raise
+
+
+def visualize(images: ImageFiles, show: Show, output_dir: Path) -> None:
     """Write the pictures of each image, in separate folders if there are several, and the sheet.
 
     Logs and skips an image that cannot be read. Raises TrainingError at the end if there was any,
@@ -339,7 +386,7 @@ def visualize(
     paths = [sample_name(images, i) for i in range(len(images))]
     inputs = {Path(path).resolve() for path in paths}
     check_free(output_dir / "sheet.png", inputs)  # at the start, not after all the work
-    rows, broken = [], []
+    shown, broken = [], []
     for i, name in enumerate(folder_names(paths)):
         try:
             image = read_labelled(images, i)[0]
@@ -349,65 +396,117 @@ def visualize(
                 raise
             log(f"warning: {error}")
             continue
-        image = prepare(image, image_size, patch_size_of(frozen.network))
-        attention = attention_of(frozen, [image], device)[0].cpu()
-        pictures = draw(image, attention, threshold)
+        pictures = show(image)
         folder = cli.make_folder(output_dir / name if len(images) > 1 else output_dir)
         for file, picture in pictures.items():
             save_picture(picture, folder / f"{file}.png", inputs)
         if i - len(broken) < ON_SHEET:
-            rows += sheet_rows(pictures)
-        log(f"{paths[i]}: {len(attention)} heads, {len(pictures)} pictures in {folder}")
-    save_picture(contact_sheet(rows), output_dir / "sheet.png", inputs)
-    shown = len(images) - len(broken)
-    only = f", the first {ON_SHEET} of {shown} images" if shown > ON_SHEET else ""
+            shown.append(sheet_rows(pictures))
+        log(f"{paths[i]}: {len(pictures)} pictures in {folder}")
+    save_picture(contact_sheet(arrange(shown)), output_dir / "sheet.png", inputs)
+    drawn = len(images) - len(broken)
+    only = f", the first {ON_SHEET} of {drawn} images" if drawn > ON_SHEET else ""
     log(f"side by side: {output_dir / 'sheet.png'}{only}")
     if broken:
         what = f"{len(broken)} of {len(images)} images could not be read"
         raise TrainingError(what, "named above", "repair or remove them")
 
 
-def draw_demo(args: argparse.Namespace, device: torch.device) -> None:
-    """Draw the attention of the demo's network on some of its images, beside the true masks.
-
-    Raises UserError.
+def arrange(shown: list[list[list[Image.Image]]]) -> list[list[Image.Image]]:
+    """Arrange the images' `sheet_rows` on one sheet: below each other, or, if they have two or three
+    pictures each, as columns beside each other.
     """
-    if not Path(args.pretrained_weights).is_file():
-        raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
-    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
-    for size in args.image_size:  # cropped images would not match the true masks
-        check_divides("image_size", size, patch_size_of(frozen.network))
-    output_dir = cli.make_folder(args.output_dir)
-    log(f"weights: {frozen.description}")
-    frozen.network.to(device)
-    shapes, rows = Shapes("val", 4), []
-    for i in range(len(shapes)):
-        image = prepare(shapes[i][0], args.image_size, patch_size_of(frozen.network))
-        attention = attention_of(frozen, [image], device)[0].cpu()
-        rows += sheet_rows(draw(image, attention, args.threshold), Image.fromarray(shapes.mask(i)))
+    if len(shown[0]) == 1 and len(shown[0][0]) <= 3:
+        return bands([rows[0] for rows in shown])
+    return [row for rows in shown for row in rows]
+
+
+def visualize_video(viewer: Viewer, frames: Frames, args: argparse.Namespace, path: Path) -> None:
+    """Write a video of the frames beside their mean attention, or their components.
+
+    At most `FIT_ON` of the frames, evenly spread, fix one scale of colours for all. Raises UserError.
+    """
+    every = math.ceil(len(frames) / FIT_ON)
+
+    def sample() -> Iterator[Image.Image]:
+        return itertools.islice(frames, 0, None, every)
+
+    used = len(range(0, len(frames), every))
+    log(f"scale: one for all {len(frames)} frames, from {used} of them, evenly spread")
+    show: Show
+    if args.pca:
+        show = functools.partial(show_components, viewer, fit_components(viewer, sample, args.foreground))
+    else:
+        top = max(viewer.attention(frame).mean(dim=0).max().item() for frame in sample())
+        show = functools.partial(show_mean_attention, viewer, args.threshold, top)
+    rate = args.fps or frames.rate or 30
+    with write_video(path, rate, MARK["Software"]) as append:
+        for frame in MetricLogger().log_every(frames, 50, "frame"):
+            first, *masked = sheet_rows(show(frame))
+            append(side_by_side([*first, *(picture for row in masked for picture in row[1:])]))
+    log(f"video: {path}, {len(frames)} frames, {float(rate):.4g} a second")
+
+
+def draw_demo(viewer: Viewer, args: argparse.Namespace, output_dir: Path) -> None:
+    """Draw the demo's network on some of its images, with the true masks. Raises UserError."""
+    shapes = Shapes("val", ON_SHEET if args.pca else 4)
+    masks = [Image.fromarray(shapes.mask(i)) for i in range(len(shapes))]
+    if args.pca:
+        colours = fit_components(viewer, lambda: readable(shapes), args.foreground)
+        shown = [show_components(viewer, colours, image) for image in readable(shapes)]
+        rows = bands([[*sheet_rows(each)[0], mask] for each, mask in zip(shown, masks, strict=True)])
+    else:
+        shown = [show_attention(viewer, args.threshold, image) for image in readable(shapes)]
+        rows = [row for each, mask in zip(shown, masks, strict=True) for row in sheet_rows(each, mask)]
     save_picture(contact_sheet(rows, side=128), output_dir / "sheet.png", set())
-    log(f"image and true mask, mean and heads: {output_dir / 'sheet.png'}")
+    what = "image, components and true mask" if args.pca else "image and true mask, mean and heads"
+    log(f"{what}: {output_dir / 'sheet.png'}")
     log("eval_segmentation.py --demo measures how well the attention segments the shapes")
 
 
+def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
+    """Load the network that the flags name, to the device. Raises UserError."""
+    if args.demo and not Path(args.pretrained_weights).is_file():
+        raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
+    patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)
+    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size)
+    for size in args.image_size if args.demo else ():  # cropped images would not match the true masks
+        check_divides("image_size", size, patch_size_of(frozen.network))
+    log(f"weights: {frozen.description}")
+    log(f"preprocessing: mean {frozen.mean}, deviation {frozen.std}")
+    frozen.network.to(device)
+    return Viewer(frozen, device, args.image_size, args.layer, args.query)
+
+
 def main(args: argparse.Namespace) -> None:
-    """Write the pictures."""
+    """Write the pictures, or the video."""
     check_args(args)
     if launched_as()[0]:  # one process does all the work
         return
     device = choose_device()
     fix_random_seeds(args.seed)
+    output_dir = Path(args.output_dir).expanduser()
     if args.demo:
-        draw_demo(args, device)
-        return
-    images = open_images(args.image_path)
-    patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)
-    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size)
-    log(f"weights: {frozen.description}")
-    log(f"preprocessing: mean {frozen.mean}, deviation {frozen.std}")
-    output_dir = cli.make_folder(args.output_dir)
-    frozen.network.to(device)
-    visualize(frozen, images, args.image_size, args.threshold, output_dir, device)
+        viewer = load_viewer(args, device)
+        draw_demo(viewer, args, cli.make_folder(output_dir))
+    elif args.video:
+        frames, path = Frames(args.video), output_dir / f"video.{args.video_format}"
+        check_free(path, {Path(args.video).resolve()})
+        viewer = load_viewer(args, device)
+        cli.make_folder(output_dir)
+        visualize_video(viewer, frames, args, path)
+    else:
+        images = open_images(args.image_path)
+        if args.query and len(images) > 1:
+            what = f"a query is a place in one image, not in {len(images)}"
+            raise UserError(what, "--query", "give one image, or --video for frames of one size")
+        viewer = load_viewer(args, device)
+        cli.make_folder(output_dir)
+        show: Show = functools.partial(show_attention, viewer, args.threshold)
+        if args.pca:
+            colours = fit_components(viewer, lambda: readable(images), args.foreground)
+            show = functools.partial(show_components, viewer, colours)
+        visualize(images, show, output_dir)
 
 
 if __name__ == "__main__":

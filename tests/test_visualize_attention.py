@@ -1,16 +1,19 @@
+import re
+
 import numpy as np
 import pytest
-import timm
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import visualize_attention
-from support import backbones
+from support.attention import attention_map, cls_attention
+from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
-from tests.conftest import run, save_images
-from visualize_attention import cls_attention, enlarge, keep_mass
+from support.pictures import enlarge, heat_map
+from support.pixels import normalize
+from support.video import Frames, write_video
+from support.weights import load_backbone
+from tests.conftest import picture, run, save_images
 
 RANDOM_VIT = "--pretrained_weights random --arch vit_nano --patch_size 8".split()
 
@@ -27,111 +30,6 @@ def test_published_flags_and_defaults():
     assert {name: args[name] for name in published} == published
     assert args["arch"] is args["patch_size"] is args["checkpoint_key"] is None  # as the weights say
     assert args["output_dir"] == "attention"  # published: ".", where it overwrote the user's files
-
-
-# ---- attention
-
-
-def test_rows_of_patches_come_out_as_rows_of_the_image():
-    torch.manual_seed(0)
-    vit = backbones.build_backbone("vit_nano", 8, 32)[0].eval()
-    images = torch.randn(2, 3, 16, 40)
-    with torch.no_grad():
-        whole = vit.get_last_selfattention(images)
-    attention = cls_attention(vit, images)
-    assert attention.shape == (2, 4, 2, 5)
-    from_cls = whole[1, 2, 0, 1 + 5 + 3]  # to row 1, column 3
-    torch.testing.assert_close(attention[1, 2, 1, 3], from_cls, rtol=1e-5, atol=0)
-    assert (attention - from_cls).abs().lt(1e-6).sum() == 1  # no other patch has this value
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_ours_and_timms_give_the_same_map(fused):
-    theirs = backbones.build_backbone("vit_tiny_patch16_224")[0].eval()
-    ours = backbones.build_backbone("vit_tiny", 16, 224)[0].eval()
-    ours.load_state_dict(theirs.state_dict())
-    for module in theirs.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
-    images = torch.randn(1, 3, 224, 224)
-    torch.testing.assert_close(
-        cls_attention(theirs, images), cls_attention(ours, images), rtol=1e-3, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_small_patch14_reg4_dinov2", "cait_xxs24_224"])
-def test_other_vits_of_timm(arch):
-    patch = 14 if "14" in arch else 16
-    with torch.device("meta"):
-        size = timm.create_model(arch, num_classes=0).default_cfg["input_size"][-1]
-    backbone = backbones.build_backbone(arch)[0].eval()
-    attention = cls_attention(backbone, torch.randn(1, 3, size, size))
-    assert attention.shape[-2:] == (size // patch, size // patch)
-    assert (attention >= 0).all() and (attention.sum((-2, -1)) <= 1.0001).all()
-
-
-@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "cait_xxs24_224"])
-def test_hooks_of_timms_networks_are_removed_again(arch):
-    backbone = backbones.build_backbone(arch)[0].eval()
-
-    def state():
-        return [(len(m._forward_hooks), getattr(m, "fused_attn", None)) for m in backbone.modules()]
-
-    before = state()
-    first, second = (cls_attention(backbone, torch.ones(1, 3, 224, 224)) for _ in range(2))
-    assert state() == before and torch.equal(first, second)
-    if arch.startswith("cait"):
-        with pytest.raises(UserError):
-            cls_attention(backbone, torch.ones(1, 3, 256, 256))
-        assert state() == before
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224"])
-def test_networks_without_such_attention_are_named(arch):
-    backbone = backbones.build_backbone(arch)[0].eval()
-    with pytest.raises(UserError, match="has no CLS attention over patches"):
-        cls_attention(backbone, torch.randn(1, 3, 224, 224))
-
-
-def test_a_size_that_a_network_cannot_take_is_named():
-    backbone = backbones.build_backbone("cait_xxs24_224")[0].eval()
-    with pytest.raises(UserError, match=r"Cait: .*\(--image_size\): try 224 224"):
-        cls_attention(backbone, torch.randn(1, 3, 256, 256))
-
-
-def test_all_of_the_mass_is_all_of_the_patches():
-    attention = torch.rand(4, 60, 60, generator=torch.Generator().manual_seed(0)) + 1e-6
-    assert keep_mass(attention, 1.0).all()
-    assert (keep_mass(attention, 1e-9).sum((-2, -1)) == 1).all()
-
-
-def test_mask_by_hand():
-    attention = torch.tensor([[0.1, 0.4], [0.3, 0.2]])
-    assert keep_mass(attention, 0.4).tolist() == [[False, True], [False, False]]
-    assert keep_mass(attention, 0.6).tolist() == [[False, True], [True, False]]
-    assert keep_mass(10 * attention, 0.75).tolist() == [[False, True], [True, True]]
-    assert keep_mass(attention, 1.0).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), share=st.floats(0.01, 0.99), seed=st.integers(0)
-)
-def test_mask_is_the_smallest_that_holds_the_share(shape, share, seed):
-    generator = torch.Generator().manual_seed(seed % 2**31)
-    attention = torch.rand(2, *shape, generator=generator).double() + 0.01
-    attention /= attention.sum((-2, -1), keepdim=True)
-    kept = keep_mass(attention, share)
-    mass = (attention * kept).sum((-2, -1))
-    assert (mass >= share - 1e-9).all()
-    weakest = torch.where(kept, attention, 2.0).amin((-2, -1))
-    assert (mass - weakest < share + 1e-9).all()  # one patch fewer would not do
-    assert (torch.where(kept, 0.0, attention).amax((-2, -1)) <= weakest).all()
-
-
-def test_patches_become_blocks():
-    blocks = enlarge(torch.tensor([[[1, 2], [3, 4]]]), (4, 6))
-    assert blocks.tolist() == [[[1, 1, 1, 2, 2, 2]] * 2 + [[3, 3, 3, 4, 4, 4]] * 2]
 
 
 # ---- pictures
@@ -241,14 +139,6 @@ def test_it_says_what_it_took(tmp_path, capsys):
     assert "preprocessing: mean (0.485, 0.456, 0.406), deviation (0.229, 0.224, 0.225)" in said
 
 
-def test_a_sheet_keeps_relative_sizes():
-    large, small = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 32))
-    sheet = np.asarray(visualize_attention.contact_sheet([[large, small]], side=128))
-    assert sheet.shape == (4 + 132, 4 + 2 * 132, 3)
-    black = (sheet == 0).all(-1)
-    assert black[:, :136].sum() == 128 * 64 and black[:, 136:].sum() == 64 * 64
-
-
 def test_one_image_gives_the_published_files_and_a_sheet(tmp_path):
     save_images(tmp_path, 1, size=50)
     look(*RANDOM_VIT, "--image_path", tmp_path / "000.png", "--image_size", 43, 60, "--threshold", 0.6,
@@ -278,6 +168,178 @@ def test_folders_and_several_images(tmp_path):
     assert not list((tmp_path / "out").glob("*/mask*"))
 
 
+# ---- queries and layers
+
+
+@pytest.mark.parametrize(
+    ("query", "patch"),
+    [((0, 0), (0, 0)), ((11, 10), (0, 0)), ((12, 11), (1, 1)), ((45, 10), (0, 3)), ((46, 11), (1, 4)),
+     ((99, 59), (4, 7))],
+)  # fmt: skip
+def test_the_patch_of_a_pixel(query, patch):
+    # 69 x 43 after resizing, 64 x 40 after cropping: a patch has 11.6 x 11.2 pixels of the original.
+    assert visualize_attention.patch_at(query, Image.new("RGB", (100, 60)), [43, 69], 8) == patch
+
+
+def test_a_query_counts_pixels_as_a_viewer_shows_them():
+    photo = Image.new("RGB", (64, 32))
+    photo.getexif()[0x0112] = 6  # shown turned, 32 wide and 64 high
+    assert visualize_attention.patch_at((31, 63), photo, [32], 8) == (7, 3)
+    with pytest.raises(UserError, match="outside of the 32 x 64 image .*give X below 32 and Y below 64"):
+        visualize_attention.patch_at((63, 31), photo, [32], 8)
+
+
+def test_a_query_and_a_layer_choose_the_row(tmp_path):
+    save_images(tmp_path, 1, size=50)
+    flags = *RANDOM_VIT, "--image_path", tmp_path / "000.png", "--image_size", 43, 60
+    look(*flags, "--query", 31, 22, "--layer", 2, "--output_dir", tmp_path / "out")
+    with Image.open(tmp_path / "000.png") as file:
+        image = visualize_attention.prepare(file.convert("RGB"), [43, 60], 8)
+    pixels = normalize(pil_to_tensor(image)[None])
+    fix_random_seeds(0)
+    frozen = load_backbone("random", None, "vit_nano", 8)
+    expected = attention_map(frozen.network, pixels, 2, (2, 4))[
+        0
+    ]  # 31 / 50 of 60 columns, 22 / 50 of 43 rows
+    with Image.open(tmp_path / "out" / "attn-head1.png") as heat:
+        assert np.array_equal(np.asarray(heat), np.asarray(heat_map(enlarge(expected[1], (40, 56)))))
+    for name in ("img", "overlay-mean"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            red = (np.asarray(picture) == (255, 0, 0)).all(-1)
+            assert red.sum() == 4 * 7 and red[16:24, 32:40].sum() == 4 * 7  # the frame of one patch
+
+
+# ---- principal components
+
+
+def test_components_of_several_images(tmp_path, capsys):
+    save_images(tmp_path / "in", 3)
+    (tmp_path / "in" / "001.png").write_bytes(b"not an image")
+    flags = *RANDOM_VIT, "--image_path", tmp_path / "in", "--image_size", 64, "--pca"
+    with pytest.raises(TrainingError, match="1 of 3 images could not be read"):
+        look(*flags, "--output_dir", tmp_path / "out")
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert files == {"000/img.png", "000/pca.png", "002/img.png", "002/pca.png", "sheet.png"}
+    said = capsys.readouterr().out
+    share = int(
+        re.search(r"principal components: foreground (\d+)% of the patches; if it is the back", said)[1]
+    )
+    blocks = []
+    for name in ("000", "002"):
+        with Image.open(tmp_path / "out" / name / "pca.png") as picture:
+            patches = np.asarray(picture).reshape(8, 8, 8, 8, 3)
+        assert (patches == patches[:, :1, :, :1]).all()  # one colour per patch
+        blocks.append(patches[:, 0, :, 0])
+    coloured = np.stack(blocks).max(axis=-1) > 0
+    assert 100 * coloured.mean() == pytest.approx(share, abs=0.5) and 5 < share < 95
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.size == (4 + 2 * 164, 4 + 2 * 164)  # images, and below them their components
+    with pytest.raises(TrainingError):
+        look(*flags, "--output_dir", tmp_path / "other", "--foreground", "negative")
+    with Image.open(tmp_path / "other" / "000" / "pca.png") as picture:
+        assert np.array_equal(np.asarray(picture)[::8, ::8].max(-1) == 0, coloured[0])
+    with pytest.raises(TrainingError):
+        look(*flags, "--output_dir", tmp_path / "deep", "--layer", "3")
+    pictures = [(tmp_path / name / "000" / "pca.png").read_bytes() for name in ("out", "deep")]
+    assert pictures[0] != pictures[1]
+
+
+def test_components_of_timms_networks(tmp_path):
+    save_images(tmp_path, 2)
+    look("--pretrained_weights", "random", "--arch", "resnet10t", "--image_path", tmp_path,
+         "--image_size", 128, "--pca", "--foreground", "all", "--output_dir", tmp_path / "out")  # fmt: skip
+    with Image.open(tmp_path / "out" / "000" / "pca.png") as picture:
+        assert picture.size == (128, 128) and (np.asarray(picture) > 0).all()
+
+
+def test_flags_without_effect_are_named(tmp_path, capsys):
+    save_images(tmp_path, 1)
+    flags = *RANDOM_VIT, "--image_path", tmp_path, "--image_size", 64, "--output_dir", tmp_path / "out"
+    look(*flags, "--pca", "--threshold", 0.5)
+    assert "warning: --threshold has no effect: --pca draws no masks" in capsys.readouterr().out
+    look(*flags, "--foreground", "all", "--fps", 3, "--video_format", "avi")
+    said = capsys.readouterr().out
+    for flag in ("foreground", "fps", "video_format"):
+        assert f"warning: --{flag} has no effect" in said
+
+
+# ---- videos
+
+
+def bright_and_dark(path, count: int = 6) -> None:
+    """A video of two pictures in turn."""
+    with write_video(path, 12, "") as append:
+        for i in range(count):
+            append(picture(seed=i % 2, size=(96, 64)))
+
+
+def mean_attention(frame: Image.Image):
+    fix_random_seeds(0)
+    frozen = load_backbone("random", None, "vit_nano", 8)
+    return cls_attention(frozen.network, normalize(pil_to_tensor(frame)[None]))[0].mean(dim=0)
+
+
+def test_a_video_of_the_attention_has_one_scale(tmp_path, capsys):
+    bright_and_dark(tmp_path / "in.mp4")
+    flags = *RANDOM_VIT, "--video", tmp_path / "in.mp4", "--image_size", 64, "--output_dir", tmp_path / "out"
+    look(*flags, "--threshold", 0.6)
+    assert "scale: one for all 6 frames, from 6 of them" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["video.mp4"]
+    taken, made = Frames(str(tmp_path / "in.mp4")), Frames(str(tmp_path / "out" / "video.mp4"))
+    assert len(made) == 6 and made.rate == 12 and made.size == (3 * 96, 64)
+    maps = [mean_attention(frame) for frame in taken]
+    tops = [attention.max().item() for attention in maps]
+    assert max(tops) > 1.02 * min(tops)
+    for frame, shown, attention in zip(taken, made, maps, strict=True):
+        heat = heat_map(enlarge(attention, (64, 96)), max(tops))
+        for left, expected in {0: frame, 96: Image.blend(frame, heat, 0.6)}.items():
+            panel = np.asarray(shown.crop((left, 0, left + 96, 64)), np.float32)
+            assert np.abs(panel - np.asarray(expected, np.float32)).mean() < 6  # what the encoder loses
+
+
+def test_a_video_of_the_components_from_a_folder_of_frames(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(visualize_attention, "FIT_ON", 2)
+    save_images(tmp_path / "frames", 5)
+    flags = *RANDOM_VIT, "--video", tmp_path / "frames", "--output_dir", tmp_path / "out", "--pca"
+    look(*flags, "--image_size", 64, "--video_format", "avi", "--fps", 5)
+    said = capsys.readouterr().out
+    assert "scale: one for all 5 frames, from 2 of them, evenly spread" in said
+    made = Frames(str(tmp_path / "out" / "video.avi"))
+    assert len(made) == 5 and made.rate == 5 and made.size == (128, 64)
+    look(*flags, "--image_size", 64, "--video_format", "avi")  # its own file may be replaced
+    assert Frames(str(tmp_path / "out" / "video.avi")).rate == 30
+
+
+def test_a_video_keeps_the_shape_of_its_frames():
+    assert visualize_attention.parse_args(["--video", "a.mp4"]).image_size == [480]
+
+
+def test_a_query_in_a_video(tmp_path):
+    bright_and_dark(tmp_path / "in.mp4", 2)
+    flags = *RANDOM_VIT, "--video", tmp_path / "in.mp4", "--image_size", 64, "--output_dir", tmp_path / "out"
+    look(*flags, "--query", 40, 20)
+    first, shown = (next(iter(Frames(str(tmp_path / name)))) for name in ("in.mp4", "out/video.mp4"))
+    frame = np.zeros((64, 96), dtype=bool)
+    frame[16:24, 40:48] = True
+    frame[17:23, 41:47] = False
+    before, after = (np.asarray(picture, np.int64)[:, :96] for picture in (first, shown))
+    redder = (after - before)[..., 0] - (after - before)[..., 1:].mean(axis=-1)
+    assert redder[frame].mean() > 50 and abs(redder[~frame].mean()) < 5
+    with pytest.raises(UserError, match=r"outside of the 96 x 64 image \(--query 40 64\)"):
+        look(*flags, "--query", 40, 64)
+
+
+@pytest.mark.parametrize("name", ["in.mp4", "out/video.mp4"])
+def test_no_video_of_the_user_is_overwritten(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    bright_and_dark(tmp_path / "in.mp4", 2)
+    bright_and_dark(tmp_path / "out" / "video.mp4", 2)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"would overwrite .*video.mp4\): give another --output_dir"):
+        look(*RANDOM_VIT, "--video", tmp_path / name, "--output_dir", tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.slow
 def test_the_demo_draws_the_trained_network(tmp_path):
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--num_workers", "0"
@@ -299,12 +361,28 @@ def test_the_demo_draws_the_trained_network(tmp_path):
     [
         ([], "no images given .*--demo"),
         (["--image_path", "/nowhere.png"], "no such file .*--image_path /nowhere.png"),
-        (["--image_path", "tests/data"], "no images found"),
+        (["--image_path", "{empty}"], "no images found"),
         (["--image_path", "{broken}"], "cannot read image: .*broken.png"),
         (["--image_path", "{good}", "--image_size", "4"], "smaller than a patch of 8"),
         (["--image_path", "{good}", "--image_size", "1", "2", "3"], "one or two lengths"),
         (["--image_path", "{good}", "--pretrained_weights", "pixels"], "Flatten has no CLS attention"),
         (["--image_path", "{good}", "--pretrained_weights", ""], "no weights given"),
+        (["--image_path", "{good}", "--query", "40", "3"], r"outside of the 40 x 40 image \(--query 40 3\)"),
+        (
+            ["--image_path", "{good}", "{good}", "--query", "3", "3"],
+            "a place in one image, not in 2",
+        ),
+        (["--image_path", "{good}", "--query", "3", "3", "--pca"], "leave out one of the two"),
+        (["--image_path", "{good}", "--layer", "7"], r"network has 6 layers with attention \(--layer 7\)"),
+        (["--image_path", "{good}", "--layer", "7", "--pca"], r"network has 6 blocks \(--layer 7\)"),
+        (["--image_path", "{good}", "--pca", "--pretrained_weights", "pixels"], "no patch tokens"),
+        (["--image_path", "{good}", "--pca", "--image_size", "8"], "1 patches have 0 of the 1 principal"),
+        (["--image_path", "{broken}", "--pca"], "cannot read image: .*broken.png"),
+        (["--image_path", "{good}", "--video", "{good}"], "leave out one of the two"),
+        (["--demo", "--video", "{good}"], "draws its own images"),
+        (["--video", "/nowhere.mp4"], r"no such file \(--video /nowhere.mp4\)"),
+        (["--video", "{broken}"], "cannot read video"),
+        (["--video", "{empty}"], "no frames"),
         (["--demo", "--image_path", "{good}"], "draws its own images"),
         (["--demo", "--pretrained_weights", "/nowhere.pth"], "main_dino.py --demo first"),
     ],
@@ -312,7 +390,9 @@ def test_the_demo_draws_the_trained_network(tmp_path):
 def test_bad_usage_is_one_clear_line(tmp_path, flags, message):
     save_images(tmp_path, 1)
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    flags = [flag.format(broken=tmp_path / "broken.png", good=tmp_path / "000.png") for flag in flags]
+    (tmp_path / "empty").mkdir()
+    names = {"broken": "broken.png", "good": "000.png", "empty": "empty"}
+    flags = [flag.format(**{name: tmp_path / file for name, file in names.items()}) for flag in flags]
     with pytest.raises(UserError, match=message) as error:
         look(*RANDOM_VIT, "--output_dir", tmp_path / "out", *flags)
     assert "\n" not in str(error.value)
@@ -326,6 +406,9 @@ def test_bad_usage_is_one_clear_line(tmp_path, flags, message):
         (["--image_size", "0"], "--image_size: must be at least 1, not 0"),
         (["--patch_size", "0"], "--patch_size: must be at least 1, not 0"),
         (["--seed=-1"], "--seed: must be at least 0, not -1"),
+        (["--layer", "0"], "--layer: must be at least 1, not 0"),
+        (["--query", "-1", "3"], "--query: must be at least 0, not -1"),
+        (["--fps", "0"], "--fps: must be above 0, not 0"),
     ],
 )
 def test_a_number_out_of_range_is_one_clear_line(capsys, flags, message):

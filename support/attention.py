@@ -1,0 +1,99 @@
+"""Reads the attention of our ViTs and timm's: what the CLS token, or a patch, attends to.
+
+Shapes: B images, h heads, N tokens, H x W pixels, R x C patches.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support.errors import UserError
+from support.features import patch_size_of
+from vision_transformer import VisionTransformer
+
+
+def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Attention of the last block's CLS token over the patches, as `attention_map` gives it."""
+    return attention_map(backbone, images)
+
+
+@torch.inference_mode()
+def attention_map(
+    backbone: nn.Module, images: Tensor, layer: int = 1, patch: tuple[int, int] | None = None
+) -> Tensor:
+    """Attention over the patches in a block, counted from the end: (B, 3, H, W) -> (B, h, R, C).
+
+    It is the CLS token's, or that of a patch (row, column). Works for our ViTs and for timm's, including
+    XCiT, whose last two blocks have such attention. Raises UserError for networks and blocks without it, and
+    for image sizes that the network cannot take.
+    """
+    rows, cols = (side // patch_size_of(backbone) for side in images.shape[-2:])
+    number = None if patch is None else patch[0] * cols + patch[1]
+    if isinstance(backbone, VisionTransformer):
+        check_layer(layer, len(backbone.blocks))
+        token = 0 if number is None else 1 + number
+        attention = backbone.get_attention(images, layer, token)[:, :, 0]  # (B, h, N), CLS first
+    else:
+        attention = _timm_attention(backbone, images, layer, rows * cols, number)
+    first = attention.shape[-1] - rows * cols  # CLS, registers and other tokens precede the patches
+    if attention.ndim != 3 or (first < 1 and patch is None):
+        what = "CLS attention" if patch is None else "attention of patches"
+        where = f" in layer {layer} from the end" if layer > 1 else ""
+        lacks = f"{type(backbone).__name__} has no {what} over patches{where}"
+        raise UserError(lacks, "--arch", "use a ViT, or another --layer")
+    return attention[..., first:].unflatten(-1, (rows, cols))
+
+
+def check_layer(layer: int, depth: int) -> None:
+    """Raise UserError for a layer, counted from the end, that is not there."""
+    if layer > depth:
+        raise UserError(f"network has {depth} layers with attention", f"--layer {layer}", "lower it")
+
+
+def _timm_attention(backbone: Any, images: Tensor, layer: int, patches: int, patch: int | None) -> Tensor:
+    """The row of the CLS token, or of a patch by its number, in an attention map: (B, h, N).
+
+    (B, 0) for networks and layers without such a row. timm's attention layers pass their softmax through a
+    module `attn_drop`, unless they use a fused kernel, which is turned off in this layer.
+    """
+    layers: list[Any] = [
+        m for m in backbone.modules() if isinstance(getattr(m, "attn_drop", None), nn.Module)
+    ]
+    layers = [m for m in layers if type(m).__name__ != "XCA"]  # which is attention among channels
+    found = [images.new_zeros(len(images), 0)]
+    if not layers:
+        return found[0]
+    check_layer(layer, len(layers))
+
+    def keep_row(module, inputs, softmax: Tensor) -> None:  # (B, h, N, N), or (B, h, 1, N) of the CLS token
+        queries, keys = softmax.shape[-2:]
+        complete = len(softmax) == len(images) and keys >= patches  # not so in windows
+        if complete and (patch is None or queries == keys):
+            found.append(softmax[..., 0 if patch is None else keys - patches + patch, :].clone())
+
+    chosen = layers[-layer]
+    handle = chosen.attn_drop.register_forward_hook(keep_row)
+    fused = getattr(chosen, "fused_attn", False)
+    chosen.fused_attn = False
+    try:
+        backbone(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = backbone.default_cfg["input_size"][1:]
+        what, reason = type(backbone).__name__, str(error).splitlines()[0]
+        raise UserError(f"{what}: {reason}", "--image_size", f"try {height} {width}") from None
+    finally:
+        handle.remove()
+        chosen.fused_attn = fused
+    return found[-1]
+
+
+def keep_mass(attention: Tensor, share: float) -> Tensor:
+    """Mark the fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
+    if share >= 1:  # rounding could make the sum reach 1 before the last patch
+        return torch.ones_like(attention, dtype=torch.bool)
+    values, order = attention.flatten(-2).sort(dim=-1, descending=True)
+    values = values / values.sum(dim=-1, keepdim=True)
+    before = values.cumsum(dim=-1) - values
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < share)
+    return kept.unflatten(-1, attention.shape[-2:])

@@ -1,0 +1,60 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from support.pictures import bands, contact_sheet, enlarge, heat_map, mark_patch, side_by_side
+
+
+def test_patches_become_blocks():
+    blocks = enlarge(torch.tensor([[[1, 2], [3, 4]]]), (4, 6))
+    assert blocks.tolist() == [[[1, 1, 1, 2, 2, 2]] * 2 + [[3, 3, 3, 4, 4, 4]] * 2]
+
+
+def test_a_sheet_keeps_relative_sizes():
+    large, small = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 32))
+    sheet = np.asarray(contact_sheet([[large, small]], side=128))
+    assert sheet.shape == (4 + 132, 4 + 2 * 132, 3)
+    black = (sheet == 0).all(-1)
+    assert black[:, :136].sum() == 128 * 64 and black[:, 136:].sum() == 64 * 64
+
+
+def test_a_heat_map_reaches_from_zero_to_its_largest_value_or_to_the_one_given():
+    values = torch.tensor([[0.0, 0.1], [0.2, 0.4]])
+    own, wider, narrower = (np.asarray(heat_map(values, top)) for top in (None, 0.8, 0.2))
+    assert np.array_equal(own, np.asarray(heat_map(2 * values)))
+    assert np.array_equal(wider[1, 1], own[1, 0])  # half of the scale
+    assert np.array_equal(narrower[1, 0], narrower[1, 1]) and np.array_equal(narrower[1, 1], own[1, 1])
+    assert np.array_equal(np.asarray(heat_map(values - 0.1, 0.4))[0, 0], own[0, 0])  # below 0
+    assert np.asarray(heat_map(torch.zeros(2, 2))).shape == (2, 2, 3)
+
+
+def test_the_frame_of_a_patch():
+    picture = Image.new("RGB", (32, 24), "white")
+    marked = np.asarray(mark_patch(picture, row=2, column=1, patch_size=8))
+    red = (marked == (255, 0, 0)).all(axis=-1)
+    frame = np.zeros((24, 32), dtype=bool)
+    frame[16:24, 8:16] = True
+    frame[17:23, 9:15] = False
+    assert np.array_equal(red, frame) and picture.getcolors() == [(32 * 24, (255, 255, 255))]
+
+
+def test_columns_are_broken_into_bands():
+    columns = [[Image.new("RGB", (4, 4), (i, 0, 0)), Image.new("RGB", (4, 4), (i, 1, 0))] for i in range(5)]
+    rows = [[picture.getpixel((0, 0)) for picture in row] for row in bands(columns, most=3)]
+    white = (255, 255, 255)
+    assert rows == [
+        [(0, 0, 0), (1, 0, 0), (2, 0, 0)],
+        [(0, 1, 0), (1, 1, 0), (2, 1, 0)],
+        [(3, 0, 0), (4, 0, 0), white],
+        [(3, 1, 0), (4, 1, 0), white],
+    ]
+    assert [len(row) for row in bands(columns[:2])] == [2, 2]
+
+
+def test_side_by_side():
+    joined = side_by_side([Image.new("RGB", (3, 2), "red"), Image.new("L", (4, 2), 7)])
+    assert (
+        joined.size == (7, 2)
+        and joined.getpixel((2, 1)) == (255, 0, 0)
+        and joined.getpixel((3, 0)) == (7, 7, 7)
+    )
