@@ -450,7 +450,8 @@ def visualize_video(viewer: Viewer, frames: Frames, args: argparse.Namespace, pa
 def draw_demo(viewer: Viewer, args: argparse.Namespace, output_dir: Path) -> None:
     """Draw the demo's network on some of its images, with the true masks. Raises UserError."""
     shapes = Shapes("val", ON_SHEET if args.pca else 4)
-    masks = [Image.fromarray(shapes.mask(i)) for i in range(len(shapes))]
+    size = viewer.prepare(shapes[0][0])[0].size
+    masks = [Image.fromarray(shapes.mask(i)).resize(size) for i in range(len(shapes))]
     if args.pca:
         colours = fit_components(viewer, lambda: readable(shapes), args.foreground)
         shown = [show_components(viewer, colours, image) for image in readable(shapes)]
