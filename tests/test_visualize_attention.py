@@ -354,6 +354,9 @@ def test_the_demo_draws_the_trained_network(tmp_path):
     assert "eval_segmentation.py --demo measures" in out and "Jaccard" not in out
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (4 + 6 * 132, 4 + 8 * 132)  # image, mean and 4 heads; 4 images on 2 rows
+    look(*demo, "--pca")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 + 8 * 132, 4 + 6 * 132)  # image, components, mask; 16 images in 2 bands
 
 
 @pytest.mark.parametrize(
