@@ -72,7 +72,7 @@ class Pixels(nn.Module):
 
 
 def pixels(image_size: int) -> Frozen:
-    return Frozen(Pixels(), image_size, IMAGENET_MEAN, IMAGENET_STD, "colours")
+    return Frozen(Pixels(), image_size, IMAGENET_MEAN, IMAGENET_STD, "", arch="")
 
 
 # ---- attention
@@ -142,10 +142,9 @@ def test_a_sample_of_patches_is_bounded_and_follows_the_seed(voc):
     assert len(whole) == 6 * 31 * 32 and set(whole.tolist()) == {0, 1, 3}  # all but the void row
 
 
-def test_pixels_of_known_colours_are_segmented_without_an_error(voc):
-    """With tokens that are the colours, and patches of one pixel, all is known."""
+def test_pixels_of_known_colours_are_segmented(voc):
     train, val = (MaskedFiles(voc, split) for split in ("train", "val"))
-    val_whole = [*square_batches(Frozen(Pixels(), 48, IMAGENET_MEAN, IMAGENET_STD, ""), val, CPU)]
+    val_whole = [*square_batches(pixels(48), val, CPU)]
     frozen = pixels(32)
     tokens, labels = sample_tokens(frozen.network, train, square_batches(frozen, train, CPU), 500, 0)
     classifiers = {
