@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-SCRIPTS = [importlib.import_module(path.stem) for path in ROOT.glob("*.py") if "get_args_parser" in path.read_text()]
+SCRIPTS = [
+    importlib.import_module(path.stem) for path in ROOT.glob("*.py") if "get_args_parser" in path.read_text()
+]
 OTHER_FLAGS = {
     "torchrun": "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max_restarts --signals-to-handle",
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
