@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms.functional import to_pil_image
 
 import eval_knn
 import utils
@@ -52,18 +53,19 @@ from support.distributed import (
     get_world_size,
     init_distributed_mode,
     is_main_process,
+    launched_as,
     same_error_on_all_ranks,
 )
 from support.errors import UserError
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
-from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalized_views
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalize, eval_transform, normalized_views
 from support.restart import Run
 from support.weights import init_from, load_backbone
-from utils import CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
+from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
 from vision_transformer import VITS
-from visualize_attention import draw_views
+from visualize_attention import check_free, contact_sheet, draw_views, save_picture
 
 
 def demo_defaults() -> dict:
@@ -195,6 +197,37 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--local_crops_size", default=96, type=number(int, at_least=1),
         help="pixels per side of a local view, a multiple of the patch; smaller for small images")
 
+    share = number(float, at_least=0, at_most=1)
+    group = parser.add_argument_group("augmentation", "G1, G2, LOCAL: of the first global view, the second, "
+        "and the local ones; --preview shows what the flags do to your images")
+    group.add_argument("--jitter", default=PAPER.jitter, type=number(float, at_least=0), nargs=4,
+        metavar=("B", "C", "S", "H"),
+        help="strength of the changes of brightness, contrast, saturation and hue, as torchvision's "
+             "ColorJitter has them; the hue's is at most 0.5; lower where colour tells the objects apart")
+    group.add_argument("--jitter_p", default=PAPER.jitter_p, type=share, help="probability of --jitter")
+    group.add_argument("--gray_p", default=PAPER.gray_p, type=share,
+        help="probability of a grey view; 0 for grey images and where colour matters most")
+    group.add_argument("--blur_p", default=PAPER.blur_p, type=share, nargs=3, metavar=("G1", "G2", "LOCAL"),
+        help="probability of Gaussian blur; lower where fine texture tells the objects apart")
+    group.add_argument("--blur_sigma", default=PAPER.blur_sigma, type=number(float, at_least=0, at_most=100),
+        nargs=2, metavar=("MIN", "MAX"),
+        help="standard deviation of the blur in pixels of the view; smaller for small views")
+    group.add_argument("--solarize_p", default=PAPER.solarize_p, type=share, nargs=3,
+        metavar=("G1", "G2", "LOCAL"),
+        help="probability that levels from 128 on are inverted; 0 where bright and dark have a meaning")
+    group.add_argument("--hflip_p", default=PAPER.hflip_p, type=share,
+        help="probability that left and right change places; 0 where they differ, as in text")
+    group.add_argument("--vflip_p", default=PAPER.vflip_p, type=share,
+        help="probability that top and bottom change places; 0.5 for images from above or through a "
+             "microscope")
+    group.add_argument("--quarter_turns", default=PAPER.quarter_turns, type=bool_flag,
+        help="turn each view by 0, 90, 180 or 270 degrees, for images without an upright; together with "
+             "--hflip_p 0.5 all eight orientations are equally frequent")
+    group.add_argument("--crop_aspect", default=PAPER.crop_aspect, type=number(float, above=0), nargs=2,
+        metavar=("MIN", "MAX"),
+        help="width over height of a crop, before it is resized to a square; 1 1 where shapes must not be "
+             "distorted")
+
     cli.add_data_flags(parser, "folder of images, with or without class folders",
         "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes",
         "part of the images to train on: a split of --dataset (by default its unlabelled images, else its "
@@ -203,6 +236,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",
         help="folder for checkpoints and log.txt; a run resumes from the checkpoint in it")
+    group.add_argument("--preview", default="", metavar="FILE",
+        help="draw the views of a dozen images to this PNG as the training would see them, and end")
     group.add_argument("--init_from", default="",
         help="start a new run from the teacher's weights in a file, or from a published model by name; "
              "ignored when the run resumes")
@@ -244,8 +279,14 @@ FREE_FLAGS = {
     "data_path", "download", "num_workers", "output_dir", "saveckp_freq", "save_every_steps", "max_steps",
     "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision",
     "init_from", "augment_on", "compile", "grad_checkpointing", "knn_every", "knn_data", "knn_share",
-    "tensorboard",
+    "tensorboard", "preview",
 }  # fmt: skip
+
+
+def only_local_differs(args: argparse.Namespace, name: str) -> bool:
+    """Whether a flag for G1, G2 and LOCAL differs from the paper's in LOCAL alone, without local views."""
+    return not args.local_crops_number and tuple(getattr(args, name)[:2]) == getattr(PAPER, name)[:2]
+
 
 # A flag, when it has no effect, and why.
 NO_EFFECT = [
@@ -256,6 +297,14 @@ NO_EFFECT = [
     ("local_crops_size", lambda a: not a.local_crops_number, "--local_crops_number is 0"),
     ("local_crops_scale", lambda a: not a.local_crops_number, "--local_crops_number is 0"),
     ("patch_size", lambda a: a.arch not in VITS, "it shapes our ViTs only"),
+    ("jitter", lambda a: not a.jitter_p, "--jitter_p is 0"),
+    ("jitter_p", lambda a: not any(a.jitter), "--jitter is 0 0 0 0"),
+    ("blur_p", lambda a: not any(a.blur_sigma), "--blur_sigma is 0 0"),
+    ("blur_p", lambda a: only_local_differs(a, "blur_p"), "--local_crops_number is 0"),
+    ("blur_sigma", lambda a: not any(a.blur_p[: 3 if a.local_crops_number else 2]), "--blur_p is 0"),
+    ("solarize_p", lambda a: only_local_differs(a, "solarize_p"), "--local_crops_number is 0"),
+    ("vflip_p", lambda a: a.quarter_turns and a.hflip_p == 0.5,
+     "--quarter_turns with --hflip_p 0.5 gives all orientations"),
     ("use_fp16", lambda a: a.precision, "--precision overrides it"),
     ("data_path", lambda a: a.demo, "--demo draws its own images"),
     ("dataset", lambda a: a.demo, "--demo draws its own images"),
@@ -295,10 +344,13 @@ def parse_args(
 
 def check_args(args: argparse.Namespace) -> None:
     """Check combinations of flags, and shorten default warm-ups to `--epochs`. Raises UserError."""
-    for name in ("global_crops_scale", "local_crops_scale"):
+    for name in ("global_crops_scale", "local_crops_scale", "blur_sigma", "crop_aspect"):
         low, high = getattr(args, name)
         if low > high:
             raise UserError("MIN is larger than MAX", f"--{name} {low} {high}", "give MIN <= MAX")
+    if args.jitter[3] > 0.5:
+        where = f"--jitter {' '.join(map(str, args.jitter))}"
+        raise UserError("a hue turns by at most half of the circle", where, "give H <= 0.5")
     if args.arch in VITS:
         for size, name in zip(crop_sizes(args), ("global_crops_size", "local_crops_size"), strict=False):
             backbones.check_divides(name, size, args.patch_size)
@@ -335,13 +387,15 @@ def crop_sizes(args: argparse.Namespace) -> list[int]:
 
 
 def build_augmentation(args: argparse.Namespace) -> DataAugmentationDINO:
-    """Build the augmentation that the crop flags describe."""
+    """Build the augmentation that the flags of crops and augmentation describe."""
+    recipe = Recipe(**{name: getattr(args, name) for name in Recipe._fields})
     return DataAugmentationDINO(
         args.global_crops_scale,
         args.local_crops_scale,
         args.local_crops_number,
         args.global_crops_size,
         args.local_crops_size,
+        recipe,
     )
 
 
@@ -369,6 +423,13 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
     return Steps(per_rank, batch, per_epoch, last)
 
 
+def build_views(args: argparse.Namespace, images: Images) -> TrainingViews:
+    """Build the dataset of the images' views."""
+    augmentation = build_augmentation(args)
+    make_views = augmentation.crops if args.augment_on == "device" else augmentation.views
+    return TrainingViews(images, make_views, args.seed)
+
+
 def build_loader(
     args: argparse.Namespace,
     images: Images,
@@ -378,11 +439,8 @@ def build_loader(
     stop_asked: Callable[[], bool],
 ) -> DataLoader:
     """Build the loader of this rank's views, from `first_step` to the end of the run."""
-    augmentation = build_augmentation(args)
-    make_views = augmentation.crops if args.augment_on == "device" else augmentation.views
     batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
-    views = TrainingViews(images, make_views, args.seed)
-    return make_loader(views, batches, args.num_workers, device, stop_asked)
+    return make_loader(build_views(args, images), batches, args.num_workers, device, stop_asked)
 
 
 def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
@@ -624,7 +682,8 @@ def train_dino(args: argparse.Namespace) -> None:
     knn = build_knn(args, training, monitor) if args.knn_every else None
 
     pieces = training.pieces() | {"guard": monitor, "metrics": logger}
-    found = run.resume(pieces, run_identity(args, images, training.dtype), args.allow_changed_args)
+    identity = run_identity(args, images, training.dtype)
+    found = run.resume(pieces, identity, args.allow_changed_args, added=PAPER._asdict())
     step = first_step(found, steps)
     if step == 0 and is_main_process():
         check_images(images)
@@ -757,6 +816,52 @@ def train_one_epoch(
 
 
 # ---------------------------------------------------------------------------------------------
+# Preview
+# ---------------------------------------------------------------------------------------------
+
+PREVIEW_IMAGES = 12
+PREVIEW_MARK = {"Software": "DINO main_dino.py --preview"}  # text in the PNG, which identifies our pictures
+
+
+def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Image]]:
+    """For the first images of epoch 0, in the order of the training: the image, then its views.
+
+    A large image is reduced to a global view's size.
+    """
+    dataset = build_views(args, images)
+    items = next(iter(EpochBatches(len(images), min(PREVIEW_IMAGES, len(images)), args.seed)))
+    views, colours, unreadable = default_collate([dataset[item] for item in items])
+    for index in unreadable[unreadable >= 0].tolist():
+        log(f"warning: another image replaces {name_and_reason(images, index)}")
+    shown = [denormalize(view) for view in normalized_views(views, colours)]
+    rows = []
+    for i, item in enumerate(items):
+        image = to_pil_image(dataset.readable(*item)[0])
+        image.thumbnail((args.global_crops_size, args.global_crops_size))
+        rows.append([image, *(to_pil_image(view[i]) for view in shown)])
+    return rows
+
+
+def draw_preview(args: argparse.Namespace) -> None:
+    """Save the picture of `--preview`. Raises UserError, also if it would overwrite a file of others."""
+    check_args(args)
+    path, where, fix = Path(args.preview).expanduser(), f"--preview {args.preview}", "give another file"
+    if path.suffix.lower() != ".png":
+        raise UserError("the picture is a PNG", where, "give a name that ends in .png")
+    folder = Path(args.data_path).expanduser().resolve()
+    if args.data_path and not args.dataset and not args.demo and folder in path.resolve().parents:
+        raise UserError("the picture would become one of the images", where, fix)
+    check_free(path, set(), PREVIEW_MARK, fix)
+    images = open_training_images(Source.of(args))
+    rows = preview_rows(args, images)
+    cli.make_folder(path.parent, "preview")
+    size = args.global_crops_size
+    side = size * max(1, 160 // size)  # a whole multiple: the picture has the views' own pixels
+    save_picture(contact_sheet(rows, side), path, set(), PREVIEW_MARK)
+    log(f"{len(rows)} of {describe(images)} and the views that epoch 0 of the training makes of them: {path}")
+
+
+# ---------------------------------------------------------------------------------------------
 # Demo
 # ---------------------------------------------------------------------------------------------
 
@@ -797,7 +902,11 @@ def report_demo(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train; under `--demo`, also evaluate what was learned."""
+    """Train, or draw what the training would see; under `--demo`, also evaluate what was learned."""
+    if args.preview:
+        if launched_as()[0] == 0:  # one process does all the work
+            draw_preview(args)
+        return
     train_dino(args)
     if args.demo:
         report_demo(args)

@@ -29,37 +29,50 @@ from support.pixels import Colour, View, apply_colours, crop_and_resize, normali
 # Augmentation. `rng` has the methods of `random.Random`. The order of the draws determines the views.
 # ---------------------------------------------------------------------------------------------
 
-JITTER = (  # smallest and largest amount, in the order of `support.pixels.ADJUSTMENTS`
-    (0.6, 1.4),  # brightness
-    (0.6, 1.4),  # contrast
-    (0.8, 1.2),  # saturation
-    (-0.1, 0.1),  # hue, as a share of the circle
-)
-
 
 class Recipe(NamedTuple):
+    """What is done to the views of an image; the defaults are the paper's, with colours and blur as in BYOL.
+
+    `blur_p` and `solarize_p` are for the first global view, the second, and the local ones.
+    """
+
+    jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1)  # strengths, in the order of `support.pixels.ADJUSTMENTS`
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur_p: Sequence[float] = (1.0, 0.1, 0.5)
+    blur_sigma: Sequence[float] = (0.1, 2.0)  # pixels
+    solarize_p: Sequence[float] = (0.0, 0.2, 0.0)
+    hflip_p: float = 0.5
+    vflip_p: float = 0.0
+    quarter_turns: bool = False  # turn by 0, 90, 180 or 270 degrees, equally often
+    crop_aspect: Sequence[float] = (3 / 4, 4 / 3)  # width over height of the crop
+
+
+PAPER = Recipe()
+
+
+class Kind(NamedTuple):
     """Parameters in which the kinds of views differ."""
 
     size: int  # pixels per side
     scale: Sequence[float]  # smallest and largest share of the image's area
-    blur: float  # probability
-    solarize: float  # probability
+    blur_p: float
+    solarize_p: float
 
 
-def draw_view(width: int, height: int, recipe: Recipe, rng=random) -> View:
-    """Draw the random numbers of one view of an image of this size.
-
-    Paper, Section 3.2 (multi-crop), with colours and blur as in BYOL.
-    """
-    return View(  # drawn in the order in which it is written
-        size=recipe.size,
-        box=draw_box(width, height, recipe.scale, rng),
-        flip=happens(0.5, rng),
+def draw_view(width: int, height: int, kind: Kind, rng=random, recipe: Recipe = PAPER) -> View:
+    """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
+    return View(  # drawn in the order in which it is written; the paper's draws stay the same
+        size=kind.size,
+        box=draw_box(width, height, kind.scale, rng, recipe.crop_aspect),
+        flip=happens(recipe.hflip_p, rng),
+        vflip=recipe.vflip_p > 0 and happens(recipe.vflip_p, rng),
+        quarters=rng.randrange(4) if recipe.quarter_turns else 0,
         colour=Colour(
-            *draw_jitter(rng),
-            grey=happens(0.2, rng),
-            blur=draw_radius(recipe.blur, rng),
-            solarize=happens(recipe.solarize, rng),
+            *draw_jitter(rng, recipe.jitter_p, recipe.jitter),
+            grey=happens(recipe.gray_p, rng),
+            blur=draw_radius(kind.blur_p, rng, *recipe.blur_sigma),
+            solarize=happens(kind.solarize_p, rng),
         ),
     )
 
@@ -70,7 +83,11 @@ def happens(p: float, rng=random) -> bool:
 
 
 def draw_box(
-    width: int, height: int, scale: Sequence[float], rng=random, ratio: Sequence[float] = (3 / 4, 4 / 3)
+    width: int,
+    height: int,
+    scale: Sequence[float],
+    rng=random,
+    ratio: Sequence[float] = PAPER.crop_aspect,
 ) -> tuple[int, int, int, int]:
     """Draw top, left, height and width of a crop of random area and aspect ratio.
 
@@ -88,15 +105,24 @@ def draw_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_jitter(rng=random, p: float = 0.8) -> tuple[Sequence[int], Sequence[float]]:
-    """Draw `Colour.order` and `Colour.amounts`: with probability `p` all four, in random order; else none."""
+def draw_jitter(
+    rng=random, p: float = PAPER.jitter_p, strengths: Sequence[float] = PAPER.jitter
+) -> tuple[Sequence[int], Sequence[float]]:
+    """Draw `Colour.order` and `Colour.amounts`: with probability `p` all four, in random order; else none.
+
+    As in torchvision, brightness, contrast and saturation change by a factor of 1 - strength to 1 + strength,
+    the hue turns by at most its strength either way.
+    """
     if not happens(p, rng):
         return (-1,) * 4, (0.0,) * 4
+    ranges = [(max(0.0, 1 - s), 1 + s) for s in strengths[:3]] + [(-strengths[3], strengths[3])]
     order = rng.sample(range(4), 4)
-    return order, [rng.uniform(*JITTER[which]) for which in order]
+    return order, [rng.uniform(*ranges[which]) for which in order]
 
 
-def draw_radius(p: float, rng=random, smallest: float = 0.1, largest: float = 2.0) -> float:
+def draw_radius(
+    p: float, rng=random, smallest: float = PAPER.blur_sigma[0], largest: float = PAPER.blur_sigma[1]
+) -> float:
     """Draw a radius of blur in pixels, with probability `p`; else 0."""
     return rng.uniform(smallest, largest) if happens(p, rng) else 0.0
 
@@ -135,16 +161,16 @@ class DataAugmentationDINO:
         local_crops_number: int,
         global_crops_size: int = 224,
         local_crops_size: int = 96,
+        recipe: Recipe = PAPER,
     ):
-        self.recipes = [
-            Recipe(global_crops_size, global_crops_scale, blur=1.0, solarize=0.0),
-            Recipe(global_crops_size, global_crops_scale, blur=0.1, solarize=0.2),
-            *[Recipe(local_crops_size, local_crops_scale, blur=0.5, solarize=0.0)] * local_crops_number,
-        ]
+        crops = [(global_crops_size, global_crops_scale)] * 2 + [(local_crops_size, local_crops_scale)]
+        chances = zip(recipe.blur_p, recipe.solarize_p, strict=True)
+        first, second, local = (Kind(*crop, *p) for crop, p in zip(crops, chances, strict=True))
+        self.recipe, self.kinds = recipe, [first, second, *[local] * local_crops_number]
 
     def draw(self, width: int, height: int, rng=random) -> list[View]:
         """Draw the random numbers of the views of an image of this size."""
-        return [draw_view(width, height, recipe, rng) for recipe in self.recipes]
+        return [draw_view(width, height, kind, rng, self.recipe) for kind in self.kinds]
 
     def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], list[Tensor]]:
         """uint8 (3, H, W) -> crops, and the colours that `normalized_views` applies to them.

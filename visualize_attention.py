@@ -204,12 +204,12 @@ def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: 
 MARK = {"Software": "DINO visualize_attention.py"}  # text in each PNG and video, which identifies our files
 
 
-def is_own(path: str | Path) -> bool:
-    """Whether this script wrote the file."""
+def is_own(path: str | Path, mark: dict[str, str] = MARK) -> bool:
+    """Whether this script wrote the file, or the one that leaves this mark."""
     if Path(path).suffix[1:] in ENCODERS:
-        return comment_of(path) == MARK["Software"]
+        return comment_of(path) == mark["Software"]
     with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
-        return MARK.items() <= image.info.items()
+        return mark.items() <= image.info.items()
     return False
 
 
@@ -245,19 +245,19 @@ def folder_names(paths: list[str]) -> list[str]:
     return names
 
 
-def check_free(path: Path, inputs: set[Path]) -> None:
+def check_free(
+    path: Path, inputs: set[Path], mark: dict[str, str] = MARK, fix: str = "give another --output_dir"
+) -> None:
     """Raise UserError if an input, or a file that this script did not write, is at this path."""
-    if path.resolve() in inputs or (path.exists() and not is_own(path)):
-        raise UserError(
-            "would overwrite a file that this script did not write", str(path), "give another --output_dir"
-        )
+    if path.resolve() in inputs or (path.exists() and not is_own(path, mark)):
+        raise UserError("would overwrite a file that this script did not write", str(path), fix)
 
 
-def save_picture(picture: Image.Image, path: Path, inputs: set[Path]) -> None:
+def save_picture(picture: Image.Image, path: Path, inputs: set[Path], mark: dict[str, str] = MARK) -> None:
     """Save a PNG with our mark. Raises UserError as `check_free` does."""
-    check_free(path, inputs)
+    check_free(path, inputs, mark)
     text = PngInfo()
-    for name, value in MARK.items():
+    for name, value in mark.items():
         text.add_text(name, value)
     picture.save(path, pnginfo=text)
 

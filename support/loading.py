@@ -56,7 +56,7 @@ class TrainingViews(Dataset):
             return self.images.pixels(index)
         return to_pixels(self.images[index][0])
 
-    def _readable(self, epoch: int, index: int) -> tuple[Tensor, int]:
+    def readable(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """Read an image: its pixels and -1; if that fails, the pixels of a random other one and `index`."""
         others = random.Random(f"{self.seed} {epoch} {index} instead")
         for candidate in [index] + [others.randrange(len(self)) for _ in range(self.TRIES)]:
@@ -71,7 +71,7 @@ class TrainingViews(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Sequence[Tensor], int]:
         epoch, index = item
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        pixels, unreadable = self._readable(epoch, index)
+        pixels, unreadable = self.readable(epoch, index)
         return *self.make_views(pixels, rng), unreadable
 
 

@@ -70,6 +70,14 @@ def normalize(
     return (images.float() - center) / scale
 
 
+def denormalize(
+    images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Tensor:
+    """Normalised float32 (..., 3, H, W) -> uint8 grey levels, the inverse of `normalize`."""
+    center, scale = (_grey_levels(tuple(values), images.device) for values in (mean, std))
+    return (images * scale + center).round().clamp(0, 255).to(torch.uint8)
+
+
 def eval_transform(
     size: int = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Callable[[Image.Image], Tensor]:
@@ -108,8 +116,10 @@ class View(NamedTuple):
 
     size: int  # pixels per side
     box: tuple[int, int, int, int]  # of the image: top, left, height, width
-    flip: bool
+    flip: bool  # left and right
     colour: Colour
+    vflip: bool = False  # top and bottom
+    quarters: int = 0  # quarter turns, counterclockwise, of the crop; before the flips
 
 
 def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
@@ -119,11 +129,13 @@ def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
 
 
 def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
-    """Crop, resize (bicubic, antialiased) and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Crop, turn, resize (bicubic, antialiased) and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
     top, left, height, width = view.box
     crop = pixels[None, :, top : top + height, left : left + width]
+    crop = crop.rot90(view.quarters, (-2, -1)) if view.quarters else crop
     crop = F.interpolate(crop, size=(view.size, view.size), mode="bicubic", antialias=True)[0]
-    return crop.flip(-1) if view.flip else crop
+    sides = [-1] * view.flip + [-2] * view.vflip
+    return crop.flip(sides) if sides else crop
 
 
 @torch.inference_mode()
@@ -218,7 +230,14 @@ def adjust_saturation(images: Tensor, factors: Sequence[float]) -> None:
 
 
 def adjust_hue(images: Tensor, shifts: Sequence[float]) -> None:
-    """Turn the hue by a share of the circle, at most 1/6 either way, keeping each pixel's extremes.
+    """Turn the hue by a share of the circle, keeping each pixel's extremes."""
+    turns = math.ceil(6 * max(abs(shift) for shift in shifts))
+    for _ in range(turns):
+        _turn_hue(images, [shift / turns for shift in shifts])
+
+
+def _turn_hue(images: Tensor, shifts: Sequence[float]) -> None:
+    """`adjust_hue` by at most 1/6 either way.
 
     On the hue circle each channel goes through max, a linear slope, min, and a slope back. Extended
     beyond the plateaus, the slope has the value 2 x - middle (for the middle channel, x). A turn by s

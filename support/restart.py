@@ -61,15 +61,18 @@ class Run:
 
     # ---- resume
 
-    def resume(self, pieces: dict, identity: dict, allow_changed: bool | None = None) -> dict:
+    def resume(
+        self, pieces: dict, identity: dict, allow_changed: bool | None = None, added: dict | None = None
+    ) -> dict:
         """Load the newest whole checkpoint, if there is one, into the pieces; all ranks call this together.
 
         From here to the end of the run's `with` block no other run can use the folder. `identity` holds
         everything that determines the run's maths, by name. Returns what the checkpoint holds besides the
         pieces, {} for a new run. Raises UserError for states that do not fit, and for a checkpoint with
-        another identity unless `allow_changed`, which is None for a script without such a flag.
+        another identity unless `allow_changed`, which is None for a script without such a flag. `added` is
+        what holds for a checkpoint from before these parts of the identity existed.
         """
-        self.pieces, self.identity = pieces, json.loads(json.dumps(identity))  # lists for tuples: comparable
+        self.pieces, self.identity = pieces, comparable(identity)
         with same_error_on_all_ranks(), main_process_first():
             if is_main_process():
                 self.lock.acquire()
@@ -82,7 +85,9 @@ class Run:
             raise UserError(what, f"--output_dir {self.folder}", fix)
         if found is None:
             return {}
-        self._check_identity(checkpoint, path, allow_changed)
+        known = checkpoint.get("identity") or checkpoint.get("args")
+        known = comparable((added or {}) | (known if isinstance(known, dict) else {}))
+        self._check_identity(known, path, allow_changed)
         self._load(checkpoint, path)
         if self.advice and (ruined := self._ruined()):
             raise UserError(ruined, str(path), f"remove it to resume from {self.previous.name}")
@@ -116,9 +121,7 @@ class Run:
             raise damaged
         return None
 
-    def _check_identity(self, checkpoint: dict, path: Path, allow_changed: bool | None) -> None:
-        known = checkpoint.get("identity") or checkpoint.get("args")
-        known = known if isinstance(known, dict) else {}
+    def _check_identity(self, known: dict, path: Path, allow_changed: bool | None) -> None:
         both = [name for name in self.identity if name in known]
         changed = [name for name in both if known[name] != self.identity[name]]
         listed = ", ".join(f"{name} {known[name]} -> {self.identity[name]}" for name in changed)
@@ -191,6 +194,11 @@ class Run:
         """Write an epoch's lines to the log. Rank 0 writes."""
         if records and is_main_process():
             try_to_write(self.log_file, lambda path: add_records(records, path), last)
+
+
+def comparable(identity: dict) -> dict:
+    """The identity as JSON keeps it, with lists for tuples."""
+    return json.loads(json.dumps(identity, default=str))
 
 
 def try_to_write(path: Path, write: Callable[[Path], None], last: bool = False) -> None:

@@ -147,7 +147,7 @@ def train_supervised(folder: Path, flags: list[str], data: Source) -> None:
     backbone, width = backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size)
     model = nn.Sequential(backbone, nn.Linear(width, len(images.classes)))
     augmentation = main_dino.build_augmentation(args)
-    augmentation.recipes = augmentation.recipes[1:2]
+    augmentation.kinds = augmentation.kinds[1:2]
     optimizer = main_dino.build_optimizer(args.optimizer, model)
     steps = main_dino.count_steps(args, len(images))
     schedules = main_dino.build_schedules(args, steps)

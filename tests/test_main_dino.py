@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
 from support import backbones, cli
+from support.data import ImageFiles, Source, open_training_images
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
-from support.pixels import normalized_views
-from support.weights import load_checkpoint
+from support.pixels import normalize, normalized_views, to_pixels
+from support.weights import load_checkpoint, save_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
-from utils import DINOHead
+from utils import PAPER, DINOHead, Recipe
 
 PUBLISHED = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
@@ -42,7 +43,9 @@ NEW = {
     "save_every_steps": 0, "allow_changed_args": False, "init_from": "", "knn_every": 0, "knn_data": "",
     "knn_share": 0.1, "tensorboard": False, "augment_on": "worker", "compile": False,
     "grad_checkpointing": False, "cpu_threads": 0, "data_path": "", "dataset": "", "split": "",
-    "download": False, "demo": False,
+    "download": False, "demo": False, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_p": 0.2,
+    "blur_p": (1.0, 0.1, 0.5), "blur_sigma": (0.1, 2.0), "solarize_p": (0.0, 0.2, 0.0), "hflip_p": 0.5,
+    "vflip_p": 0.0, "quarter_turns": False, "crop_aspect": (3 / 4, 4 / 3), "preview": "",
 }  # fmt: skip
 
 
@@ -94,12 +97,21 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--precision int8", "--precision"),
         ("", "--demo"),
         ("--data_path /nowhere", "no such folder"),
-        ("--data_path tests/data", "no images found"),
+        ("--data_path docs", "no images found"),
         ("--data_path {images} --batch_size_per_gpu 21", "a batch of 21 .* larger than the dataset of 20"),
         ("--data_path {images} --local_crops_size 100", r"--local_crops_size 100\): try 96 or 104"),
         ("--data_path {images} --epochs 5 --warmup_epochs 9", "--warmup_epochs 9"),
         ("--data_path {images} --epochs 5 --warmup_teacher_temp_epochs 9", "--warmup_teacher_temp_epochs 9"),
         ("--data_path {images} --global_crops_scale 0.9 0.4", "MIN is larger than MAX"),
+        ("--data_path {images} --blur_sigma 2 1", r"MIN is larger than MAX \(--blur_sigma 2.0 1.0\)"),
+        ("--data_path {images} --crop_aspect 2 1", r"MIN is larger than MAX \(--crop_aspect"),
+        ("--data_path {images} --jitter 0 0 0 0.6", r"half of the circle \(--jitter 0.0 0.0 0.0 0.6\)"),
+        ("--data_path {images} --blur_p 1 2 0", "--blur_p: must be at most 1, not 2"),
+        ("--data_path {images} --blur_p 1 0", "--blur_p: expected 3 arguments"),
+        ("--data_path {images} --quarter_turns maybe", "neither true nor false"),
+        ("--data_path {images} --preview p.jpg", r"--preview p.jpg\): give a name that ends in .png"),
+        ("--data_path {images} --preview {images}/p.png", "would become one of the images"),
+        ("--data_path docs --preview {images}/p.png", "no images found"),
         ("--data_path {images} --local_crops_number -1", "must be at least 0, not -1"),
         ("--data_path {images} --teacher_temp 0", "must be above 0, not 0"),
         ("--data_path {images} --arch vit_smal", "did you mean vit_small"),
@@ -136,6 +148,115 @@ def test_warmups_left_at_their_defaults_are_shortened(capsys):
     out = capsys.readouterr().out
     assert "warning: --warmup_epochs shortened from 10 to 0.1, as --epochs is 1" in out
     assert "warning: --freeze_last_layer shortened from 1 to 0.1" in out
+
+
+# ---- the recipe and its preview
+
+
+def test_the_recipes_flags_reach_the_views():
+    flags = (
+        "--jitter 0.1 0.2 0.3 0.4 --jitter_p 0.5 --gray_p 0.6 --blur_p 0.1 0.2 0.3 --blur_sigma 0.5 0.7 "
+        "--solarize_p 0.3 0.2 0.1 --hflip_p 0.1 --vflip_p 0.9 --quarter_turns true --crop_aspect 0.5 1.5"
+    )
+    augment = main_dino.build_augmentation(main_dino.parse_args(flags.split()))
+    assert augment.recipe == Recipe(
+        [0.1, 0.2, 0.3, 0.4],
+        0.5,
+        0.6,
+        [0.1, 0.2, 0.3],
+        [0.5, 0.7],
+        [0.3, 0.2, 0.1],
+        0.1,
+        0.9,
+        True,
+        [0.5, 1.5],
+    )
+    assert main_dino.build_augmentation(main_dino.parse_args([])).recipe == PAPER
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--jitter_p 0 --jitter 1 1 1 0", ["jitter"]),
+        ("--jitter 0 0 0 0 --jitter_p 1", ["jitter_p"]),
+        ("--blur_p 0 0 0 --blur_sigma 0.1 1", ["blur_sigma"]),
+        ("--blur_p 0 0 0.1 --blur_sigma 0.1 1", []),
+        ("--blur_p 0 0 0.1 --blur_sigma 0.1 1 --local_crops_number 0", ["blur_sigma"]),
+        ("--blur_sigma 0 0 --blur_p 1 1 1", ["blur_p"]),
+        ("--blur_p 1 0.1 1 --solarize_p 0 0.2 1 --local_crops_number 0", ["blur_p", "solarize_p"]),
+        ("--blur_p 1 1 1 --solarize_p 1 0.2 1 --local_crops_number 0", []),
+        ("--vflip_p 0.5 --quarter_turns true", ["vflip_p"]),
+        ("--vflip_p 0.5 --quarter_turns true --hflip_p 0", []),
+    ],
+)
+def test_what_has_no_effect_in_a_recipe_is_said(flags, named, capsys):
+    main_dino.check_args(main_dino.parse_args(flags.split()))
+    assert re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().out) == named
+
+
+def test_a_run_does_not_resume_under_another_recipe(images, tmp_path):
+    flags = "--data_path", images, "--output_dir", tmp_path
+    train(*flags, "--max_steps", 1)
+    path = tmp_path / "checkpoint.pth"
+    for older in (False, True):
+        if older:  # from before these flags existed
+            checkpoint = load_checkpoint(path)
+            for part in ("identity", "args"):
+                for name in Recipe._fields:
+                    del checkpoint[part][name]
+            save_checkpoint(checkpoint, path)
+        with pytest.raises(
+            UserError, match=r"blur_p \[1.0, 0.1, 0.5\] -> \[0.0, 0.0, 0.0\], vflip_p 0.0 -> 0.5 "
+        ):
+            train(*flags, "--blur_p", 0, 0, 0, "--vflip_p", 0.5)
+    train(*flags, "--max_steps", 2)
+    assert load_checkpoint(path)["step"] == 2 and load_checkpoint(path)["identity"]["gray_p"] == 0.2
+
+
+@pytest.mark.parametrize("place", ["worker", "device"])
+def test_the_preview_shows_the_views_of_the_training(images, tmp_path, place):
+    flags = f"--data_path {images} --augment_on {place} --seed 3 --vflip_p 0.5 --blur_p 0 1 0".split()
+    args = main_dino.parse_args([*TINY, *flags, "--batch_size_per_gpu", "12"])
+    found = open_training_images(Source.of(args))
+    rows = main_dino.preview_rows(args, found)
+    loader = main_dino.build_loader(
+        args, found, main_dino.count_steps(args, len(found)), 0, torch.device("cpu"), lambda: False
+    )
+    views, colours, _ = next(iter(loader))
+    seen = normalized_views(views, colours)
+    assert len(rows) == 12 and len(seen) == 4
+    for i, (image, *shown) in enumerate(rows):
+        assert image.size == (32, 32)  # of 40 x 40
+        for view, picture in zip(seen, shown, strict=True):
+            assert (normalize(to_pixels(picture)) - view[i]).abs().max() < 1e-5
+
+
+def test_the_preview_ends_without_a_run_and_keeps_files_of_others(images, tmp_path, capsys):
+    file, out = tmp_path / "new" / "preview.png", tmp_path / "out"
+    flags = [*TINY, "--data_path", str(images), "--output_dir", str(out), "--preview", str(file)]
+    for extra in ([], ["--hflip_p", "0"]):
+        main_dino.main(main_dino.parse_args([*flags, *extra]))
+        assert "12 of 20 images" in capsys.readouterr().out
+    assert not out.exists() and [path.name for path in file.parent.iterdir()] == ["preview.png"]
+    rows = main_dino.preview_rows(main_dino.parse_args([*flags, "--hflip_p", "0"]), ImageFiles(images))
+    with Image.open(file) as sheet:
+        assert sheet.size == (4 + 5 * 164, 4 + 12 * 164)
+        first = sheet.crop((4 + 164, 4, 4 + 164 + 160, 4 + 160))  # 5 times as large
+        assert first.resize((32, 32), Image.Resampling.NEAREST).tobytes() == rows[0][1].tobytes()
+    Image.new("RGB", (4, 4)).save(file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="would overwrite .*preview.png.*give another file"):
+        main_dino.main(main_dino.parse_args(flags))
+    assert file.read_bytes() == before
+
+
+def test_the_preview_names_an_image_that_cannot_be_read(tmp_path, capsys):
+    save_images(tmp_path / "data", 3)
+    (tmp_path / "data" / "broken.png").write_bytes(b"no image")
+    main_dino.main(
+        main_dino.parse_args([*TINY, "--data_path", f"{tmp_path}/data", "--preview", f"{tmp_path}/p.png"])
+    )
+    assert re.search(r"warning: another image replaces .*broken\.png \(", capsys.readouterr().out)
 
 
 # ---- the pieces

@@ -1,6 +1,7 @@
 """One section per section of utils.py, in its order."""
 
 import copy
+import itertools
 import math
 import random
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import default_collate
 from torchvision import transforms
 
 import utils
@@ -144,14 +147,154 @@ def two_sample_z(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_the_order_of_the_draws_is_kept():
     """A change of order would change the views of a run that goes on with a newer version."""
-    recipe = utils.Recipe(32, (0.4, 1), blur=1.0, solarize=0.2)
-    size, box, flip, colour = utils.draw_view(500, 375, recipe, random.Random(1))
+    kind = utils.Kind(32, (0.4, 1), blur_p=1.0, solarize_p=0.2)
+    size, box, flip, colour, *_ = utils.draw_view(500, 375, kind, random.Random(1))
     assert (size, box, flip) == (32, (97, 16, 272, 332), True)
     assert list(colour.order) == [3, 1, 2, 0]
     assert colour.amounts == pytest.approx([-0.0812281, 0.6226780, 1.1343060, 0.9462137], abs=1e-7)
     assert colour[2:] == (False, pytest.approx(0.9462357, abs=1e-7), False)
-    again = utils.draw_view(500, 375, recipe, random.Random(11)).colour  # without jitter
+    again = utils.draw_view(500, 375, kind, random.Random(11)).colour  # without jitter
     assert again == ((-1,) * 4, (0.0,) * 4, True, pytest.approx(1.0039501, abs=1e-7), False)
+
+
+# ---- flags of the recipe
+
+PLAIN = utils.Recipe(
+    jitter_p=0, gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0), hflip_p=0, crop_aspect=(1, 1)
+)
+SCENE = picture(size=(16, 16))
+
+
+def in_worker(augment: DataAugmentationDINO, image: Image.Image, seed: int) -> list[torch.Tensor]:
+    return list(augment.views(to_pixels(image), random.Random(seed))[0][0])
+
+
+def on_device(augment: DataAugmentationDINO, image: Image.Image, seed: int) -> list[torch.Tensor]:
+    views, colours = default_collate([augment.crops(to_pixels(image), random.Random(seed))])
+    return [px.denormalize(view[0]) for view in px.normalized_views(views, colours)]
+
+
+@pytest.fixture(params=[in_worker, on_device])
+def views_of(request):
+    """A function: what to change in a recipe that leaves the image as it is -> the views of seeds 0, 1, ...:
+    (seeds, 3 kinds, 3, H, W).
+    """
+
+    def views(image: Image.Image = SCENE, seeds: int = 30, **changes) -> torch.Tensor:
+        crops = dict(global_crops_size=image.width, local_crops_size=image.width)
+        augment = DataAugmentationDINO((1, 1), (1, 1), 1, **crops, recipe=PLAIN._replace(**changes))
+        return torch.stack([torch.stack(request.param(augment, image, seed)) for seed in range(seeds)])
+
+    return views
+
+
+def equal_shares(views: torch.Tensor, *pictures: torch.Tensor) -> list[float]:
+    """For each picture, the share of the views (seeds, kinds, 3, H, W) that equal it."""
+    return [(views == shown).flatten(2).all(-1).float().mean().item() for shown in pictures]
+
+
+def test_a_recipe_can_leave_the_image_as_it_is(views_of):
+    assert equal_shares(views_of(), to_pixels(SCENE)) == [1]
+
+
+def test_flips_and_turns(views_of):
+    scene = to_pixels(SCENE)
+    assert equal_shares(views_of(hflip_p=1), scene.flip(2)) == [1]
+    assert equal_shares(views_of(vflip_p=1), scene.flip(1)) == [1]
+    assert is_close_share(equal_shares(views_of(vflip_p=0.3, seeds=200), scene.flip(1))[0], 0.3, 600)
+    turned = [scene.rot90(quarters, (1, 2)) for quarters in range(4)]
+    shares = equal_shares(views_of(quarter_turns=True, seeds=200), *turned)
+    assert sum(shares) == pytest.approx(1) and all(is_close_share(share, 0.25, 600) for share in shares)
+    eight = [*turned, *(view.flip(2) for view in turned)]
+    shares = equal_shares(views_of(quarter_turns=True, hflip_p=0.5, seeds=400), *eight)
+    assert sum(shares) == pytest.approx(1) and all(is_close_share(share, 1 / 8, 1200) for share in shares)
+
+
+def test_probabilities_of_grey_and_jitter(views_of):
+    views = views_of(gray_p=0.7, seeds=200)
+    grey = (views == views[:, :, :1]).flatten(2).all(-1)
+    assert is_close_share(grey.float().mean().item(), 0.7, 600)
+    same = equal_shares(views_of(jitter_p=0.4, jitter=(0.9, 0, 0, 0), seeds=200), to_pixels(SCENE))
+    assert is_close_share(1 - same[0], 0.4, 600)
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_blur_and_solarisation_of_each_kind_of_view(views_of, kind):
+    chances = [float(i == kind) for i in range(3)]
+    blurred = views_of(blur_p=chances, blur_sigma=(1.5, 1.5))
+    blurred_scene = px.apply_colours(
+        to_pixels(SCENE)[None], [px.Colour((-1,) * 4, (0.0,) * 4, False, 1.5, False)]
+    )[0]
+    for i in range(3):
+        expected = blurred_scene if i == kind else to_pixels(SCENE)
+        assert equal_shares(blurred[:, i : i + 1], expected) == [1]
+    white = Image.new("RGB", (4, 4), "white")
+    levels = views_of(white, solarize_p=chances).float().mean((0, 2, 3, 4))
+    assert levels.tolist() == [255 * (1 - chance) for chance in chances]
+
+
+def test_the_blur_is_as_strong_as_its_range(views_of):
+    """Neighbours of noise differ less, the more it is blurred."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    always = dict(image=noise, blur_p=(1, 1, 1), seeds=10)
+    ranges = [(0, 0), (0.5, 0.8), (0.8, 2), (3, 4)]
+    roughness = [
+        views_of(**always, blur_sigma=sigma).float().diff(dim=4).abs().mean((2, 3, 4)) for sigma in ranges
+    ]
+    assert all(less.max() < more.min() for more, less in itertools.pairwise(roughness))
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_each_strength_of_the_jitter_changes_its_property_only(views_of, which):
+    image = Image.new("RGB", (4, 4), (150, 90, 60))
+    image.paste((60, 40, 30), (0, 0, 4, 2))
+    strengths = [0.0] * 4
+    strengths[which] = 0.3
+    views = views_of(image, jitter_p=1, jitter=strengths, seeds=100).flatten(0, 1).float()
+    factors = torch.linspace(0.7, 1.3, 61) if which < 3 else torch.linspace(-0.3, 0.3, 241)
+    adjust = ADJUSTED_BY_TORCHVISION[which]
+    reachable = torch.stack([adjust(to_pixels(image) / 255, factor.item()) * 255 for factor in factors])
+    distance, nearest = (views[:, None] - reachable).abs().flatten(2).amax(2).min(dim=1)
+    assert distance.max() <= 3
+    assert nearest.min() <= 0.1 * len(factors) and nearest.max() >= 0.9 * len(factors)
+
+
+ADJUSTED_BY_TORCHVISION = (
+    TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue,
+)  # fmt: skip
+
+
+def test_a_jitter_above_one_does_not_invert():
+    amounts = [utils.draw_jitter(random.Random(i), 1, (2, 0, 0, 0)) for i in range(400)]
+    factors = [given[order.index(0)] for order, given in amounts]
+    assert (min(factors), max(factors)) == pytest.approx((0, 3), abs=0.05)
+
+
+def test_the_aspect_of_crops(views_of):
+    boxes = [
+        utils.draw_view(400, 300, utils.Kind(32, (0.1, 0.2), 0, 0), random.Random(i), recipe).box
+        for recipe in (PLAIN, PLAIN._replace(crop_aspect=(0.5, 2)))
+        for i in range(300)
+    ]
+    aspects = np.array([width / height for _, _, height, width in boxes]).reshape(2, 300)
+    assert np.abs(aspects[0] - 1).max() < 0.02
+    assert aspects[1].min() == pytest.approx(0.5, rel=0.05) and aspects[1].max() == pytest.approx(2, rel=0.05)
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (16, 8))).convert("RGB")  # of one pixel
+    narrow = views_of(stripes, crop_aspect=(0.125, 0.125))  # two of the image's columns fill the view
+    assert narrow.float().diff(dim=4).abs().mean() < 30
+
+
+def test_only_what_is_on_draws():
+    """So the views of the paper's recipe stay those that the test of the order knows."""
+    kind = utils.Kind(32, (0.4, 1), blur_p=1.0, solarize_p=0.2)
+
+    def colours(**changes):
+        recipe = utils.PAPER._replace(**changes)
+        return [utils.draw_view(500, 375, kind, random.Random(seed), recipe).colour for seed in range(9)]
+
+    paper = colours()
+    assert colours(vflip_p=0.0, quarter_turns=False, hflip_p=0.1) == paper
+    assert colours(vflip_p=0.01) != paper and colours(quarter_turns=True) != paper
 
 
 def test_published_callables_change_pil_images():
