@@ -5,7 +5,8 @@
         --data_path /data/imagenet/train --output_dir runs/vit_small    # one node, 8 GPUs
     srun python main_dino.py ...                                        # in a SLURM job
 
-A run resumes from `checkpoint.pth` in its `--output_dir` when there is one.
+A run resumes from `checkpoint.pth` in its `--output_dir` when there is one. `@FILE` stands for the flags in a
+file: `recipes/` has some, and a run writes its own to `args.txt` in its folder.
 """
 
 import argparse
@@ -61,8 +62,8 @@ from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalize, eval_transform, normalized_views
-from support.restart import Run
-from support.weights import init_from, load_backbone
+from support.restart import Run, try_to_write
+from support.weights import init_from, load_backbone, replacing
 from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
 from vision_transformer import VITS
 from visualize_attention import check_free, contact_sheet, draw_views, save_picture
@@ -685,6 +686,7 @@ def train_dino(args: argparse.Namespace) -> None:
     identity = run_identity(args, images, training.dtype)
     found = run.resume(pieces, identity, args.allow_changed_args, added=PAPER._asdict())
     step = first_step(found, steps)
+    record_args(args, run.folder)
     if step == 0 and is_main_process():
         check_images(images)
     if step:  # a loss that is not finite now comes from the weights that were saved
@@ -717,6 +719,30 @@ def train_dino(args: argparse.Namespace) -> None:
                 curves.update(record)
     barrier()  # every rank can now read what was saved
     monitor.raise_if_stopped(step, steps.last, run.folder)
+
+
+ARGS_TITLE = "# The settings of a run of main_dino.py, written by it"  # identifies our file
+
+
+def record_args(args: argparse.Namespace, folder: Path) -> None:
+    """Write the settings to args.txt, from which `main_dino.py @args.txt` repeats the run. Rank 0 writes.
+
+    Leaves out the permission to resume a changed run. Does not overwrite a file of others.
+    """
+    settings = argparse.Namespace(**vars(args) | {"allow_changed_args": False})
+    text = (
+        f"{ARGS_TITLE}.\n# Processes: {get_world_size()}.\n{cli.argument_file(settings, get_args_parser())}"
+    )
+
+    def write(path: Path) -> None:
+        if path.exists() and not path.read_text(errors="replace").startswith(ARGS_TITLE):
+            log(f"warning: {path} is kept, so this run's settings are in its checkpoint only")
+            return
+        with replacing(path) as file:
+            file.write(text.encode(errors="surrogateescape"))
+
+    if is_main_process():
+        try_to_write(folder / "args.txt", write)
 
 
 def first_step(found: dict, steps: Steps) -> int:

@@ -1,18 +1,20 @@
 """What the scripts' command lines share: the parser, common flags, errors in one line."""
 
 import argparse
+import contextlib
 import io
 import math
 import multiprocessing
 import operator
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,15 +37,111 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Full flag names only, defaults in the help, and errors in one line from one process."""
+    """Full flag names only, defaults in the help, and errors in one line from one process.
+
+    `@FILE` stands for the words of an argument file (`read_words`), as in argparse's `fromfile_prefix_chars`;
+    an error in one names the file and the line.
+    """
 
     def __init__(self, prog: str | None = None, **kwargs):
         kwargs.setdefault("formatter_class", HelpFormatter)
-        kwargs.setdefault("usage", "%(prog)s [--flag value ...]")
+        kwargs.setdefault("usage", "%(prog)s [@FILE] [--flag value ...]")
+        kwargs.setdefault("epilog", "@FILE stands for the flags in a file; flags after it override them")
         super().__init__(prog, allow_abbrev=False, **kwargs)
+        self.places: dict[str, list[str]] = {}  # where each word was read
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, with the words of files for each `@FILE`."""
+        self.places, words = {}, []
+        for given in sys.argv[1:] if args is None else args:
+            for word, place in expand(given):
+                words.append(word)
+                for name in {word, word.partition("=")[0]}:
+                    self.places.setdefault(name, []).append(place)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
-        exit_with(UserError(message, "", "see --help"))
+        named = re.match(r"argument (\S+):", message)
+        words = named[1].split("/") if named else message.split()
+        words = [word for word in words if word.startswith("-")] or words
+        places = list(dict.fromkeys(place for word in words for place in self.places.get(word, [])))
+        where = "" if places == [COMMAND_LINE] else " or ".join(places)
+        exit_with(UserError(message, where, "see --help"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Argument files
+# ---------------------------------------------------------------------------------------------
+
+
+COMMAND_LINE = "the command line"
+
+
+def expand(given: str) -> list[tuple[str, str]]:
+    """A word of the command line, or for `@FILE` those of the file, each with its place; exits on an error."""
+    if not given.startswith("@"):
+        return [(given, COMMAND_LINE)]
+    try:
+        return read_words(Path(os.path.expanduser(given[1:])))
+    except UserError as error:
+        exit_with(error)
+
+
+def read_words(path: Path) -> list[tuple[str, str]]:
+    """Read an argument file: its words, each with the file and the line as words for a message.
+
+    A line has any number of words, separated and quoted as in a shell; `#` begins a comment. A word `@FILE`
+    in it stands for itself. Raises UserError.
+    """
+    if path.exists() and not path.is_file():  # a pipe could be read only once
+        raise UserError("not a file", f"@{path}", "name a file of flags")
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as Python reads its arguments
+    except OSError as error:
+        raise UserError(f"cannot read: {reason_of(error)}", f"@{path}", "check the path") from None
+    if "\0" in text:
+        raise UserError("not a text file", f"@{path}", "name a file of flags")
+    words = []
+    for number, line in enumerate(text.split("\n"), 1):
+        place = f"{path}, line {number}"
+        try:
+            found = split_line(line)
+        except ValueError as error:
+            raise UserError(str(error), place, "quote as in a shell") from None
+        words += [(word, place) for word in found]
+    return words
+
+
+def split_line(line: str) -> list[str]:
+    """Split as a shell does, without the comment. Raises ValueError for quotes that do not close.
+
+    Unlike `shlex.split(comments=True)`, keeps a `#` within a word.
+    """
+    for sign in re.finditer(r"(?<!\S)#", line):
+        with contextlib.suppress(ValueError):  # the sign is between quotes
+            return shlex.split(line[: sign.start()])
+    return shlex.split(line)
+
+
+def argument_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """The text of an argument file from which `parser` makes the same `args`."""
+    lines = []
+    for action in parser._actions:  # argparse has no public list of them
+        value, flag = getattr(args, action.dest, None), action.option_strings[0]
+        if action.nargs == 0:  # a switch
+            lines += [flag] if value else []
+        elif isinstance(value, list | tuple):
+            lines += [shlex.join([flag, *map(str, value)])] if value else []
+        elif value is not None:
+            value = str(value).lower() if isinstance(value, bool) else str(value)
+            # By itself, a word that begins with - would be taken for a flag.
+            lines.append(shlex.join([f"{flag}={value}"] if value.startswith("-") else [flag, value]))
+    return "".join(f"{line}\n" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags that scripts share
+# ---------------------------------------------------------------------------------------------
 
 
 def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, split: str = "") -> None:
@@ -162,7 +260,7 @@ def say(error: UserError) -> None:
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)
 
 
-def exit_with(error: UserError):
+def exit_with(error: UserError) -> NoReturn:
     """End the process; the first rank says why."""
     say(error)
     sys.exit(error.exit_code)

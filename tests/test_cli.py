@@ -1,6 +1,9 @@
 import argparse
+import os
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import eval_knn
 import eval_linear
@@ -125,3 +128,128 @@ def test_flags_without_effect_are_named(capsys):
         "warning: --size has no effect: a reason",
         "warning: --pair has no effect: another",
     ]
+
+
+# ---- argument files
+
+
+def test_a_line_is_split_as_in_a_shell():
+    lines = {
+        "": [],
+        "  # a comment, don't mind the quote": [],
+        "--epochs 3 --seed 1": ["--epochs", "3", "--seed", "1"],
+        "--epochs 3  # three": ["--epochs", "3"],
+        "--output_dir runs/a#1 #x": ["--output_dir", "runs/a#1"],
+        """--data_path 'my # images' "b c" d\\ e # "f""": ["--data_path", "my # images", "b c", "d e"],
+        "--data_path ''\r": ["--data_path", ""],
+    }
+    assert {line: cli.split_line(line) for line in lines} == lines
+    with pytest.raises(ValueError, match="quotation"):
+        cli.split_line("--data_path 'my images")
+
+
+SEED = {main_dino: "--seed", eval_knn: "--seed", eval_linear: "--seed", visualize_attention: "--seed"}
+
+
+@pytest.mark.parametrize("script", SEED, ids=lambda script: script.__name__)
+def test_every_script_takes_argument_files(script, tmp_path):
+    (tmp_path / "one").write_bytes(b"\xef\xbb\xbf# with a mark of the encoding\r\n\r\n--seed\r\n5\r\n")
+    file = f"@{tmp_path}/one"
+    assert script.parse_args([file]).seed == 5
+    assert script.parse_args(["--seed", "3", file]).seed == 5  # the last one counts
+    assert script.parse_args([file, "--seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("--seed 1\n\n--sed 2\n", "unrecognized arguments: --sed 2 ({file}, line 3): see --help"),
+        ("--epochs 1 8\n", "unrecognized arguments: 8 ({file}, line 1): see --help"),
+        ("seed 1\n", "unrecognized arguments: seed 1 ({file}, line 1): see --help"),
+        ("--seed 1\n--lr fast", "argument --lr: 'fast' is not a number ({file}, line 2): see --help"),
+        ("--lr=fast", "argument --lr: 'fast' is not a number ({file}, line 1): see --help"),
+        ("--lr\n--seed 1", "argument --lr: expected one argument ({file}, line 1): see --help"),
+        ("--seed 1\n--arch 'vit", "No closing quotation ({file}, line 2): quote as in a shell"),
+        ("@other", "unrecognized arguments: @other ({file}, line 1): see --help"),
+        ("\x89PNG\0", "not a text file (@{file}): name a file of flags"),
+    ],
+)
+def test_an_error_in_a_file_is_one_line_that_names_the_place(text, message, tmp_path, capsys):
+    file = tmp_path / "recipe.txt"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main_dino.parse_args(["--epochs", "2", f"@{file}", "--min_lr", "0"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {message.format(file=file)}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--seed x", "argument --seed: 'x' is not a whole number"),
+        ("--epochs x", "argument --epochs: 'x' is not a whole number ({file}, line 1 or the command line)"),
+        ("--sed 3", "unrecognized arguments: --sed 3"),
+    ],
+)
+def test_an_error_of_the_command_line_is_not_blamed_on_the_file(flags, message, tmp_path, capsys):
+    file = tmp_path / "recipe.txt"
+    file.write_text("--epochs 3")
+    with pytest.raises(SystemExit):
+        main_dino.parse_args([f"@{file}", *flags.split()])
+    assert capsys.readouterr().err == f"error: {message.format(file=file)}: see --help\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "cannot read: No such file or directory (@{file}): check the path"),
+        ("folder", "not a file (@{file}): name a file of flags"),
+        ("pipe", "not a file (@{file}): name a file of flags"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, message, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit) as end:
+        eval_knn.parse_args([f"@{tmp_path}/{name}"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {message.format(file=tmp_path / name)}\n"
+
+
+def every_kind_of_flag() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser()
+    parser.add_argument("--text", default="")
+    parser.add_argument("--path", "--file", default=None)
+    parser.add_argument("--number", default=3, type=cli.number(int))
+    parser.add_argument("--share", default=0.1, type=cli.number(float))
+    parser.add_argument("--pair", default=(0.1, 1.0), type=cli.number(float), nargs=2)
+    parser.add_argument("--paths", default=[], nargs="+")
+    parser.add_argument("--decided", default=True, type=bool_flag)
+    parser.add_argument("--switch", action="store_true")
+    return parser
+
+
+TEXT = st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=TEXT, path=st.none() | TEXT, number=st.integers(-(2**31), 2**31 - 1),
+    share=st.floats(allow_nan=False, allow_infinity=False), pair=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    paths=st.lists(TEXT.filter(lambda text: text[:1] != "-")), decided=st.booleans(), switch=st.booleans(),
+)  # fmt: skip
+def test_arguments_written_to_a_file_are_read_as_they_were(tmp_path_factory, **values):
+    file, parser = tmp_path_factory.getbasetemp() / "args.txt", every_kind_of_flag()
+    args = argparse.Namespace(**values | {"pair": list(values["pair"])})
+    with open(file, "w", encoding="utf-8", newline="") as out:
+        out.write(cli.argument_file(args, parser))
+    assert parser.parse_args([f"@{file}"]) == args
+
+
+def test_paths_of_any_bytes_and_with_spaces_are_written_too(tmp_path):
+    parser, path = every_kind_of_flag(), os.fsdecode(b"my \xff images")
+    args = parser.parse_args(["--path", path, "--paths", "a b", "c#d", "--pair", "0", "1"])
+    text = cli.argument_file(args, parser)
+    (tmp_path / "args").write_bytes(text.encode(errors="surrogateescape"))
+    assert parser.parse_args([f"@{tmp_path}/args"]) == args
+    assert "--paths 'a b' 'c#d'" in text and "--decided true" in text and "--switch" not in text

@@ -95,6 +95,7 @@ def test_the_scripts_accept_the_commands(page):
             flags = words[words.index(name) + 1 :]
             if {"--help", "..."} & set(flags):
                 continue
+            flags = [word for word in flags if not word.startswith("@runs/")]  # a run writes it
             script.parse_args(["0" if word == "N" else word for word in flags])
 
 

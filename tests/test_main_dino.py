@@ -259,6 +259,82 @@ def test_the_preview_names_an_image_that_cannot_be_read(tmp_path, capsys):
     assert re.search(r"warning: another image replaces .*broken\.png \(", capsys.readouterr().out)
 
 
+# ---- settings in files
+
+
+def as_lists(args) -> dict:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+
+
+def test_a_run_writes_its_settings_as_a_file_that_repeats_it(tmp_path, monkeypatch):
+    save_images(tmp_path / "my images", 8)
+    out = tmp_path / "first # run"
+    flags = "--max_steps 2 --grad_checkpointing --blur_p 0 0 1 --quarter_turns true --min_lr 1e-7".split()
+    paths = ["--data_path", f"{tmp_path}/my images", "--output_dir", str(out)]
+    args = main_dino.parse_args([*TINY, *flags, *paths])
+    main_dino.train_dino(args)
+    file = out / "args.txt"
+    assert as_lists(main_dino.parse_args([f"@{file}"])) == as_lists(args)
+    monkeypatch.chdir(tmp_path)
+    main_dino.train_dino(main_dino.parse_args([f"@{file}", "--output_dir", "again"]))
+    first, again = (load_checkpoint(folder / "checkpoint.pth") for folder in (out, tmp_path / "again"))
+    for part in ("student", "teacher"):
+        torch.testing.assert_close(first[part], again[part], rtol=0, atol=0)
+    assert first["identity"] == again["identity"]
+
+
+def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys):
+    flags, file = ["--data_path", images, "--output_dir", tmp_path], tmp_path / "args.txt"
+    train(*flags, "--max_steps", 1)
+    with pytest.raises(UserError, match="seed 0 -> 3"):
+        train(*flags, "--seed", 3, "--max_steps", 2)
+    assert "--max_steps 1\n" in file.read_text() and "--seed 0\n" in file.read_text()
+    train(*flags, "--seed", 3, "--max_steps", 2, "--allow_changed_args", "--grad_checkpointing")
+    text = file.read_text()
+    assert "--max_steps 2\n" in text and "--seed 3\n" in text and "--grad_checkpointing\n" in text
+    assert "--allow_changed_args" not in text  # for one restart
+    file.write_text("# my own\n--seed 5\n")
+    train(*flags, "--seed", 3, "--max_steps", 3)
+    assert file.read_text() == "# my own\n--seed 5\n"
+    assert f"warning: {file} is kept" in capsys.readouterr().out
+
+
+RECIPES = sorted((ROOT / "recipes").iterdir())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_flags_of_the_training_and_say_where_they_come_from(path, capsys):
+    args = main_dino.parse_args([f"@{path}"])
+    main_dino.check_args(args)
+    assert capsys.readouterr().out == ""  # every flag has an effect
+    main_dino.build_augmentation(args)
+    text = path.read_text()
+    assert f"@recipes/{path.name}" in text and "\n# From: " in text
+    assert re.search(r"%|not reproduced|nobody has tested", text)
+    assert not (args.data_path or args.dataset or args.output_dir != ".")  # these are the user's
+
+
+def flags_in(text: str, first: str) -> dict:
+    """What a command in the documentation changes: the first one that contains these words."""
+    command = next(line for line in text.replace("\\\n", " ").splitlines() if first in line)
+    argv = re.search(rf"{re.escape(first)}[^`|(]*", command)[0].removeprefix("main_dino.py").split()
+    return as_lists(main_dino.parse_args(argv))
+
+
+def test_recipes_are_those_of_the_documentation():
+    readme, results = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+    table = readme[readme.index("### Published recipes") :]
+    for name, text, first in (
+        ("vit_small_100", table, "--arch vit_small"),
+        ("vit_small_300", table, "--arch vit_small --epochs 300"),
+        ("resnet50", table, "--arch resnet50"),
+        ("small_images", results, "main_dino.py --dataset FashionMNIST"),
+    ):
+        own = {"data_path": "", "dataset": "", "output_dir": ".", "cpu_threads": 0, "num_workers": 10}
+        expected = flags_in(text, first) | own
+        assert as_lists(main_dino.parse_args([f"@{ROOT}/recipes/{name}.txt"])) == expected, name
+
+
 # ---- the pieces
 
 
@@ -321,7 +397,7 @@ def test_precision(precision, use_fp16, device, dtype):
 def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
     train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 2, "--epochs", 3)
     checkpoints = {"checkpoint.pth", "checkpoint_prev.pth", "checkpoint0000.pth", "checkpoint0002.pth"}
-    assert {path.name for path in tmp_path.iterdir()} == checkpoints | {"log.txt", "curves.png"}
+    assert {path.name for path in tmp_path.iterdir()} == checkpoints | {"log.txt", "curves.png", "args.txt"}
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     published = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
     assert set(checkpoint) == published | {
