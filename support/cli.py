@@ -78,7 +78,7 @@ COMMAND_LINE = "the command line"
 
 
 def expand(given: str) -> list[tuple[str, str]]:
-    """A word of the command line, or for `@FILE` those of the file, each with its place; exits on an error."""
+    """A word of the command line, or the words of its file for `@FILE`, each with its place."""
     if not given.startswith("@"):
         return [(given, COMMAND_LINE)]
     try:
