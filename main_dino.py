@@ -57,12 +57,12 @@ from support.distributed import (
     launched_as,
     same_error_on_all_ranks,
 )
-from support.errors import UserError
+from support.errors import UserError, reason_of
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalize, eval_transform, normalized_views
-from support.restart import Run, try_to_write
+from support.restart import Run
 from support.weights import init_from, load_backbone, replacing
 from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
 from vision_transformer import VITS
@@ -729,20 +729,20 @@ def record_args(args: argparse.Namespace, folder: Path) -> None:
 
     Leaves out the permission to resume a changed run. Does not overwrite a file of others.
     """
+    if not is_main_process():
+        return
     settings = argparse.Namespace(**vars(args) | {"allow_changed_args": False})
-    text = (
-        f"{ARGS_TITLE}.\n# Processes: {get_world_size()}.\n{cli.argument_file(settings, get_args_parser())}"
-    )
-
-    def write(path: Path) -> None:
+    text = f"{ARGS_TITLE}.\n# Processes: {get_world_size()}\n"
+    text += cli.argument_file(settings, get_args_parser())
+    path = folder / "args.txt"
+    try:
         if path.exists() and not path.read_text(errors="replace").startswith(ARGS_TITLE):
             log(f"warning: {path} is kept, so this run's settings are in its checkpoint only")
             return
         with replacing(path) as file:
             file.write(text.encode(errors="surrogateescape"))
-
-    if is_main_process():
-        try_to_write(folder / "args.txt", write)
+    except OSError as error:
+        log(f"warning: cannot write the settings: {reason_of(error)} ({path})")
 
 
 def first_step(found: dict, steps: Steps) -> int:

@@ -101,7 +101,7 @@ def test_the_scripts_accept_the_commands(page):
 
 @every_page
 def test_the_projects_files_that_a_page_names_exist(page):
-    for path in re.findall(r"`((?:support|docs|tests)/[\w/.]*)`", page.read_text()):
+    for path in re.findall(r"`((?:support|docs|tests|recipes)/[\w/.]*)`", page.read_text()):
         assert (ROOT / path).exists(), path
 
 

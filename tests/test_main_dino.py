@@ -297,6 +297,10 @@ def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys
     train(*flags, "--seed", 3, "--max_steps", 3)
     assert file.read_text() == "# my own\n--seed 5\n"
     assert f"warning: {file} is kept" in capsys.readouterr().out
+    file.unlink()
+    file.mkdir()
+    train(*flags, "--seed", 3, "--max_steps", 4)
+    assert f"warning: cannot write the settings: Is a directory ({file})" in capsys.readouterr().out
 
 
 RECIPES = sorted((ROOT / "recipes").iterdir())

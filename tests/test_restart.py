@@ -242,6 +242,17 @@ def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
     assert json.loads((tmp_path / "gone" / "log.txt").read_text()) == {"epoch": 0}
 
 
+def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_path):
+    saved = {"student": torch.nn.Linear(1, 1).state_dict(), "epoch": 0, "args": {"range": (0.4, 1)}}
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    pieces, added = {"student": torch.nn.Linear(1, 1)}, {"gray": 0.2, "pair": (1, 2)}
+    run = Run(tmp_path, required=())
+    assert run.resume(pieces, {"range": (0.4, 1), "gray": 0.2, "pair": [1, 2], "new": 3}, added=added)
+    with pytest.raises(UserError, match=r"differs from the run to resume: gray 0.2 -> 0.3 \("):
+        run.resume(pieces, {"range": (0.4, 1), "gray": 0.3, "pair": (1, 2)}, added=added)
+    run.lock.release()
+
+
 def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
     """As in a checkpoint of the published format."""
     weights = torch.nn.Linear(1, 1)
@@ -282,6 +293,7 @@ def test_flags_that_change_the_maths_are_not_free():
         "head_bottleneck_dim teacher_update centering warmup_teacher_temp teacher_temp "
         "warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad batch_size_per_gpu accum_steps "
         "epochs freeze_last_layer lr warmup_epochs min_lr optimizer drop_path_rate global_crops_scale "
-        "local_crops_number local_crops_scale global_crops_size local_crops_size dataset split seed"
+        "local_crops_number local_crops_scale global_crops_size local_crops_size jitter jitter_p gray_p "
+        "blur_p blur_sigma solarize_p hflip_p vflip_p quarter_turns crop_aspect dataset split seed"
     )
     assert flags - FREE_FLAGS == set(maths.split()) and flags >= FREE_FLAGS
