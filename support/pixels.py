@@ -119,7 +119,7 @@ class View(NamedTuple):
     flip: bool  # left and right
     colour: Colour
     vflip: bool = False  # top and bottom
-    quarters: int = 0  # quarter turns, counterclockwise, of the crop; before the flips
+    quarters: int = 0  # quarter turns, counterclockwise, before the flips
 
 
 def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
@@ -129,11 +129,11 @@ def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
 
 
 def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
-    """Crop, turn, resize (bicubic, antialiased) and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Crop, resize (bicubic, antialiased), turn and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
     top, left, height, width = view.box
     crop = pixels[None, :, top : top + height, left : left + width]
-    crop = crop.rot90(view.quarters, (-2, -1)) if view.quarters else crop
     crop = F.interpolate(crop, size=(view.size, view.size), mode="bicubic", antialias=True)[0]
+    crop = crop.rot90(view.quarters, (-2, -1)) if view.quarters else crop
     sides = [-1] * view.flip + [-2] * view.vflip
     return crop.flip(sides) if sides else crop
 
