@@ -61,12 +61,13 @@ from support.errors import UserError, reason_of
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
+from support.pictures import contact_sheet
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalize, eval_transform, normalized_views
 from support.restart import Run
 from support.weights import init_from, load_backbone, replacing
 from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
 from vision_transformer import VITS
-from visualize_attention import check_free, contact_sheet, draw_views, save_picture
+from visualize_attention import check_free, draw_views, save_picture
 
 
 def demo_defaults() -> dict:
