@@ -264,14 +264,17 @@ def propagate(target: Tensor, context: Sequence[tuple[Tensor, Tensor]], reach: i
     """
     features, maps = (torch.stack(part) for part in zip(*context, strict=True))  # (F, R, C, D or K)
     R, C = target.shape[:2]
-    places = torch.cartesian_prod(*(torch.arange(n, device=target.device) for n in (R, C))).view(R, C, 2)
+    reach = min(reach, max(R, C))
+    # The row and column of each patch; 16 bits, because all pairs of a chunk are compared.
+    numbers = (torch.arange(n, dtype=torch.int16, device=target.device) for n in (R, C))
+    places = torch.cartesian_prod(*numbers).view(R, C, 2)
     height = max(1, CHUNK // (C * features[..., 0].numel()))  # rows of patches at a time
     parts = []
     for top in range(0, R, height):
         rows, near = slice(top, top + height), slice(max(0, top - reach), top + height + reach)
         cosine = target[rows].flatten(0, 1) @ features[:, near].flatten(0, 2).T  # (targets, F * sources)
         offset = places[rows].reshape(-1, 1, 2) - places[near].reshape(1, -1, 2)
-        outside = offset.abs().amax(dim=-1) > reach  # (targets, sources)
+        outside = offset.abs_().amax(dim=-1) > reach  # (targets, sources)
         cosine.unflatten(1, (len(context), -1)).masked_fill_(outside[:, None], -math.inf)
         best, index = cosine.topk(min(topk, cosine.shape[1]), dim=1)
         weight = (best / TEMPERATURE).softmax(dim=1)
