@@ -1,4 +1,5 @@
 import argparse
+import importlib
 import os
 
 import pytest
@@ -12,6 +13,7 @@ import visualize_attention
 from support import cli
 from support.cli import bool_flag
 from support.errors import ImageError, Interrupted, UserError
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -148,16 +150,25 @@ def test_a_line_is_split_as_in_a_shell():
         cli.split_line("--data_path 'my images")
 
 
-SEED = {main_dino: "--seed", eval_knn: "--seed", eval_linear: "--seed", visualize_attention: "--seed"}
-
-
-@pytest.mark.parametrize("script", SEED, ids=lambda script: script.__name__)
-def test_every_script_takes_argument_files(script, tmp_path):
+def test_flags_of_a_file_stand_where_its_name_stands(tmp_path):
     (tmp_path / "one").write_bytes(b"\xef\xbb\xbf# with a mark of the encoding\r\n\r\n--seed\r\n5\r\n")
     file = f"@{tmp_path}/one"
-    assert script.parse_args([file]).seed == 5
-    assert script.parse_args(["--seed", "3", file]).seed == 5  # the last one counts
-    assert script.parse_args([file, "--seed=3"]).seed == 3
+    assert main_dino.parse_args([file]).seed == 5
+    assert main_dino.parse_args(["--seed", "3", file]).seed == 5  # the last one counts
+    assert main_dino.parse_args([file, "--seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_every_script_takes_argument_files(name, tmp_path, capsys):
+    script = importlib.import_module(name)
+    if not hasattr(script, "get_args_parser"):
+        return
+    (tmp_path / "one").write_text("\n--unknown\n")
+    with pytest.raises(SystemExit) as end:
+        script.parse_args([f"@{tmp_path}/one"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert f"unrecognized arguments: --unknown ({tmp_path}/one, line 2)" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
