@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, Subset
 
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, nearest, reason_of
-from support.files import Paths, class_folders, find_images, readable_extensions
+from support.files import Folder, Paths, readable_extensions
 from support.logger import log
 from support.pixels import to_pixels, to_rgb
 from support.shapes import Shapes
@@ -71,6 +71,10 @@ def load_pixels(path: str) -> Tensor:
     return to_pixels(load_image(path))
 
 
+def _folder(root: str | Path | Folder) -> Folder:
+    return root if isinstance(root, Folder) else Folder(root)
+
+
 class Images(Protocol):
     """Any dataset of images: its length, and items (PIL image, label)."""
 
@@ -85,19 +89,22 @@ class ImageFiles(Dataset):
     taken: Counter[str]
     left_out: Counter[str]
 
-    def __init__(self, *roots: str | Path):
+    def __init__(self, *roots: str | Path | Folder):
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
-        if len(roots) == 1 and not os.path.isfile(roots[0]):
-            self.paths = Paths(self._found(roots[0]), str(roots[0]))
+        if len(roots) == 1 and not os.path.isfile(str(roots[0])):
+            folder = _folder(roots[0])
+            self.paths = folder.paths(self._found(folder))
         else:
             self.paths = Paths(path for root in roots for path in self._named(str(root)))
 
     def _named(self, root: str) -> list[str]:
-        return [root] if os.path.isfile(root) else [os.path.join(root, name) for name in self._found(root)]
+        if os.path.isfile(root):
+            return [root]
+        return [os.path.join(root, name) for name in self._found(Folder(root))]
 
-    def _found(self, root: str | Path) -> list[str]:
+    def _found(self, folder: Folder) -> list[str]:
         """Find and count the image files below a folder; paths relative to it. Raises UserError."""
-        found = find_images(root)
+        found = folder.find_images()
         self.taken, self.left_out = self.taken + found.taken, self.left_out + found.left_out
         self.hidden += found.hidden
         return found.names
@@ -119,17 +126,18 @@ class LabelledFiles(ImageFiles):
     Raises UserError, also for a class without images.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path | Folder):
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
-        self.classes = class_folders(root)
+        folder = _folder(root)
+        self.classes = folder.class_folders()
         if not self.classes:
             raise UserError("no class folders", str(root), "put the images of each class into a folder")
-        found = [self._found(os.path.join(root, name)) for name in self.classes]
+        found = [self._found(folder.below(name)) for name in self.classes]
         if empty := [name for name, names in zip(self.classes, found, strict=True) if not names]:
             few = ", ".join(empty[:5])
             raise UserError(f"no images in class folders {few}", str(root), "give each class images")
         names = (f"{name}/{path}" for name, paths in zip(self.classes, found, strict=True) for path in paths)
-        self.paths = Paths(names, str(root))
+        self.paths = folder.paths(names)
         self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -149,7 +157,7 @@ class FolderFiles(ImageFiles):
 
     classes: list[str]
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path | Folder):
         super().__init__(root)
         folders = [name.partition(os.sep) for name in self.paths.names()]
         self.classes, self.labels = [], np.zeros(len(self), int)
@@ -161,33 +169,67 @@ class FolderFiles(ImageFiles):
         return load_image(self.paths[index]), int(self.labels[index])
 
 
-class ListedFiles(ImageFiles):
-    """The image files that a text file lists, one a line, in that order; without labels.
+class ListedFiles(LabelledFiles):
+    """The image files that a text file lists, one a line, in that order.
 
-    Relative paths start at the list's folder. Empty lines are skipped. Raises UserError for a line that
-    names no file.
+    A line is a path, or a path and a class, separated by a tab or comma; the classes are sorted by name, and
+    without them `classes` is empty and labels are 0. Relative paths start at the list's folder. Empty lines
+    are skipped. Raises UserError for a line that names no file, and for one without a class if other lines
+    have one or if `labelled`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, labelled: bool = False):
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
-        root = os.path.dirname(path)
-        try:
-            lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-        except OSError as error:
-            raise UserError(reason_of(error), str(path), "make it readable") from None
-        names = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if b"\0" in line:
-                raise UserError("is not a text file", str(path), "give a folder, or a text file of paths")
-            name = os.fsdecode(line.strip())
+        root, names, classes, lacking = os.path.dirname(path), [], [], []
+        for number, line in _lines(path):
+            name, label = _path_and_class(line, root)
             if not os.path.isfile(os.path.join(root, name)):
                 fix = "give one image file a line, relative to the list's folder"
                 raise UserError(f"no such file: {name:.200}", f"{path}, line {number}", fix)
+            if not label:
+                lacking.append(number)
             names.append(name)
+            classes.append(label)
             self.taken[os.path.splitext(name)[1].lower() or "no extension"] += 1
+        if lacking and (labelled or any(classes)):
+            fix = "write path and class in each line, separated by a tab or comma"
+            raise UserError("no class", f"{path}, line {lacking[0]}", fix)
         self.paths = Paths(names, root)
+        self.classes = sorted(set(classes) - {""})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.array([numbers[name] for name in classes if name], int)
+
+    @property
+    def kind(self) -> str:
+        """What `digest` takes the list for: the same files in a folder."""
+        return "LabelledFiles" if self.classes else "ImageFiles"
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return super().__getitem__(index) if self.classes else ImageFiles.__getitem__(self, index)
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers. Raises UserError."""
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise UserError(reason_of(error), str(path), "make it readable") from None
+    for number, line in enumerate(lines, 1):
+        if b"\0" in line:
+            raise UserError("is not a text file", str(path), "give a folder, or a text file of paths")
+        if line.strip():
+            yield number, os.fsdecode(line.strip())
+
+
+def _path_and_class(line: str, root: str) -> tuple[str, str]:
+    """Split a line of a list; the class is "" if there is none. A file's name may contain commas."""
+    if "\t" in line:
+        name, _, label = line.rpartition("\t")
+    elif "," in line and not os.path.isfile(os.path.join(root, line)):
+        name, _, label = line.rpartition(",")
+    else:
+        name, label = line, ""
+    return name.strip(), label.strip()
 
 
 class Source(NamedTuple):
@@ -217,29 +259,41 @@ def open_training_images(source: Source) -> Images:
         return Shapes("train", 3_584)  # training takes five minutes on 2 cores
     if source.dataset:
         return _torchvision_dataset(source, "unlabelled")
-    root = _one_part(source)
-    images = ImageFiles(root)
-    _check_not_empty(images, root)
-    log(f"training images: {root}: {_selection(images)}")
+    place = _one_part(source)
+    images = _listed(place) if isinstance(place, Path) else ImageFiles(place)
+    _check_not_empty(images, place)
+    log(f"training images: {place}: {_selection(images)}")
     return images
 
 
-def _one_part(source: Source) -> Path:
-    """The folder of `source`, or of its split. Raises UserError for a folder of several splits."""
-    root = _existing_folder(source.data_path)
-    if source.split:
-        root = _split_folder(root, source.split)
-    others = [name for name in ("val", "validation", "valid", "test") if os.path.isdir(root / name)]
-    if os.path.isdir(root / "train") and others:
-        what = f"folder has train/ and {'/ and '.join(others)}/"
-        raise UserError(what, f"--data_path {root}", f"give --data_path {root / 'train'}")
-    return root
+def _one_part(source: Source) -> Folder | Path:
+    """Where the images of `source`, or of its split, are. Raises UserError for a folder of several splits."""
+    root = _existing_path(source.data_path)
+    if source.split and os.path.isfile(root):
+        raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
+    place = _split_of(root, source.split) if source.split else _open_place(root)
+    if isinstance(place, Folder):
+        others = [name for name in ("val", "validation", "valid", "test") if place.has(name)]
+        if place.has("train") and others:
+            what = f"folder has train/ and {'/ and '.join(others)}/"
+            raise UserError(what, f"--data_path {place}", f"give --data_path {place.below('train')}")
+    return place
 
 
-def _check_not_empty(images: ImageFiles, root: Path) -> None:
+def _open_place(root: Path) -> Folder | Path:
+    """A folder, or the path of an image or of a list of images."""
+    return root if os.path.isfile(root) else Folder(root)
+
+
+def _listed(path: Path) -> ImageFiles:
+    """The images that a list names; one image, if the file is none."""
+    return ImageFiles(path) if path.suffix.lower() in readable_extensions() else ListedFiles(path)
+
+
+def _check_not_empty(images: ImageFiles, place: Folder | Path) -> None:
     if not len(images):
         only = f", only {_by_extension(images.left_out)}" if images.left_out else ""
-        raise UserError(f"no images found{only}", f"--data_path {root}", "give image files")
+        raise UserError(f"no images found{only}", f"--data_path {place}", "give image files")
 
 
 def open_any_images(source: Source) -> Images:
@@ -256,17 +310,10 @@ def open_any_images(source: Source) -> Images:
         if split not in ("train", "val"):
             return _torchvision_dataset(source, "unlabelled", "images")
         return open_labelled_images(source, split)
-    root = Path(source.data_path).expanduser()
-    if not os.path.isfile(root):
-        root = _one_part(source)
-        images: ImageFiles = FolderFiles(root)
-    elif source.split:
-        raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
-    else:
-        is_image = root.suffix.lower() in readable_extensions()
-        images = ImageFiles(root) if is_image else ListedFiles(root)
-    _check_not_empty(images, root)
-    log(f"images: {root}: {_selection(images)}")
+    place = _one_part(source)
+    images = _listed(place) if isinstance(place, Path) else FolderFiles(place)
+    _check_not_empty(images, place)
+    log(f"images: {place}: {_selection(images)}")
     return images
 
 
@@ -276,9 +323,10 @@ def open_labelled_images(source: Source, split: str) -> Images:
         return Shapes(split, {"train": 4_096, "val": 1_000}[split])
     if source.dataset:
         return _torchvision_dataset(source, split)
-    root = _split_folder(_existing_folder(source.data_path), split)
-    images = LabelledFiles(root)
-    log(f"{split} images: {root}: {_selection(images)}")
+    place = _split_of(_existing_path(source.data_path), split)
+    images = ListedFiles(place, labelled=True) if isinstance(place, Path) else LabelledFiles(place)
+    _check_not_empty(images, place)
+    log(f"{split} images: {place}: {_selection(images)}")
     return images
 
 
@@ -315,10 +363,26 @@ def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
     return [numbers[name] for name in seen]
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    if not os.path.isdir(root / split):
-        raise UserError(f"no folder {split}/", f"--data_path {root}", "make train/ and val/")
-    return root / split
+# Besides a folder, what a part of a dataset may be, e.g. train.txt.
+PART_FILES = (".txt", ".tsv", ".csv")
+
+
+def _split_of(root: Path, split: str) -> Folder | Path:
+    """One part of a dataset: a folder, or a file named as the part. Raises UserError."""
+    if os.path.isdir(root / split):
+        return _open_place(root / split)
+    files = [root / f"{split}{extension}" for extension in PART_FILES]
+    files = [path for path in files if os.path.isfile(path)]
+    if len(files) > 1:
+        what = f"both {files[0].name} and {files[1].name}"
+        raise UserError(what, f"--data_path {root}", "keep one of them")
+    if files:
+        return _open_place(files[0])
+    if os.path.isfile(root):
+        fix = f"give the folder that holds {split}.txt"
+        raise UserError("a list is one part of a dataset", f"--data_path {root}", fix)
+    fix = "make train/ and val/, or the lists train.txt and val.txt"
+    raise UserError(f"no folder {split}/", f"--data_path {root}", fix)
 
 
 def _by_extension(files: Counter) -> str:
@@ -351,7 +415,8 @@ def digest(images: Images) -> str:
     other datasets on the kind, the split, the length, the classes and, where the dataset has them as an
     array, the labels; for a subset also on its indices.
     """
-    facts = [type(images).__name__, len(images), getattr(images, "split", getattr(images, "train", None))]
+    kind = getattr(images, "kind", type(images).__name__)
+    facts = [kind, len(images), getattr(images, "split", getattr(images, "train", None))]
     facts += [getattr(images, "size", None), list(map(str, getattr(images, "classes", None) or []))]
     summary = hashlib.sha256(repr(facts).encode())
     if isinstance(images, ImageFiles):
@@ -366,13 +431,13 @@ def digest(images: Images) -> str:
     return summary.hexdigest()[:12]
 
 
-def _existing_folder(data_path: str) -> Path:
+def _existing_path(data_path: str) -> Path:
     if not data_path:
         raise UserError(
             "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
         )
     root = Path(data_path).expanduser()
-    if not os.path.isdir(root):
+    if not os.path.isdir(root) and not os.path.isfile(root):
         raise UserError("no such folder", f"--data_path {root}", "check the path")
     return root
 

@@ -140,6 +140,36 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:
         yield folder, names, hidden
 
 
+class Folder:
+    """The image files below a folder, by names relative to it."""
+
+    def __init__(self, root: str | Path):
+        self.root = str(root)
+
+    def __str__(self) -> str:
+        return self.root
+
+    def has(self, name: str) -> bool:
+        """Whether it has a folder of this name."""
+        return os.path.isdir(os.path.join(self.root, name))
+
+    def below(self, name: str) -> "Folder":
+        """A folder in it."""
+        return Folder(os.path.join(self.root, name))
+
+    def find_images(self) -> Found:
+        """Find all images, except hidden ones. Raises UserError."""
+        return find_images(self.root)
+
+    def class_folders(self) -> list[str]:
+        """List the names of its folders, sorted, except hidden ones. Raises UserError."""
+        return class_folders(self.root)
+
+    def paths(self, names: Iterable[str]) -> Paths:
+        """The paths of files, given by their names relative to the folder."""
+        return Paths(names, self.root)
+
+
 def class_folders(root: str | Path) -> list[str]:
     """List the names of the folders in a folder, sorted, except hidden ones. Raises UserError."""
     try:

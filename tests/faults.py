@@ -454,7 +454,7 @@ class BadInputs:
         out = ["--output_dir", self.new("out")]
         argv = [*TINY, *out, "--data_path"]
         self.expect("`--data_path` does not exist", [*argv, "/nowhere"], 2, "error: no such folder")
-        self.expect("`--data_path` is a file", [*argv, __file__], 2, "error: no such folder")
+        self.expect("`--data_path` is a file", [*argv, __file__], 2, 'error: no such file: """')
         self.expect("`--data_path` without images", [*argv, self.new("empty")], 2, "error: no images found")
         dataset = self.new("dataset")
         for split in ("train", "val"):
