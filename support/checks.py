@@ -6,7 +6,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from support.data import ImageFiles, Images, load_image, reason, sample_bits, sample_name
+from support.data import ImageFiles, Images, load_image, open_file, reason, sample_bits, sample_name
 from support.logger import log
 from support.shapes import Shapes
 
@@ -69,10 +69,10 @@ def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
 def _stored_and_read(images: Images, index: int) -> tuple[Image.Image, Image.Image]:
     """Read an image as it is stored, and as training sees it."""
     if isinstance(images, ImageFiles):
-        read = load_image(images.paths[index])  # raises for a path that is not a file
-        with Image.open(images.paths[index]) as file:
+        path, content = images.paths.file(index)
+        with open_file(path, content) as stored, Image.open(stored) as file:
             file.load()
-        return file, read
+        return file, load_image(path, content)
     image = images[index][0]
     return image, image.convert("RGB")
 

@@ -9,6 +9,7 @@ import errno
 import gzip
 import hashlib
 import inspect
+import io
 import operator
 import os
 import re
@@ -18,7 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, nearest, reason_of
 from support.files import Folder, Paths, readable_extensions
@@ -35,16 +37,23 @@ from support.pixels import to_pixels, to_rgb
 from support.shapes import Shapes
 
 
-def load_image(path: str) -> Image.Image:
+def load_image(path: str, content: bytes | None = None) -> Image.Image:
     """Read the first frame of an image file as RGB, as `to_rgb` converts it; EXIF rotation is ignored.
 
-    16-bit values keep the upper 8 of the bits that they use, which a TIFF may state. A file that cannot be
-    read may raise any exception.
+    16-bit values keep the upper 8 of the bits that they use, which a TIFF may state. `content` is what the
+    file contains, if it lies in an archive. A file that cannot be read may raise any exception.
     """
+    with open_file(path, content) as file, Image.open(file) as image:
+        return to_rgb(image, sample_bits(image))
+
+
+def open_file(path: str, content: bytes | None) -> IO[bytes]:
+    """A file to read, or its content. Raises OSError."""
+    if content is not None:
+        return io.BytesIO(content)
     if not os.path.isfile(path):  # reading a pipe could block forever
         raise OSError("not a file")
-    with open(path, "rb") as file, Image.open(file) as image:
-        return to_rgb(image, sample_bits(image))
+    return open(path, "rb")
 
 
 def sample_bits(image: Image.Image) -> int:
@@ -55,20 +64,26 @@ def sample_bits(image: Image.Image) -> int:
     return min(16, max(8, min(said)))
 
 
-def load_pixels(path: str) -> Tensor:
+def load_pixels(path: str, content: bytes | None = None) -> Tensor:
     """An image file as uint8 (3, H, W), with `load_image`'s pixels.
 
     torchvision decodes JPEGs 1.5 times as fast as Pillow. Falls back to Pillow if torchvision has dropped
     the decoder (deprecated in 0.29) or the file is not a complete RGB JPEG.
     """
     decode = getattr(torchvision.io, "decode_jpeg", None)
-    if decode and path.lower().endswith((".jpg", ".jpeg")) and os.path.isfile(path):
-        with Image.open(path) as image:  # the header only; refuses decompression bombs
+    there = content is not None or os.path.isfile(path)
+    if decode and path.lower().endswith((".jpg", ".jpeg")) and there:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            # The header only; refuses decompression bombs.
             in_colour = image.format == "JPEG" and image.mode == "RGB"
-        file = np.fromfile(path, np.uint8) if in_colour else np.empty(0, np.uint8)
+        file = np.empty(0, np.uint8)
+        if in_colour:
+            file = (
+                np.fromfile(path, np.uint8) if content is None else np.array(np.frombuffer(content, np.uint8))
+            )
         if file[-2:].tobytes() == b"\xff\xd9":
             return decode(torch.from_numpy(file))
-    return to_pixels(load_image(path))
+    return to_pixels(load_image(path, content))
 
 
 def _folder(root: str | Path | Folder) -> Folder:
@@ -91,7 +106,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, *roots: str | Path | Folder):
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
-        if len(roots) == 1 and not os.path.isfile(str(roots[0])):
+        if len(roots) == 1 and (isinstance(roots[0], Folder) or not os.path.isfile(roots[0])):
             folder = _folder(roots[0])
             self.paths = folder.paths(self._found(folder))
         else:
@@ -113,11 +128,11 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self.paths[index]), 0
+        return load_image(*self.paths.file(index)), 0
 
     def pixels(self, index: int) -> Tensor:
         """The image as uint8 (3, H, W)."""
-        return load_pixels(self.paths[index])
+        return load_pixels(*self.paths.file(index))
 
 
 class LabelledFiles(ImageFiles):
@@ -141,7 +156,7 @@ class LabelledFiles(ImageFiles):
         self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self.paths[index]), int(self.labels[index])
+        return load_image(*self.paths.file(index)), int(self.labels[index])
 
     def renumber(self, classes: list[str]) -> None:
         """Number the classes as `classes` does, which has to contain all of them."""
@@ -166,7 +181,7 @@ class FolderFiles(ImageFiles):
             self.classes = names.tolist()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self.paths[index]), int(self.labels[index])
+        return load_image(*self.paths.file(index)), int(self.labels[index])
 
 
 class ListedFiles(LabelledFiles):
@@ -269,20 +284,27 @@ def open_training_images(source: Source) -> Images:
 def _one_part(source: Source) -> Folder | Path:
     """Where the images of `source`, or of its split, are. Raises UserError for a folder of several splits."""
     root = _existing_path(source.data_path)
-    if source.split and os.path.isfile(root):
+    if source.split and os.path.isfile(root) and not is_archive(root):
         raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
     place = _split_of(root, source.split) if source.split else _open_place(root)
     if isinstance(place, Folder):
         others = [name for name in ("val", "validation", "valid", "test") if place.has(name)]
         if place.has("train") and others:
             what = f"folder has train/ and {'/ and '.join(others)}/"
-            raise UserError(what, f"--data_path {place}", f"give --data_path {place.below('train')}")
+            in_archive = isinstance(place, Archive)
+            fix = "add --split train" if in_archive else f"give --data_path {place.below('train')}"
+            raise UserError(what, f"--data_path {place}", fix)
     return place
 
 
 def _open_place(root: Path) -> Folder | Path:
-    """A folder, or the path of an image or of a list of images."""
-    return root if os.path.isfile(root) else Folder(root)
+    """A folder; archives are read as one. Otherwise the path of an image or of a list of images."""
+    if is_archive(root):
+        return open_archives(root, [str(root)])
+    if os.path.isfile(root):
+        return root
+    shards = shards_in(root)
+    return open_archives(root, shards) if shards else Folder(root)
 
 
 def _listed(path: Path) -> ImageFiles:
@@ -364,7 +386,7 @@ def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
 
 
 # Besides a folder, what a part of a dataset may be, e.g. train.txt.
-PART_FILES = (".txt", ".tsv", ".csv")
+PART_FILES = (".tar", ".zip", ".txt", ".tsv", ".csv")
 
 
 def _split_of(root: Path, split: str) -> Folder | Path:
@@ -378,10 +400,13 @@ def _split_of(root: Path, split: str) -> Folder | Path:
         raise UserError(what, f"--data_path {root}", "keep one of them")
     if files:
         return _open_place(files[0])
-    if os.path.isfile(root):
+    place = _open_place(root)
+    if isinstance(place, Path):
         fix = f"give the folder that holds {split}.txt"
         raise UserError("a list is one part of a dataset", f"--data_path {root}", fix)
-    fix = "make train/ and val/, or the lists train.txt and val.txt"
+    if place.has(split):  # in an archive
+        return place.below(split)
+    fix = "make train/ and val/, or archives or lists of these names, e.g. train.tar and val.txt"
     raise UserError(f"no folder {split}/", f"--data_path {root}", fix)
 
 
@@ -404,7 +429,9 @@ def _selection(images: "ImageFiles") -> str:
         left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
     if images.hidden:
         left_out.append(f"{images.hidden:,} hidden names")
-    words = describe(images) + (f" ({_by_extension(images.taken)})" if images.taken else "")
+    archives = len(images.paths.files) if isinstance(images.paths, Members) else 0
+    place = f" in {archives:,} archive{'s' * (archives > 1)}" if archives else ""
+    words = describe(images) + place + (f" ({_by_extension(images.taken)})" if images.taken else "")
     return words + "; left out " * bool(left_out) + " and ".join(left_out)
 
 

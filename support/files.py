@@ -49,20 +49,24 @@ class Paths:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
+    def size(self, index: int) -> int:
+        """The size of a file in bytes; -1 if there is none."""
+        try:
+            return os.path.getsize(self[index])
+        except OSError:
+            return -1
+
+    def file(self, index: int) -> tuple[str, bytes | None]:
+        """The path of a file, and its content if it does not lie at that path; see `data.load_image`."""
+        return self[index], None
+
     @functools.cached_property  # ranks compare it and the checkpoint records it: read the sizes once
     def digest(self) -> bytes:
         """Hash of the names, and of the sizes in bytes of at most 10,000 files, evenly spread."""
         spread = np.unique(np.linspace(0, len(self) - 1, min(len(self), 10_000)).astype(int))
-        sizes = np.array([_size(self[i]) for i in spread.tolist()], np.int64)
+        sizes = np.array([self.size(i) for i in spread.tolist()], np.int64)
         parts = (self.buffer, self.ends, sizes)
         return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).digest()
-
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return -1
 
 
 @functools.cache
@@ -88,10 +92,15 @@ class Found(NamedTuple):
 
 def find_images(root: str | Path) -> Found:
     """Find all image files below a folder, except hidden ones. Raises UserError."""
+    return select_images(_folders(str(root)))
+
+
+def select_images(contents: Iterable[tuple[str, list[str], int]]) -> Found:
+    """Sort and count the images in folders; for each its path, its files, and the number of hidden names."""
     taken: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     folders, hidden, readable = [], 0, readable_extensions()
-    for folder, names, skipped in _folders(str(root)):
+    for folder, names, skipped in contents:
         images = []
         for name in names:
             extension = os.path.splitext(name)[1].lower()

@@ -1,15 +1,24 @@
 """Images from lists and archives, against the same images in a folder."""
 
+import gzip
+import multiprocessing
 import os
+import pickle
+import shutil
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import eval_knn
 from support import data
+from support.archives import Members
+from support.checks import check_images
 from support.data import Images, Source, open_any_images, open_labelled_images, open_training_images
-from support.errors import UserError
+from support.errors import ImageError, UserError
 from support.loading import TrainingViews
 from tests.conftest import save_images
 from utils import DataAugmentationDINO
@@ -114,3 +123,237 @@ def test_a_list_is_one_part(own, tmp_path):
         knn(path)
     with pytest.raises(UserError, match="has no effect on a file"):
         open_training_images(Source(str(path), split="train"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Archives
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dino" / "archives"
+
+
+def pack(
+    path: Path, folder: Path, reverse: bool = True, method: int = zipfile.ZIP_STORED, only: str = ""
+) -> Path:
+    """Pack a folder, or of its folders `only` one, in an order that is not the folder's."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    names = sorted((str(file.relative_to(folder)) for file in (folder / only).rglob("*")), reverse=reverse)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name in names:
+                archive.write(folder / name, name)
+    else:
+        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+            for name in names:
+                archive.add(folder / name, f"./{name}", recursive=False)
+    return path
+
+
+def pack_in_parts(folder: Path, parts: Path, kind: str, each_class: bool) -> Path:
+    """Pack a folder into several archives: one for each class, or classes over all of them."""
+    for name in "abc":
+        if each_class:
+            pack(parts / f"{name}.{kind}", folder / name)
+    for part in range(0 if each_class else 2):
+        half = parts.parent / f"half{part}"
+        for file in sorted(folder.rglob("*.*"))[part::2]:
+            (half / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, half / file.relative_to(folder))
+        pack(parts / f"shard-{part}.{kind}", half)
+    return parts
+
+
+CONTAINERS = {
+    "tar": lambda folder, to: pack(to / f"{folder.name}.tar", folder),
+    "zip": lambda folder, to: pack(to / f"{folder.name}.zip", folder),
+    "deflated": lambda folder, to: pack(to / f"{folder.name}.zip", folder, method=zipfile.ZIP_DEFLATED),
+    "own folder": lambda folder, to: pack(to / f"{folder.name}.tar", folder.parent, only=folder.name),
+    "shards": lambda folder, to: pack_in_parts(folder, to / folder.name, "zip", False),
+    "tar a class": lambda folder, to: pack_in_parts(folder, to / folder.name, "tar", True),
+    "tar of tars": lambda folder, to: pack(
+        to / f"{folder.name}.tar", pack_in_parts(folder, to / f"parts_{folder.name}", "tar", True)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_give_what_the_folder_gives(own, tmp_path, kind, capsys):
+    """The order, the bits of the views, the labels, the digest, and the result of k-NN."""
+    for split in ("train", "val"):
+        Image.new("RGB", (30, 30), "red").save(own / split / "a" / "x.jpg")
+        save_images(own / split / "a" / "inner", 2)
+        save_images(own / split / "a-b", 2)
+        (own / split / "c" / "notes.md").write_text("no image")
+        if "class" in kind or "tars" in kind:
+            shutil.rmtree(own / split / "a-b")
+    for split in ("train", "val"):
+        CONTAINERS[kind](own / split, tmp_path / "in")
+    part = next(path for path in (tmp_path / "in").glob("train*"))
+    folder = Source(str(own / "train"))
+    capsys.readouterr()
+    assert same(open_training_images(Source(str(part))), open_training_images(folder))
+    said = capsys.readouterr().out
+    assert ".jpg 1); left out 1 files (.md 1)" in said and " archive" in said
+    assert same(open_any_images(Source(str(part))), open_any_images(folder))
+    labelled = [open_labelled_images(Source(str(place)), "train") for place in (tmp_path / "in", own)]
+    assert same(*labelled) and labelled[0].classes == labelled[1].classes
+    assert knn(tmp_path / "in") == knn(own)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_one_archive_may_hold_both_parts(own, tmp_path, kind):
+    packed = pack(tmp_path / f"data.{kind}", own)
+    assert knn(packed) == knn(own)
+    with pytest.raises(UserError, match="folder has train/ and val/ .*: add --split train"):
+        open_training_images(Source(str(packed)))
+    train = open_training_images(Source(str(packed), split="train"))
+    assert same(train, open_training_images(Source(str(own / "train"))))
+    assert train.paths[0] == str(packed / "train" / "a" / "000.png")
+
+
+def test_the_index_is_built_once_for_each_state_of_an_archive(own, tmp_path, cache, capsys):
+    path = pack(tmp_path / "a.tar", own / "train")
+    source = Source(str(path))
+    first = open_training_images(source)
+    assert "built the index of 15 members" in capsys.readouterr().out
+    assert same(open_training_images(source), first)
+    assert "built the index" not in capsys.readouterr().out
+    kept = next(cache.iterdir())
+    kept.write_bytes(kept.read_bytes()[:200])
+    assert same(open_training_images(source), first)
+    pack(path, own / "val" / "a")
+    assert len(open_training_images(source)) == 4
+    shutil.rmtree(cache)
+    cache.parent.rmdir()
+    cache.parent.write_text("no folder can be made here")
+    assert len(open_training_images(source)) == 4
+
+
+def test_workers_read_at_the_same_time(own, tmp_path):
+    """With a shared handle, one worker would move the place at which another one reads."""
+    images = open_training_images(Source(str(pack(tmp_path / "a.tar", own / "train"))))
+    expected = [images.pixels(i) for i in range(len(images))]  # opens the archive before the fork
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        read = pool.map(images.pixels, list(range(len(images))) * 40, chunksize=1)
+    assert all(torch.equal(pixels, expected[i % len(images)]) for i, pixels in enumerate(read))
+    again = pickle.loads(pickle.dumps(images))
+    assert torch.equal(again.pixels(3), expected[3])
+
+
+def test_links_and_hidden_names_in_archives(own, tmp_path, capsys):
+    folder = own / "train"
+    (folder / "a" / "link.png").symlink_to("../b/000.png")
+    (folder / "z.png").symlink_to("/nowhere.png")
+    os.link(folder / "c" / "000.png", folder / "c" / "hard.png")
+    save_images(folder / ".hidden" / "inner", 1)
+    (folder / "a" / "._000.png").write_text("a Mac's companion")
+    (folder / "__MACOSX").mkdir()
+    images = open_training_images(Source(str(pack(tmp_path / "a.tar", folder, reverse=False))))
+    assert "15 images in 1 archive (.png 15); left out 3 hidden names" in capsys.readouterr().out
+    names = list(images.paths.names())
+    pixels = {name: images.pixels(i) for i, name in enumerate(names) if name != "z.png"}
+    assert torch.equal(pixels["a/link.png"], pixels["b/000.png"])
+    assert torch.equal(pixels["c/hard.png"], pixels["c/000.png"])
+    with pytest.raises(OSError, match="link out of the archive"):
+        images.pixels(0)
+    check_images(images)
+    assert "1 of 15 checked images cannot be read; e.g. " in capsys.readouterr().out
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, path.stat().st_size + size if size < 0 else size)
+
+
+def broken_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[tarfile.open(path).getmembers()[5].offset + 150] ^= 0xFF  # the checksum
+    path.write_bytes(content)
+
+
+def last_end(path: Path) -> int:
+    """Where the last member of a tar ends."""
+    member = tarfile.open(path).getmembers()[-1]
+    return member.offset_data + -(-member.size // 512) * 512
+
+
+def encrypted(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (
+            "x.tar",
+            lambda path: cut(path, last_end(path) - 1_200),
+            r"cut short in a/000.png \(.*x.tar\): download",
+        ),
+        (
+            "x.tar",
+            lambda path: cut(path, last_end(path)),
+            r"cut short or damaged at byte \d+,\d+ \(.*x.tar\)",
+        ),
+        ("x.tar", broken_header, r"cut short or damaged at byte \d+,\d+ \(.*x.tar\)"),
+        ("x.tar", lambda path: path.write_bytes(b"no tar" * 200), "damaged after the beginning: .*x.tar"),
+        (
+            "x.tar",
+            lambda path: path.write_bytes(gzip.compress(path.read_bytes())),
+            "compressed tar .*x.tar.*: dec",
+        ),
+        ("x.tgz", lambda path: None, "compressed tar cannot be read in place .*x.tgz"),
+        ("x.tar", lambda path: path.write_bytes(bytes(10_240)), r"no images found \(--data_path .*x.tar\)"),
+        ("x.zip", lambda path: cut(path, -30), r"cut short or damaged: .*x.zip\): download"),
+        ("x.zip", encrypted, r"archive is encrypted: .*x.zip"),
+    ],
+)
+def test_a_bad_archive_is_one_clear_line(own, tmp_path, name, damage, message):
+    path = pack(tmp_path / name, own / "train")
+    damage(path)
+    with pytest.raises(UserError, match=message) as error:
+        open_training_images(Source(str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_other_bad_archives(own, tmp_path):
+    with pytest.raises(UserError, match="compressed by bzip2"):
+        open_training_images(Source(str(pack(tmp_path / "x.zip", own / "train", method=zipfile.ZIP_BZIP2))))
+    (own / "train" / "d").mkdir()
+    for kind in ("tar", "zip"):
+        pack(tmp_path / kind / f"train.{kind}", own / "train")
+        with pytest.raises(UserError, match="no images in class folders d "):
+            open_labelled_images(Source(str(tmp_path / kind)), "train")
+    pack(tmp_path / "flat" / "train.tar", own / "train" / "a")
+    with pytest.raises(UserError, match=r"no class folders \(.*train.tar\)"):
+        open_labelled_images(Source(str(tmp_path / "flat")), "train")
+    for part in ("0", "1"):
+        pack(tmp_path / "twice" / f"{part}.tar", own / "train")
+    with pytest.raises(UserError, match=r"two archives contain c/003.png \(.*twice\)"):
+        open_training_images(Source(str(tmp_path / "twice")))
+    (tmp_path / "tars").mkdir()
+    inner = pack(tmp_path / "tars" / "a.tar", own / "train" / "a")
+    cut(inner, 1_500)
+    with pytest.raises(UserError, match=r"cut short in .*outer.tar, a.tar\)"):
+        open_training_images(Source(str(pack(tmp_path / "outer.tar", tmp_path / "tars"))))
+
+
+def test_an_archive_that_is_cut_later_is_an_unreadable_image(own, tmp_path):
+    for kind, words in (("tar", "cut short"), ("zip", "cut short|damaged")):
+        path = pack(tmp_path / f"x.{kind}", own / "train")
+        images = open_any_images(Source(str(path)))
+        cut(path, 1_000)
+        with pytest.raises(ImageError, match=f"image: the archive is ({words}) .*x.{kind}/a/000.png"):
+            data.read_image(images, 0)
+
+
+def test_a_process_keeps_few_archives_open(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(Members, "MOST_OPEN", 2)
+    images = open_any_images(Source(str(pack_in_parts(own / "train", tmp_path / "parts", "tar", True))))
+    expected = open_any_images(Source(str(own / "train")))
+    for i in (0, 5, 9, 1, 6, 10):
+        assert torch.equal(images.pixels(i), expected.pixels(i)) and len(images.paths._open) <= 2

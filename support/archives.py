@@ -1,0 +1,382 @@
+"""Reads images in place from .tar and .zip files, by an index of where each member lies.
+
+The index is built once with the standard library and kept in `$XDG_CACHE_HOME/dino/archives` (by default
+in ~/.cache). A member is then one or two reads at a known place, so that item i is always the same image.
+"""
+
+import bisect
+import contextlib
+import hashlib
+import os
+import posixpath
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from support.errors import UserError, reason_of
+from support.files import Folder, Found, Paths, readable_extensions, select_images
+from support.logger import log
+
+ARCHIVES = (".tar", ".zip")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+BLOCK = 512  # bytes of a tar's block
+
+# How a member is stored: bytes in a tar, or in a zip as they are or deflated, behind a local header.
+TAR, STORED, DEFLATED = range(3)
+UNKNOWN = -1  # the size of a link that leads out of its archive
+
+
+class Index(NamedTuple):
+    """The members of archives."""
+
+    names: list[str]  # with "/" between folders; a name that ends with "/" is a folder's
+    places: np.ndarray  # (N, 5) int64: number of the archive, offset, stored bytes, bytes, how it is stored
+
+
+# ---------------------------------------------------------------------------------------------
+# What the scripts use
+# ---------------------------------------------------------------------------------------------
+
+
+def is_archive(path: str | Path) -> bool:
+    """Whether a file's name is an archive's, also one that `open_archives` refuses."""
+    return str(path).lower().endswith((*ARCHIVES, *COMPRESSED)) and os.path.isfile(path)
+
+
+def shards_in(root: str | Path) -> list[str]:
+    """The archives in a folder that has nothing else but hidden names, sorted; otherwise none."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not is_archive(entry.path):
+                return []
+            found.append(entry.path)
+    return sorted(found)
+
+
+def open_archives(root: str | Path, files: list[str]) -> "Archive":
+    """Open archives as one tree of folders, called `root` in messages. Raises UserError."""
+    parts = [(Path(file).stem, _cached_index(file)) for file in files]
+    for number, (_, index) in enumerate(parts):
+        index.places[:, 0] = number
+    index = parts[0][1] if len(parts) == 1 else _merge(parts, str(root))
+    return Archive(str(root), files, index, _tree(index.names))
+
+
+class Archive(Folder):
+    """The image files in archives, below the folder `inside` of them, by names relative to it."""
+
+    def __init__(self, root: str, files: list[str], index: Index, tree: "Tree", inside: str = ""):
+        super().__init__(root)
+        self.files, self.index, self.tree, self.inside = files, index, tree, inside
+
+    def _below(self) -> Iterator[str]:
+        """`inside` and the folders below it, from the archive's root, sorted; they end with "/"."""
+        start = bisect.bisect_left(self.tree.folders, self.inside)
+        for folder in self.tree.folders[start:]:
+            if not folder.startswith(self.inside):
+                return
+            yield folder
+
+    def has(self, name: str) -> bool:
+        """Whether it has a folder of this name."""
+        return f"{self.inside}{name}/" in self.tree.contents
+
+    def below(self, name: str) -> "Archive":
+        """A folder in it."""
+        root = os.path.join(self.root, name)
+        return Archive(root, self.files, self.index, self.tree, f"{self.inside}{name}/")
+
+    def find_images(self) -> Found:
+        """Find all images, except hidden ones."""
+        contents = ((folder, *self.tree.contents[folder]) for folder in self._below())
+        skip = len(self.inside)
+        return select_images((folder[skip:-1], names, len(hidden)) for folder, names, hidden in contents)
+
+    def class_folders(self) -> list[str]:
+        """List the names of its folders, sorted, except hidden ones."""
+        names = (folder[len(self.inside) : -1] for folder in self._below())
+        return sorted(name for name in names if name and "/" not in name)
+
+    def paths(self, names: Iterable[str]) -> "Members":
+        """The places of images, given by their names relative to the folder."""
+        names = list(names)
+        rows = {name: row for row, name in enumerate(self.index.names)}
+        places = self.index.places[[rows[self.inside + name] for name in names]]
+        return Members(names, self.root, self.files, places.reshape(-1, 5))
+
+
+class Members(Paths):
+    """Members of archives: their paths, as in a folder called as the archive, and their places (N, 5)."""
+
+    MOST_OPEN = 64  # archives that a process keeps open
+
+    def __init__(self, names: Iterable[str], root: str, files: list[str], places: np.ndarray):
+        super().__init__(names, root)
+        self.files, self.places = files, places
+        self._open: dict[int, IO[bytes]] = {}
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}
+
+    def size(self, index: int) -> int:
+        """The bytes of a file, as if it were unpacked."""
+        return int(self.places[index, 3])
+
+    def file(self, index: int) -> tuple[str, bytes]:
+        """The path of a file, and its content. Raises OSError, or zlib.error if it is damaged."""
+        archive, offset, stored, size, how = self.places[index].tolist()
+        if size == UNKNOWN:
+            raise OSError("is a link out of the archive")
+        if how != TAR:
+            header = self._read(archive, offset, 30)
+            if header[:4] != b"PK\3\4":
+                raise OSError("the archive is damaged")
+            offset += 30 + sum(struct.unpack("<HH", header[26:30]))  # lengths of the name and the extra field
+        content = self._read(archive, offset, stored)
+        content = zlib.decompress(content, -zlib.MAX_WBITS) if how == DEFLATED else content
+        if len(content) != size:
+            raise OSError("the archive is damaged")
+        return self[index], content
+
+    def _read(self, archive: int, offset: int, size: int) -> bytes:
+        """Read bytes at a place; after a fork with a new handle, since processes share an old one's place."""
+        if self._process != os.getpid():
+            self._open, self._process = {}, os.getpid()
+        file = self._open.get(archive)
+        if file is None:
+            if len(self._open) >= self.MOST_OPEN:
+                self._open.pop(next(iter(self._open)))
+            file = self._open[archive] = open(self.files[archive], "rb", buffering=0)
+        file.seek(offset)
+        content = file.read(size)
+        if len(content) != size:
+            raise OSError("the archive is cut short")
+        return content
+
+
+# ---------------------------------------------------------------------------------------------
+# Names of members
+# ---------------------------------------------------------------------------------------------
+
+
+class Tree(NamedTuple):
+    """The folders of an archive, except hidden ones. Their names end with "/"; the root is ""."""
+
+    folders: list[str]  # sorted
+    contents: dict[
+        str, tuple[list[str], set[str]]
+    ]  # of each folder: the names of its files, and hidden names
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # companion files that a Mac adds to a zip
+
+
+def _tree(names: list[str]) -> Tree:
+    """Sort members into folders."""
+    contents: dict[str, tuple[list[str], set[str]]] = {"": ([], set())}
+    hidden: set[str] = set()
+
+    def enter(folder: str) -> bool:
+        """Add a folder and those above it, unless it is hidden."""
+        if folder in contents or folder in hidden:
+            return folder in contents
+        above, _, name = folder[:-1].rpartition("/")
+        above += "/" * bool(above)
+        if enter(above) and not _is_hidden(name):
+            contents[folder] = ([], set())
+            return True
+        hidden.add(folder)
+        if above in contents:
+            contents[above][1].add(name)
+        return False
+
+    for path in names:
+        folder, separator, name = path.rpartition("/")
+        if enter(folder + separator) and name:
+            if _is_hidden(name):
+                contents[folder + separator][1].add(name)
+            else:
+                contents[folder + separator][0].append(name)
+    return Tree(sorted(contents), contents)
+
+
+def _clean(name: str) -> str:
+    """A member's name as it would be below the folder into which it is unpacked, e.g. without "./"."""
+    clean = posixpath.normpath(name).lstrip("/")
+    return "" if clean == "." else clean
+
+
+def _without_own_folder(index: Index, stem: str) -> Index:
+    """Leave out a folder that is called as the archive and holds everything, as in x.zip with x/..."""
+    shown = [name for name in index.names if not any(map(_is_hidden, name.split("/")))]
+    if not shown or not all(name.startswith(f"{stem}/") for name in shown):
+        return index
+    names = [name.removeprefix(f"{stem}/") for name in index.names]
+    kept = [row for row, name in enumerate(names) if name]
+    return Index([names[row] for row in kept], index.places[kept])
+
+
+def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
+    """Unpack several archives into one folder, or each into a folder of its name if one has images at its
+    top level: ImageNet's training set is one archive a class. Raises UserError for a name that occurs twice.
+    """
+    readable = tuple(readable_extensions())
+    top = (name for _, index in parts for name in index.names if "/" not in name)
+    own_folders = any(name.lower().endswith(readable) and not _is_hidden(name) for name in top)
+    names = [f"{stem}/{name}" if own_folders else name for stem, index in parts for name in index.names]
+    if own_folders:  # a class without images has a folder too
+        parts = [*parts, ("", Index([f"{stem}/" for stem, _ in parts], np.zeros((len(parts), 5), np.int64)))]
+        names += parts[-1][1].names
+    files = [name for name in names if not name.endswith("/")]
+    if twice := [name for name, count in Counter(files).items() if count > 1]:
+        raise UserError(f"two archives contain {twice[0]}", where, "remove one of them")
+    return Index(names, np.concatenate([index.places for _, index in parts]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Where members lie
+# ---------------------------------------------------------------------------------------------
+
+
+def _cached_index(path: str) -> Index:
+    """The index of an archive, from the cache if there is one. Raises UserError."""
+    try:
+        status = os.stat(path)
+        key = f"1\0{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            with np.load(cache) as kept:
+                names = os.fsdecode(kept["names"].tobytes()).split("\0")[:-1]
+                if kept["places"].shape == (len(names), 5):
+                    return Index(names, kept["places"])
+        with open(path, "rb") as file:
+            index = _index(file, path, status.st_size)
+    except OSError as error:
+        raise UserError(reason_of(error), path, "make it readable") from None
+    index = _without_own_folder(index, Path(path).stem)
+    with contextlib.suppress(OSError):  # without a cache, the next run builds the index again
+        _keep(index, cache)
+    log(f"{path}: built the index of {len(index.names):,} members")
+    return index
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dino", "archives")
+
+
+def _keep(index: Index, cache: Path) -> None:
+    """Write an index; other processes see no file or the complete one. Raises OSError."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    names = np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in index.names), np.uint8)
+    with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=".", delete=False) as part:
+        try:
+            np.savez(part, names=names, places=index.places)
+            part.close()
+            os.replace(part.name, cache)
+        except BaseException:
+            os.unlink(part.name)
+            raise
+
+
+def _index(file: IO[bytes], path: str, size: int) -> Index:
+    """Read the names and places of an archive's members. Raises UserError."""
+    if path.lower().endswith(COMPRESSED) or file.read(6).startswith(MAGIC):
+        fix = "decompress it to a .tar, or pack the images into a .zip"
+        raise UserError("a compressed tar cannot be read in place", path, fix)
+    places = _zip_places(file, path, size) if path.lower().endswith(".zip") else _tar_places(file, path, size)
+    parts = []
+    for name in [name for name in places if name.lower().endswith(".tar") and places[name][3] == TAR]:
+        start, stored, *_ = places.pop(name)
+        stem, inner = Path(name).stem, _tar_places(file, f"{path}, {name}", start + stored, start)
+        parts.append((stem, _without_own_folder(_as_index(inner), stem)))
+    if not parts:
+        return _as_index(places)
+    inner_index, own = _merge(parts, path), _as_index(places)
+    return Index(own.names + inner_index.names, np.concatenate([own.places, inner_index.places]))
+
+
+Places = dict[str, tuple[int, int, int, int]]
+
+
+def _as_index(places: Places) -> Index:
+    rows = np.array([(0, *place) for place in places.values()], np.int64).reshape(-1, 5)
+    return Index(list(places), rows)
+
+
+def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
+    """Index the tar that lies in a file between two places. Raises UserError if it does not end properly."""
+    places: Places = {}
+    links: dict[str, str] = {}
+    offset, name, fix = start, "the beginning", "download or pack it again"
+    file.seek(start)
+    try:
+        tar = tarfile.TarFile(fileobj=file)
+        while member := tar.next():
+            tar.members.clear()  # type: ignore[attr-defined]  # about a kilobyte for each
+            name = _clean(member.name)
+            if member.offset_data + member.size * member.isreg() > end:
+                raise UserError(f"archive is cut short in {name}", path, fix)
+            if member.isdir() and name:
+                places[f"{name}/"] = (0, 0, 0, TAR)
+            elif member.islnk() or member.issym():
+                folder = posixpath.dirname(name) if member.issym() else ""
+                target = _clean(posixpath.join(folder, member.linkname))
+                links[name], places[name] = target, (0, 0, UNKNOWN, TAR)
+            elif member.isreg() and member.sparse is None:
+                places[name] = (member.offset_data, member.size, member.size, TAR)
+            elif member.isreg():
+                raise UserError(f"{member.name} is a sparse file", path, "pack it without --sparse")
+        offset = tar.offset
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise UserError(f"archive is cut short or damaged after {name}: {error}", path, fix) from None
+    file.seek(offset)
+    if offset + BLOCK > end or file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
+        raise UserError(f"archive is cut short or damaged at byte {offset - start:,}", path, fix)
+    for _ in range(8):  # links to links
+        for name, target in links.items():
+            places[name] = places.get(target, places[name])
+    return places
+
+
+def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
+    """Index a zip. Raises UserError."""
+    places: Places = {}
+    readable, methods = (
+        tuple(readable_extensions()),
+        {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED},
+    )
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
+        what = f"archive is cut short or damaged: {error}"
+        raise UserError(what, path, "download or pack it again") from None
+    for member in members:
+        name = _clean(member.filename)
+        if member.is_dir() and name:
+            places[f"{name}/"] = (0, 0, 0, STORED)
+            continue
+        if member.flag_bits & 1:
+            raise UserError(f"archive is encrypted: {member.filename}", path, "pack it without a password")
+        if member.header_offset + member.compress_size > size:
+            raise UserError(f"archive is cut short in {member.filename}", path, "download or pack it again")
+        if member.compress_type not in methods and name.lower().endswith(readable):
+            known = {12: "bzip2", 14: "LZMA"}.get(member.compress_type, f"method {member.compress_type}")
+            what = f"cannot read in place, compressed by {known}: {member.filename}"
+            raise UserError(what, path, "pack it with the usual method, or none")
+        method = methods.get(member.compress_type, STORED)
+        places[name] = (member.header_offset, member.compress_size, member.file_size, method)
+    return places
