@@ -59,7 +59,8 @@ def get_args_parser() -> argparse.ArgumentParser:
              "testfeat.pth (M, D), testlabels.pth (M,)")
     parser.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
         help="seed of the weights of --pretrained_weights random")
-    cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
+    cli.add_data_flags(parser,
+        "folder with train and val: folders of class folders, .tar, .zip or lists such as train.txt",
         "evaluate on the drawn shapes of main_dino.py --demo")
     cli.add_launch_flags(parser)
     # fmt: on

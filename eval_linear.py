@@ -110,7 +110,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="with --logistic, repeat with this many subsets, of the seeds --seed, --seed + 1, ...; prints "
              "mean and deviation")
 
-    cli.add_data_flags(parser, "folder with train/ and val/ of class folders",
+    cli.add_data_flags(parser,
+        "folder with train and val: folders of class folders, .tar, .zip or lists such as train.txt",
         "evaluate on the drawn shapes of main_dino.py --demo")
 
     group = parser.add_argument_group("run")

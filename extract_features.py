@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 extract_features.py --pretrained_weights dino_vits16 \\
         --data_path /data/imagenet --split train --output_dir features/train
 
-`--data_path` is a folder, labelled or not, an image, or a text file that lists images, one a line. Writes
+`--data_path` is a folder or an archive, labelled or not, an image, or a text file that lists images. Writes
 `features.npy`, `names.txt` with the name of each row, `labels.npy` if there are classes, and
 `features.json`, which says what was taken. `features.npy` appears when it is complete; the same command
 continues a run that was stopped, and gives the same file. With `torchrun`, each process writes its own rows.
@@ -97,9 +97,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="give an image that cannot be read a row of NaN, with a warning, instead of stopping there")
     group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
         help="seed of the weights of --pretrained_weights random")
-    cli.add_data_flags(parser, "a folder of images, or a text file that lists images, one a line",
+    cli.add_data_flags(parser,
+        "a folder, .tar or .zip of images, or a text file that lists images, one a line",
         "the drawn shapes of main_dino.py --demo, as the evaluations take them",
-        "the folder of --data_path, or the split of --dataset or --demo, e.g. train or val")
+        "the folder, archive or list in --data_path, or the split of --dataset or --demo, e.g. train or val")
     cli.add_launch_flags(parser)
     # fmt: on
     return parser

@@ -230,10 +230,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="width over height of a crop, before it is resized to a square; 1 1 where shapes must not be "
              "distorted")
 
-    cli.add_data_flags(parser, "folder of images, with or without class folders",
+    cli.add_data_flags(parser,
+        "folder, .tar or .zip of images, with or without class folders, or a text file that lists images",
         "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes",
         "part of the images to train on: a split of --dataset (by default its unlabelled images, else its "
-        "training split), or a folder in --data_path")
+        "training split), or a folder, archive or list in --data_path, e.g. train for train.tar")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",

@@ -321,7 +321,7 @@ def _check_not_empty(images: ImageFiles, place: Folder | Path) -> None:
 def open_any_images(source: Source) -> Images:
     """Open any images, labelled or not, e.g. to compute features of; items are (PIL image, label).
 
-    `data_path` is a folder, an image, or a text file that lists images; see `FolderFiles` and `ListedFiles`.
+    `data_path` is a folder, an archive, an image or a list of images; see `FolderFiles` and `ListedFiles`.
     Of a dataset or the demo, takes `source.split`, where "train" (also the default) and "val" are the parts
     that evaluations take. Logs what was taken. Raises UserError.
     """

@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 
 import eval_knn
+import main_dino
 from support import data
 from support.archives import Members
 from support.checks import check_images
 from support.data import Images, Source, open_any_images, open_labelled_images, open_training_images
 from support.errors import ImageError, UserError
 from support.loading import TrainingViews
-from tests.conftest import save_images
+from support.weights import load_checkpoint
+from tests.conftest import TINY, save_images
 from utils import DataAugmentationDINO
 
 
@@ -357,3 +359,22 @@ def test_a_process_keeps_few_archives_open(own, tmp_path, monkeypatch):
     expected = open_any_images(Source(str(own / "train")))
     for i in (0, 5, 9, 1, 6, 10):
         assert torch.equal(images.pixels(i), expected.pixels(i)) and len(images.paths._open) <= 2
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_archive_bit_by_bit(own, tmp_path):
+    """The same images in another container are the same data, also to two workers."""
+    flags = [*TINY, "--num_workers", "2", "--data_path"]
+    archive = str(pack(tmp_path / "x.zip", own / "train"))
+
+    def train(data_path: str, out: str, *more: str) -> dict:
+        folder = tmp_path / out
+        main_dino.train_dino(main_dino.parse_args([*flags, data_path, "--output_dir", str(folder), *more]))
+        return load_checkpoint(folder / "checkpoint.pth")
+
+    whole = train(str(own / "train"), "whole")
+    train(str(own / "train"), "moved", "--max_steps", "2")
+    moved = train(archive, "moved")
+    assert moved["step"] == whole["step"] > 2
+    for name, value in whole["teacher"].items():
+        assert torch.equal(value, moved["teacher"][name]), name
