@@ -144,6 +144,14 @@ def argument_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 # ---------------------------------------------------------------------------------------------
 
 
+class OneOrMore(argparse.Action):
+    """Store one value as it is, and several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Store the values of a flag with nargs="+"."""
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
 def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, split: str = "") -> None:
     """Add the flags that select the images; `folder` and `demo` complete their help.
 
@@ -151,8 +159,8 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, spli
     """
     # fmt: off
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="",
-        help=f"{folder}; with --dataset, the folder that holds the dataset")
+    group.add_argument("--data_path", default="", nargs="+", action=OneOrMore,
+        help=f"{folder}; several are joined; with --dataset, the folder that holds the dataset")
     group.add_argument("--dataset", default="",
         help="a torchvision dataset by class name, e.g. FashionMNIST or Flowers102")
     if split:

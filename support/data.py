@@ -31,7 +31,7 @@ from torch.utils.data import Dataset, Subset
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, nearest, reason_of
-from support.files import Folder, Paths, readable_extensions
+from support.files import Folder, JoinedPaths, Paths, readable_extensions
 from support.logger import log
 from support.pixels import to_pixels, to_rgb
 from support.shapes import Shapes
@@ -141,6 +141,9 @@ class LabelledFiles(ImageFiles):
     Raises UserError, also for a class without images.
     """
 
+    classes: list[str]
+    labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
+
     def __init__(self, root: str | Path | Folder):
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
         folder = _folder(root)
@@ -156,7 +159,7 @@ class LabelledFiles(ImageFiles):
         self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(*self.paths.file(index)), int(self.labels[index])
+        return load_image(*self.paths.file(index)), int(self.labels[index]) if self.classes else 0
 
     def renumber(self, classes: list[str]) -> None:
         """Number the classes as `classes` does, which has to contain all of them."""
@@ -164,24 +167,19 @@ class LabelledFiles(ImageFiles):
         self.classes = classes
 
 
-class FolderFiles(ImageFiles):
+class FolderFiles(LabelledFiles):
     """All image files below a folder. If all of them lie in folders of it, these folders are the classes.
 
     `classes` is empty, and labels are 0, if there are images beside the folders.
     """
 
-    classes: list[str]
-
     def __init__(self, root: str | Path | Folder):
-        super().__init__(root)
+        ImageFiles.__init__(self, root)
         folders = [name.partition(os.sep) for name in self.paths.names()]
         self.classes, self.labels = [], np.zeros(len(self), int)
         if folders and all(separator for _, separator, _ in folders):
             names, self.labels = np.unique([first for first, _, _ in folders], return_inverse=True)
             self.classes = names.tolist()
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(*self.paths.file(index)), int(self.labels[index])
 
 
 class ListedFiles(LabelledFiles):
@@ -219,9 +217,6 @@ class ListedFiles(LabelledFiles):
         """What `digest` takes the list for: the same files in a folder."""
         return "LabelledFiles" if self.classes else "ImageFiles"
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return super().__getitem__(index) if self.classes else ImageFiles.__getitem__(self, index)
-
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not empty, with their numbers. Raises UserError."""
@@ -247,6 +242,24 @@ def _path_and_class(line: str, root: str) -> tuple[str, str]:
     return name.strip(), label.strip()
 
 
+class JoinedFiles(LabelledFiles):
+    """Several sets of image files, one after the other, with the classes of all, sorted.
+
+    `classes` is empty, and labels are 0, if one of the sets has no classes.
+    """
+
+    def __init__(self, sets: list[ImageFiles]):
+        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        self.paths = JoinedPaths([images.paths for images in sets])
+        self.classes, self.labels = [], np.zeros(0, int)
+        named = [images for images in sets if isinstance(images, LabelledFiles) and images.classes]
+        if len(named) == len(sets):
+            classes = sorted({name for images in named for name in images.classes})
+            for images in named:
+                images.renumber(classes)
+            self.classes, self.labels = classes, np.concatenate([images.labels for images in named])
+
+
 class Source(NamedTuple):
     """Where images come from: a folder, a torchvision dataset by class name in a folder, or the demo."""
 
@@ -255,11 +268,22 @@ class Source(NamedTuple):
     download: bool = False
     demo: bool = False
     split: str = ""  # to train on; empty: as `open_training_images` chooses
+    more: tuple[str, ...] = ()  # further data paths
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Source":
-        """Read the data flags."""
-        return cls(**{name: value for name, value in vars(args).items() if name in cls._fields})
+        """Read the data flags. Raises UserError."""
+        values = {name: value for name, value in vars(args).items() if name in cls._fields}
+        if isinstance(args.data_path, list):
+            values["data_path"], *more = args.data_path
+            values["more"] = tuple(more)
+            if args.dataset:
+                raise UserError("--dataset takes one folder", f"--data_path {more[0]}", "leave it out")
+        return cls(**values)
+
+    def each(self) -> list["Source"]:
+        """One source for each data path."""
+        return [self._replace(data_path=path, more=()) for path in (self.data_path, *self.more)]
 
 
 def open_training_images(source: Source) -> Images:
@@ -274,10 +298,26 @@ def open_training_images(source: Source) -> Images:
         return Shapes("train", 3_584)  # training takes five minutes on 2 cores
     if source.dataset:
         return _torchvision_dataset(source, "unlabelled")
+    return _join(
+        [_open_part(part, ImageFiles, "training images") for part in source.each()], "training images"
+    )
+
+
+def _open_part(source: Source, files: Callable[[Folder], ImageFiles], called: str) -> ImageFiles:
+    """Open the images of one data path; log them as `called`. Raises UserError."""
     place = _one_part(source)
-    images = _listed(place) if isinstance(place, Path) else ImageFiles(place)
+    images = _listed(place) if isinstance(place, Path) else files(place)
     _check_not_empty(images, place)
-    log(f"training images: {place}: {_selection(images)}")
+    log(f"{called}: {place}: {_selection(images)}")
+    return images
+
+
+def _join(sets: list[ImageFiles], called: str) -> ImageFiles:
+    """The images of all data paths."""
+    if len(sets) == 1:
+        return sets[0]
+    images = JoinedFiles(sets)
+    log(f"{called}: {len(sets)} sets: {describe(images)}")
     return images
 
 
@@ -332,11 +372,7 @@ def open_any_images(source: Source) -> Images:
         if split not in ("train", "val"):
             return _torchvision_dataset(source, "unlabelled", "images")
         return open_labelled_images(source, split)
-    place = _one_part(source)
-    images = _listed(place) if isinstance(place, Path) else FolderFiles(place)
-    _check_not_empty(images, place)
-    log(f"images: {place}: {_selection(images)}")
-    return images
+    return _join([_open_part(part, FolderFiles, "images") for part in source.each()], "images")
 
 
 def open_labelled_images(source: Source, split: str) -> Images:
@@ -345,11 +381,13 @@ def open_labelled_images(source: Source, split: str) -> Images:
         return Shapes(split, {"train": 4_096, "val": 1_000}[split])
     if source.dataset:
         return _torchvision_dataset(source, split)
-    place = _split_of(_existing_path(source.data_path), split)
-    images = ListedFiles(place, labelled=True) if isinstance(place, Path) else LabelledFiles(place)
-    _check_not_empty(images, place)
-    log(f"{split} images: {place}: {_selection(images)}")
-    return images
+    sets: list[ImageFiles] = []
+    for part in source.each():
+        place = _split_of(_existing_path(part.data_path), split)
+        sets.append(ListedFiles(place, labelled=True) if isinstance(place, Path) else LabelledFiles(place))
+        _check_not_empty(sets[-1], place)
+        log(f"{split} images: {place}: {_selection(sets[-1])}")
+    return _join(sets, f"{split} images")
 
 
 def open_train_and_val(source: Source) -> tuple[Images, Images]:

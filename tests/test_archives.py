@@ -18,7 +18,15 @@ import main_dino
 from support import data
 from support.archives import Members
 from support.checks import check_images
-from support.data import Images, Source, open_any_images, open_labelled_images, open_training_images
+from support.data import (
+    ImageFiles,
+    Images,
+    Source,
+    open_any_images,
+    open_labelled_images,
+    open_train_and_val,
+    open_training_images,
+)
 from support.errors import ImageError, UserError
 from support.loading import TrainingViews
 from support.weights import load_checkpoint
@@ -28,7 +36,7 @@ from utils import DataAugmentationDINO
 
 def write_list(path: Path, folder: Path, classes: str = "") -> Path:
     """List the images of `folder` in its order, with classes after the separator `classes`."""
-    names = list(data.ImageFiles(folder).paths.names())
+    names = list(ImageFiles(folder).paths.names())
     ends = [classes and classes + name.split(os.sep)[0] for name in names]
     lines = [
         f"{os.path.relpath(folder / name, path.parent)}{end}\n" for name, end in zip(names, ends, strict=True)
@@ -125,6 +133,27 @@ def test_a_list_is_one_part(own, tmp_path):
         knn(path)
     with pytest.raises(UserError, match="has no effect on a file"):
         open_training_images(Source(str(path), split="train"))
+
+
+def test_several_data_paths_are_one_set(own, tmp_path, capsys):
+    """Of any kinds, in the order given, with the classes of all."""
+    shutil.move(own / "train" / "a", tmp_path / "more" / "train" / "a")
+    shutil.copytree(own / "val" / "a", tmp_path / "more" / "val" / "a")
+    archive = str(pack(tmp_path / "more.zip", tmp_path / "more"))
+    args = eval_knn.parse_args(["--data_path", str(own), archive])
+    train, val = open_train_and_val(Source.of(args))
+    assert "train images: 2 sets: 12 images, 3 classes" in capsys.readouterr().out
+    assert [train[i][1] for i in range(12)] == [1] * 4 + [2] * 4 + [0] * 4 and len(val) == 16
+    parts = [ImageFiles(own / "train"), ImageFiles(tmp_path / "more" / "train")]
+    for i in range(12):
+        assert torch.equal(train.pixels(i), parts[i // 8].pixels(i % 8))
+    assert train.paths[9] == f"{archive}/train/a/001.png"
+    other = main_dino.parse_args(["--data_path", f"{own}/train", f"{tmp_path}/more/train", "--demo"])
+    joined = open_training_images(Source.of(other)._replace(demo=False))
+    assert len(joined) == 12 and data.digest(joined) != data.digest(train)
+    with pytest.raises(UserError, match="--dataset takes one folder"):
+        Source.of(eval_knn.parse_args(["--data_path", "a", "b", "--dataset", "CIFAR10"]))
+    assert main_dino.parse_args(["--data_path", "a"]).data_path == "a"
 
 
 # ---------------------------------------------------------------------------------------------
