@@ -876,11 +876,12 @@ def draw_preview(args: argparse.Namespace) -> None:
     path, where, fix = Path(args.preview).expanduser(), f"--preview {args.preview}", "give another file"
     if path.suffix.lower() != ".png":
         raise UserError("the picture is a PNG", where, "give a name that ends in .png")
-    folder = Path(args.data_path).expanduser().resolve()
-    if args.data_path and not args.dataset and not args.demo and folder in path.resolve().parents:
+    source = Source.of(args)
+    folders = [Path(part.data_path).expanduser().resolve() for part in source.each() if part.data_path]
+    if not args.dataset and not args.demo and set(folders) & set(path.resolve().parents):
         raise UserError("the picture would become one of the images", where, fix)
     check_free(path, set(), PREVIEW_MARK, fix)
-    images = open_training_images(Source.of(args))
+    images = open_training_images(source)
     rows = preview_rows(args, images)
     cli.make_folder(path.parent, "preview")
     size = args.global_crops_size

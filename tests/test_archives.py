@@ -1,7 +1,6 @@
 """Images from lists and archives, against the same images in a folder."""
 
 import gzip
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import eval_knn
 import main_dino
@@ -264,13 +264,26 @@ def test_the_index_is_built_once_for_each_state_of_an_archive(own, tmp_path, cac
     assert len(open_training_images(source)) == 4
 
 
+class Pixels(Dataset):
+    """Images as workers inherit them: with the archive open."""
+
+    def __init__(self, images: ImageFiles):
+        self.images = images
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images.pixels(index)
+
+
 def test_workers_read_at_the_same_time(own, tmp_path):
     """With a shared handle, one worker would move the place at which another one reads."""
     images = open_training_images(Source(str(pack(tmp_path / "a.tar", own / "train"))))
     expected = [images.pixels(i) for i in range(len(images))]  # opens the archive before the fork
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        read = pool.map(images.pixels, list(range(len(images))) * 40, chunksize=1)
-    assert all(torch.equal(pixels, expected[i % len(images)]) for i, pixels in enumerate(read))
+    handle = images.paths._open[0]
+    place = handle.tell()
+    options = dict(batch_size=None, num_workers=3, multiprocessing_context="fork")
+    read = DataLoader(Pixels(images), sampler=list(range(5)) * 40, **options)
+    assert all(torch.equal(pixels, expected[i % 5]) for i, pixels in enumerate(read))
+    assert handle.tell() == place
     again = pickle.loads(pickle.dumps(images))
     assert torch.equal(again.pixels(3), expected[3])
 
@@ -362,6 +375,10 @@ def test_other_bad_archives(own, tmp_path):
     pack(tmp_path / "flat" / "train.tar", own / "train" / "a")
     with pytest.raises(UserError, match=r"no class folders \(.*train.tar\)"):
         open_labelled_images(Source(str(tmp_path / "flat")), "train")
+    pack_in_parts(own / "train", tmp_path / "parts" / "train", "tar", True)
+    pack(tmp_path / "parts" / "train" / "d.tar", own / "train" / "d")
+    with pytest.raises(UserError, match="no images in class folders d "):
+        open_labelled_images(Source(str(tmp_path / "parts")), "train")
     for part in ("0", "1"):
         pack(tmp_path / "twice" / f"{part}.tar", own / "train")
     with pytest.raises(UserError, match=r"two archives contain c/003.png \(.*twice\)"):

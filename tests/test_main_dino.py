@@ -111,6 +111,7 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--data_path {images} --quarter_turns maybe", "neither true nor false"),
         ("--data_path {images} --preview p.jpg", r"--preview p.jpg\): give a name that ends in .png"),
         ("--data_path {images} --preview {images}/p.png", "would become one of the images"),
+        ("--data_path docs {images} --preview {images}/p.png", "would become one of the images"),
         ("--data_path docs --preview {images}/p.png", "no images found"),
         ("--data_path {images} --local_crops_number -1", "must be at least 0, not -1"),
         ("--data_path {images} --teacher_temp 0", "must be above 0, not 0"),
