@@ -328,9 +328,11 @@ def _one_part(source: Source) -> Folder | Path:
         raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
     place = _split_of(root, source.split) if source.split else _open_place(root)
     if isinstance(place, Folder):
-        others = [name for name in ("val", "validation", "valid", "test") if place.has(name)]
-        if place.has("train") and others:
-            what = f"folder has train/ and {'/ and '.join(others)}/"
+        archives = {Path(file).stem for file in place.files} if isinstance(place, Archive) else set()
+        parts = ("train", "val", "validation", "valid", "test")
+        there = [name for name in parts if place.has(name) or name in archives]
+        if "train" in there and len(there) > 1:
+            what = f"folder has {'/ and '.join(there)}/"
             in_archive = isinstance(place, Archive)
             fix = "add --split train" if in_archive else f"give --data_path {place.below('train')}"
             raise UserError(what, f"--data_path {place}", fix)

@@ -235,6 +235,14 @@ def test_containers_give_what_the_folder_gives(own, tmp_path, kind, capsys):
     assert knn(tmp_path / "in") == knn(own)
 
 
+def test_archives_of_train_and_val_are_not_mixed(own, tmp_path):
+    for split in ("train", "val"):
+        pack(tmp_path / "in" / f"{split}.tar", own / split, only={"train": "a", "val": "b"}[split])
+    with pytest.raises(UserError, match="folder has train/ and val/ .*: add --split train"):
+        open_training_images(Source(str(tmp_path / "in")))
+    assert len(open_training_images(Source(str(tmp_path / "in"), split="train"))) == 4
+
+
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_one_archive_may_hold_both_parts(own, tmp_path, kind):
     packed = pack(tmp_path / f"data.{kind}", own)
