@@ -197,6 +197,10 @@ HUGGING_FACE = {
 }
 
 
+# Of images; the bound is for torch 2.7, which takes none larger than 2**63 - 2.
+ANY_NUMBER = ({0: torch.export.Dim("batch", max=2**31)},)
+
+
 def to_onnx(frozen: Frozen, path: Path) -> Exported:
     """ONNX with the input "images" (B, 3, S, S), B free, and the output "features" (B, D)."""
     need("onnxscript", "onnx")
@@ -206,7 +210,7 @@ def to_onnx(frozen: Frozen, path: Path) -> Exported:
         (random_images(frozen, 2),),
         input_names=["images"],
         output_names=["features"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=ANY_NUMBER,
         dynamo=True,
         verbose=False,
     )
@@ -217,8 +221,7 @@ def to_onnx(frozen: Frozen, path: Path) -> Exported:
 
 def to_torch_export(frozen: Frozen, path: Path) -> Exported:
     """A `torch.export` program of images (B, 3, S, S), B free."""
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(frozen.network, (random_images(frozen, 2),), dynamic_shapes=shapes)
+    program = torch.export.export(frozen.network, (random_images(frozen, 2),), dynamic_shapes=ANY_NUMBER)
     torch.export.save(program, path)
     return torch.export.load(path).module()
 

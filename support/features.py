@@ -139,8 +139,10 @@ def last_cls_tokens(network: Any, images: Tensor, n: int) -> list[Tensor]:
     """
     if isinstance(network, VisionTransformer):
         return [layer[:, 0] for layer in network.get_intermediate_layers(images, n)]
-    layers = _timm_layers(network, images, n, output_fmt="NLC", return_prefix_tokens=True)
-    if not all(isinstance(layer, tuple) and layer[1].shape[1] for layer in layers):
+    layers: list = []
+    if getattr(network, "num_prefix_tokens", 1):
+        layers = _timm_layers(network, images, n, output_fmt="NLC", return_prefix_tokens=True)
+    if not layers or not all(isinstance(layer, tuple) and layer[1].shape[1] for layer in layers):
         raise UserError(
             f"{type(network).__name__} has no CLS token in its blocks", "--arch", "use another ViT"
         )

@@ -470,7 +470,7 @@ def no_object(data):
         (a_mask_without_a_frame, r"^mask without a frame in clip clip \(.*clip/00004.png\)"),
         (a_mask_in_colours, r"^mask has mode RGB \(.*clip/00001.png\)"),
         (a_broken_mask, r"^cannot read image: .*\(.*clip/00001.png\): repair it"),
-        (a_first_mask_cut_short, r"^cannot read mask: .*\(.*clip/00000.png\): repair it"),
+        (a_first_mask_cut_short, r"^cannot read (mask|image): .*\(.*clip/00000.png\): repair it"),
         (no_object, r"^the mask of the first frame has no object \(.*clip/00000.png\)"),
     ],
 )
