@@ -192,8 +192,8 @@ CAUSES = {
         "give /dev/shm more room (docker run --shm-size 8g), or lower --num_workers"
     ),
     r"^DataLoader worker \(pid": (
-        "run the same command to resume; if memory was short, lower --num_workers; if shared memory was, give "
-        "/dev/shm more room (docker run --shm-size 8g)"
+        "run the same command to resume; if memory was short, lower --num_workers; if shared memory was, "
+        "give /dev/shm more room (docker run --shm-size 8g)"
     ),
 }
 
