@@ -145,6 +145,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.slow
 def test_a_torch_without_distributed_trains(images, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_DISTRIBUTED)
     env = {"PYTHONPATH": str(tmp_path)}

@@ -111,6 +111,7 @@ class Waiting(torch.utils.data.Dataset):
         return index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("never", [-1, 5])
 def test_workers_end_with_the_pass_over_the_loader(never):
     """At its end, when it is closed early, and when a worker hangs; workers ignore SIGTERM."""

@@ -737,6 +737,7 @@ def test_the_demo_runs_under_torchrun_and_without_matplotlib(tmp_path):
     assert "note: no picture: colours need matplotlib" in out and not (tmp_path / "demo.png").exists()
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_live_progress_bar(images, tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))

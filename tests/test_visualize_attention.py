@@ -121,6 +121,7 @@ def test_a_broken_photo_does_not_end_a_run_over_many(tmp_path, capsys):
     assert error.value.exit_code == 2 and not list((tmp_path / "none").iterdir())
 
 
+@pytest.mark.slow
 def test_it_waits_for_no_other_process(tmp_path):
     save_images(tmp_path, 1)
     flags = [*RANDOM_VIT, "--image_path", str(tmp_path), "--image_size", "32", "--output_dir", str(tmp_path)]
