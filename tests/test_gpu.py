@@ -153,7 +153,7 @@ def test_linear_probe_equals_the_cpus(gpu, labelled, weights, tmp_path):
         words = ["--pretrained_weights", weights, "--data_path", str(labelled), "--epochs", "3"]
         words += ["--num_workers", "0", "--batch_size_per_gpu", "5", "--output_dir", str(tmp_path / name)]
         run("eval_linear.py", *words, env=env)
-        lines = (tmp_path / name / "log.txt").read_text().splitlines()
+        lines = (tmp_path / name / "log_linear.txt").read_text().splitlines()
         found.append([json.loads(line)["train_loss"] for line in lines])
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
