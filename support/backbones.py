@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from support.errors import UserError, nearest
+from support.errors import UserError, nearest, reason
 from vision_transformer import VITS, VisionTransformer
 
 
@@ -94,8 +94,7 @@ def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iter
             with torch.no_grad():
                 shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
         except Exception as error:  # a model may raise anything for a size that it does not accept
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{arch} takes no {size}-pixel images: {reason}", "--arch", fix) from None
+            raise UserError(f"{arch} takes no {size}-pixel images: {reason(error)}", "--arch", fix) from None
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not ({embed_dim},)", "--arch", fix)
     backbone.train(training)

@@ -12,7 +12,6 @@ import inspect
 import io
 import operator
 import os
-import re
 import shutil
 import tempfile
 import zlib
@@ -30,7 +29,7 @@ from torch.utils.data import Dataset, Subset
 
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
-from support.errors import ImageError, UserError, nearest, reason_of
+from support.errors import ImageError, UserError, nearest, reason, reason_of
 from support.files import Folder, JoinedPaths, Paths, readable_extensions
 from support.logger import log
 from support.pixels import to_pixels, to_rgb
@@ -637,11 +636,6 @@ def why_unreadable(images: Images, index: int) -> str:
 def name_and_reason(images: Images, index: int) -> str:
     """The name of an image that cannot be read, and the reason, for a warning."""
     return f"{sample_name(images, index)} ({why_unreadable(images, index)})"
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, without Pillow's description of the open file."""
-    return re.sub(r" <_io\.[^>]*>", "", str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def machine_lacks(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """Errors that the user can correct, each in one line."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -33,6 +34,11 @@ class Interrupted(UserError):
     """The run was stopped from outside; the same command resumes it. Exit code 75, EX_TEMPFAIL."""
 
     label, exit_code = "stopped", 75
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without Pillow's description of the open file."""
+    return re.sub(r" <_io\.[^>]*>", "", str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def reason_of(error: OSError) -> str:
