@@ -47,7 +47,7 @@ from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.loading import EvalImages, make_loader
 from support.logger import log
-from support.pixels import normalize
+from support.pixels import jaccard, normalize
 from support.shapes import Shapes
 from support.weights import Frozen
 from visualize_attention import cls_attention, enlarge, keep_mass
@@ -253,12 +253,6 @@ Batches = Iterable[tuple[list[int], Tensor]]  # as `square_batches` yields them
 # ---------------------------------------------------------------------------------------------
 # Attention
 # ---------------------------------------------------------------------------------------------
-
-
-def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of masks (..., H, W); 1 where both are empty."""
-    both, either = (masks & truth).sum(dim=(-2, -1)), (masks | truth).sum(dim=(-2, -1))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 class AttentionScores(NamedTuple):

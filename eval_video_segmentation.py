@@ -29,7 +29,7 @@ from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import ImageError, UserError
 from support.features import patch_size_of, patch_tokens
 from support.logger import log
-from support.pixels import IMAGENET_STD, normalize, to_pixels
+from support.pixels import IMAGENET_STD, jaccard, normalize, share, to_pixels
 from support.weights import Frozen, load_backbone
 
 CLIPS, FRAMES, MASKS = "ImageSets/2017/val.txt", "JPEGImages/480p", "Annotations/480p"
@@ -328,7 +328,7 @@ def track(
 
 def region_similarity(masks: Tensor, truth: Tensor) -> Tensor:
     """J, intersection over union of masks, bool (K, H, W) -> (K,); 1 where both are empty."""
-    return _share((masks & truth).sum(dim=(1, 2)), (masks | truth).sum(dim=(1, 2)))
+    return jaccard(masks, truth)
 
 
 def boundary_accuracy(masks: Tensor, truth: Tensor) -> Tensor:
@@ -339,13 +339,9 @@ def boundary_accuracy(masks: Tensor, truth: Tensor) -> Tensor:
     """
     radius = math.ceil(0.008 * math.hypot(*masks.shape[1:]))
     drawn, real = boundary(masks), boundary(truth)
-    precision = _share((drawn & dilate(real, radius)).sum(dim=(1, 2)), drawn.sum(dim=(1, 2)))
-    recall = _share((real & dilate(drawn, radius)).sum(dim=(1, 2)), real.sum(dim=(1, 2)))
+    precision = share((drawn & dilate(real, radius)).sum(dim=(1, 2)), drawn.sum(dim=(1, 2)))
+    recall = share((real & dilate(drawn, radius)).sum(dim=(1, 2)), real.sum(dim=(1, 2)))
     return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, part / whole.clamp(min=1), 1.0)
 
 
 def boundary(masks: Tensor) -> Tensor:
