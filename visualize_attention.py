@@ -316,15 +316,19 @@ class Viewer(NamedTuple):
         size = patch_size_of(self.frozen.network)
         return patch_at(self.query, image, self.image_size, size) if self.query else None
 
-    def attention(self, image: Image.Image) -> Tensor:
-        """Attention over the patches of one image, on the CPU: (h, R, C). Raises UserError."""
-        pixels = self.prepare(image)[1]
-        return attention_map(self.frozen.network, pixels, self.layer, self.patch(image))[0].cpu()
+    def attention(self, image: Image.Image) -> tuple[Image.Image, Tensor, tuple[int, int] | None]:
+        """One image in whole patches, the attention over them, on the CPU (h, R, C), and the query's patch.
+
+        Raises UserError.
+        """
+        (prepared, pixels), patch = self.prepare(image), self.patch(image)
+        return prepared, attention_map(self.frozen.network, pixels, self.layer, patch)[0].cpu(), patch
 
     @torch.inference_mode()
-    def tokens(self, image: Image.Image) -> Tensor:
-        """Patch tokens of one image: (R, C, D). Raises UserError."""
-        return patch_tokens(self.frozen.network, self.prepare(image)[1], self.layer)[0]
+    def tokens(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
+        """One image in whole patches, and their tokens (R, C, D). Raises UserError."""
+        prepared, pixels = self.prepare(image)
+        return prepared, patch_tokens(self.frozen.network, pixels, self.layer)[0]
 
 
 # What draws the pictures of one image, by file name.
@@ -333,28 +337,28 @@ Show = Callable[[Image.Image], dict[str, Image.Image]]
 
 def show_attention(viewer: Viewer, threshold: float | None, image: Image.Image) -> dict[str, Image.Image]:
     """Draw the attention of the heads, and their mean."""
-    maps = by_head(viewer.attention(image))
-    return draw(viewer.prepare(image)[0], maps, threshold, viewer.patch(image))
+    prepared, attention, patch = viewer.attention(image)
+    return draw(prepared, by_head(attention), threshold, patch)
 
 
 def show_mean_attention(
     viewer: Viewer, threshold: float | None, top: float, image: Image.Image
 ) -> dict[str, Image.Image]:
     """Draw the mean attention of the heads, in colours from 0 to `top`."""
-    maps = {"mean": viewer.attention(image).mean(dim=0)}
-    return draw(viewer.prepare(image)[0], maps, threshold, viewer.patch(image), top)
+    prepared, attention, patch = viewer.attention(image)
+    return draw(prepared, {"mean": attention.mean(dim=0)}, threshold, patch, top)
 
 
 def show_components(viewer: Viewer, colours: PatchColours, image: Image.Image) -> dict[str, Image.Image]:
     """Draw each patch in the colours of its principal components."""
-    prepared = viewer.prepare(image)[0]
-    picture = Image.fromarray(colours(viewer.tokens(image)).numpy())
+    prepared, tokens = viewer.tokens(image)
+    picture = Image.fromarray(colours(tokens).numpy())
     return {"img": prepared, "pca": picture.resize(prepared.size, Image.Resampling.NEAREST)}
 
 
 def fit_components(viewer: Viewer, images: Callable[[], Iterable[Image.Image]], side: str) -> PatchColours:
     """Fit the components over all images; `images()` yields them. Raises UserError."""
-    colours = PatchColours(lambda: map(viewer.tokens, images()), side)
+    colours = PatchColours(lambda: (viewer.tokens(image)[1] for image in images()), side)
     wrong = "" if side == "all" else "; if it is the background, give the other side with --foreground"
     log(f"principal components: foreground {colours.share:.0%} of the patches{wrong}")
     return colours
@@ -437,7 +441,7 @@ def visualize_video(viewer: Viewer, frames: Frames, args: argparse.Namespace, pa
     if args.pca:
         show = functools.partial(show_components, viewer, fit_components(viewer, sample, args.foreground))
     else:
-        top = max(viewer.attention(frame).mean(dim=0).max().item() for frame in sample())
+        top = max(viewer.attention(frame)[1].mean(dim=0).max().item() for frame in sample())
         show = functools.partial(show_mean_attention, viewer, args.threshold, top)
     rate = args.fps or frames.rate or 30
     with write_video(path, rate, MARK["Software"]) as append:
