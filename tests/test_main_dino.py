@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval_knn
 import main_dino
 from support import backbones, cli
 from support.data import ImageFiles, Source, open_training_images
@@ -507,8 +508,8 @@ def test_knn_is_logged_and_does_not_change_the_training(images, labelled, tmp_pa
     for part in ("student", "teacher", "dino_loss"):
         torch.testing.assert_close(without[part], with_[part], rtol=0, atol=0)
     weights = ["--pretrained_weights", str(tmp_path / "with" / "checkpoint.pth")]
-    again = run("eval_knn.py", "--data_path", str(labelled), *weights, "--nb_knn", "20").stdout
-    top1 = float(re.search(r"-NN classifier result: Top1: ([\d.]+)", again)[1])
+    argv = ["--data_path", str(labelled), *weights, "--nb_knn", "20", "--num_workers", "0"]
+    [(top1, _)] = eval_knn.main(eval_knn.parse_args(argv)).values()
     records = log_of(tmp_path / "with")
     assert records[1]["knn_teacher"] == pytest.approx(top1)
     assert all({"knn_student", "knn_teacher"} <= set(record) for record in records)
@@ -627,7 +628,7 @@ def test_what_cannot_be_compiled_is_one_clear_line(images, tmp_path):
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_path):
     flags = ["--data_path", str(images), "--output_dir", str(tmp_path)]
-    run("main_dino.py", *TINY, *flags, "--max_steps", "5")
+    train(*flags, "--max_steps", "5")
     good = (tmp_path / "checkpoint.pth").read_bytes()
     result = run(
         "main_dino.py", *TINY, *flags, "--lr", "1e30", "--clip_grad", "0", "--allow_changed_args", check=False
