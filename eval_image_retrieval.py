@@ -44,7 +44,14 @@ from support.weights import Frozen, load_backbone
 DATASETS = {"roxford5k": (4_993, 70), "rparis6k": (6_322, 70)}  # images of the database, queries
 
 # The paper's Table 3 for published weights: mAP in percent, Medium and Hard.
-PAPER = {("dino_resnet50", "roxford5k"): (35.4, 11.1)}
+PAPER = {
+    ("dino_resnet50", "roxford5k"): (35.4, 11.1),
+    ("dino_resnet50", "rparis6k"): (55.9, 27.5),
+    ("dino_vits16", "roxford5k"): (41.8, 13.7),
+    ("dino_vits16", "rparis6k"): (63.1, 34.4),
+    ("dino_vits16_landmarks", "roxford5k"): (51.5, 24.3),
+    ("dino_vits16_landmarks", "rparis6k"): (75.3, 51.6),
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:

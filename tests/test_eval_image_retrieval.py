@@ -156,6 +156,7 @@ def test_queries_are_cropped_on_request(paper_inputs, capsys):
 def test_the_papers_number_stands_beside_its_weights_and_its_data_only():
     line = eval_image_retrieval.paper_line
     assert line("dino_resnet50", "roxford5k", 4993, 70) == "paper, Table 3: mAP M: 35.4, H: 11.1"
+    assert line("dino_vits16_landmarks", "rparis6k", 6322, 70) == "paper, Table 3: mAP M: 75.3, H: 51.6"
     assert line("dino_resnet50", "roxford5k", 4992, 70) is None
     assert line("dino_resnet50", "roxford5k", 4993, 7) is None
     assert line("runs/checkpoint.pth", "roxford5k", 4993, 70) is None
