@@ -56,7 +56,7 @@ from support.errors import TrainingError, UserError
 from support.features import extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
-from support.pixels import normalize
+from support.pixels import Size, height_and_width, normalize
 from support.restart import Run
 from support.subsets import FewImages, draw_few, few_shot, labels_of
 from support.weights import (
@@ -79,8 +79,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_weights_flags(parser)
     positive = cli.number(int, at_least=1)
     group = parser.add_argument_group("features")
-    group.add_argument("--image_size", default=None, type=positive,
-        help="image size in pixels (default: the checkpoint's, else 224)")
+    cli.add_size_flag(group, "--image_size", None,
+        "image size in pixels: one length, or height and width (default: the checkpoint\'s, else 224)")
     group.add_argument("--n_last_blocks", default=4, type=positive,
         help="concatenate the CLS tokens of this many last blocks; the paper uses 4 for ViT-S, 1 for ViT-B; "
              "for our ViTs only: other networks give their pooled output")
@@ -176,13 +176,16 @@ def check_args(args: argparse.Namespace) -> None:
 class AugmentedImages(Dataset):
     """Randomly cropped and flipped images with label, to train a linear classifier on.
 
-    Item (epoch, i) is uint8 (3, size, size) and the label; it depends on the seed, the epoch and i alone.
+    Item (epoch, i) is uint8 (3, H, W) and the label; it depends on the seed, the epoch and i alone.
     """
 
-    def __init__(self, images: Images, size: int, seed: int):
+    def __init__(self, images: Images, size: Size, seed: int):
         self.images, self.seed = images, seed
+        height, width = height_and_width(size)
         # torchvision's defaults, as in the published evaluation: bilinear, where training is bicubic.
-        crop, flip = transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()
+        ratio = width / height * 3 / 4, width / height * 4 / 3
+        crop = transforms.RandomResizedCrop((height, width), ratio=ratio)
+        flip = transforms.RandomHorizontalFlip()
         self.transform = transforms.Compose([crop, flip, transforms.PILToTensor()])
 
     def __len__(self) -> int:
@@ -358,7 +361,7 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
         avgpool_patchtokens=args.avgpool_patchtokens,
         dtype=cli.PRECISIONS[args.precision],
     )
-    width = of(torch.zeros(1, 3, frozen.image_size, frozen.image_size, device=device)).shape[1]
+    width = of(torch.zeros(1, 3, *height_and_width(frozen.image_size), device=device)).shape[1]
     kind = "CLS tokens" if is_vit else "the network's output"
     log(f"features: {kind}, {width} wide")
     return Features(of, width, frozen, digest_weights(network))

@@ -47,7 +47,7 @@ from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.loading import EvalImages, make_loader
 from support.logger import log
-from support.pixels import jaccard, normalize
+from support.pixels import height_and_width, jaccard, normalize
 from support.shapes import Shapes
 from support.weights import Frozen
 from visualize_attention import cls_attention, enlarge, keep_mass
@@ -73,9 +73,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder in VOC's layout, with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/")
     group.add_argument("--demo", action="store_true",
         help="evaluate on the drawn shapes of main_dino.py --demo, whose masks are exact")
-    group.add_argument("--image_size", default=None, type=positive,
-        help="side in pixels of the square that images are resized to; larger gives more patches, e.g. 480 "
-             "(default: the checkpoint's, else 224)")
+    cli.add_size_flag(group, "--image_size", None,
+        "side in pixels of the square, or height and width, that images are resized to; larger gives more "
+        "patches, e.g. 480 (default: the checkpoint's, else 224)")
     group.add_argument("--batch_size_per_gpu", default=16, type=positive, help="images per forward pass")
     group.add_argument("--num_workers", default=10, type=cli.number(int, at_least=0),
         help="data-loading workers; at most one per core")
@@ -236,18 +236,21 @@ def is_voc12(val: Masked) -> bool:
     return isinstance(val, MaskedFiles) and len(val) == 1_449 and val.stems[0] == "2007_000033"
 
 
-def square_batches(
+def resized_batches(
     frozen: Frozen, images: Images, device: torch.device, batch_size: int = 16, num_workers: int = 0
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield indices and normalised squares (B, 3, image_size, image_size) of all images, in their order."""
-    resize = transforms.Resize([frozen.image_size] * 2, transforms.InterpolationMode.BICUBIC)
+    """Yield indices and all images, in their order, resized to the network's size and normalised,
+    (B, 3, H, W).
+    """
+    size = height_and_width(frozen.image_size)
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([resize, transforms.PILToTensor()])
     order = BatchSampler(SequentialSampler(range(len(images))), batch_size, drop_last=False)
     for pixels, _, indices in make_loader(EvalImages(images, transform), order, num_workers, device):
         yield indices.tolist(), normalize(pixels.to(device), frozen.mean, frozen.std)
 
 
-Batches = Iterable[tuple[list[int], Tensor]]  # as `square_batches` yields them
+Batches = Iterable[tuple[list[int], Tensor]]  # as `resized_batches` yields them
 
 
 # ---------------------------------------------------------------------------------------------
@@ -420,7 +423,7 @@ def report_segmentation(pixels: dict[str, Tensor], names: Sequence[str]) -> dict
 @torch.inference_mode()
 def has_attention(frozen: Frozen, device: torch.device) -> bool:
     """Whether the network has CLS attention; if not, says so. Raises UserError if it has no patch tokens."""
-    image = torch.zeros(1, 3, frozen.image_size, frozen.image_size, device=device)
+    image = torch.zeros(1, 3, *height_and_width(frozen.image_size), device=device)
     patch_tokens(frozen.network, image)
     try:
         cls_attention(frozen.network, image)
@@ -442,12 +445,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     loading = device, args.batch_size_per_gpu, args.num_workers
     found: dict[str, float] = {}
     if has_attention(frozen, device):
-        scores = measure_attention(network, val, square_batches(frozen, val, *loading), args.threshold)
+        scores = measure_attention(network, val, resized_batches(frozen, val, *loading), args.threshold)
         found |= report_attention(scores, args.threshold, len(val))
         if is_voc12(val) and args.pretrained_weights == "dino_vits16":
             log("  the paper's: DINO 45.9, supervised 27.3, random weights 22.0")
 
-    data = square_batches(frozen, train, *loading)
+    data = resized_batches(frozen, train, *loading)
     tokens, labels = sample_tokens(network, train, data, args.train_patches, args.seed)
     num_classes, k = max(train.present) + 1, min(args.nb_knn, len(labels))
     log(f"patch tokens: {len(labels):,} training patches of {len(train):,} images, {k} neighbours; "
@@ -456,7 +459,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "k-NN": knn_segmenter(tokens, labels, k, args.temperature, num_classes),
         "linear": logistic.fit(tokens, labels, num_classes, L2),
     }
-    pixels = segment(network, val, square_batches(frozen, val, *loading), classifiers, num_classes)
+    pixels = segment(network, val, resized_batches(frozen, val, *loading), classifiers, num_classes)
     return found | report_segmentation(pixels, val.names)
 
 

@@ -14,7 +14,7 @@
 Each is written to a temporary folder, read back and compared with the network on random images, and only
 then moved to its place. ONNX needs the packages onnx, onnxscript and onnxruntime, hf needs transformers.
 
-Shapes: B images of S x S pixels, D features.
+Shapes: B images of H x W pixels, D features.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from support.distributed import fix_random_seeds, launched_as
 from support.errors import TrainingError, UserError
 from support.features import load_by_flags
 from support.logger import log
+from support.pixels import Size, height_and_width, size_words
 from support.weights import Frozen, load_backbone, load_strictly
 from vision_transformer import VisionTransformer
 
@@ -46,8 +47,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--to", nargs="+", default=["backbone"], choices=EXPORTS,
         help="what to write: a backbone file of this project, a state dict for timm, a Hugging Face ViTModel "
              "folder, ONNX, torch.export")
-    group.add_argument("--image_size", default=None, type=cli.number(int, at_least=1),
-        help="image size in pixels (default: the checkpoint's, else 224)")
+    cli.add_size_flag(group, "--image_size", None,
+        "image size in pixels: one length, or height and width (default: the checkpoint\'s, else 224)")
     group.add_argument("--output_dir", default="exported", help="folder for the files")
     group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
         help="seed of the random images, and of the weights of --pretrained_weights random")
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# An exported network, read back: normalised images (B, 3, S, S) -> features (B, D).
+# An exported network, read back: normalised images (B, 3, H, W) -> features (B, D).
 Exported = Callable[[Tensor], Tensor]
 
 
@@ -81,11 +82,9 @@ def need(module: str, to: str) -> Any:
 
 def to_backbone(frozen: Frozen, path: Path) -> Exported:
     """The state dict, with the records that `load_backbone` reads."""
-    args: dict[str, str | int] = {"arch": frozen.arch}
+    args: dict[str, str | Size] = {"arch": frozen.arch, "global_crops_size": frozen.image_size}
     if isinstance(frozen.network, VisionTransformer):
         args["patch_size"] = frozen.network.patch_embed.patch_size
-    else:
-        args["global_crops_size"] = frozen.image_size  # a ViT's shapes say it
     normalization = {"mean": frozen.mean, "std": frozen.std}
     state = frozen.network.state_dict()
     torch.save({"state_dict": state, "args": args, "normalization": normalization}, path)
@@ -99,7 +98,7 @@ def to_timm(frozen: Frozen, path: Path) -> Exported:
     """A state dict that timm's model of this architecture loads strictly."""
     timm, safetensors = need("timm", "timm"), need("safetensors.torch", "timm")
     network, name = frozen.network, frozen.arch
-    kwargs: dict[str, int] = {}
+    kwargs: dict[str, Size] = {}
     if isinstance(network, VisionTransformer):
         name, kwargs = timm_arguments(network, frozen.image_size)
     elif getattr(network, "dynamic_img_size", False):
@@ -116,7 +115,7 @@ def to_timm(frozen: Frozen, path: Path) -> Exported:
     return model.eval()
 
 
-def timm_arguments(network: VisionTransformer, image_size: int) -> tuple[str, dict[str, int]]:
+def timm_arguments(network: VisionTransformer, image_size: Size) -> tuple[str, dict[str, Size]]:
     """The name of timm's ViT of the same width, and the arguments by which ours differs from it."""
     attention: Any = network.blocks[0].attn
     names = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
@@ -136,7 +135,7 @@ def timm_arguments(network: VisionTransformer, image_size: int) -> tuple[str, di
 def to_hf(frozen: Frozen, path: Path) -> Exported:
     """A folder with a Hugging Face ViTModel and an image processor that gives our transform's pixels."""
     transformers, safetensors = need("transformers", "hf"), need("safetensors.torch", "hf")
-    vit, size = frozen.network, frozen.image_size
+    vit, (height, width) = frozen.network, height_and_width(frozen.image_size)
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{frozen.arch} is not one of our ViTs", "--to hf", "export it to another format")
     attention: Any = vit.blocks[0].attn
@@ -145,7 +144,7 @@ def to_hf(frozen: Frozen, path: Path) -> Exported:
         num_hidden_layers=len(vit.blocks),
         num_attention_heads=attention.num_heads,
         intermediate_size=4 * vit.embed_dim,
-        image_size=size,
+        image_size=frozen.image_size,
         patch_size=vit.patch_embed.patch_size,
         layer_norm_eps=vit.norm.eps,
         qkv_bias=True,
@@ -155,9 +154,13 @@ def to_hf(frozen: Frozen, path: Path) -> Exported:
     config.save_pretrained(path)
     state = {name: value.contiguous() for name, value in hugging_face_names(vit.state_dict()).items()}
     (path / "model.safetensors").write_bytes(safetensors.save(state, metadata={"format": "pt"}))
+    if height != width:
+        needed = size_words([round(side * 256 / 224) for side in (height, width)])
+        log(f"note: the image processor only crops the centre: resize images to cover {needed} pixels before")
     processor = transformers.BitImageProcessor(
-        size={"shortest_edge": round(size * 256 / 224)},
-        crop_size={"height": size, "width": size},
+        do_resize=height == width,  # it knows no resize that covers a rectangle
+        size={"shortest_edge": round(height * 256 / 224)},
+        crop_size={"height": height, "width": width},
         resample=3,  # bicubic
         image_mean=list(frozen.mean),
         image_std=list(frozen.std),
@@ -202,7 +205,7 @@ ANY_NUMBER = ({0: torch.export.Dim("batch", max=2**31)},)
 
 
 def to_onnx(frozen: Frozen, path: Path) -> Exported:
-    """ONNX with the input "images" (B, 3, S, S), B free, and the output "features" (B, D)."""
+    """ONNX with the input "images" (B, 3, H, W), B free, and the output "features" (B, D)."""
     need("onnxscript", "onnx")
     runtime = need("onnxruntime", "onnx")
     program: Any = torch.onnx.export(
@@ -220,7 +223,7 @@ def to_onnx(frozen: Frozen, path: Path) -> Exported:
 
 
 def to_torch_export(frozen: Frozen, path: Path) -> Exported:
-    """A `torch.export` program of images (B, 3, S, S), B free."""
+    """A `torch.export` program of images (B, 3, H, W), B free."""
     program = torch.export.export(frozen.network, (random_images(frozen, 2),), dynamic_shapes=ANY_NUMBER)
     torch.export.save(program, path)
     return torch.export.load(path).module()
@@ -242,8 +245,8 @@ EXPORTS: dict[str, tuple[str, Callable[[Frozen, Path], Exported]]] = {
 
 
 def random_images(frozen: Frozen, count: int) -> Tensor:
-    """Normalised images of noise: (count, 3, S, S)."""
-    return torch.randn(count, 3, frozen.image_size, frozen.image_size)
+    """Normalised images of noise: (count, 3, H, W)."""
+    return torch.randn(count, 3, *height_and_width(frozen.image_size))
 
 
 @torch.no_grad()
@@ -291,10 +294,12 @@ def fit_to_size(frozen: Frozen) -> None:
     """Interpolate the position embedding of one of our ViTs to the image size, if it has another."""
     network = frozen.network
     if isinstance(network, VisionTransformer):
-        position = network.interpolate_pos_encoding(frozen.image_size, frozen.image_size)
+        sides = height_and_width(frozen.image_size)
+        position, patch_size = network.interpolate_pos_encoding(*sides), network.patch_embed.patch_size
         if position is not network.pos_embed:
-            log(f"note: position embedding interpolated to {frozen.image_size} pixels")
+            log(f"note: position embedding interpolated to {size_words(frozen.image_size)} pixels")
             network.pos_embed = nn.Parameter(position, requires_grad=False)
+            network.grid = sides[0] // patch_size, sides[1] // patch_size
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:

@@ -65,6 +65,7 @@ from support.features import (
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
+from support.pixels import height_and_width
 from support.weights import Frozen, load_file, replacing
 from support.weights import digest as digest_weights
 
@@ -79,8 +80,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="cls: the network's output, for ViTs the CLS token, (D,); patches: the last block's patch "
              "tokens, (R, C, D); last4: the CLS tokens of the last four blocks, (4 D,); avgpool: CLS token "
              "and mean of the patch tokens, interleaved, (2 D,), for networks without patches their output")
-    group.add_argument("--image_size", default=None, type=cli.number(int, at_least=1),
-        help="image size in pixels (default: the checkpoint's, else 224)")
+    cli.add_size_flag(group, "--image_size", None,
+        "image size in pixels: one length, or height and width (default: the checkpoint\'s, else 224)")
     group.add_argument("--precision", default="fp32", choices=cli.PRECISIONS,
         help="precision of the network's forward pass")
     group.add_argument("--batch_size_per_gpu", default=128, type=cli.number(int, at_least=1),
@@ -147,7 +148,7 @@ class Rows(Dataset[tuple[Tensor, int, bool]]):
 
     def __init__(self, images: Images, frozen: Frozen, skip_unreadable: bool):
         self.images, self.skip_unreadable = images, skip_unreadable
-        self.transform, self.size = frozen.transform, frozen.image_size
+        self.transform, self.size = frozen.transform, height_and_width(frozen.image_size)
         # Image files without classes have the label 0.
         self.labelled = bool(getattr(images, "classes", None)) or not isinstance(images, ImageFiles)
 
@@ -156,7 +157,7 @@ class Rows(Dataset[tuple[Tensor, int, bool]]):
             image, label = read_image(self.images, index)
         except ImageError as error:
             if self.skip_unreadable:
-                return torch.full((3, self.size, self.size), torch.nan), -1, False
+                return torch.full((3, *self.size), torch.nan), -1, False
             raise ImageError(f"{error}, or add --skip_unreadable") from None
         return self.transform(image), class_number(label) if self.labelled else -1, True
 
@@ -436,15 +437,16 @@ def main(args: argparse.Namespace) -> Path:
     names = names_of(images)
     folder = cli.make_folder(args.output_dir)
     frozen = load_by_flags(args)
-    size, network = frozen.image_size, frozen.network.to(device)
+    network = frozen.network.to(device)
     model = functools.partial(compute, args.kind, network, cli.PRECISIONS[args.precision])
-    shape = len(images), *model(torch.zeros(1, 3, size, size, device=device)).shape[1:]
+    image = torch.zeros(1, 3, *height_and_width(frozen.image_size), device=device)
+    shape = len(images), *model(image).shape[1:]
     flags = ("kind", "precision", "batch_size_per_gpu", "dtype", "format")
     identity = {name: getattr(args, name) for name in flags} | {
         "network": digest_weights(network),
         "images": digest(images),
         "shape": list(shape),
-        "pixels": size,
+        "pixels": frozen.image_size,
         "mean": list(frozen.mean),
         "std": list(frozen.std),
     }

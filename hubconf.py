@@ -61,7 +61,7 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
 
     The arguments after `weights` are those of the scripts' flags; None takes what the file records. The
     network is in evaluation mode, and its weights can be trained. Its attribute `transform` makes the input
-    (3, image_size, image_size) from a PIL image. Raises an error, in one line, for weights that do not fit.
+    (3, H, W) from a PIL image. Raises an error, in one line, for weights that do not fit.
     """
     with _own_modules():
         from support.weights import load_backbone

@@ -62,7 +62,15 @@ from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
 from support.pictures import contact_sheet
-from support.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalize, eval_transform, normalized_views
+from support.pixels import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Size,
+    denormalize,
+    eval_transform,
+    height_and_width,
+    normalized_views,
+)
 from support.restart import Run
 from support.weights import init_from, load_backbone, replacing
 from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
@@ -194,10 +202,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--local_crops_scale", default=(0.05, 0.4),
         type=number(float, above=0, at_most=1), nargs=2, metavar=("MIN", "MAX"),
         help="share of the image's area; larger where objects are small or fill the image")
-    group.add_argument("--global_crops_size", default=224, type=number(int, at_least=1),
-        help="pixels per side of a global view, a multiple of the patch; smaller for small images")
-    group.add_argument("--local_crops_size", default=96, type=number(int, at_least=1),
-        help="pixels per side of a local view, a multiple of the patch; smaller for small images")
+    cli.add_size_flag(group, "--global_crops_size", 224,
+        "pixels per side of a global view, a multiple of the patch; smaller for small images; height and "
+        "width for views that are not square")
+    cli.add_size_flag(group, "--local_crops_size", 96,
+        "pixels per side of a local view, or its height and width, as for --global_crops_size")
 
     share = number(float, at_least=0, at_most=1)
     group = parser.add_argument_group("augmentation", "G1, G2, LOCAL: of the first global view, the second, "
@@ -227,8 +236,8 @@ def get_args_parser() -> argparse.ArgumentParser:
              "--hflip_p 0.5 all eight orientations are equally frequent")
     group.add_argument("--crop_aspect", default=PAPER.crop_aspect, type=number(float, above=0), nargs=2,
         metavar=("MIN", "MAX"),
-        help="width over height of a crop, before it is resized to a square; 1 1 where shapes must not be "
-             "distorted")
+        help="width over height of a crop before it is resized, divided by that of the view; 1 1 where "
+             "shapes must not be distorted")
 
     cli.add_data_flags(parser,
         "folder, .tar or .zip of images, with or without class folders, or a text file that lists images",
@@ -380,8 +389,8 @@ def check_args(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def crop_sizes(args: argparse.Namespace) -> list[int]:
-    """Pixels per side of the global views and, if there are any, of the local views."""
+def crop_sizes(args: argparse.Namespace) -> list[Size]:
+    """Size of the global views and, if there are any, of the local views."""
     return (
         [args.global_crops_size, args.local_crops_size]
         if args.local_crops_number
@@ -479,7 +488,7 @@ def compile_in_place(*networks: MultiCropWrapper) -> None:
             part.compile(fullgraph=True, dynamic=False)
 
 
-def distribute(model: nn.Module, device: torch.device, sizes: Iterable[int]) -> nn.Module:
+def distribute(model: nn.Module, device: torch.device, sizes: Iterable[Size]) -> nn.Module:
     """Wrap the student so that ranks start from the same weights and average their gradients."""
     if get_world_size() == 1:
         return model
@@ -488,7 +497,8 @@ def distribute(model: nn.Module, device: torch.device, sizes: Iterable[int]) -> 
     # DDP regroups the gradients after its first backward pass, and the groups determine the order in which
     # the ranks' sums are rounded. So make a blank pass first; otherwise a restart would change bits.
     model.eval()
-    model([torch.zeros(1, 3, size, size, device=device) for size in sizes]).sum().backward()
+    views = [torch.zeros(1, 3, *height_and_width(size), device=device) for size in sizes]
+    model(views).sum().backward()
     model.zero_grad()
     return model.train()
 
@@ -510,7 +520,7 @@ def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: tor
     backbone = copy.deepcopy(backbone)  # the pass changes the running mean
     try:
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, args.local_crops_size, args.local_crops_size, device=device))
+            backbone(torch.zeros(1, 3, *height_and_width(args.local_crops_size), device=device))
     except ValueError as error:
         fix = "raise it, or give more or larger local crops"
         raise UserError(f"batch norm cannot train: {error}", "--batch_size_per_gpu 1", fix) from None
@@ -854,7 +864,7 @@ PREVIEW_MARK = {"Software": "DINO main_dino.py --preview"}  # text in the PNG, w
 def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Image]]:
     """For the first images of epoch 0, in the order of the training: the image, then its views.
 
-    A large image is reduced to a global view's size.
+    A large image is reduced to a global view's longer side.
     """
     dataset = build_views(args, images)
     items = next(iter(EpochBatches(len(images), min(PREVIEW_IMAGES, len(images)), args.seed)))
@@ -865,7 +875,7 @@ def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Im
     rows = []
     for i, item in enumerate(items):
         image = to_pil_image(dataset.readable(*item)[0])
-        image.thumbnail((args.global_crops_size, args.global_crops_size))
+        image.thumbnail([max(height_and_width(args.global_crops_size))] * 2)
         rows.append([image, *(to_pil_image(view[i]) for view in shown)])
     return rows
 
@@ -884,7 +894,7 @@ def draw_preview(args: argparse.Namespace) -> None:
     images = open_training_images(source)
     rows = preview_rows(args, images)
     cli.make_folder(path.parent, "preview")
-    size = args.global_crops_size
+    size = max(height_and_width(args.global_crops_size))
     side = size * max(1, 160 // size)  # a whole multiple: the picture has the views' own pixels
     save_picture(contact_sheet(rows, side), path, set(), PREVIEW_MARK)
     log(f"{len(rows)} of {describe(images)} and the views that epoch 0 of the training makes of them: {path}")
@@ -898,7 +908,7 @@ def draw_preview(args: argparse.Namespace) -> None:
 def report_demo(args: argparse.Namespace) -> None:
     """Evaluate before and after training as a user would; save a picture of views, attention and curves."""
     weights = str(Path(args.output_dir, "checkpoint.pth"))
-    size = f"--image_size {args.global_crops_size}".split()
+    size = ["--image_size", *map(str, height_and_width(args.global_crops_size))]
     # The seed gives the weights that the training started from.
     start = f"--arch {args.arch} --patch_size {args.patch_size} --seed {args.seed}".split()
     networks = {

@@ -23,7 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.distributed import all_gather, all_reduce_mean
 from support.logger import log
-from support.pixels import Colour, View, apply_colours, crop_and_resize, normalize, stack_colours, to_pixels
+from support.pixels import (
+    Colour,
+    Size,
+    View,
+    apply_colours,
+    crop_and_resize,
+    height_and_width,
+    normalize,
+    stack_colours,
+    to_pixels,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Augmentation. `rng` has the methods of `random.Random`. The order of the draws determines the views.
@@ -45,7 +55,7 @@ class Recipe(NamedTuple):
     hflip_p: float = 0.5
     vflip_p: float = 0.0
     quarter_turns: bool = False  # turn by 0, 90, 180 or 270 degrees, equally often
-    crop_aspect: Sequence[float] = (3 / 4, 4 / 3)  # width over height of the crop
+    crop_aspect: Sequence[float] = (3 / 4, 4 / 3)  # width over height of the crop, divided by the view's
 
 
 PAPER = Recipe()
@@ -54,7 +64,7 @@ PAPER = Recipe()
 class Kind(NamedTuple):
     """Parameters in which the kinds of views differ."""
 
-    size: int  # pixels per side
+    size: tuple[int, int]  # height and width in pixels
     scale: Sequence[float]  # smallest and largest share of the image's area
     blur_p: float
     solarize_p: float
@@ -62,12 +72,14 @@ class Kind(NamedTuple):
 
 def draw_view(width: int, height: int, kind: Kind, rng=random, recipe: Recipe = PAPER) -> View:
     """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
+    quarters = rng.randrange(4) if recipe.quarter_turns else 0
+    high, wide = kind.size[::-1] if quarters % 2 else kind.size  # before the turn
     return View(  # drawn in the order in which it is written; the paper's draws stay the same
         size=kind.size,
-        box=draw_box(width, height, kind.scale, rng, recipe.crop_aspect),
+        box=draw_box(width, height, kind.scale, rng, [wide / high * aspect for aspect in recipe.crop_aspect]),
         flip=happens(recipe.hflip_p, rng),
         vflip=recipe.vflip_p > 0 and happens(recipe.vflip_p, rng),
-        quarters=rng.randrange(4) if recipe.quarter_turns else 0,
+        quarters=quarters,
         colour=Colour(
             *draw_jitter(rng, recipe.jitter_p, recipe.jitter),
             grey=happens(recipe.gray_p, rng),
@@ -151,7 +163,8 @@ class Solarization:
 class DataAugmentationDINO:
     """The views of one image: 2 global ones, then `local_crops_number` local ones.
 
-    Scales are the smallest and the largest share of the image's area that a view may show.
+    Scales are the smallest and the largest share of the image's area that a view may show; sizes are in
+    pixels, one number for a square or height and width.
     """
 
     def __init__(
@@ -159,11 +172,12 @@ class DataAugmentationDINO:
         global_crops_scale: Sequence[float],
         local_crops_scale: Sequence[float],
         local_crops_number: int,
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
+        global_crops_size: Size = 224,
+        local_crops_size: Size = 96,
         recipe: Recipe = PAPER,
     ):
-        crops = [(global_crops_size, global_crops_scale)] * 2 + [(local_crops_size, local_crops_scale)]
+        large, small = height_and_width(global_crops_size), height_and_width(local_crops_size)
+        crops = [(large, global_crops_scale)] * 2 + [(small, local_crops_scale)]
         chances = zip(recipe.blur_p, recipe.solarize_p, strict=True)
         first, second, local = (Kind(*crop, *p) for crop, p in zip(crops, chances, strict=True))
         self.recipe, self.kinds = recipe, [first, second, *[local] * local_crops_number]
@@ -175,7 +189,7 @@ class DataAugmentationDINO:
     def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], list[Tensor]]:
         """uint8 (3, H, W) -> crops, and the colours that `normalized_views` applies to them.
 
-        Crops are uint8 tensors, one (V, 3, size, size) for each size; few tensors are cheap to pass
+        Crops are uint8 tensors, one (V, 3, H, W) for each size; few tensors are cheap to pass
         between processes. The colours are one tensor over all views for each field of `Colour`.
         """
         views = self.draw(pixels.shape[2], pixels.shape[1], rng)
@@ -186,7 +200,7 @@ class DataAugmentationDINO:
         """uint8 (3, H, W) -> views, as `crops` gives them but with their colours applied, and no colours."""
         stacks = []
         for group in by_size(self.draw(pixels.shape[2], pixels.shape[1], rng)):
-            views = np.empty((len(group), 3, group[0].size, group[0].size), np.uint8)
+            views = np.empty((len(group), 3, *group[0].size), np.uint8)
             for out, view in zip(views, group, strict=True):
                 done = apply_colours(crop_and_resize(pixels, view)[None], [view.colour])[0]
                 out[:] = done.numpy().astype(np.uint8)  # NumPy converts five times as fast as torch
@@ -194,7 +208,7 @@ class DataAugmentationDINO:
         return stacks, ()
 
     def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
-        """An image -> a list of normalised views, float32 (3, size, size)."""
+        """An image -> a list of normalised views, float32 (3, H, W)."""
         views, _ = self.views(to_pixels(image), rng)
         return [normalize(view) for part in views for view in part]
 

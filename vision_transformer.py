@@ -7,6 +7,7 @@ Parameter names are timm's (`blocks.0.attn.qkv.weight`), so weights can be excha
 Shapes: B images, C channels, H x W pixels, P patch, N = 1 + (H/P)(W/P) tokens, D width, h heads.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -91,7 +92,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """Vision Transformer; `forward` gives the CLS token after the last norm, (B, D).
 
-    `img_size` sets the grid of the learned position embedding; other sizes, square or not,
+    `img_size`, a side or height and width, sets the grid of the learned position embedding; other sizes
     interpolate it. Height and width must be divisible by `patch_size`, else ValueError.
     `drop_path_rate` grows linearly from 0 in the first block to its value in the last.
     """
@@ -115,11 +116,12 @@ class VisionTransformer(nn.Module):
         init_std: float = 0.02,
     ):
         super().__init__()
-        img_size = img_size if isinstance(img_size, int) else img_size[0]
+        sides = (img_size,) if isinstance(img_size, int) else img_size
+        self.grid = sides[0] // patch_size, sides[-1] // patch_size  # rows and columns of the embedding
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, norm_layer)
             for rate in np.linspace(0, drop_path_rate, depth).tolist()
@@ -138,14 +140,13 @@ class VisionTransformer(nn.Module):
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
         """Position embedding for an image of height x width pixels: (1, N, D)."""
         patch, D = self.patch_embed.patch_size, self.pos_embed.shape[-1]
-        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
         rows, cols = height // patch, width // patch
-        if (rows, cols) == (side, side):
+        if (rows, cols) == self.grid:
             return self.pos_embed
         # The + 0.1 kept the published code's output size from rounding down. It also moves the
         # sampling points, and the published weights were trained with that.
-        scale = ((rows + 0.1) / side, (cols + 0.1) / side)
-        grid = self.pos_embed[:, 1:].reshape(1, side, side, D).permute(0, 3, 1, 2)
+        scale = ((rows + 0.1) / self.grid[0], (cols + 0.1) / self.grid[1])
+        grid = self.pos_embed[:, 1:].reshape(1, *self.grid, D).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, rows, cols)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 

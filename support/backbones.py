@@ -1,9 +1,10 @@
 """Networks by name (ours, torchvision's, timm's), and checks that they suit DINO."""
 
 import contextlib
+import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torchvision
 from torch import nn
 
 from support.errors import UserError, nearest, reason
+from support.pixels import Size, height_and_width, size_words
 from vision_transformer import VITS, VisionTransformer
 
 
@@ -22,7 +24,7 @@ def canonical(arch: str) -> str:
 
 
 def build_backbone(
-    arch: str, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0
+    arch: str, patch_size: int = 16, img_size: Size = 224, drop_path_rate: float = 0.0
 ) -> tuple[nn.Module, int]:
     """Build a backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
 
@@ -76,25 +78,29 @@ def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
     return model, embed_dim
 
 
-def check_divides(name: str, size: int, patch_size: int) -> None:
+def check_divides(name: str, size: Size, patch_size: int) -> None:
     """Raise UserError if patches do not tile an image; `name` is the flag that gives its size."""
-    if size % patch_size:
-        below = size - size % patch_size
-        fix = f"try {below or patch_size} or {below + patch_size}"
-        raise UserError(f"does not divide by --patch_size {patch_size}", f"--{name} {size}", fix)
+    sides = size if isinstance(size, Sequence) else [size]
+    if any(side % patch_size for side in sides):
+        below = " ".join(str(side // patch_size * patch_size or patch_size) for side in sides)
+        above = " ".join(str(math.ceil(side / patch_size) * patch_size) for side in sides)
+        fix = f"try {below}" + (f" or {above}" if above != below else "")
+        where = f"--{name} {' '.join(map(str, sides))}"
+        raise UserError(f"does not divide by --patch_size {patch_size}", where, fix)
 
 
-def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[int]) -> None:
+def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[Size]) -> None:
     """Raise UserError unless the backbone maps images of each size to (B, D)."""
     training = backbone.training
     backbone.eval()
-    for size in sorted(set(sizes)):
+    for size in sizes:
         fix = "choose another image size or --arch"
         try:
             with torch.no_grad():
-                shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
+                shape = tuple(backbone(torch.zeros(2, 3, *height_and_width(size))).shape)
         except Exception as error:  # a model may raise anything for a size that it does not accept
-            raise UserError(f"{arch} takes no {size}-pixel images: {reason(error)}", "--arch", fix) from None
+            what = f"{arch} takes no images of {size_words(size)} pixels: {reason(error)}"
+            raise UserError(what, "--arch", fix) from None
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not ({embed_dim},)", "--arch", fix)
     backbone.train(training)

@@ -152,6 +152,24 @@ class OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
+class ImageSize(OneOrMore):
+    """Store one length as it is, the side of a square, and two different ones as a list: height and width."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Store the values of a flag with nargs="+"."""
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f"takes one length, or height and width, not {len(values)}")
+        super().__call__(parser, namespace, values if len(set(values)) > 1 else values[:1], option_string)
+
+
+def add_size_flag(group, name: str, default: int | None, help: str) -> None:
+    """Add a flag for the size of images in pixels: one length, or height and width."""
+    kind = number(int, at_least=1)
+    group.add_argument(
+        name, default=default, type=kind, nargs="+", action=ImageSize, metavar=("H", "W"), help=help
+    )
+
+
 def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, split: str = "") -> None:
     """Add the flags that select the images; `folder` and `demo` complete their help.
 
@@ -316,9 +334,9 @@ def warn_no_effect(
     A rule is a flag's name, a function of `args` that returns whether it has no effect, and the reason.
     """
     for name, holds, reason in rules:
-        value, default = getattr(args, name), parser.get_default(name)
-        given = tuple(value) != tuple(default) if isinstance(value, list | tuple) else value != default
-        if given and holds(args):
+        both = getattr(args, name), parser.get_default(name)
+        value, default = (list(each) if isinstance(each, tuple) else each for each in both)
+        if value != default and holds(args):
             log(f"warning: --{name} has no effect: {reason}")
 
 

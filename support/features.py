@@ -18,6 +18,7 @@ from support.distributed import all_gather, get_rank, get_world_size, same_error
 from support.errors import UserError, reason
 from support.loading import EvalImages, make_loader
 from support.logger import log
+from support.pixels import size_words
 from support.weights import Frozen, load_backbone
 from vision_transformer import VisionTransformer
 
@@ -32,7 +33,7 @@ def load_by_flags(args: argparse.Namespace) -> Frozen:
             args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
         )
     log(f"weights: {frozen.description}")
-    log(f"preprocessing: {frozen.image_size} pixels, mean {frozen.mean}, deviation {frozen.std}")
+    log(f"preprocessing: {size_words(frozen.image_size)} pixels, mean {frozen.mean}, deviation {frozen.std}")
     return frozen
 
 

@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms.functional import resize
 
 T = TypeVar("T")
+
+Size = int | Sequence[int]  # of an image in pixels: the side of a square, or height and width
 
 # ---------------------------------------------------------------------------------------------
 # Images in, normalised pixels out
@@ -78,18 +81,38 @@ def denormalize(
     return (images * scale + center).round().clamp(0, 255).to(torch.uint8)
 
 
+def height_and_width(size: Size) -> tuple[int, int]:
+    """The two sides of an image of this size."""
+    return (size[0], size[-1]) if isinstance(size, Sequence) else (size, size)
+
+
+def size_words(size: Size) -> str:
+    """A size for a message: "224", or "64 x 32 (H x W)"."""
+    return "{} x {} (H x W)".format(*size) if isinstance(size, Sequence) else str(size)
+
+
+def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize an image, keeping its shape, to the smallest one that covers height x width pixels."""
+    if image.height * width <= image.width * height:
+        size = [height, height * image.width // image.height]
+    else:
+        size = [width * image.height // image.width, width]
+    return resize(image, size, transforms.InterpolationMode.BICUBIC)
+
+
 def eval_transform(
-    size: int = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    size: Size = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Callable[[Image.Image], Tensor]:
-    """Resize to 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, size, size).
+    """Resize to cover 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, H, W).
 
     Takes images of any mode that `to_rgb` takes.
     """
+    height, width = (round(side * 256 / 224) for side in height_and_width(size))
     return transforms.Compose(
         [
             to_rgb,
-            transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
+            functools.partial(resize_to_cover, height=height, width=width),
+            transforms.CenterCrop(height_and_width(size)),
             transforms.PILToTensor(),
             functools.partial(normalize, mean=tuple(mean), std=tuple(std)),
         ]
@@ -124,7 +147,7 @@ class Colour(NamedTuple):
 class View(NamedTuple):
     """The random numbers of one view."""
 
-    size: int  # pixels per side
+    size: tuple[int, int]  # height and width in pixels
     box: tuple[int, int, int, int]  # of the image: top, left, height, width
     flip: bool  # left and right
     colour: Colour
@@ -139,10 +162,11 @@ def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
 
 
 def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
-    """Crop, resize (bicubic, antialiased), turn and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Crop, resize (bicubic, antialiased), turn and flip: uint8 (3, H, W) -> uint8 (3, *view.size)."""
     top, left, height, width = view.box
     crop = pixels[None, :, top : top + height, left : left + width]
-    crop = F.interpolate(crop, size=(view.size, view.size), mode="bicubic", antialias=True)[0]
+    size = view.size[::-1] if view.quarters % 2 else view.size  # before the turn
+    crop = F.interpolate(crop, size=size, mode="bicubic", antialias=True)[0]
     crop = crop.rot90(view.quarters, (-2, -1)) if view.quarters else crop
     sides = [-1] * view.flip + [-2] * view.vflip
     return crop.flip(sides) if sides else crop

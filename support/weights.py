@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, NamedTuple
 
@@ -41,7 +41,14 @@ from support.layouts import (
 )
 from support.logger import log
 from support.pickles import NUMPY, PlainArray, PlainType, Refused
-from support.pixels import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from support.pixels import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Size,
+    eval_transform,
+    height_and_width,
+    size_words,
+)
 from vision_transformer import VITS, VisionTransformer
 
 # The models published with the paper: name -> (stem of the files, architecture, patch size). Only some have
@@ -481,8 +488,8 @@ NOT_OURS = {"ls1.gamma": "LayerScale", "register_tokens": "register tokens", "re
 class Frozen(NamedTuple):
     """A frozen network and the images that it expects."""
 
-    network: nn.Module  # (B, 3, image_size, image_size) -> (B, D), in evaluation mode, without gradients
-    image_size: int  # pixels
+    network: nn.Module  # (B, 3, H, W) -> (B, D), in evaluation mode, without gradients
+    image_size: Size  # pixels: H = W, or (H, W)
     mean: tuple[float, ...]  # of red, green and blue, in [0, 1]
     std: tuple[float, ...]
     description: str  # one line: the file, and what is known about its network
@@ -490,7 +497,7 @@ class Frozen(NamedTuple):
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Image to input: resize, crop the centre, normalise; (3, image_size, image_size)."""
+        """Image to input: resize, crop the centre, normalise; (3, H, W)."""
         return eval_transform(self.image_size, self.mean, self.std)
 
 
@@ -499,7 +506,7 @@ def load_backbone(
     checkpoint_key: str | None = None,
     arch: str | None = None,
     patch_size: int | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
 ) -> Frozen:
     """Load a frozen backbone from a file, a published model by name, or a baseline: "random" or "pixels".
 
@@ -555,19 +562,20 @@ def normalization_of(weights: Weights, model: nn.Module) -> tuple | None:
 
 
 def _frozen(
-    network: nn.Module, image_size: int, normalization: tuple | None, description: str, arch: str
+    network: nn.Module, image_size: Size, normalization: tuple | None, description: str, arch: str
 ) -> Frozen:
     mean, std = normalization or (IMAGENET_MEAN, IMAGENET_STD)
     pixels = "ImageNet's mean and deviation"
     if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
         pixels = f"mean {' '.join(map(str, mean))}, deviation {' '.join(map(str, std))}"
     network = network.eval().requires_grad_(False)
-    description = f"{description}; {image_size} pixels, {pixels}"
+    image_size = tuple(image_size) if isinstance(image_size, Sequence) else image_size
+    description = f"{description}; {size_words(image_size)} pixels, {pixels}"
     return Frozen(network, image_size, tuple(mean), tuple(std), description, arch)
 
 
 def init_from(
-    own_backbone: nn.Module, own_head: nn.Module, weights: str, arch: str, patch_size: int, image_size: int
+    own_backbone: nn.Module, own_head: nn.Module, weights: str, arch: str, patch_size: int, image_size: Size
 ) -> Tensor | None:
     """Load weights by file or name as the start of a run: the backbone's, and the head's if it has one.
 
@@ -585,7 +593,7 @@ def init_from(
         log(f"warning: {weights} expects mean {mean}, deviation {std}; the training uses ImageNet's")
     state = backbone.state_dict()
     if isinstance(backbone, VisionTransformer):
-        state["pos_embed"] = backbone.interpolate_pos_encoding(image_size, image_size)
+        state["pos_embed"] = backbone.interpolate_pos_encoding(*height_and_width(image_size))
     load_strictly(own_backbone, state, weights)
     taken = "backbone" if not head else "backbone, head" if known.center is None else "backbone, head, centre"
     log(f"starting from the weights of {weights}: {taken}")
@@ -602,8 +610,8 @@ FALLBACK: dict[str, Any] = {"arch": "vit_small", "patch_size": 16, "image_size":
 
 
 def settle_architecture(
-    weights: Weights, arch: str | None = None, patch_size: int | None = None, image_size: int | None = None
-) -> tuple[str, int, int]:
+    weights: Weights, arch: str | None = None, patch_size: int | None = None, image_size: Size | None = None
+) -> tuple[str, int, Size]:
     """Determine architecture, patch size and image size of the training that made the weights.
 
     Each is the argument, else what the file records, else what a ViT's shapes say, else the fallback.
@@ -613,14 +621,23 @@ def settle_architecture(
     with torch.device("meta"):
         names = [name for name, make in VITS.items() if make().embed_dim == shapes.get("width")]
     arch = _settle("arch", arch, weights.trained, names[0] if names else None)
+    recorded = _recorded(weights.trained, "global_crops_size")
     if canonical(arch) not in VITS:  # the name determines the patches
         if patch_size not in (None, FALLBACK["patch_size"]):
             log(f"note: --patch_size has no effect on {arch}")
-        size = _recorded(weights.trained, "global_crops_size") or image_size or FALLBACK["image_size"]
-        return arch, patch_size or FALLBACK["patch_size"], size
+        return arch, patch_size or FALLBACK["patch_size"], recorded or image_size or FALLBACK["image_size"]
     patch_size = _settle("patch_size", patch_size, weights.trained | shapes, shapes.get("patch_size"))
-    size = shapes.get("image_size") or image_size
+    size = _size_of(shapes.get("patches", 0), patch_size, recorded, image_size) or image_size
     return arch, patch_size, size or FALLBACK["image_size"] // patch_size * patch_size or patch_size
+
+
+def _size_of(patches: int, patch_size: int, recorded: Size | None, image_size: Size | None) -> Size:
+    """The image size that has so many patches: the recorded one, else a square, else the argument."""
+    square = math.isqrt(patches) * patch_size
+    for size in (recorded, square, image_size):
+        if size and math.prod(side / patch_size for side in height_and_width(size)) == patches:
+            return size
+    return square
 
 
 def _settle(name: str, flag, record: dict, shape):
@@ -633,8 +650,11 @@ def _settle(name: str, flag, record: dict, shape):
 
 
 def _recorded(record: dict, name: str):
-    """Read a word or a positive whole number from a file's record; None for anything else."""
-    value = record.get(name)
+    """Read a word, a positive whole number or a pair of them from a file's record; None for anything else."""
+    value: Any = record.get(name)
     if name == "arch":
         return value if isinstance(value, str) and value else None
-    return int(value) if isinstance(value, numbers.Integral) and int(value) > 0 else None
+    values = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if not all(isinstance(each, numbers.Integral) and int(each) > 0 for each in values):
+        return None
+    return tuple(map(int, values)) if values is value else int(value)

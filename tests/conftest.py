@@ -52,6 +52,18 @@ def picture(seed: int = 0, size: tuple[int, int] = (60, 45)) -> Image.Image:
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
+def ramps(size: tuple[int, int]) -> Image.Image:
+    """An image whose red is twice the column and whose green is twice the row."""
+    rows, columns = np.indices(size[::-1]) * 2
+    return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
+
+
+def slopes(pixels: torch.Tensor) -> list[list[float]]:
+    """Of red and green, (3, H, W): the mean change from row to row, and from column to column."""
+    down, right = (pixels[:2].double().diff(dim=dim).mean((1, 2)) for dim in (1, 2))
+    return torch.stack([down, right], dim=1).tolist()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """Twenty images in a folder without classes."""

@@ -36,7 +36,7 @@ import eval_knn
 import eval_linear
 import main_dino
 import utils
-from eval_segmentation import MaskedShapes, measure_attention, square_batches
+from eval_segmentation import MaskedShapes, measure_attention, resized_batches
 from support import backbones
 from support.data import Source, open_labelled_images
 from support.distributed import fix_random_seeds
@@ -205,7 +205,7 @@ def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int)
         fix_random_seeds(args.seed)
         size, shapes = args.global_crops_size, MaskedShapes("val", count)
         frozen = load_backbone(weights, None, args.arch, args.patch_size, size)
-        batches = [*square_batches(frozen, shapes, torch.device("cpu"))]
+        batches = [*resized_batches(frozen, shapes, torch.device("cpu"))]
         less, more = (measure_attention(frozen.network, shapes, batches, t) for t in (0.6, 0.9))
         heads = {"jaccard60": less.objects, "jaccard90": more.objects, "on_object": less.on_objects}
         found = {name: each.mean(dim=0).max().item() for name, each in heads.items()}

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from support import backbones
 from support.errors import UserError
+from support.pixels import height_and_width
 from utils import DINOHead, MultiCropWrapper
 
 
@@ -11,11 +14,14 @@ from utils import DINOHead, MultiCropWrapper
     ("arch", "dim", "sizes"),
     [
         ("vit_nano", 128, (224, 96)),
+        ("vit_nano", 128, ((64, 32), (16, 32))),
         ("resnet18", 512, (64, 32)),
+        ("resnet18", 512, ((64, 32), (32, 48))),
         ("convnext_tiny", 768, (64, 32)),
         ("mobilenet_v3_small", 1024, (64, 32)),
         ("xcit_nano_12_p16_224", 128, (64, 32)),
         ("vit_tiny_patch16_224", 192, (224, 96)),
+        ("vit_tiny_patch16_224", 192, ((96, 64), (32, 48))),
         ("resnet10t", 512, (64, 32)),
         ("regnety_002", 368, (64, 32)),  # pools in what it calls its head
         ("mobilenetv3_small_050", 1024, (64, 32)),  # has a layer behind the pooling
@@ -26,7 +32,7 @@ def test_backbones_by_name_take_both_crop_sizes(arch, dim, sizes):
     backbones.check_crop_sizes(model, arch, embed_dim, sizes)
     assert embed_dim == dim and model.training
     wrapper = MultiCropWrapper(model, DINOHead(dim, 32, hidden_dim=16, bottleneck_dim=8))
-    wrapper([torch.randn(2, 3, size, size) for size in sizes]).sum().backward()
+    wrapper([torch.randn(2, 3, *height_and_width(size)) for size in sizes]).sum().backward()
     unused = [n for n, p in wrapper.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []  # else DistributedDataParallel would wait for ever
 
@@ -53,5 +59,18 @@ def test_unknown_and_unfit_backbones_are_named():
     with pytest.raises(UserError, match="no linear classifier"):
         backbones.build_backbone("squeezenet1_0")
     model, dim = backbones.build_backbone("vit_b_32")
-    with pytest.raises(UserError, match="vit_b_32 takes no 96-pixel images: .*choose another image size"):
+    with pytest.raises(UserError, match="vit_b_32 takes no images of 96 pixels: .*choose another image size"):
         backbones.check_crop_sizes(model, "vit_b_32", dim, [224, 96])
+    with pytest.raises(UserError, match=r"takes no images of 224 x 96 \(H x W\) pixels"):
+        backbones.check_crop_sizes(model, "vit_b_32", dim, [(224, 96)])
+
+
+def test_both_sides_have_to_divide():
+    backbones.check_divides("size", [48, 32], 16)
+    for size, words in (
+        ([60, 32], "--size 60 32): try 48 32 or 64 32"),
+        ([32, 5], "--size 32 5): try 32 16"),
+        (60, "--size 60): try 48 or 64"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"does not divide by --patch_size 16 ({words}")):
+            backbones.check_divides("size", size, 16)

@@ -111,6 +111,20 @@ def test_a_number_within_its_range_is_taken():
     assert parser.parse_args(["--flag", "7"]).flag == 7 and parser.parse_args([]).flag is None
 
 
+def test_a_size_is_one_length_or_two(capsys):
+    parser = cli.ArgumentParser()
+    cli.add_size_flag(parser, "--size", 224, "help")
+    given = {"": 224, "--size 64": 64, "--size 64 64": 64, "--size 64 32": [64, 32]}
+    assert {flags: parser.parse_args(flags.split()).size for flags in given} == given
+    for flags, message in (
+        ("--size 1 2 3", "--size: takes one length, or height and width, not 3"),
+        ("--size 64 0", "--size: must be at least 1, not 0"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(flags.split())
+        assert message in capsys.readouterr().err
+
+
 def test_bool_flag():
     assert [bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
     with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
@@ -120,11 +134,12 @@ def test_bool_flag():
 def test_flags_without_effect_are_named(capsys):
     parser = cli.ArgumentParser()
     parser.add_argument("--size", type=int, default=3)
-    parser.add_argument("--pair", type=int, nargs=2, default=(1, 2))
+    parser.add_argument("--pair", type=int, nargs="+", default=(1, 2))
     rules = [("size", lambda a: True, "a reason"), ("pair", lambda a: a.size == 4, "another")]
     cli.warn_no_effect(parser.parse_args([]), parser, rules)
     cli.warn_no_effect(parser.parse_args(["--pair", "1", "2", "--size", "3"]), parser, rules)
     assert capsys.readouterr().out == ""
+    parser.set_defaults(pair=1)  # an image size: one length or two
     cli.warn_no_effect(parser.parse_args(["--pair", "1", "3", "--size", "4"]), parser, rules)
     assert capsys.readouterr().out.splitlines() == [
         "warning: --size has no effect: a reason",

@@ -21,7 +21,7 @@ from support.loading import EpochBatches
 from support.pixels import to_pixels
 from support.weights import load_backbone, load_checkpoint, save_checkpoint
 from tests import golden
-from tests.conftest import run, save_images, torchrun
+from tests.conftest import ramps, run, save_images, slopes, torchrun
 
 PUBLISHED = {
     "n_last_blocks": 4, "avgpool_patchtokens": False, "pretrained_weights": "", "epochs": 100,
@@ -106,6 +106,15 @@ def test_training_images_are_cropped_and_flipped_by_torchvisions_defaults():
         image, label = dataset[epoch, 0]
         torch.manual_seed(random.Random(f"7 {epoch} 0").getrandbits(32))
         assert torch.equal(image, to_pixels(published(noise))) and label == 3
+
+
+def test_crops_for_a_rectangle_are_not_squeezed():
+    dataset = eval_linear.AugmentedImages([(ramps((120, 90)), 0)], (32, 16), seed=7)
+    for epoch in range(30):
+        pixels, _ = dataset[epoch, 0]
+        assert pixels.shape == (3, 32, 16)
+        (_, red), (green, _) = slopes(pixels)
+        assert 0.7 < abs(red / green) < 1.45
 
 
 def test_a_training_image_depends_on_seed_epoch_and_index_alone():

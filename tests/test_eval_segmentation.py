@@ -15,14 +15,14 @@ from eval_segmentation import (
     jaccard,
     knn_segmenter,
     patch_labels,
+    resized_batches,
     sample_tokens,
     score_attention,
     segment,
-    square_batches,
 )
 from support import logistic
 from support.errors import UserError
-from support.pixels import IMAGENET_MEAN, IMAGENET_STD
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from support.weights import Frozen
 from tests.conftest import run
 
@@ -129,7 +129,7 @@ def test_a_sample_of_patches_is_bounded_and_follows_the_seed(voc):
     images, frozen = MaskedFiles(voc, "train"), pixels(32)  # patches of 1 x 1.5 pixels
 
     def sample(limit, seed=0, batch_size=4):
-        batches = square_batches(frozen, images, CPU, batch_size)
+        batches = resized_batches(frozen, images, CPU, batch_size)
         return sample_tokens(frozen.network, images, batches, limit, seed)
 
     tokens, labels = sample(100)
@@ -142,11 +142,19 @@ def test_a_sample_of_patches_is_bounded_and_follows_the_seed(voc):
     assert len(whole) == 6 * 31 * 32 and set(whole.tolist()) == {0, 1, 3}  # all but the void row
 
 
+def test_images_are_resized_to_height_and_width(voc):
+    images = MaskedFiles(voc, "train")
+    (_, batch), *_ = resized_batches(pixels((24, 16)), images, CPU)
+    assert batch.shape[1:] == (3, 24, 16)
+    expected = normalize(to_pixels(images[0][0].resize((16, 24), Image.Resampling.BICUBIC)))
+    torch.testing.assert_close(batch[0], expected)
+
+
 def test_pixels_of_known_colours_are_segmented(voc):
     train, val = (MaskedFiles(voc, split) for split in ("train", "val"))
-    val_whole = [*square_batches(pixels(48), val, CPU)]
+    val_whole = [*resized_batches(pixels(48), val, CPU)]
     frozen = pixels(32)
-    tokens, labels = sample_tokens(frozen.network, train, square_batches(frozen, train, CPU), 500, 0)
+    tokens, labels = sample_tokens(frozen.network, train, resized_batches(frozen, train, CPU), 500, 0)
     classifiers = {
         "k-NN": knn_segmenter(tokens, labels, 5, 0.07, 4),
         "linear": logistic.fit(tokens, labels, 4, 1e-4),

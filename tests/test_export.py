@@ -79,6 +79,38 @@ def test_other_networks_go_to_timm_and_back(tmp_path, arch, size):
     assert load_backbone(str(tmp_path / "backbone.pth")).image_size == 64
 
 
+def test_a_rectangle_goes_to_each_format_and_back(tmp_path, capsys, monkeypatch):
+    import timm
+
+    flags = "--arch", "vit_nano", "--patch_size", "8", "--image_size", "64", "32"
+    differences = write(tmp_path, "random", "--to", "backbone", "timm", *flags)
+    assert differences["backbone"] == 0 and differences["timm"] < 1e-4
+    again = load_backbone(str(tmp_path / "backbone.pth"))
+    assert again.image_size == (64, 32) and again.network.grid == (8, 4)
+    call = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("timm.create_model(")
+    )
+    monkeypatch.chdir(tmp_path)
+    images = export.random_images(again, 2)
+    assert (eval(call, {"timm": timm}).eval()(images) - again.network(images)).abs().max() < 1e-4
+    other = tmp_path / "other"
+    write(other, tmp_path / "backbone.pth", "--to", "backbone", "--image_size", "24", "48")
+    assert "position embedding interpolated to 24 x 48 (H x W) pixels" in capsys.readouterr().out
+    again = load_backbone(str(other / "backbone.pth"))
+    assert again.image_size == (24, 48) and again.network.pos_embed.shape == (1, 1 + 3 * 6, 128)
+
+
+def test_hugging_face_reads_a_rectangle_but_does_not_resize_to_it(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    flags = "--arch", "vit_nano", "--patch_size", "8", "--image_size", "64", "32"
+    assert write(tmp_path, "random", "--to", "hf", *flags)["hf"] < 1e-4
+    assert "resize images to cover 73 x 37 (H x W) pixels before" in capsys.readouterr().out
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    image = picture(size=(37, 73))
+    pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, eval_transform((64, 32))(image), rtol=0, atol=1e-5)
+
+
 def test_networks_that_a_format_does_not_know_are_refused(tmp_path):
     with pytest.raises(UserError, match="timm has no alexnet"):
         write(tmp_path, "random", "--arch", "alexnet", "--to", "timm")

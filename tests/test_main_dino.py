@@ -101,6 +101,12 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--data_path docs", "no images found"),
         ("--data_path {images} --batch_size_per_gpu 21", "a batch of 21 .* larger than the dataset of 20"),
         ("--data_path {images} --local_crops_size 100", r"--local_crops_size 100\): try 96 or 104"),
+        ("--data_path {images} --local_crops_size 32 20", r"--local_crops_size 32 20\): try 32 16 or 32 24"),
+        (
+            "--data_path {images} --global_crops_size 60 32",
+            r"_crops_size 60 32\): try 56 32 or 64 32",
+        ),
+        ("--data_path {images} --global_crops_size 8 8 8", "--global_crops_size: takes one length, or"),
         ("--data_path {images} --epochs 5 --warmup_epochs 9", "--warmup_epochs 9"),
         ("--data_path {images} --epochs 5 --warmup_teacher_temp_epochs 9", "--warmup_teacher_temp_epochs 9"),
         ("--data_path {images} --global_crops_scale 0.9 0.4", "MIN is larger than MAX"),
@@ -213,6 +219,43 @@ def test_a_run_does_not_resume_under_another_recipe(images, tmp_path):
             train(*flags, "--blur_p", 0, 0, 0, "--vflip_p", 0.5)
     train(*flags, "--max_steps", 2)
     assert load_checkpoint(path)["step"] == 2 and load_checkpoint(path)["identity"]["gray_p"] == 0.2
+
+
+# 32 x 16 pixels and 16 x 8
+RECTANGLES = "--global_crops_size", 32, 16, "--local_crops_size", 16, 8
+
+
+def test_rectangular_views_from_training_to_evaluation(labelled, tmp_path, capsys):
+    flags = [*RECTANGLES, "--data_path", labelled / "train", "--knn_every", 1, "--knn_data", labelled]
+    train(*flags, "--output_dir", tmp_path / "whole")
+    train(*flags, "--output_dir", tmp_path / "parts", "--max_steps", 4)
+    with pytest.raises(UserError, match=r"global_crops_size \[32, 16\] -> 32"):
+        train(*flags, "--output_dir", tmp_path / "parts", "--global_crops_size", 32)
+    train(*flags, "--output_dir", tmp_path / "parts")
+    path = tmp_path / "whole" / "checkpoint.pth"
+    whole, parts = load_checkpoint(path), load_checkpoint(tmp_path / "parts" / "checkpoint.pth")
+    assert whole["teacher"]["backbone.pos_embed"].shape == (1, 1 + 4 * 2, 128)
+    for part in ("student", "teacher"):
+        torch.testing.assert_close(whole[part], parts[part], rtol=0, atol=0)
+    capsys.readouterr()
+    weights = "--pretrained_weights", path, "--data_path", labelled, "--num_workers", 0
+    found = eval_knn.main(eval_knn.parse_args([*map(str, weights), "--nb_knn", "20"]))
+    assert "preprocessing: 32 x 16 (H x W) pixels" in capsys.readouterr().out
+    assert found[15][0] == pytest.approx(log_of(tmp_path / "whole")[-1]["knn_teacher"])
+    again = main_dino.parse_args([f"@{tmp_path}/whole/args.txt"])
+    assert again.global_crops_size == [32, 16] and again.local_crops_size == [16, 8]
+
+
+def test_the_preview_of_rectangular_views(images, tmp_path):
+    flags = [*TINY, *map(str, RECTANGLES), "--data_path", str(images), "--preview", f"{tmp_path}/p.png"]
+    args = main_dino.parse_args(flags)
+    main_dino.main(args)
+    rows = main_dino.preview_rows(args, ImageFiles(images))
+    assert [picture.size for picture in rows[0]] == [(32, 32), (16, 32), (16, 32), (8, 16), (8, 16)]
+    with Image.open(tmp_path / "p.png") as sheet:
+        assert sheet.size == (4 + 5 * 164, 4 + 12 * 164)
+        first = sheet.crop((4 + 164 + 40, 4, 4 + 164 + 120, 4 + 160))  # 5 times as large
+        assert first.resize((16, 32), Image.Resampling.NEAREST).tobytes() == rows[0][1].tobytes()
 
 
 @pytest.mark.parametrize("place", ["worker", "device"])

@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from support import pixels as px
 from support.pixels import to_pixels
-from tests.conftest import picture
+from tests.conftest import picture, ramps, slopes
 from utils import DataAugmentationDINO
 
 # ---- images in, normalised pixels out
@@ -30,6 +30,29 @@ def test_normalisation_and_evaluation_transform_equal_torchvisions():
         ]
     )
     torch.testing.assert_close(px.eval_transform(224)(image), reference(image), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(80, 60), (61, 97), (50, 50), (37, 200)])
+def test_a_square_is_cut_as_by_torchvision(shape):
+    image = picture(size=shape)
+    theirs = transforms.Compose(
+        [transforms.Resize(37, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(32), to_pixels]
+    )
+    for size in (32, (32, 32)):
+        assert torch.equal(px.eval_transform(size)(image), px.normalize(theirs(image)))
+
+
+@pytest.mark.parametrize("size", [(64, 32), (32, 64)])
+@pytest.mark.parametrize("shape", [(120, 100), (30, 110), (110, 30)])
+def test_a_rectangle_is_cut_from_the_centre_without_distortion(size, shape):
+    """7/8 of the image along one side, as for a square; less along the other."""
+    view = px.denormalize(px.eval_transform(size)(ramps(shape)))
+    assert view.shape == (3, *size)
+    (_, red), (green, _) = slopes(view)
+    assert red == pytest.approx(green, rel=0.03)
+    shares = red * size[1] / 2 / shape[0], green * size[0] / 2 / shape[1]
+    assert max(shares) == pytest.approx(7 / 8, abs=0.03)
+    assert view[:2].float().mean((1, 2)).tolist() == pytest.approx([side - 1 for side in shape], abs=2)
 
 
 def test_denormalisation_is_the_inverse():
@@ -143,7 +166,7 @@ def test_hue_equals_the_exact_one(shift, seed):
     torch.testing.assert_close(pixels, expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("size", [224, 96])
+@pytest.mark.parametrize("size", [(224, 224), (96, 96), (96, 64)])
 @pytest.mark.parametrize("box", [(3, 5, 200, 260), (20, 0, 150, 120), (0, 9, 40, 31)])
 def test_cutting_equals_pils(size, box):
     """Up to two levels; PIL also clips between its two passes, which shows in noise."""
@@ -151,10 +174,10 @@ def test_cutting_equals_pils(size, box):
     for image, largest in ((picture(size=(300, 220)), 2), (noise, 10)):
         top, left, height, width = box
         upright = image.crop((left, top, left + width, top + height))
-        upright = upright.resize((size, size), Image.Resampling.BICUBIC)
         for flip, vflip, quarters in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 0, 3)):
             view = px.View(size, box, bool(flip), PLAIN, bool(vflip), quarters)
-            ours, theirs = px.crop_and_resize(to_pixels(image), view), upright.rotate(90 * quarters)
+            ours, before = px.crop_and_resize(to_pixels(image), view), size if quarters else size[::-1]
+            theirs = upright.resize(before, Image.Resampling.BICUBIC).rotate(90 * quarters, expand=True)
             theirs = TF.hflip(theirs) if flip else theirs
             theirs = TF.vflip(theirs) if vflip else theirs
             difference = (ours.int() - to_pixels(theirs).int()).abs()

@@ -22,7 +22,7 @@ import utils
 from support import backbones
 from support import pixels as px
 from support.pixels import to_pixels
-from tests.conftest import picture
+from tests.conftest import picture, ramps, slopes
 from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
 
 # ---------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def two_sample_z(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_the_order_of_the_draws_is_kept():
     """A change of order would change the views of a run that goes on with a newer version."""
-    kind = utils.Kind(32, (0.4, 1), blur_p=1.0, solarize_p=0.2)
+    kind = utils.Kind((32, 32), (0.4, 1), blur_p=1.0, solarize_p=0.2)
     size, box, flip, colour, *_ = utils.draw_view(500, 375, kind, random.Random(1))
-    assert (size, box, flip) == (32, (97, 16, 272, 332), True)
+    assert (size, box, flip) == ((32, 32), (97, 16, 272, 332), True)
     assert list(colour.order) == [3, 1, 2, 0]
     assert colour.amounts == pytest.approx([-0.0812281, 0.6226780, 1.1343060, 0.9462137], abs=1e-7)
     assert colour[2:] == (False, pytest.approx(0.9462357, abs=1e-7), False)
@@ -166,7 +166,7 @@ SCENE = picture(size=(16, 16))
 
 
 def in_worker(augment: DataAugmentationDINO, image: Image.Image, seed: int) -> list[torch.Tensor]:
-    return list(augment.views(to_pixels(image), random.Random(seed))[0][0])
+    return [view for part in augment.views(to_pixels(image), random.Random(seed))[0] for view in part]
 
 
 def on_device(augment: DataAugmentationDINO, image: Image.Image, seed: int) -> list[torch.Tensor]:
@@ -272,7 +272,7 @@ def test_a_jitter_above_one_does_not_invert():
 
 def test_the_aspect_of_crops(views_of):
     boxes = [
-        utils.draw_view(400, 300, utils.Kind(32, (0.1, 0.2), 0, 0), random.Random(i), recipe).box
+        utils.draw_view(400, 300, utils.Kind((32, 32), (0.1, 0.2), 0, 0), random.Random(i), recipe).box
         for recipe in (PLAIN, PLAIN._replace(crop_aspect=(0.5, 2)))
         for i in range(300)
     ]
@@ -284,9 +284,46 @@ def test_the_aspect_of_crops(views_of):
     assert narrow.float().diff(dim=4).abs().mean() < 30
 
 
+def test_the_aspect_of_crops_follows_the_view():
+    kind, turned = utils.Kind((64, 32), (0.1, 0.2), 0, 0), utils.PAPER._replace(quarter_turns=True)
+    for recipe in (utils.PAPER, turned):
+        views = [utils.draw_view(400, 300, kind, random.Random(i), recipe) for i in range(600)]
+        for odd, shape in ((0, 0.5), (1, 2)):
+            boxes = [view.box for view in views if view.quarters % 2 == odd]
+            aspects = np.array([width / height / shape for _, _, height, width in boxes])
+            assert (len(aspects) > 200) == (recipe is turned or not odd)
+            if len(aspects):
+                assert aspects.min() == pytest.approx(3 / 4, rel=0.05)
+                assert aspects.max() == pytest.approx(4 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("make", [in_worker, on_device])
+@pytest.mark.parametrize("turn", [False, True])
+def test_rectangular_views_are_not_distorted(make, turn):
+    image, seen = ramps((120, 90)), set()
+    augment = DataAugmentationDINO(
+        (0.2, 0.4), (0.1, 0.2), 2, (64, 32), (16, 32), PLAIN._replace(quarter_turns=turn)
+    )
+    for seed in range(40):
+        views = make(augment, image, seed)
+        assert [tuple(view.shape) for view in views] == [(3, 64, 32)] * 2 + [(3, 16, 32)] * 2
+        for view in views:
+            red, green = slopes(view)
+            steepest = [max(slope, key=abs) for slope in (red, green)]
+            assert abs(steepest[0]) == pytest.approx(abs(steepest[1]), rel=0.07)
+            assert min(map(abs, red)) < 0.02 and min(map(abs, green)) < 0.02
+            # counterclockwise turns that bring red, which grows to the right, where it grows now
+            at, grows = red.index(steepest[0]), steepest[0] > 0
+            quarters = {(1, True): 0, (0, False): 1, (1, False): 2, (0, True): 3}[at, grows]
+            grows_down = quarters in (0, 3) if quarters % 2 == 0 else quarters == 1
+            assert (steepest[1] > 0) == grows_down
+            seen.add(quarters)
+    assert seen == (set(range(4)) if turn else {0})
+
+
 def test_only_what_is_on_draws():
     """So the views of the paper's recipe stay those that the test of the order knows."""
-    kind = utils.Kind(32, (0.4, 1), blur_p=1.0, solarize_p=0.2)
+    kind = utils.Kind((32, 32), (0.4, 1), blur_p=1.0, solarize_p=0.2)
 
     def colours(**changes):
         recipe = utils.PAPER._replace(**changes)

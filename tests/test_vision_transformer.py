@@ -61,6 +61,19 @@ def test_position_embedding_is_exact_at_its_own_size_and_oriented_elsewhere():
     torch.testing.assert_close(grid[:, 0], grid[:, 1])
 
 
+def test_position_embedding_of_a_rectangle():
+    model = vit_nano(8, img_size=(64, 32))
+    assert model.pos_embed.shape == (1, 1 + 8 * 4, 128)
+    assert model.interpolate_pos_encoding(64, 32) is model.pos_embed
+    with torch.no_grad():  # an embedding that only grows from left to right
+        model.pos_embed[0, 1:] = torch.arange(4.0).repeat(8)[:, None]
+        for rows, cols in ((4, 8), (8, 8), (4, 4)):
+            grid = model.interpolate_pos_encoding(8 * rows, 8 * cols)[0, 1:, 0].reshape(rows, cols)
+            assert (grid.diff(dim=1)[:, 1:-1] > 0).all()
+            torch.testing.assert_close(grid, grid[:1].expand(rows, -1))
+    assert vit_nano(8, img_size=[32]).grid == (4, 4)  # as the published code writes it
+
+
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_fused_attention_is_the_same_attention(cls_only):
     torch.manual_seed(0)

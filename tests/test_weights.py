@@ -31,7 +31,7 @@ from support.errors import UserError
 from support.pickles import PlainType
 from support.pixels import IMAGENET_MEAN
 from support.weights import init_from, load_backbone, load_checkpoint, save_checkpoint
-from tests.conftest import FORGED, TINY, Call, filled_twice
+from tests.conftest import FORGED, TINY, Call, filled_twice, picture
 from vision_transformer import VITS
 
 
@@ -325,6 +325,39 @@ def test_a_backbone_alone_leaves_the_head_as_it_is_and_fits_another_image_size(v
     old.load_state_dict(vits[0])
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(new.backbone.eval()(x), old.eval()(x))
+
+
+def test_the_grid_of_a_rectangle_is_the_recorded_one(tmp_path):
+    """Shapes give the number of positions only: 64 x 16 pixels have as many as 32 x 32."""
+    for size in ((64, 16), (16, 64), (32, 24)):
+        network = backbones.build_backbone("vit_nano", 8, size)[0].eval()
+        state = {"teacher": prefixed(network.state_dict(), "backbone.")}
+        path = write(state | {"args": VIT_ARGS | {"global_crops_size": list(size)}}, tmp_path / "wide.pth")
+        x = torch.randn(2, 3, *size)
+        frozen = load_backbone(path)
+        assert frozen.image_size == size and torch.equal(frozen.network(x), network(x))
+        other = load_backbone(path, image_size=[32, 48])  # interpolated from the recorded grid
+        y = torch.randn(2, 3, 32, 48)
+        assert other.image_size == (32, 48) and torch.equal(other.network(y), network(y))
+        assert other.transform(picture()).shape == (3, 32, 48)
+        new = students((24, 48))
+        init_from(new.backbone, new.head, path, "vit_nano", 8, (24, 48))
+        z = torch.randn(2, 3, 24, 48)
+        torch.testing.assert_close(new.backbone.eval()(z), network(z))
+    untold = write(network.state_dict(), tmp_path / "untold.pth")
+    with pytest.raises(UserError, match="misshapen .*pos_embed"):
+        load_backbone(untold)
+    assert torch.equal(load_backbone(untold, image_size=[32, 24]).network(x), network(x))
+    with pytest.raises(UserError, match=r"--image_size 60 32\): try 56 32 or 64 32"):
+        load_backbone(path, image_size=[60, 32])
+
+
+def test_a_square_is_read_from_the_shapes_whatever_the_flag_says(vits, tmp_path):
+    path = write(vits[0], tmp_path / "backbone.pth")
+    assert load_backbone(path, image_size=[64, 16]).network.grid == (4, 4)
+    record = VIT_ARGS | {"global_crops_size": 36}  # not of our patches
+    path = write({"teacher": prefixed(vits[0], "backbone."), "args": record}, tmp_path / "odd.pth")
+    assert load_backbone(path).image_size == 32
 
 
 # ---- no entry runs code from a file
