@@ -81,7 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "tokens, (R, C, D); last4: the CLS tokens of the last four blocks, (4 D,); avgpool: CLS token "
              "and mean of the patch tokens, interleaved, (2 D,), for networks without patches their output")
     cli.add_size_flag(group, "--image_size", None,
-        "image size in pixels: one length, or height and width (default: the checkpoint\'s, else 224)")
+        "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
     group.add_argument("--precision", default="fp32", choices=cli.PRECISIONS,
         help="precision of the network's forward pass")
     group.add_argument("--batch_size_per_gpu", default=128, type=cli.number(int, at_least=1),
