@@ -21,6 +21,7 @@ OTHER_FLAGS = {
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
     "--open-mode --me",
     "pytest": "--dist --gpu-device",
+    "mlflow": "--backend-store-uri",
     "python -m tests.*": "--rounds --quick --only --device --images",
     "every parser": "--help",
 }
