@@ -1,11 +1,12 @@
 """How much faster and lighter than the textbook: both sides interleaved, in one run.
 
-    python -m tests.benchmarks [augmentation|step|training|loss|knn|linear|start|all]
+    python -m tests.benchmarks [augmentation|containers|step|training|loss|knn|linear|start|all]
     python -m tests.benchmarks --device cuda        # the training step on a GPU: device.py
 
 Needs the photographs of tests/benchmarks/requirements.txt. Measure with nothing else running. A row
 gives the medians of both sides, the median of their ratios round by round, and the smallest and
-largest ratio; peak memory is that of separate processes, above what they held before.
+largest ratio; "a : b" compares with b instead of the textbook. Peak memory is that of separate
+processes, above what they held before.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from support import backbones
 from support.data import ImageFiles, load_pixels
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.pixels import normalized_views, to_pixels
-from tests.benchmarks import device, textbook
+from tests.benchmarks import containers, device, textbook
 from tests.benchmarks.photographs import write_photographs
 from utils import DataAugmentationDINO
 
@@ -45,7 +46,9 @@ CPU = torch.device("cpu")
 # ---- measuring
 
 
-def seconds(side: Side) -> float:
+def seconds(side: Side, before: Side | None = None) -> float:
+    if before:
+        before()
     begin = time.perf_counter()
     side()
     return time.perf_counter() - begin
@@ -55,10 +58,18 @@ def print_row(*cells: str) -> None:
     print(f"| {' | '.join([*cells, *[''] * (5 - len(cells))])} |", flush=True)
 
 
-def compare(name: str, ours: Side, theirs: Side, rounds: int, amount: float = 1.0, unit: str = "s") -> None:
-    """Time both in turn; with an `amount` of work per call, show amounts per second."""
+def compare(
+    name: str,
+    ours: Side,
+    theirs: Side,
+    rounds: int,
+    amount: float = 1.0,
+    unit: str = "s",
+    before: Side | None = None,
+) -> None:
+    """Time both in turn, `before` each without the clock; show amounts per second of an `amount` of work."""
     ours(), theirs()  # warm-up
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
+    pairs = [(seconds(ours, before), seconds(theirs, before)) for _ in range(rounds)]
     ratios = sorted(b / a for a, b in pairs)
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
     if unit != "s":
@@ -146,6 +157,13 @@ def augmentation(rounds: int) -> None:
                 n,
                 "img/s",
             )
+    torch.set_num_threads(threads)
+
+
+def reading(rounds: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    containers.run(compare, print_row, recipe(), rounds)
     torch.set_num_threads(threads)
 
 
@@ -327,8 +345,8 @@ def start(rounds: int) -> None:
 
 
 BENCHMARKS = {
-    "augmentation": [augmentation], "step": [step], "training": [end_to_end], "loss": [loss],
-    "knn": [knn], "linear": [linear], "start": [start],
+    "augmentation": [augmentation], "containers": [reading], "step": [step], "training": [end_to_end],
+    "loss": [loss], "knn": [knn], "linear": [linear], "start": [start],
 }  # fmt: skip
 PEAKS = {
     "loss": {"ours": our_loss, "textbook": plain_loss},
