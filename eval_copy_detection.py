@@ -68,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="resize images to this height and width, in pixels")
     group.add_argument("--num_workers", default=10, type=cli.number(int, at_least=0),
         help="data-loading workers per process; at most one per core")
-    cli.add_weights_flags(parser, arch="vit_base", patch_size=8)
+    cli.add_weights_flags(parser, arch="vit_base", patch_size=8, rgb_only=True)
     parser.add_argument("--batch_size_per_gpu", default=16, type=cli.number(int, at_least=1),
         help="images per process and forward pass")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
@@ -241,6 +241,7 @@ def network_flags(args: argparse.Namespace) -> argparse.Namespace:
     untold = args.pretrained_weights == "random" and args.arch is None
     arch, patch_size = ("vit_base", args.patch_size or 8) if untold else (args.arch, args.patch_size)
     own = {"image_size": args.imsize, "arch": arch, "patch_size": patch_size}
+    own |= {"in_chans": None, "value_range": None}
     return argparse.Namespace(**vars(args) | own)
 
 
@@ -259,6 +260,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     counts = {name: len(images) for name, images in sets.items()}
     log("images: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     frozen = load_by_flags(network_flags(args))
+    frozen.require_rgb("the benchmark's photographs")
     model = functools.partial(copy_features, frozen.network.to(device))
     transform = input_transform(args.imsize, frozen.mean, frozen.std)
     images = ImageFiles(*(path for part in sets.values() for path in part.paths))

@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="crop each query to its building, as the benchmark does; the paper uses the whole image")
     group.add_argument("--num_workers", default=10, type=cli.number(int, at_least=0),
         help="data-loading workers per process; at most one per core")
-    cli.add_weights_flags(parser)
+    cli.add_weights_flags(parser, rgb_only=True)
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
         help="keep the features on the GPU, if there is one")
     parser.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
@@ -268,6 +268,7 @@ def load_network(args: argparse.Namespace) -> Frozen:
     """Load the network by the flags, and log it. All ranks call this together. Raises UserError."""
     with same_error_on_all_ranks():
         frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+        frozen.require_rgb("the benchmark's photographs")
         with torch.inference_mode():
             check_takes_any_size(frozen.network, args.imsize, args.multiscale)
     log(f"weights: {frozen.description}")

@@ -75,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # Flags that determine the features.
 OF_FEATURES = (
-    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "data_path", "dataset",
-    "download", "demo", "batch_size_per_gpu", "num_workers", "seed",
+    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "in_chans", "value_range",
+    "data_path", "dataset", "download", "demo", "batch_size_per_gpu", "num_workers", "seed",
 )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def knn_top1(
     model: Callable[[Tensor], Tensor],
     train: Images,
     val: Images,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Callable[[Image.Image | Tensor], Tensor],
     device: torch.device,
     num_workers: int = 0,
     k: int = 20,
@@ -185,7 +185,7 @@ class PeriodicKNN:
         dtype: torch.dtype | None,
         stop_asked: Callable[[], bool],
     ):
-        """`evaluate(model)` returns the accuracy in percent of a function from images (B, 3, H, W) to
+        """`evaluate(model)` returns the accuracy in percent of a function from images (B, C, H, W) to
         features (B, D); `stop_asked()` says whether this rank was asked to stop.
         """
         self.evaluate, self.every, self.share = evaluate, every, share
@@ -283,7 +283,7 @@ def _extracted(folder: str) -> list[Tensor]:
 
 
 # What the identities of train and val features have to agree in.
-OF_NETWORK = ("kind", "network", "pixels", "mean", "std")
+OF_NETWORK = ("kind", "network", "pixels", "mean", "std", "value_range")
 
 
 def _unit_rows(features: Tensor, where: str) -> Tensor:
@@ -312,8 +312,8 @@ def _class_numbers(labels: Tensor, where: str) -> Tensor:
 
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> Data:
     """Compute L2-normalised features and labels of train, then of val, by the flags."""
-    train, val = on_all_ranks(open_train_and_val, Source.of(args))
     frozen = load_by_flags(args)
+    train, val = on_all_ranks(open_train_and_val, Source.of(args, frozen.form))
     model = frozen.network.to(device)
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)

@@ -56,7 +56,7 @@ from support.errors import TrainingError, UserError
 from support.features import extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
-from support.pixels import Size, height_and_width, normalize
+from support.pixels import Size, as_tensor, height_and_width, normalize
 from support.restart import Run
 from support.subsets import FewImages, draw_few, few_shot, labels_of
 from support.weights import (
@@ -141,8 +141,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # and the names, sizes and classes of the images, wherever they are.
 FREE_FLAGS = {
     "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
-    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "num_labels", "logistic",
-    "few_shot_seeds",
+    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "in_chans", "value_range",
+    "num_labels", "logistic", "few_shot_seeds",
 }  # fmt: skip
 
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
@@ -176,7 +176,7 @@ def check_args(args: argparse.Namespace) -> None:
 class AugmentedImages(Dataset):
     """Randomly cropped and flipped images with label, to train a linear classifier on.
 
-    Item (epoch, i) is uint8 (3, H, W) and the label; it depends on the seed, the epoch and i alone.
+    Item (epoch, i) is uint8 (C, H, W) and the label; it depends on the seed, the epoch and i alone.
     """
 
     def __init__(self, images: Images, size: Size, seed: int):
@@ -186,7 +186,7 @@ class AugmentedImages(Dataset):
         ratio = width / height * 3 / 4, width / height * 4 / 3
         crop = transforms.RandomResizedCrop((height, width), ratio=ratio)
         flip = transforms.RandomHorizontalFlip()
-        self.transform = transforms.Compose([crop, flip, transforms.PILToTensor()])
+        self.transform = transforms.Compose([crop, flip, as_tensor])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -338,7 +338,7 @@ def to_classes(labels: Tensor, images: Images, classes: list[str] | None, num_la
 class Features(NamedTuple):
     """The features of a frozen network."""
 
-    of: Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> (B, F), on the device
+    of: Callable[[Tensor], Tensor]  # normalised images (B, C, H, W) -> (B, F), on the device
     width: int  # F
     frozen: Frozen
     digest: str  # of the network's weights
@@ -361,7 +361,7 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
         avgpool_patchtokens=args.avgpool_patchtokens,
         dtype=cli.PRECISIONS[args.precision],
     )
-    width = of(torch.zeros(1, 3, *height_and_width(frozen.image_size), device=device)).shape[1]
+    width = of(frozen.zeros(1).to(device)).shape[1]
     kind = "CLS tokens" if is_vit else "the network's output"
     log(f"features: {kind}, {width} wide")
     return Features(of, width, frozen, digest_weights(network))
@@ -409,8 +409,8 @@ def load_classifier(
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Validate a trained classifier; returns its loss and accuracies in a list of one."""
-    images = on_all_ranks(open_labelled_images, Source.of(args), "val")
     features = build_features(args, device)
+    images = on_all_ranks(open_labelled_images, Source.of(args, features.frozen.form), "val")
     classifier, classes = load_classifier(
         args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
         features.width,
@@ -443,6 +443,7 @@ def run_identity(
         "pixels": features.frozen.image_size,
         "mean": features.frozen.mean,
         "std": features.frozen.std,
+        "values": features.frozen.value_range,
         "world_size": get_world_size(),
         "backbone": features.digest,
         "training images": digest(train_images),
@@ -481,10 +482,10 @@ def build_batches(
 
 def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Train a classifier for each rate, or resume the training; returns the best validation of each."""
-    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args))
-    train_images = few_images(args, train_images)
     folder = cli.make_folder(args.output_dir)
     features = build_features(args, device)
+    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args, features.frozen.form))
+    train_images = few_images(args, train_images)
     classes, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
 
     classifiers = LinearClassifiers(len(args.lr), features.width, num_labels).to(device)
@@ -579,7 +580,8 @@ def report(lrs: list[float], best: list[dict]) -> None:
 
 def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Fit a logistic regression for each seed of the subset; returns its loss and accuracies on rank 0."""
-    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args))
+    features = build_features(args, device)
+    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args, features.frozen.form))
     names, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
     subsets = {args.seed: np.arange(len(train_images))}
     if args.few_shot:
@@ -587,7 +589,6 @@ def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[st
         seeds = range(args.seed, args.seed + args.few_shot_seeds)
         subsets = {seed: draw_few(labels, args.few_shot, seed, names) for seed in seeds}
     needed = np.unique(np.concatenate(list(subsets.values())))
-    features = build_features(args, device)
     x, y = extract(args, features, FewImages(train_images, needed.tolist()), device)
     val_x, val_y = extract(args, features, val_images, device)
     val_y = to_classes(val_y, val_images, names, num_labels)

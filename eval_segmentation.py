@@ -24,9 +24,10 @@ K classes.
 """
 
 import argparse
+import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -40,14 +41,15 @@ from torchvision import transforms
 
 from eval_knn import knn_votes
 from support import cli, logistic
-from support.data import ImageFiles, Images, reason
+from support.data import ImageFiles, Images, extensions_of, in_format, reason
 from support.distributed import choose_device, fix_random_seeds, launched_as
-from support.errors import UserError, reason_of
+from support.errors import UserError, WrongFormat, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
+from support.formats import ImageFormat
 from support.loading import EvalImages, make_loader
 from support.logger import log
-from support.pixels import height_and_width, jaccard, normalize
+from support.pixels import as_tensor, height_and_width, in_channels, jaccard, normalize
 from support.shapes import Shapes
 from support.weights import Frozen
 from visualize_attention import cls_attention, enlarge, keep_mass
@@ -137,15 +139,16 @@ class MaskedFiles(ImageFiles):
 
     names: Sequence[str] = ()
 
-    def __init__(self, root: Path, split: str):
+    def __init__(self, root: Path, split: str, form: ImageFormat):
         listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         self.stems = read_list(listed)
-        found = {kind: folder_files(root / folder) for kind, folder in FOLDERS.items()}
+        found = {"masks": folder_files(root / FOLDERS["masks"], readable_extensions())}
+        found |= {"images": folder_files(root / FOLDERS["images"], extensions_of(form))}
         for kind, files in found.items():
             if missing := [stem for stem in self.stems if stem not in files]:
                 what = f"{len(missing)} of {len(self.stems)} {kind} are missing: {', '.join(missing[:3])}"
                 raise UserError(what, str(listed), f"put them into {root / FOLDERS[kind]}, or off the list")
-        super().__init__(*(found["images"][stem] for stem in self.stems))
+        super().__init__(*(found["images"][stem] for stem in self.stems), form=form)
         self.masks = [found["masks"][stem] for stem in self.stems]
         self.present = self._check()
         log(f"{split} images: {root}: {len(self):,} images, {len(self.present)} classes")
@@ -163,14 +166,22 @@ class MaskedFiles(ImageFiles):
             raise UserError(what, path, "save it as a palette or grey PNG")
         return torch.from_numpy(numbers.astype(np.uint8))
 
+    def _size(self, index: int) -> tuple[int, ...]:
+        """Height and width of an image."""
+        if not self.form.by_pillow:
+            return tuple(self.pixels(index).shape[1:])
+        with Image.open(self.paths[index]) as image:  # the header only
+            return image.size[::-1]
+
     def _check(self) -> set[int]:
         """Check the sizes of the masks; the numbers of the classes in them. Raises UserError."""
         present: set[int] = set()
         for index, path in enumerate(self.paths):
             mask = self.class_mask(index)
             try:
-                with Image.open(path) as image:
-                    width, height = image.size
+                height, width = self._size(index)
+            except WrongFormat:
+                raise
             except Exception as error:  # a broken file can raise nearly anything
                 raise UserError(f"cannot read image: {reason(error)}", path, "repair or replace it") from None
             if mask.shape != (height, width):
@@ -199,7 +210,7 @@ def read_list(path: Path) -> list[str]:
     return [name for name in names if name]
 
 
-def folder_files(folder: Path) -> dict[str, str]:
+def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:
     """Paths of the images in a folder by name without extension. Raises UserError."""
     try:
         paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
@@ -209,20 +220,21 @@ def folder_files(folder: Path) -> dict[str, str]:
     return {
         os.path.basename(stem): stem + extension
         for stem, extension in split
-        if extension.lower() in readable_extensions()
+        if extension.lower() in extensions
     }
 
 
-def open_masked(data_path: str, demo: bool) -> tuple[Masked, Masked]:
+def open_masked(data_path: str, demo: bool, form: ImageFormat) -> tuple[Masked, Masked]:
     """Open the training and validation images. Raises UserError."""
     if demo:
+        in_format(Shapes("val", 1), form, "--demo")  # checks it
         return MaskedShapes("train", 4_096), MaskedShapes("val", 1_000)
     if not data_path:
         raise UserError("no data given", "--data_path", "give a folder in VOC's layout, or try --demo")
     root = Path(data_path).expanduser()
     if not root.is_dir():
         raise UserError("no such folder", f"--data_path {root}", "check the path")
-    train, val = (MaskedFiles(root, split) for split in ("train", "val"))
+    train, val = (MaskedFiles(root, split, form) for split in ("train", "val"))
     if is_voc12(val):
         train.names = val.names = VOC_CLASSES
     if unknown := sorted(val.present - train.present):
@@ -240,11 +252,12 @@ def resized_batches(
     frozen: Frozen, images: Images, device: torch.device, batch_size: int = 16, num_workers: int = 0
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield indices and all images, in their order, resized to the network's size and normalised,
-    (B, 3, H, W).
+    (B, C, H, W).
     """
     size = height_and_width(frozen.image_size)
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
-    transform = transforms.Compose([resize, transforms.PILToTensor()])
+    channels = functools.partial(in_channels, channels=frozen.form.channels)
+    transform = transforms.Compose([channels, resize, as_tensor])
     order = BatchSampler(SequentialSampler(range(len(images))), batch_size, drop_last=False)
     for pixels, _, indices in make_loader(EvalImages(images, transform), order, num_workers, device):
         yield indices.tolist(), normalize(pixels.to(device), frozen.mean, frozen.std)
@@ -423,7 +436,7 @@ def report_segmentation(pixels: dict[str, Tensor], names: Sequence[str]) -> dict
 @torch.inference_mode()
 def has_attention(frozen: Frozen, device: torch.device) -> bool:
     """Whether the network has CLS attention; if not, says so. Raises UserError if it has no patch tokens."""
-    image = torch.zeros(1, 3, *height_and_width(frozen.image_size), device=device)
+    image = frozen.zeros(1).to(device)
     patch_tokens(frozen.network, image)
     try:
         cls_attention(frozen.network, image)
@@ -439,8 +452,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return {}
     device = choose_device()
     fix_random_seeds(args.seed)
-    train, val = open_masked(args.data_path, args.demo)
     frozen = load_by_flags(args)
+    train, val = open_masked(args.data_path, args.demo, frozen.form)
     network = frozen.network.to(device)
     loading = device, args.batch_size_per_gpu, args.num_workers
     found: dict[str, float] = {}

@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags. A parent for other parsers, so it has no `--help`."""
     parser = cli.ArgumentParser("Evaluation with video object segmentation on DAVIS 2017", add_help=False)
     # fmt: off
-    cli.add_weights_flags(parser)
+    cli.add_weights_flags(parser, rgb_only=True)
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",
         help=f"folder of DAVIS 2017, with {CLIPS}, {FRAMES}/CLIP/*.jpg and {MASKS}/CLIP/*.png")
@@ -444,6 +444,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Frozen:
     """Load the network of the weights' flags. ImageNet's deviation is replaced by `STD`. Raises UserError."""
     fix_random_seeds(args.seed)
     frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+    frozen.require_rgb("the benchmark's frames")
     frozen.network.to(device)
     if frozen.std == IMAGENET_STD:
         frozen = frozen._replace(std=STD)

@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# An exported network, read back: normalised images (B, 3, H, W) -> features (B, D).
+# An exported network, read back: normalised images (B, C, H, W) -> features (B, D).
 Exported = Callable[[Tensor], Tensor]
 
 
@@ -85,12 +85,13 @@ def to_backbone(frozen: Frozen, path: Path) -> Exported:
     args: dict[str, str | Size] = {"arch": frozen.arch, "global_crops_size": frozen.image_size}
     if isinstance(frozen.network, VisionTransformer):
         args["patch_size"] = frozen.network.patch_embed.patch_size
-    normalization = {"mean": frozen.mean, "std": frozen.std}
+    normalization = {"mean": frozen.mean, "std": frozen.std, "value_range": frozen.value_range}
     state = frozen.network.state_dict()
     torch.save({"state_dict": state, "args": args, "normalization": normalization}, path)
     again = load_backbone(str(path))
-    if again[1:4] != frozen[1:4]:
-        raise TrainingError(f"reads back as {again[1:4]}, not {frozen[1:4]}", path.name)
+    said, meant = ((x.image_size, x.mean, x.std, x.form) for x in (again, frozen))
+    if said != meant:
+        raise TrainingError(f"reads back as {said}, not {meant}", path.name)
     return again.network
 
 
@@ -103,6 +104,8 @@ def to_timm(frozen: Frozen, path: Path) -> Exported:
         name, kwargs = timm_arguments(network, frozen.image_size)
     elif getattr(network, "dynamic_img_size", False):
         kwargs = {"dynamic_img_size": True}
+    if frozen.form.channels != 3:
+        kwargs["in_chans"] = frozen.form.channels
     if not timm.is_model(name):
         raise UserError(f"timm has no {name}", "--to timm", "export it to another format")
     record = {"architecture": name, "mean": str(frozen.mean), "std": str(frozen.std)}
@@ -146,6 +149,7 @@ def to_hf(frozen: Frozen, path: Path) -> Exported:
         intermediate_size=4 * vit.embed_dim,
         image_size=frozen.image_size,
         patch_size=vit.patch_embed.patch_size,
+        num_channels=frozen.form.channels,
         layer_norm_eps=vit.norm.eps,
         qkv_bias=True,
         hidden_act="gelu",
@@ -166,6 +170,9 @@ def to_hf(frozen: Frozen, path: Path) -> Exported:
         image_std=list(frozen.std),
     )
     processor.save_pretrained(path)
+    if not frozen.form.is_default:
+        log(f"note: {path.name}/: the image processor takes uint8 ({frozen.form.channels}, H, W); "
+            "it neither reads files nor maps their values")  # fmt: skip
     again = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
     return lambda images: again(images).last_hidden_state[:, 0]
 
@@ -205,7 +212,7 @@ ANY_NUMBER = ({0: torch.export.Dim("batch", max=2**31)},)
 
 
 def to_onnx(frozen: Frozen, path: Path) -> Exported:
-    """ONNX with the input "images" (B, 3, H, W), B free, and the output "features" (B, D)."""
+    """ONNX with the input "images" (B, C, H, W), B free, and the output "features" (B, D)."""
     need("onnxscript", "onnx")
     runtime = need("onnxruntime", "onnx")
     program: Any = torch.onnx.export(
@@ -223,7 +230,7 @@ def to_onnx(frozen: Frozen, path: Path) -> Exported:
 
 
 def to_torch_export(frozen: Frozen, path: Path) -> Exported:
-    """A `torch.export` program of images (B, 3, H, W), B free."""
+    """A `torch.export` program of images (B, C, H, W), B free."""
     program = torch.export.export(frozen.network, (random_images(frozen, 2),), dynamic_shapes=ANY_NUMBER)
     torch.export.save(program, path)
     return torch.export.load(path).module()
@@ -245,8 +252,8 @@ EXPORTS: dict[str, tuple[str, Callable[[Frozen, Path], Exported]]] = {
 
 
 def random_images(frozen: Frozen, count: int) -> Tensor:
-    """Normalised images of noise: (count, 3, H, W)."""
-    return torch.randn(count, 3, *height_and_width(frozen.image_size))
+    """Normalised images of noise: (count, C, H, W)."""
+    return torch.randn_like(frozen.zeros(count))
 
 
 @torch.no_grad()

@@ -65,7 +65,6 @@ from support.features import (
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
-from support.pixels import height_and_width
 from support.weights import Frozen, load_file, replacing
 from support.weights import digest as digest_weights
 
@@ -124,7 +123,7 @@ def _output_and_mean(network: nn.Module, images: Tensor) -> Tensor:
     return with_mean(*cls_and_patches(network, images))
 
 
-# --kind -> features (B, ...) of a network and normalised images (B, 3, H, W).
+# --kind -> features (B, ...) of a network and normalised images (B, C, H, W).
 KINDS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "cls": lambda network, images: network(images),
     "patches": patch_tokens,
@@ -135,7 +134,7 @@ KINDS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 @torch.inference_mode()
 def compute(kind: str, network: nn.Module, dtype: torch.dtype | None, images: Tensor) -> Tensor:
-    """Normalised images (B, 3, H, W) -> features (B, ...), float32; `dtype` is that of autocast, if any."""
+    """Normalised images (B, C, H, W) -> features (B, ...), float32; `dtype` is that of autocast, if any."""
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return KINDS[kind](network, images).float()
 
@@ -148,7 +147,7 @@ class Rows(Dataset[tuple[Tensor, int, bool]]):
 
     def __init__(self, images: Images, frozen: Frozen, skip_unreadable: bool):
         self.images, self.skip_unreadable = images, skip_unreadable
-        self.transform, self.size = frozen.transform, height_and_width(frozen.image_size)
+        self.transform, self.blank = frozen.transform, frozen.zeros(1)[0]
         # Image files without classes have the label 0.
         self.labelled = bool(getattr(images, "classes", None)) or not isinstance(images, ImageFiles)
 
@@ -157,7 +156,7 @@ class Rows(Dataset[tuple[Tensor, int, bool]]):
             image, label = read_image(self.images, index)
         except ImageError as error:
             if self.skip_unreadable:
-                return torch.full((3, *self.size), torch.nan), -1, False
+                return torch.full_like(self.blank, torch.nan), -1, False
             raise ImageError(f"{error}, or add --skip_unreadable") from None
         return self.transform(image), class_number(label) if self.labelled else -1, True
 
@@ -368,7 +367,7 @@ def _read_array(path: Path) -> Tensor:
 
 
 def fill(store: Store, dataset: Rows, model: Callable[[Tensor], Tensor], num_workers: int, device) -> None:
-    """Compute the rows that are missing, (B, 3, H, W) -> (B, ...) by `model`, and record the progress.
+    """Compute the rows that are missing, (B, C, H, W) -> (B, ...) by `model`, and record the progress.
 
     All ranks call this together. Raises UserError.
     """
@@ -433,14 +432,13 @@ def main(args: argparse.Namespace) -> Path:
     """Compute the features that are missing; returns the file of the complete set."""
     device = init_distributed_mode(args.dist_url)
     fix_random_seeds(args.seed)
-    images = on_all_ranks(open_any_images, Source.of(args))
-    names = names_of(images)
     folder = cli.make_folder(args.output_dir)
     frozen = load_by_flags(args)
+    images = on_all_ranks(open_any_images, Source.of(args, frozen.form))
+    names = names_of(images)
     network = frozen.network.to(device)
     model = functools.partial(compute, args.kind, network, cli.PRECISIONS[args.precision])
-    image = torch.zeros(1, 3, *height_and_width(frozen.image_size), device=device)
-    shape = len(images), *model(image).shape[1:]
+    shape = len(images), *model(frozen.zeros(1).to(device)).shape[1:]
     flags = ("kind", "precision", "batch_size_per_gpu", "dtype", "format")
     identity = {name: getattr(args, name) for name in flags} | {
         "network": digest_weights(network),
@@ -449,6 +447,7 @@ def main(args: argparse.Namespace) -> Path:
         "pixels": frozen.image_size,
         "mean": list(frozen.mean),
         "std": list(frozen.std),
+        "value_range": frozen.value_range and [list(pair) for pair in frozen.value_range],
     }
     with Store(folder, shape, identity) as store:
         store.begin()

@@ -8,6 +8,7 @@ The caller's project may have a `utils`, a `support` or a `vision_transformer` o
 """
 
 import contextlib
+import functools
 import importlib.machinery
 import os
 import sys
@@ -56,19 +57,23 @@ def _caller_has(name: str) -> bool:
     return importlib.machinery.PathFinder.find_spec(name, elsewhere) is not None
 
 
-def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=None):
-    """Load a network from a file of weights, or a published one by name: (B, 3, H, W) -> (B, D).
+def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=None, in_chans=None):
+    """Load a network from a file of weights, or a published one by name: (B, C, H, W) -> (B, D).
 
     The arguments after `weights` are those of the scripts' flags; None takes what the file records. The
     network is in evaluation mode, and its weights can be trained. Its attribute `transform` makes the input
-    (3, H, W) from a PIL image. Raises an error, in one line, for weights that do not fit.
+    (C, H, W) from a PIL image or uint8 (C, H, W); its attribute `read` makes the latter
+    from the path of a file, with the values of training. Raises an error, in one line, for weights that do
+    not fit.
     """
     with _own_modules():
+        from support.data import load_pixels
         from support.weights import load_backbone
 
-        frozen = load_backbone(os.fspath(weights), checkpoint_key, arch, patch_size, image_size)
+        frozen = load_backbone(os.fspath(weights), checkpoint_key, arch, patch_size, image_size, in_chans)
         network: typing.Any = frozen.network
         network.transform = frozen.transform
+        network.read = functools.partial(load_pixels, form=frozen.form)
         return network.requires_grad_(True)
 
 

@@ -28,7 +28,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
-from torchvision.transforms.functional import to_pil_image
 
 import eval_knn
 import utils
@@ -37,6 +36,7 @@ from support.checks import check_images
 from support.cli import bool_flag, number
 from support.curves import Curves
 from support.data import (
+    ImageFiles,
     Images,
     Source,
     describe,
@@ -48,6 +48,7 @@ from support.data import (
     open_training_images,
 )
 from support.distributed import (
+    all_gather_object,
     barrier,
     fix_random_seeds,
     get_rank,
@@ -58,10 +59,13 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError, reason_of
+from support.estimates import IMAGES as SAMPLE
+from support.estimates import estimate_normalization, estimate_range, sample_values
+from support.formats import ImageFormat, pairs
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
-from support.pictures import contact_sheet
+from support.pictures import as_picture, contact_sheet
 from support.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -245,6 +249,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         "part of the images to train on: a split of --dataset (by default its unlabelled images, else its "
         "training split), or a folder, archive or list in --data_path, e.g. train for train.tar")
 
+    group = parser.add_argument_group("images", "what the values of a file mean, which the checkpoint "
+        "records for all scripts that load it")
+    group.add_argument("--in_chans", default=3, type=number(int, at_least=1, at_most=16),
+        help="number of channels of the images: of TIFFs (with tifffile), .npy files, and for one channel "
+             "also grey or RGB images; without three, hue, saturation and --gray_p have no effect")
+    group.add_argument("--value_range", default=None, type=cli.number_or_auto, nargs="+",
+        metavar=("LOW", "HIGH"),
+        help="values that become the grey levels 0 and 255, for 16-bit and floating-point images: one pair, "
+             "or one for each channel; auto: percentiles 0.1 and 99.9 of each channel, from up to 256 images "
+             "evenly spread over the data (default: 8-bit values as they are)")
+    group.add_argument("--mean", default=None, type=cli.number_or_auto, nargs="+",
+        help="mean of each channel, of levels in [0, 1]; auto: from the same images (default: ImageNet's for "
+             "three channels, auto for others)")
+    group.add_argument("--std", default=None, type=cli.number_or_auto, nargs="+",
+        help="deviation of each channel, as --mean")
+
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",
         help="folder for checkpoints and log.txt; a run resumes from the checkpoint in it")
@@ -317,6 +337,9 @@ NO_EFFECT = [
     ("solarize_p", lambda a: only_local_differs(a, "solarize_p"), "--local_crops_number is 0"),
     ("vflip_p", lambda a: a.quarter_turns and a.hflip_p == 0.5,
      "--quarter_turns with --hflip_p 0.5 gives all orientations"),
+    ("gray_p", lambda a: a.in_chans != 3 and a.gray_p, "it is for three channels"),
+    ("jitter", lambda a: a.in_chans != 3 and any(a.jitter[2:]) and tuple(a.jitter[2:]) != PAPER.jitter[2:],
+     "of S and H: they are for three channels"),
     ("use_fp16", lambda a: a.precision, "--precision overrides it"),
     ("data_path", lambda a: a.demo, "--demo draws its own images"),
     ("dataset", lambda a: a.demo, "--demo draws its own images"),
@@ -370,6 +393,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
+    check_format(args)
     parser = get_args_parser()
     cli.warn_no_effect(args, parser, NO_EFFECT)
 
@@ -382,6 +406,76 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", "shorten it")
         setattr(args, name, args.epochs / 10)  # as long as in the published recipe, or shorter
         log(f"warning: --{name} shortened from {value} to {args.epochs / 10:g}, as --epochs is {args.epochs}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Format of the images
+# ---------------------------------------------------------------------------------------------
+
+AUTO = ["auto"]
+
+# What runs had before these flags.
+RGB_IMAGES = {"in_chans": 3, "value_range": None, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+
+
+def check_format(args: argparse.Namespace) -> None:
+    """Check the flags of the images' format; give those without a value their default. Raises UserError."""
+    count = args.in_chans
+    for name in ("value_range", "mean", "std"):
+        values = getattr(args, name)
+        if values is None and name != "value_range":
+            values = RGB_IMAGES[name] if count == 3 else AUTO
+            setattr(args, name, values)
+        if values is None or values == AUTO:
+            continue
+        where = f"--{name} {' '.join(map(str, values))}"
+        if "auto" in values:
+            raise UserError("numbers beside auto", where, "give one of the two")
+        if name == "value_range":
+            pairs(values, count)
+        elif len(values) != count:
+            raise UserError(f"{len(values)} numbers for {count} channels", where, "give one a channel")
+        elif name == "std" and min(values) <= 0:
+            raise UserError("a deviation is above 0", where, "give other numbers")
+    if count != 3:
+        log(f"images of {count} channel{'s' * (count > 1)}: hue, saturation and grey views are left out")
+
+
+def image_format(args: argparse.Namespace) -> ImageFormat:
+    """The format that the flags describe."""
+    return ImageFormat(args.in_chans, () if args.value_range == AUTO else pairs(args.value_range))
+
+
+def settle_format(args: argparse.Namespace, images: Images, run: Run | None = None) -> None:
+    """Replace `auto` by numbers: those of the run to resume, else estimates from a sample of the images.
+
+    All ranks call this together. Raises UserError.
+    """
+    unknown = [name for name in ("value_range", "mean", "std") if getattr(args, name) == AUTO]
+    if unknown:
+        with same_error_on_all_ranks():
+            found = find_format(args, images, run, unknown) if is_main_process() else {}
+        for name, numbers in all_gather_object(found)[0].items():
+            setattr(args, name, numbers)
+    if isinstance(images, ImageFiles):
+        images.form = image_format(args)
+
+
+def find_format(args: argparse.Namespace, images: Images, run: Run | None, names: list[str]) -> dict:
+    """Numbers for these flags, as `settle_format` says; logs them. Raises UserError."""
+    known = run.recorded_args() if run else {}
+    if known.get("in_chans") == args.in_chans and all(known.get(name) for name in names):
+        found, origin = {name: known[name] for name in names}, "as in the run to resume"
+    else:
+        values = sample_values(images, args.in_chans)
+        limits = estimate_range(values) if "value_range" in names else args.value_range
+        found, origin = {"value_range": limits}, f"estimated from up to {SAMPLE} images"
+        if {"mean", "std"} & set(names):
+            found["mean"], found["std"] = estimate_normalization(values, pairs(limits))
+        found = {name: found[name] for name in names}
+    words = " ".join(f"--{name} {' '.join(map(str, numbers))}" for name, numbers in found.items())
+    log(f"{origin}: {words}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -470,10 +564,12 @@ def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCro
     )
     # Both backbones, then both heads: in another order, a seed would give other weights.
     (student_backbone, _), (teacher_backbone, embed_dim) = (
-        backbones.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
+        backbones.build_backbone(
+            args.arch, args.patch_size, args.global_crops_size, drop_path_rate, args.in_chans
+        )
         for drop_path_rate in (args.drop_path_rate, 0.0)
     )
-    backbones.check_crop_sizes(teacher_backbone, args.arch, embed_dim, crop_sizes(args))
+    backbones.check_crop_sizes(teacher_backbone, args.arch, embed_dim, crop_sizes(args), args.in_chans)
     student_head, teacher_head = head(embed_dim), head(embed_dim)
     student_head.defer_last_layer = True
     student = MultiCropWrapper(student_backbone, student_head)
@@ -488,7 +584,7 @@ def compile_in_place(*networks: MultiCropWrapper) -> None:
             part.compile(fullgraph=True, dynamic=False)
 
 
-def distribute(model: nn.Module, device: torch.device, sizes: Iterable[Size]) -> nn.Module:
+def distribute(model: nn.Module, device: torch.device, sizes: Iterable[Size], in_chans: int) -> nn.Module:
     """Wrap the student so that ranks start from the same weights and average their gradients."""
     if get_world_size() == 1:
         return model
@@ -497,7 +593,7 @@ def distribute(model: nn.Module, device: torch.device, sizes: Iterable[Size]) ->
     # DDP regroups the gradients after its first backward pass, and the groups determine the order in which
     # the ranks' sums are rounded. So make a blank pass first; otherwise a restart would change bits.
     model.eval()
-    views = [torch.zeros(1, 3, *height_and_width(size), device=device) for size in sizes]
+    views = [torch.zeros(1, in_chans, *height_and_width(size), device=device) for size in sizes]
     model(views).sum().backward()
     model.zero_grad()
     return model.train()
@@ -520,7 +616,8 @@ def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: tor
     backbone = copy.deepcopy(backbone)  # the pass changes the running mean
     try:
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, *height_and_width(args.local_crops_size), device=device))
+            size = height_and_width(args.local_crops_size)
+            backbone(torch.zeros(1, args.in_chans, *size, device=device))
     except ValueError as error:
         fix = "raise it, or give more or larger local crops"
         raise UserError(f"batch norm cannot train: {error}", "--batch_size_per_gpu 1", fix) from None
@@ -574,6 +671,8 @@ class Training:
     steps: Steps
     device: torch.device
     dtype: torch.dtype | None  # autocast's
+    mean: tuple[float, ...]  # of the images' channels, in [0, 1]
+    std: tuple[float, ...]
     accum_steps: int
     clip_grad: float
     freeze_last_layer: float
@@ -599,14 +698,14 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         backbone, head = student_without_ddp.backbone, student_without_ddp.head
         network = args.arch, args.patch_size, args.global_crops_size
         with same_error_on_all_ranks():
-            center = init_from(backbone, head, args.init_from, *network)
+            center = init_from(backbone, head, args.init_from, *network, args.mean, args.std)
     for model in (student_without_ddp, teacher):
         synchronize_batchnorms(model, device)
         model.to(device)
     check_batch_norms(student_without_ddp.backbone, args, device)
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student_without_ddp.backbone, args.arch)
-    student = distribute(student_without_ddp, device, crop_sizes(args))
+    student = distribute(student_without_ddp, device, crop_sizes(args), args.in_chans)
     if args.compile:
         compile_in_place(student_without_ddp, teacher)
     teacher.load_state_dict(student_without_ddp.state_dict())  # the ranks now agree on the student
@@ -635,6 +734,8 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         steps=steps,
         device=device,
         dtype=dtype,
+        mean=tuple(args.mean),
+        std=tuple(args.std),
         accum_steps=args.accum_steps,
         clip_grad=args.clip_grad,
         freeze_last_layer=args.freeze_last_layer,
@@ -644,14 +745,15 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
 
 def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:
     """Build the k-NN evaluation of student and teacher during training. Raises UserError."""
-    source = Source(args.knn_data) if args.knn_data else Source.of(args)
+    form = image_format(args)
+    source = Source(args.knn_data, form=form) if args.knn_data else Source.of(args, form)
     train, val = on_all_ranks(open_train_and_val, source)
     log(f"k-NN every {args.knn_every} epochs: train {describe(train)}; val {describe(val)}")
     evaluate = partial(
         eval_knn.knn_top1,
         train=train,
         val=val,
-        transform=eval_transform(args.global_crops_size),
+        transform=eval_transform(args.global_crops_size, args.mean, args.std),
         device=training.device,
         num_workers=args.num_workers,
     )
@@ -682,10 +784,11 @@ def train_dino(args: argparse.Namespace) -> None:
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
 
-    images = on_all_ranks(open_training_images, Source.of(args))
+    images = on_all_ranks(open_training_images, Source.of(args, image_format(args)))
     steps = count_steps(args, len(images))
     required = "student", "teacher", "optimizer"
     run = Run(cli.make_folder(args.output_dir), required, advice=ADVICE)
+    settle_format(args, images, run)
     training = build_training(args, device, steps, resumes=run.exists())
 
     # More than 1 % of an epoch is an error, but fewer than ten never are.
@@ -696,11 +799,13 @@ def train_dino(args: argparse.Namespace) -> None:
 
     pieces = training.pieces() | {"guard": monitor, "metrics": logger}
     identity = run_identity(args, images, training.dtype)
-    found = run.resume(pieces, identity, args.allow_changed_args, added=PAPER._asdict())
+    found = run.resume(pieces, identity, args.allow_changed_args, added=PAPER._asdict() | RGB_IMAGES)
     step = first_step(found, steps)
     record_args(args, run.folder)
-    if step == 0 and is_main_process():
-        check_images(images)
+    if step == 0:
+        with same_error_on_all_ranks():
+            if is_main_process():
+                check_images(images)
     if step:  # a loss that is not finite now comes from the weights that were saved
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
     curves = Curves(run.folder, PANELS, args.tensorboard, step) if is_main_process() else None
@@ -782,7 +887,7 @@ def save(
         "step": step,
         "sampler": {"seen": step % steps.per_epoch * steps.batch},
         "args": vars(args),
-        "normalization": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+        "normalization": {"mean": args.mean, "std": args.std, "value_range": pairs(args.value_range)},
     }
     keep_as = ""
     if (
@@ -805,7 +910,7 @@ def train_one_epoch(
 ) -> int:
     """Algorithm 1 of the paper, for these global steps of an epoch. Returns the step to continue from.
 
-    A batch is as `to_device` yields it: uint8 views on the device, one tensor (B, V, 3, H, W) for each size;
+    A batch is as `to_device` yields it: uint8 views on the device, one tensor (B, V, C, H, W) for each size;
     the colours that are still to be applied to them; and (B,) indices of images that were replaced, or -1.
     """
     wanted = logger.log_every(
@@ -823,7 +928,7 @@ def train_one_epoch(
         progress = step / t.steps.per_epoch  # in epochs
 
         # forward: the teacher sees the global views, the student all; backward
-        views = normalized_views(views, colours)
+        views = normalized_views(views, colours, t.mean, t.std)
         t.optimizer.zero_grad()
         for part in utils.in_parts(views, t.accum_steps, t.student):
             with torch.autocast(t.device.type, t.dtype, enabled=t.dtype is not None):
@@ -871,12 +976,13 @@ def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Im
     views, colours, unreadable = default_collate([dataset[item] for item in items])
     for index in unreadable[unreadable >= 0].tolist():
         log(f"warning: another image replaces {name_and_reason(images, index)}")
-    shown = [denormalize(view) for view in normalized_views(views, colours)]
+    scale = args.mean, args.std
+    shown = [denormalize(view, *scale) for view in normalized_views(views, colours, *scale)]
     rows = []
     for i, item in enumerate(items):
-        image = to_pil_image(dataset.readable(*item)[0])
+        image = as_picture(dataset.readable(*item)[0])
         image.thumbnail([max(height_and_width(args.global_crops_size))] * 2)
-        rows.append([image, *(to_pil_image(view[i]) for view in shown)])
+        rows.append([image, *(as_picture(view[i]) for view in shown)])
     return rows
 
 
@@ -886,12 +992,13 @@ def draw_preview(args: argparse.Namespace) -> None:
     path, where, fix = Path(args.preview).expanduser(), f"--preview {args.preview}", "give another file"
     if path.suffix.lower() != ".png":
         raise UserError("the picture is a PNG", where, "give a name that ends in .png")
-    source = Source.of(args)
+    source = Source.of(args, image_format(args))
     folders = [Path(part.data_path).expanduser().resolve() for part in source.each() if part.data_path]
     if not args.dataset and not args.demo and set(folders) & set(path.resolve().parents):
         raise UserError("the picture would become one of the images", where, fix)
     check_free(path, set(), PREVIEW_MARK, fix)
     images = open_training_images(source)
+    settle_format(args, images)
     rows = preview_rows(args, images)
     cli.make_folder(path.parent, "preview")
     size = max(height_and_width(args.global_crops_size))
@@ -910,10 +1017,11 @@ def report_demo(args: argparse.Namespace) -> None:
     weights = str(Path(args.output_dir, "checkpoint.pth"))
     size = ["--image_size", *map(str, height_and_width(args.global_crops_size))]
     # The seed gives the weights that the training started from.
+    channels = f"--in_chans {args.in_chans}".split()
     start = f"--arch {args.arch} --patch_size {args.patch_size} --seed {args.seed}".split()
     networks = {
-        "raw pixels": ["pixels", *size],
-        "random initialisation": ["random", *size, *start],
+        "raw pixels": ["pixels", *size, *channels],
+        "random initialisation": ["random", *size, *start, *channels],
         "trained student": [weights, "--checkpoint_key", "student"],
         "trained teacher": [weights],
     }
@@ -928,8 +1036,8 @@ def report_demo(args: argparse.Namespace) -> None:
         log(f"  {name:22} {accuracies[20][0]:5.1f} %")
 
     try:
-        image = open_labelled_images(Source.of(args), "val")[1][0]
-        picture = draw_views(image, build_augmentation(args), load_backbone(weights).network)
+        image = open_labelled_images(Source.of(args, image_format(args)), "val")[1][0]
+        picture = draw_views(image, build_augmentation(args), load_backbone(weights))
     except UserError as error:  # no matplotlib, or a network without attention
         log(f"note: no picture: {error}")
         return

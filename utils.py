@@ -187,9 +187,9 @@ class DataAugmentationDINO:
         return [draw_view(width, height, kind, rng, self.recipe) for kind in self.kinds]
 
     def crops(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], list[Tensor]]:
-        """uint8 (3, H, W) -> crops, and the colours that `normalized_views` applies to them.
+        """uint8 (C, H, W) -> crops, and the colours that `normalized_views` applies to them.
 
-        Crops are uint8 tensors, one (V, 3, H, W) for each size; few tensors are cheap to pass
+        Crops are uint8 tensors, one (V, C, H, W) for each size; few tensors are cheap to pass
         between processes. The colours are one tensor over all views for each field of `Colour`.
         """
         views = self.draw(pixels.shape[2], pixels.shape[1], rng)
@@ -197,10 +197,10 @@ class DataAugmentationDINO:
         return crops, stack_colours([view.colour for view in views])
 
     def views(self, pixels: Tensor, rng=random) -> tuple[list[Tensor], tuple[()]]:
-        """uint8 (3, H, W) -> views, as `crops` gives them but with their colours applied, and no colours."""
+        """uint8 (C, H, W) -> views, as `crops` gives them but with their colours applied, and no colours."""
         stacks = []
         for group in by_size(self.draw(pixels.shape[2], pixels.shape[1], rng)):
-            views = np.empty((len(group), 3, *group[0].size), np.uint8)
+            views = np.empty((len(group), len(pixels), *group[0].size), np.uint8)
             for out, view in zip(views, group, strict=True):
                 done = apply_colours(crop_and_resize(pixels, view)[None], [view.colour])[0]
                 out[:] = done.numpy().astype(np.uint8)  # NumPy converts five times as fast as torch

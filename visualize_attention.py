@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+from torch import Tensor
+from torchvision.transforms.functional import crop, get_dimensions, resize
 
 from support import cli
 from support.attention import attention_map, cls_attention, keep_mass
@@ -40,10 +40,11 @@ from support.data import ImageFiles, Images, describe, read_labelled, sample_nam
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import ImageError, TrainingError, UserError
 from support.features import patch_size_of, patch_tokens
+from support.formats import ImageFormat
 from support.logger import MetricLogger, log
 from support.pca import SIDES, PatchColours
-from support.pictures import bands, contact_sheet, enlarge, heat_map, mark_patch, side_by_side
-from support.pixels import normalize, to_pixels
+from support.pictures import as_picture, bands, contact_sheet, enlarge, heat_map, mark_patch, side_by_side
+from support.pixels import as_tensor, in_channels, normalize, to_pixels
 from support.shapes import Shapes
 from support.video import ENCODERS, Frames, comment_of, write_video
 from support.weights import Frozen, load_backbone
@@ -184,14 +185,15 @@ def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = Non
     return rows
 
 
-def draw_views(image: Image.Image, augmentation: DataAugmentationDINO, teacher: nn.Module) -> Image.Image:
+def draw_views(
+    image: Image.Image | Tensor, augmentation: DataAugmentationDINO, teacher: Frozen
+) -> Image.Image:
     """Draw an image and its views and, below each, the teacher's attention in it."""
     views = [view for part in augmentation.views(to_pixels(image), random.Random(0))[0] for view in part]
     rows: list[list[Image.Image]] = [[], []]
     for pixels in (to_pixels(image), *views):
-        device = next(teacher.parameters()).device
-        attention = cls_attention(teacher, normalize(pixels[None].to(device)))
-        pictures = draw(to_pil_image(pixels), {"mean": attention[0].mean(dim=0).cpu()})
+        attention = cls_attention(teacher.network, normalize(pixels[None], teacher.mean, teacher.std))
+        pictures = draw(as_picture(pixels).convert("RGB"), {"mean": attention[0].mean(dim=0).cpu()})
         for row, name in zip(rows, ("img", "overlay-mean"), strict=True):
             row.append(pictures[name])
     return contact_sheet(rows, side=128)
@@ -213,7 +215,7 @@ def is_own(path: str | Path, mark: dict[str, str] = MARK) -> bool:
     return False
 
 
-def open_images(paths: list[str]) -> ImageFiles:
+def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
     """Open the images to show: the named files, and those in the named folders that are not our pictures.
 
     Raises UserError.
@@ -222,7 +224,7 @@ def open_images(paths: list[str]) -> ImageFiles:
     for path in paths:
         if not Path(path).exists():
             raise UserError("no such file", f"--image_path {path}", "check the path")
-    images = ImageFiles(*paths)
+    images = ImageFiles(*paths, form=form)
     log(f"images: {describe(images)}")
     found = [sample_name(images, i) for i in range(len(images))]
     kept = [path for path in found if path in paths or not is_own(path)]
@@ -230,7 +232,7 @@ def open_images(paths: list[str]) -> ImageFiles:
         log(f"left out {len(found) - len(kept)} pictures of an earlier run")
     if not kept:
         raise UserError("no images found", where, "give image files")
-    return ImageFiles(*kept)
+    return ImageFiles(*kept, form=form)
 
 
 def folder_names(paths: list[str]) -> list[str]:
@@ -267,31 +269,37 @@ def save_picture(picture: Image.Image, path: Path, inputs: set[Path], mark: dict
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(image: Image.Image, image_size: Sequence[int], patch_size: int) -> Image.Image:
+def upright(image: Image.Image | Tensor) -> Image.Image | Tensor:
+    """Rotate as EXIF says."""
+    return image if isinstance(image, Tensor) else ImageOps.exif_transpose(image)
+
+
+def prepare(image: Image.Image | Tensor, image_size: Sequence[int], patch_size: int) -> Image.Image | Tensor:
     """Rotate as EXIF says, resize, then crop right and bottom to whole patches. Raises UserError."""
-    image = resize(ImageOps.exif_transpose(image), image_size)
-    width, height = (side - side % patch_size for side in image.size)
+    image = resize(upright(image), image_size)
+    height, width = (side - side % patch_size for side in get_dimensions(image)[1:])
     if not width or not height:
         size = " ".join(map(str, image_size))
         raise UserError(f"smaller than a patch of {patch_size}", f"--image_size {size}", "raise it")
-    return image.crop((0, 0, width, height))
+    return crop(image, 0, 0, height, width)
 
 
 def patch_at(
-    query: Sequence[int], image: Image.Image, image_size: Sequence[int], patch_size: int
+    query: Sequence[int], image: Image.Image | Tensor, image_size: Sequence[int], patch_size: int
 ) -> tuple[int, int]:
     """Row and column of the patch that has the pixel (x, y) of an image, once `prepare` has prepared it.
 
     The pixels that `prepare` crops belong to the nearest patch. Raises UserError outside of the image.
     """
-    upright = ImageOps.exif_transpose(image)
-    (x, y), (width, height) = query, upright.size
+    image = upright(image)
+    (x, y), (_, height, width) = query, get_dimensions(image)
     if x >= width or y >= height:
         fix = f"give X below {width} and Y below {height}"
         raise UserError(f"outside of the {width} x {height} image", f"--query {x} {y}", fix)
+    resized = get_dimensions(resize(image, image_size))[:0:-1]
     column, row = (
         min(int((place + 0.5) * after / before), after - after % patch_size - 1) // patch_size
-        for place, before, after in zip(query, upright.size, resize(upright, image_size).size, strict=True)
+        for place, before, after in zip(query, (width, height), resized, strict=True)
     )
     return row, column
 
@@ -305,18 +313,19 @@ class Viewer(NamedTuple):
     layer: int = 1  # counted from the end
     query: Sequence[int] | None = None  # (x, y) in an original image; without it, the CLS token
 
-    def prepare(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
-        """The image in whole patches, and as the network takes it: (1, 3, H, W)."""
-        image = prepare(image, self.image_size, patch_size_of(self.frozen.network))
-        pixels = pil_to_tensor(image)[None].to(self.device)
-        return image, normalize(pixels, self.frozen.mean, self.frozen.std)
+    def prepare(self, image: Image.Image | Tensor) -> tuple[Image.Image, Tensor]:
+        """The image in whole patches as a picture, and as the network takes it: (1, C, H, W)."""
+        image = in_channels(upright(image), self.frozen.form.channels)
+        pixels = as_tensor(prepare(image, self.image_size, patch_size_of(self.frozen.network)))
+        batch = normalize(pixels[None].to(self.device), self.frozen.mean, self.frozen.std)
+        return as_picture(pixels).convert("RGB"), batch
 
-    def patch(self, image: Image.Image) -> tuple[int, int] | None:
+    def patch(self, image: Image.Image | Tensor) -> tuple[int, int] | None:
         """The query's patch (row, column). Raises UserError."""
         size = patch_size_of(self.frozen.network)
         return patch_at(self.query, image, self.image_size, size) if self.query else None
 
-    def attention(self, image: Image.Image) -> tuple[Image.Image, Tensor, tuple[int, int] | None]:
+    def attention(self, image: Image.Image | Tensor) -> tuple[Image.Image, Tensor, tuple[int, int] | None]:
         """One image in whole patches, the attention over them, on the CPU (h, R, C), and the query's patch.
 
         Raises UserError.
@@ -325,38 +334,44 @@ class Viewer(NamedTuple):
         return prepared, attention_map(self.frozen.network, pixels, self.layer, patch)[0].cpu(), patch
 
     @torch.inference_mode()
-    def tokens(self, image: Image.Image) -> tuple[Image.Image, Tensor]:
+    def tokens(self, image: Image.Image | Tensor) -> tuple[Image.Image, Tensor]:
         """One image in whole patches, and their tokens (R, C, D). Raises UserError."""
         prepared, pixels = self.prepare(image)
         return prepared, patch_tokens(self.frozen.network, pixels, self.layer)[0]
 
 
 # What draws the pictures of one image, by file name.
-Show = Callable[[Image.Image], dict[str, Image.Image]]
+Show = Callable[[Image.Image | Tensor], dict[str, Image.Image]]
 
 
-def show_attention(viewer: Viewer, threshold: float | None, image: Image.Image) -> dict[str, Image.Image]:
+def show_attention(
+    viewer: Viewer, threshold: float | None, image: Image.Image | Tensor
+) -> dict[str, Image.Image]:
     """Draw the attention of the heads, and their mean."""
     prepared, attention, patch = viewer.attention(image)
     return draw(prepared, by_head(attention), threshold, patch)
 
 
 def show_mean_attention(
-    viewer: Viewer, threshold: float | None, top: float, image: Image.Image
+    viewer: Viewer, threshold: float | None, top: float, image: Image.Image | Tensor
 ) -> dict[str, Image.Image]:
     """Draw the mean attention of the heads, in colours from 0 to `top`."""
     prepared, attention, patch = viewer.attention(image)
     return draw(prepared, {"mean": attention.mean(dim=0)}, threshold, patch, top)
 
 
-def show_components(viewer: Viewer, colours: PatchColours, image: Image.Image) -> dict[str, Image.Image]:
+def show_components(
+    viewer: Viewer, colours: PatchColours, image: Image.Image | Tensor
+) -> dict[str, Image.Image]:
     """Draw each patch in the colours of its principal components."""
     prepared, tokens = viewer.tokens(image)
     picture = Image.fromarray(colours(tokens).numpy())
     return {"img": prepared, "pca": picture.resize(prepared.size, Image.Resampling.NEAREST)}
 
 
-def fit_components(viewer: Viewer, images: Callable[[], Iterable[Image.Image]], side: str) -> PatchColours:
+def fit_components(
+    viewer: Viewer, images: Callable[[], Iterable[Image.Image | Tensor]], side: str
+) -> PatchColours:
     """Fit the components over all images; `images()` yields them. Raises UserError."""
     colours = PatchColours(lambda: (viewer.tokens(image)[1] for image in images()), side)
     wrong = "" if side == "all" else "; if it is the background, give the other side with --foreground"
@@ -369,7 +384,7 @@ def fit_components(viewer: Viewer, images: Callable[[], Iterable[Image.Image]], 
 # ---------------------------------------------------------------------------------------------
 
 
-def readable(images: Images) -> Iterator[Image.Image]:
+def readable(images: Images) -> Iterator[Image.Image | Tensor]:
     """Yield the images that can be read. Raises ImageError if none can."""
     broken = 0
     for i in range(len(images)):
@@ -474,7 +489,11 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
     if args.demo and not Path(args.pretrained_weights).is_file():
         raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
     patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)
-    frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, patch_size)
+    network = args.pretrained_weights, args.checkpoint_key, args.arch, patch_size
+    frozen = load_backbone(*network, in_chans=args.in_chans, value_range=args.value_range)
+    if (args.demo or args.video) and frozen.form.channels not in (1, 3):
+        what = f"the network takes {frozen.form.channels} channels"
+        raise UserError(what, "--demo" if args.demo else "--video", "give --image_path")
     for size in args.image_size if args.demo else ():  # cropped images would not match the true masks
         check_divides("image_size", size, patch_size_of(frozen.network))
     log(f"weights: {frozen.description}")
@@ -501,11 +520,11 @@ def main(args: argparse.Namespace) -> None:
         cli.make_folder(output_dir)
         visualize_video(viewer, frames, args, path)
     else:
-        images = open_images(args.image_path)
+        viewer = load_viewer(args, device)
+        images = open_images(args.image_path, viewer.frozen.form)
         if args.query and len(images) > 1:
             what = f"a query is a place in one image, not in {len(images)}"
             raise UserError(what, "--query", "give one image, or --video for frames of one size")
-        viewer = load_viewer(args, device)
         cli.make_folder(output_dir)
         show: Show = functools.partial(show_attention, viewer, args.threshold)
         if args.pca:

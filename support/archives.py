@@ -15,14 +15,14 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 
 from support.errors import UserError, reason_of
-from support.files import Folder, Found, Paths, readable_extensions, select_images
+from support.files import ARRAYS, Folder, Found, Paths, readable_extensions, select_images
 from support.logger import log
 
 ARCHIVES = (".tar", ".zip")
@@ -98,11 +98,12 @@ class Archive(Folder):
         root = os.path.join(self.root, name)
         return Archive(root, self.files, self.index, self.tree, f"{self.inside}{name}/")
 
-    def find_images(self) -> Found:
-        """Find all images, except hidden ones."""
+    def find_images(self, readable: Set[str] | None = None) -> Found:
+        """Find all images, except hidden ones; `readable` are their extensions."""
         contents = ((folder, *self.tree.contents[folder]) for folder in self._below())
         skip = len(self.inside)
-        return select_images((folder[skip:-1], names, len(hidden)) for folder, names, hidden in contents)
+        found = ((folder[skip:-1], names, len(hidden)) for folder, names, hidden in contents)
+        return select_images(found, readable)
 
     def class_folders(self) -> list[str]:
         """List the names of its folders, sorted, except hidden ones."""
@@ -234,7 +235,7 @@ def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
     """Unpack several archives into one folder, or each into a folder of its name if one has images at its
     top level: ImageNet's training set is one archive a class. Raises UserError for a name that occurs twice.
     """
-    readable = tuple(readable_extensions())
+    readable = (*readable_extensions(), *ARRAYS)
     top = (name for _, index in parts for name in index.names if "/" not in name)
     own_folders = any(name.lower().endswith(readable) and not _is_hidden(name) for name in top)
     names = [f"{stem}/{name}" if own_folders else name for stem, index in parts for name in index.names]
@@ -356,7 +357,7 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
     """Index a zip. Raises UserError."""
     places: Places = {}
     readable, methods = (
-        tuple(readable_extensions()),
+        (*readable_extensions(), *ARRAYS),
         {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED},
     )
     try:

@@ -24,9 +24,9 @@ def canonical(arch: str) -> str:
 
 
 def build_backbone(
-    arch: str, patch_size: int = 16, img_size: Size = 224, drop_path_rate: float = 0.0
+    arch: str, patch_size: int = 16, img_size: Size = 224, drop_path_rate: float = 0.0, in_chans: int = 3
 ) -> tuple[nn.Module, int]:
-    """Build a backbone by name, randomly initialised, without classifier: (B, 3, H, W) -> (B, D).
+    """Build a backbone by name, randomly initialised, without classifier: (B, in_chans, H, W) -> (B, D).
 
     The name is looked up among our ViTs, then torchvision's classifiers, then timm's models.
     `patch_size` and `img_size` (of the position embedding) apply to our ViTs only; the names of other
@@ -38,11 +38,12 @@ def build_backbone(
     arch = canonical(arch)
     model: Any  # of timm's models, few attributes are declared
     if arch in VITS:
-        model = VITS[arch](patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+        size = {"img_size": img_size, "in_chans": in_chans}
+        model = VITS[arch](patch_size, drop_path_rate=drop_path_rate, **size)
         model.dropped_classifiers = ("head",)
         return model, model.embed_dim
     if arch in torchvision.models.list_models(module=torchvision.models):
-        return _torchvision_backbone(arch)
+        return _torchvision_backbone(arch, in_chans)
     import timm  # half a second, so only when it is needed
 
     if not timm.is_model(arch):
@@ -51,6 +52,8 @@ def build_backbone(
         fix = f"did you mean {', '.join(longer)}?" if longer else nearest(arch, known)
         raise UserError("unknown architecture", f"--arch {arch}", fix)
     kwargs: dict[str, Any] = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
+    if in_chans != 3:
+        kwargs["in_chans"] = in_chans
     while True:
         try:
             model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
@@ -60,12 +63,14 @@ def build_backbone(
             return model, getattr(model, "head_hidden_size", None) or model.num_features
         except TypeError as error:  # most convnets accept neither argument
             unknown = [name for name in kwargs if f"'{name}'" in str(error)]
+            if "in_chans" in unknown:
+                raise UserError("takes three channels only", f"--arch {arch}", "use another") from None
             if not unknown:
                 raise
             del kwargs[unknown[0]]
 
 
-def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
+def _torchvision_backbone(arch: str, in_chans: int) -> tuple[nn.Module, int]:
     auxiliary = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(arch, weights=None, **auxiliary)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -75,7 +80,21 @@ def _torchvision_backbone(arch: str) -> tuple[nn.Module, int]:
     embed_dim = model.get_submodule(linear[-1]).in_features
     setattr(model.get_submodule(parent), name, nn.Identity())
     model.dropped_classifiers = (linear[-1],)
+    if in_chans != 3:
+        _widen_first_conv(model, in_chans)
     return model, embed_dim
+
+
+def _widen_first_conv(model: nn.Module, in_chans: int) -> None:
+    """Make the first convolution take other than three channels, with random weights of a fitting size."""
+    name, old = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    shape = {"stride": old.stride, "padding": old.padding, "bias": old.bias is not None}
+    new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, **shape)  # type: ignore[arg-type]
+    nn.init.normal_(new.weight, std=old.weight.std().item() * math.sqrt(3 / in_chans))
+    if new.bias is not None:
+        new.bias = old.bias
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
 
 
 def check_divides(name: str, size: Size, patch_size: int) -> None:
@@ -89,7 +108,9 @@ def check_divides(name: str, size: Size, patch_size: int) -> None:
         raise UserError(f"does not divide by --patch_size {patch_size}", where, fix)
 
 
-def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[Size]) -> None:
+def check_crop_sizes(
+    backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[Size], in_chans: int = 3
+) -> None:
     """Raise UserError unless the backbone maps images of each size to (B, D)."""
     training = backbone.training
     backbone.eval()
@@ -97,7 +118,7 @@ def check_crop_sizes(backbone: nn.Module, arch: str, embed_dim: int, sizes: Iter
         fix = "choose another image size or --arch"
         try:
             with torch.no_grad():
-                shape = tuple(backbone(torch.zeros(2, 3, *height_and_width(size))).shape)
+                shape = tuple(backbone(torch.zeros(2, in_chans, *height_and_width(size))).shape)
         except Exception as error:  # a model may raise anything for a size that it does not accept
             what = f"{arch} takes no images of {size_words(size)} pixels: {reason(error)}"
             raise UserError(what, "--arch", fix) from None

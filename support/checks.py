@@ -4,10 +4,17 @@ import random
 import time
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-from support.data import ImageFiles, Images, load_image, open_file, reason, sample_bits, sample_name
+from support.data import ImageFiles, Images, sample_bits, sample_name
+from support.errors import UserError, WrongFormat, reason
+from support.files import ARRAYS
+from support.formats import extension, open_file
 from support.logger import log
+from support.pixels import to_pixels
 from support.shapes import Shapes
 
 CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows nothing
@@ -18,7 +25,8 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
     """Read up to `most` images, evenly spread, for about `seconds`; log a warning for each kind of fault.
 
     The faults: images that cannot be read, 16-bit values that use few bits, bands or transparency that are
-    dropped, images that are nearly constant, and images that are nearly identical.
+    dropped, images that are nearly constant, and images that are nearly identical. Raises WrongFormat for
+    an image of another format, UserError if no image has a value within the range that its format states.
     """
     if isinstance(images, Shapes):
         return
@@ -27,32 +35,53 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
     faults: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
     thumbnails, deepest, begun, checked = {}, 0, time.monotonic(), 0
+    reached = torch.zeros(1, dtype=torch.bool)  # for each channel, whether an image has values in the range
     for index in spread:
         if time.monotonic() - begun > seconds:
             break
         checked += 1
         try:
             file, image = _stored_and_read(images, index)
+        except WrongFormat:
+            raise
         except Exception as error:  # a broken file can raise nearly anything
             faults.setdefault("cannot be read", []).append(index)
             reasons[index] = f" ({reason(error)})"
             continue
-        dropped, value = _dropped(file), _largest(file)
+        dropped, value = (_dropped(file), _largest(file)) if file else ("", None)
         if dropped:
             faults.setdefault(f"lose {dropped}: training takes red, green and blue", []).append(index)
         if value is not None:
             faults.setdefault(DEEP, []).append(index)
             deepest = max(deepest, value)
-        if np.asarray(image).std(axis=(0, 1)).max() < CONSTANT:
+        reached = reached | ((image > 0) & (image < 255)).any(dim=-1).any(dim=-1)
+        if image.float().std(dim=(1, 2)).max() < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
         else:
-            thumbnails[index] = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32).ravel()
+            thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
+    _check_range(images, reached, checked - len(reasons))
     _warn_of_bits(faults, deepest)
     if same := _identical(thumbnails):
         faults["are nearly identical to another one: training learns from differences between images"] = same
     for words, indices in faults.items():
         example = sample_name(images, min(indices)) + reasons.get(min(indices), "")
         log(f"warning: {len(indices)} of {checked} checked images {words}; e.g. {example}")
+
+
+def _check_range(images: Images, reached: Tensor, read: int) -> None:
+    """Check that the values of the images that were read lie in the range which the format states.
+
+    Raises UserError if no channel has one, and warns of some.
+    """
+    limits = images.form.value_range if isinstance(images, ImageFiles) else None
+    if not limits or not read or reached.all():
+        return
+    where = f"--value_range {' '.join(f'{number:g}' for pair in limits for number in pair)}"
+    if not reached.any():
+        what = f"no value of {read} checked images lies within the range"
+        raise UserError(what, where, "give another range, or auto")
+    outside = ", ".join(str(channel + 1) for channel in (~reached).nonzero().flatten().tolist())
+    log(f"warning: no value of {read} checked images lies within {where} in channel {outside}")
 
 
 DEEP = "16 bits"
@@ -66,15 +95,18 @@ def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
         faults[words + f"dark: multiply their values by {2 ** (16 - bits)}"] = deep
 
 
-def _stored_and_read(images: Images, index: int) -> tuple[Image.Image, Image.Image]:
-    """Read an image as it is stored, and as training sees it."""
+def _stored_and_read(images: Images, index: int) -> tuple[Image.Image | None, Tensor]:
+    """Read an image as it is stored, if Pillow converts it, and as training sees it, uint8 (C, H, W)."""
     if isinstance(images, ImageFiles):
         path, content = images.paths.file(index)
+        pixels = images.pixels(index)
+        if not images.form.by_pillow or extension(path) in ARRAYS:
+            return None, pixels
         with open_file(path, content) as stored, Image.open(stored) as file:
             file.load()
-        return file, load_image(path, content)
+        return file, pixels
     image = images[index][0]
-    return image, image.convert("RGB")
+    return None if isinstance(image, Tensor) else image, to_pixels(image)
 
 
 def _largest(file: Image.Image) -> int | None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -131,12 +132,18 @@ def argument_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         if action.nargs == 0:  # a switch
             lines += [flag] if value else []
         elif isinstance(value, list | tuple):
-            lines += [shlex.join([flag, *map(str, value)])] if value else []
+            lines += [shlex.join([flag, *map(_plain, value)])] if value else []
         elif value is not None:
             value = str(value).lower() if isinstance(value, bool) else str(value)
             # By itself, a word that begins with - would be taken for a flag.
             lines.append(shlex.join([f"{flag}={value}"] if value.startswith("-") else [flag, value]))
     return "".join(f"{line}\n" for line in lines)
+
+
+def _plain(value) -> str:
+    """A value as a word; a number without an exponent, which argparse would take for a flag after a minus."""
+    is_small = isinstance(value, float) and value < 0
+    return np.format_float_positional(value, trim="0") if is_small else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,10 +199,13 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, spli
     # fmt: on
 
 
-def add_weights_flags(parser: argparse.ArgumentParser, arch: str = "vit_small", patch_size: int = 16) -> None:
+def add_weights_flags(
+    parser: argparse.ArgumentParser, arch: str = "vit_small", patch_size: int = 16, rgb_only: bool = False
+) -> None:
     """Add the flags that select a frozen network; a flag that is not given is None.
 
-    The help names `arch` and `patch_size` as what the script takes if the file does not say it.
+    The help names `arch` and `patch_size` as what the script takes if the file does not say it. A script with
+    `rgb_only` images needs no flags of their format.
     """
     # fmt: off
     group = parser.add_argument_group("weights")
@@ -210,6 +220,13 @@ def add_weights_flags(parser: argparse.ArgumentParser, arch: str = "vit_small", 
              f"else {arch})")
     group.add_argument("--patch_size", default=None, type=number(int, at_least=1),
         help=f"pixels per patch side, for our ViTs only (default: the file's, else {patch_size})")
+    if rgb_only:
+        return
+    group.add_argument("--in_chans", default=None, type=number(int, at_least=1, at_most=16),
+        help="number of channels of the images (default: the file's, else 3)")
+    group.add_argument("--value_range", default=None, type=number(float), nargs="+", metavar=("LOW", "HIGH"),
+        help="for random and pixels: values that become the grey levels 0 and 255, as in training (default: "
+             "the file's, else 8-bit values as they are)")
     # fmt: on
 
 
@@ -261,6 +278,11 @@ def number(
         return value
 
     return parse
+
+
+def number_or_auto(text: str) -> float | str:
+    """Parse a finite number, or the word auto."""
+    return text if text == "auto" else number(float)(text)
 
 
 NUMBER_WORDS = {int: "a whole number", float: "a number"}

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import io
 import operator
@@ -23,36 +24,42 @@ from typing import IO, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
+from torchvision.transforms.functional import to_pil_image
 
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
-from support.errors import ImageError, UserError, nearest, reason, reason_of
-from support.files import Folder, JoinedPaths, Paths, readable_extensions
+from support.errors import ImageError, UserError, WrongFormat, nearest, reason, reason_of
+from support.files import ARRAYS, Folder, JoinedPaths, Paths, readable_extensions
+from support.formats import TIFFS, ImageFormat, extension, load_levels, load_values, open_file
 from support.logger import log
-from support.pixels import to_pixels, to_rgb
+from support.pixels import as_tensor, to_pixels, to_rgb
 from support.shapes import Shapes
 
+RGB = ImageFormat()
 
-def load_image(path: str, content: bytes | None = None) -> Image.Image:
-    """Read the first frame of an image file as RGB, as `to_rgb` converts it; EXIF rotation is ignored.
+
+def load_image(path: str, content: bytes | None = None, channels: int = 3) -> Image.Image:
+    """Read the first frame of an image file as RGB, or as grey for one channel; EXIF rotation is ignored.
 
     16-bit values keep the upper 8 of the bits that they use, which a TIFF may state. `content` is what the
     file contains, if it lies in an archive. A file that cannot be read may raise any exception.
     """
-    with open_file(path, content) as file, Image.open(file) as image:
-        return to_rgb(image, sample_bits(image))
+    with open_file(path, content) as file, _pillow(path, content, channels, file) as image:
+        rgb = to_rgb(image, sample_bits(image))
+        return rgb if channels == 3 else rgb.convert("L")
 
 
-def open_file(path: str, content: bytes | None) -> IO[bytes]:
-    """A file to read, or its content. Raises OSError."""
-    if content is not None:
-        return io.BytesIO(content)
-    if not os.path.isfile(path):  # reading a pipe could block forever
-        raise OSError("not a file")
-    return open(path, "rb")
+def _pillow(path: str, content: bytes | None, channels: int, file: IO[bytes]) -> Image.Image:
+    """Open an image with Pillow. Raises WrongFormat for a TIFF of more channels, if tifffile can tell."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        if extension(path) in TIFFS and importlib.util.find_spec("tifffile"):
+            load_values(path, content, channels)
+        raise
 
 
 def sample_bits(image: Image.Image) -> int:
@@ -63,12 +70,17 @@ def sample_bits(image: Image.Image) -> int:
     return min(16, max(8, min(said)))
 
 
-def load_pixels(path: str, content: bytes | None = None) -> Tensor:
-    """An image file as uint8 (3, H, W), with `load_image`'s pixels.
+def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB) -> Tensor:
+    """An image file as uint8 (C, H, W); of RGB files of 8 bits, `load_image`'s pixels.
 
     torchvision decodes JPEGs 1.5 times as fast as Pillow. Falls back to Pillow if torchvision has dropped
-    the decoder (deprecated in 0.29) or the file is not a complete RGB JPEG.
+    the decoder (deprecated in 0.29) or the file is not a complete RGB JPEG. Raises WrongFormat if it is not
+    of this format.
     """
+    if not form.by_pillow or extension(path) in ARRAYS:
+        return load_levels(path, content, form)
+    if form.channels == 1:
+        return as_tensor(load_image(path, content, 1))
     decode = getattr(torchvision.io, "decode_jpeg", None)
     there = content is not None or os.path.isfile(path)
     if decode and path.lower().endswith((".jpg", ".jpeg")) and there:
@@ -85,25 +97,37 @@ def load_pixels(path: str, content: bytes | None = None) -> Tensor:
     return to_pixels(load_image(path, content))
 
 
+def extensions_of(form: ImageFormat) -> frozenset[str]:
+    """The extensions of image files of a format, in lower case."""
+    return readable_extensions() if form.is_default else readable_extensions() | set(ARRAYS)
+
+
 def _folder(root: str | Path | Folder) -> Folder:
     return root if isinstance(root, Folder) else Folder(root)
 
 
 class Images(Protocol):
-    """Any dataset of images: its length, and items (PIL image, label)."""
+    """Any dataset of images: its length, and items (image, label).
+
+    An image is a PIL image or, for other numbers of channels than three, uint8 (C, H, W).
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
+    def __getitem__(self, index: int, /) -> tuple[Image.Image | Tensor, Any]: ...
 
 
 class ImageFiles(Dataset):
-    """The given image files, and all those below the given folders, sorted; without labels."""
+    """The given image files, and all those below the given folders, sorted; without labels.
+
+    All are of the format `form`, which may be set later; its default leaves out `.npy` files in folders.
+    """
 
     taken: Counter[str]
     left_out: Counter[str]
 
-    def __init__(self, *roots: str | Path | Folder):
+    def __init__(self, *roots: str | Path | Folder, form: ImageFormat = RGB):
+        self.form = form
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
         if len(roots) == 1 and (isinstance(roots[0], Folder) or not os.path.isfile(roots[0])):
             folder = _folder(roots[0])
@@ -118,7 +142,7 @@ class ImageFiles(Dataset):
 
     def _found(self, folder: Folder) -> list[str]:
         """Find and count the image files below a folder; paths relative to it. Raises UserError."""
-        found = folder.find_images()
+        found = folder.find_images(extensions_of(self.form))
         self.taken, self.left_out = self.taken + found.taken, self.left_out + found.left_out
         self.hidden += found.hidden
         return found.names
@@ -126,12 +150,20 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(*self.paths.file(index)), 0
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        return self.image(index), 0
+
+    def image(self, index: int) -> Image.Image | Tensor:
+        """The image as RGB; for another number of channels, as uint8 (C, H, W)."""
+        path, content = self.paths.file(index)
+        if self.form.is_default and extension(path) not in ARRAYS:
+            return load_image(path, content)
+        pixels = load_pixels(path, content, self.form)
+        return to_pil_image(pixels) if self.form.channels == 3 else pixels
 
     def pixels(self, index: int) -> Tensor:
-        """The image as uint8 (3, H, W)."""
-        return load_pixels(*self.paths.file(index))
+        """The image as uint8 (C, H, W)."""
+        return load_pixels(*self.paths.file(index), self.form)
 
 
 class LabelledFiles(ImageFiles):
@@ -143,7 +175,8 @@ class LabelledFiles(ImageFiles):
     classes: list[str]
     labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
 
-    def __init__(self, root: str | Path | Folder):
+    def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
+        self.form = form
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
         folder = _folder(root)
         self.classes = folder.class_folders()
@@ -157,8 +190,8 @@ class LabelledFiles(ImageFiles):
         self.paths = folder.paths(names)
         self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(*self.paths.file(index)), int(self.labels[index]) if self.classes else 0
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        return self.image(index), int(self.labels[index]) if self.classes else 0
 
     def renumber(self, classes: list[str]) -> None:
         """Number the classes as `classes` does, which has to contain all of them."""
@@ -172,8 +205,8 @@ class FolderFiles(LabelledFiles):
     `classes` is empty, and labels are 0, if there are images beside the folders.
     """
 
-    def __init__(self, root: str | Path | Folder):
-        ImageFiles.__init__(self, root)
+    def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
+        ImageFiles.__init__(self, root, form=form)
         folders = [name.partition(os.sep) for name in self.paths.names()]
         self.classes, self.labels = [], np.zeros(len(self), int)
         if folders and all(separator for _, separator, _ in folders):
@@ -190,7 +223,8 @@ class ListedFiles(LabelledFiles):
     have one or if `labelled`.
     """
 
-    def __init__(self, path: str | Path, labelled: bool = False):
+    def __init__(self, path: str | Path, labelled: bool = False, form: ImageFormat = RGB):
+        self.form = form
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
         root, names, classes, lacking = os.path.dirname(path), [], [], []
         for number, line in _lines(path):
@@ -248,6 +282,7 @@ class JoinedFiles(LabelledFiles):
     """
 
     def __init__(self, sets: list[ImageFiles]):
+        self.form = sets[0].form
         self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
         self.paths = JoinedPaths([images.paths for images in sets])
         self.classes, self.labels = [], np.zeros(0, int)
@@ -259,6 +294,30 @@ class JoinedFiles(LabelledFiles):
             self.classes, self.labels = classes, np.concatenate([images.labels for images in named])
 
 
+class Grey(Subset):
+    """A dataset's images in grey: items are uint8 (1, H, W) and the label."""
+
+    def __init__(self, images: Images):
+        super().__init__(images, range(len(images)))  # type: ignore[arg-type]
+        for name in ("classes", "split", "train", "labels", "targets", "_labels"):
+            if hasattr(images, name):
+                setattr(self, name, getattr(images, name))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:  # type: ignore[override]
+        image, label = self.dataset[index]
+        return as_tensor(image.convert("L")), label
+
+
+def in_format(images: Images, form: ImageFormat, flag: str) -> Images:
+    """A dataset of 8-bit RGB images in a format; `flag` names it in messages. Raises UserError."""
+    if form.value_range is not None:
+        raise UserError("its images have 8 bits", f"{flag} with --value_range", "leave the range out")
+    if form.channels not in (1, 3):
+        what = f"its images have three channels, not {form.channels}"
+        raise UserError(what, flag, "give files, or a network of 3 channels or 1")
+    return images if form.channels == 3 else Grey(images)
+
+
 class Source(NamedTuple):
     """Where images come from: a folder, a torchvision dataset by class name in a folder, or the demo."""
 
@@ -268,17 +327,18 @@ class Source(NamedTuple):
     demo: bool = False
     split: str = ""  # to train on; empty: as `open_training_images` chooses
     more: tuple[str, ...] = ()  # further data paths
+    form: ImageFormat = RGB
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> "Source":
-        """Read the data flags. Raises UserError."""
+    def of(cls, args: argparse.Namespace, form: ImageFormat = RGB) -> "Source":
+        """Read the data flags, for images of a format. Raises UserError."""
         values = {name: value for name, value in vars(args).items() if name in cls._fields}
         if isinstance(args.data_path, list):
             values["data_path"], *more = args.data_path
             values["more"] = tuple(more)
             if args.dataset:
                 raise UserError("--dataset takes one folder", f"--data_path {more[0]}", "leave it out")
-        return cls(**values)
+        return cls(**values)._replace(form=form)
 
     def each(self) -> list["Source"]:
         """One source for each data path."""
@@ -294,7 +354,8 @@ def open_training_images(source: Source) -> Images:
     if source.demo:
         if source.split:
             raise UserError("has no effect with --demo", f"--split {source.split}", "leave it out")
-        return Shapes("train", 3_584)  # training takes five minutes on 2 cores
+        # Training takes five minutes on 2 cores.
+        return in_format(Shapes("train", 3_584), source.form, "--demo")
     if source.dataset:
         return _torchvision_dataset(source, "unlabelled")
     return _join(
@@ -302,10 +363,10 @@ def open_training_images(source: Source) -> Images:
     )
 
 
-def _open_part(source: Source, files: Callable[[Folder], ImageFiles], called: str) -> ImageFiles:
+def _open_part(source: Source, files: Callable[..., ImageFiles], called: str) -> ImageFiles:
     """Open the images of one data path; log them as `called`. Raises UserError."""
     place = _one_part(source)
-    images = _listed(place) if isinstance(place, Path) else files(place)
+    images = _listed(place, source.form) if isinstance(place, Path) else files(place, form=source.form)
     _check_not_empty(images, place)
     log(f"{called}: {place}: {_selection(images)}")
     return images
@@ -348,15 +409,18 @@ def _open_place(root: Path) -> Folder | Path:
     return open_archives(root, shards) if shards else Folder(root)
 
 
-def _listed(path: Path) -> ImageFiles:
+def _listed(path: Path, form: ImageFormat) -> ImageFiles:
     """The images that a list names; one image, if the file is none."""
-    return ImageFiles(path) if path.suffix.lower() in readable_extensions() else ListedFiles(path)
+    is_image = path.suffix.lower() in readable_extensions() | set(ARRAYS)
+    return ImageFiles(path, form=form) if is_image else ListedFiles(path, form=form)
 
 
 def _check_not_empty(images: ImageFiles, place: Folder | Path) -> None:
     if not len(images):
         only = f", only {_by_extension(images.left_out)}" if images.left_out else ""
-        raise UserError(f"no images found{only}", f"--data_path {place}", "give image files")
+        arrays = any(images.left_out[name] for name in ARRAYS)
+        fix = "for .npy files give --in_chans or --value_range" if arrays else "give image files"
+        raise UserError(f"no images found{only}", f"--data_path {place}", fix)
 
 
 def open_any_images(source: Source) -> Images:
@@ -379,13 +443,14 @@ def open_any_images(source: Source) -> Images:
 def open_labelled_images(source: Source, split: str) -> Images:
     """Open the "train" or "val" images of an evaluation, with `.classes`. Logs them. Raises UserError."""
     if source.demo:  # few, so that an evaluation takes seconds
-        return Shapes(split, {"train": 4_096, "val": 1_000}[split])
+        return in_format(Shapes(split, {"train": 4_096, "val": 1_000}[split]), source.form, "--demo")
     if source.dataset:
         return _torchvision_dataset(source, split)
     sets: list[ImageFiles] = []
     for part in source.each():
         place = _split_of(_existing_path(part.data_path), split)
-        sets.append(ListedFiles(place, labelled=True) if isinstance(place, Path) else LabelledFiles(place))
+        is_list, form = isinstance(place, Path), source.form
+        sets.append(ListedFiles(place, True, form) if is_list else LabelledFiles(place, form))
         _check_not_empty(sets[-1], place)
         log(f"{split} images: {place}: {_selection(sets[-1])}")
     return _join(sets, f"{split} images")
@@ -522,7 +587,7 @@ def _torchvision_dataset(source: Source, split: str, called: str = "training ima
                 _unpack(archive)
         images, taken = _open_split(make, source, split)
     log(f"{'val images' if split == 'val' else called}: {name}{taken}: {describe(images)}")
-    return images
+    return in_format(images, source.form, f"--dataset {name}")
 
 
 def _unpack(archive: Path) -> None:
@@ -627,7 +692,7 @@ def why_unreadable(images: Images, index: int) -> str:
         if isinstance(images, ImageFiles):
             images.pixels(index)
         else:
-            images[index][0].convert("RGB")
+            to_pixels(images[index][0])
     except Exception as error:  # a broken file can raise nearly anything
         return reason(error)
     return "it can be read now"
@@ -644,11 +709,16 @@ def machine_lacks(error: Exception) -> bool:
     return lacks or isinstance(error, MemoryError)
 
 
-def read_image(images: Images, index: int) -> tuple[Image.Image, Any]:
-    """Read an RGB image and its label, of any kind. Raises ImageError if the image cannot be read."""
+def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
+    """Read an image, RGB or uint8 (C, H, W), and its label, of any kind.
+
+    Raises ImageError if the image cannot be read, WrongFormat if it is of another format than the others.
+    """
     try:
         image, label = images[index]
-        return image.convert("RGB"), label
+        return image if isinstance(image, Tensor) else image.convert("RGB"), label
+    except WrongFormat:
+        raise
     except Exception as error:  # a broken file can raise nearly anything
         if machine_lacks(error):
             raise
@@ -664,10 +734,10 @@ def class_number(label: Any) -> int:
         return -1
 
 
-def read_labelled(images: Images, index: int) -> tuple[Image.Image, int]:
-    """Read an RGB image and its class number.
+def read_labelled(images: Images, index: int) -> tuple[Image.Image | Tensor, int]:
+    """Read an image, as `read_image` does, and its class number.
 
-    Raises ImageError if the image cannot be read, UserError if its label is not a class number.
+    Raises UserError also if its label is not a class number.
     """
     image, label = read_image(images, index)
     number = class_number(label)

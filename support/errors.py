@@ -24,6 +24,12 @@ class ImageError(UserError):
     alone = True  # a class attribute, because torch rebuilds a worker's error from its text alone
 
 
+class WrongFormat(UserError):
+    """An image of another kind than the flags or the weights say; it is never replaced by another one."""
+
+    alone = True
+
+
 class TrainingError(UserError):
     """Training cannot continue; what was saved is kept. Exit code 1."""
 

@@ -30,17 +30,25 @@ def load_by_flags(args: argparse.Namespace) -> Frozen:
     """
     with same_error_on_all_ranks():
         frozen = load_backbone(
-            args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, args.image_size
+            args.pretrained_weights,
+            args.checkpoint_key,
+            args.arch,
+            args.patch_size,
+            args.image_size,
+            args.in_chans,
+            args.value_range,
         )
     log(f"weights: {frozen.description}")
-    log(f"preprocessing: {size_words(frozen.image_size)} pixels, mean {frozen.mean}, deviation {frozen.std}")
+    limits = f"values {frozen.value_range}, " if frozen.value_range else ""
+    size = f"{size_words(frozen.image_size)} pixels"
+    log(f"preprocessing: {limits}{size}, mean {frozen.mean}, deviation {frozen.std}")
     return frozen
 
 
 def extract_features(
     model: Callable[[Tensor], Tensor],
     images: Images,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Callable[[Image.Image | Tensor], Tensor],
     device: torch.device,
     batch_size: int = 128,
     num_workers: int = 0,
@@ -48,8 +56,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Compute features (N, D), float32, and labels (N,) of all images, in their order, on every rank.
 
-    `transform` maps an RGB image to a tensor (3, H, W), e.g. `pixels.eval_transform()`; `model`, on the
-    device, maps a batch (B, 3, H, W) to features (B, D). The results are kept on `keep_on`, by default the
+    `transform` maps an image to a tensor (C, H, W), e.g. `pixels.eval_transform()`; `model`, on the
+    device, maps a batch (B, C, H, W) to features (B, D). The results are kept on `keep_on`, by default the
     device. Raises UserError if an image cannot be read.
     """
     keep_on = keep_on or device
@@ -79,7 +87,7 @@ def frozen_features(
     avgpool_patchtokens: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Normalised images (B, 3, H, W) -> features (B, F), float32; `dtype` is the type for autocast, if any.
+    """Normalised images (B, C, H, W) -> features (B, F), float32; `dtype` is the type for autocast, if any.
 
     For our ViTs, the CLS tokens of the last blocks, F = n D, and with `avgpool_patchtokens` also the mean
     of the last block's patches, F = (n + 1) D; for other networks, their output.
@@ -121,7 +129,7 @@ def cls_and_patches(network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
-    """Normed patch tokens after a block, counted from the end: (B, 3, H, W) -> (B, R, C, D).
+    """Normed patch tokens after a block, counted from the end: (B, C, H, W) -> (B, R, C, D).
 
     Works for our ViTs and for timm's networks. Raises UserError for other networks, for a layer that is
     not there, and for an image size that the network does not take.

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +69,9 @@ class Paths:
         return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).digest()
 
 
+ARRAYS = (".npy",)  # extensions of NumPy's files, which are images only where a run says so
+
+
 @functools.cache
 def readable_extensions() -> frozenset[str]:
     """The extensions of the image formats that the installed Pillow decodes, in lower case."""
@@ -90,16 +93,19 @@ class Found(NamedTuple):
     hidden: int  # names that begin with a dot, of files and folders
 
 
-def find_images(root: str | Path) -> Found:
-    """Find all image files below a folder, except hidden ones. Raises UserError."""
-    return select_images(_folders(str(root)))
+def find_images(root: str | Path, readable: Set[str] | None = None) -> Found:
+    """Find all image files below a folder, except hidden ones; `readable` are the extensions of images.
+
+    Raises UserError.
+    """
+    return select_images(_folders(str(root)), readable)
 
 
-def select_images(contents: Iterable[tuple[str, list[str], int]]) -> Found:
+def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[str] | None = None) -> Found:
     """Sort and count the images in folders; for each its path, its files, and the number of hidden names."""
     taken: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
-    folders, hidden, readable = [], 0, readable_extensions()
+    folders, hidden, readable = [], 0, readable or readable_extensions()
     for folder, names, skipped in contents:
         images = []
         for name in names:
@@ -194,9 +200,9 @@ class Folder:
         """A folder in it."""
         return Folder(os.path.join(self.root, name))
 
-    def find_images(self) -> Found:
-        """Find all images, except hidden ones. Raises UserError."""
-        return find_images(self.root)
+    def find_images(self, readable: Set[str] | None = None) -> Found:
+        """Find all images, except hidden ones; `readable` are their extensions. Raises UserError."""
+        return find_images(self.root, readable)
 
     def class_folders(self) -> list[str]:
         """List the names of its folders, sorted, except hidden ones. Raises UserError."""

@@ -135,11 +135,16 @@ def groups(names: Iterable[str]) -> str:
 
 
 def vit_shapes(state: dict[str, Tensor]) -> dict[str, int]:
-    """A ViT's width, patch size and number of patches, from a state dict's shapes; {} for other networks."""
+    """A ViT's width, patch size and numbers of patches and channels, from a state dict's shapes.
+
+    {} for other networks.
+    """
     for name in state:
         if is_last_part(PATCHES, name):
             patches, position = state[name], state.get(name.removesuffix(PATCHES) + "pos_embed")
             if position is not None and position.ndim == 3 and patches.ndim == 4:
+                width, in_chans, _, patch_size = patches.shape
                 count = max(0, position.shape[1] - 1)
-                return {"width": patches.shape[0], "patch_size": patches.shape[-1], "patches": count}
+                found = {"width": width, "patch_size": patch_size, "patches": count}
+                return found | {"in_chans": in_chans}
     return {}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from support.data import ImageFiles, Images, machine_lacks, read_labelled, sample_name, why_unreadable
 from support.distributed import get_rank, get_world_size
-from support.errors import Interrupted, UserError
+from support.errors import Interrupted, UserError, WrongFormat
 from support.monitor import ignore_signals
 from support.pixels import to_pixels
 
@@ -32,8 +32,8 @@ from support.pixels import to_pixels
 class TrainingViews(Dataset):
     """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
 
-    An item is (views, colours, index). `make_views(pixels, rng)` takes uint8 (3, H, W) and a
-    `random.Random`; it returns uint8 views, one tensor (V, 3, H, W) for each size, and the colours that
+    An item is (views, colours, index). `make_views(pixels, rng)` takes uint8 (C, H, W) and a
+    `random.Random`; it returns uint8 views, one tensor (V, C, H, W) for each size, and the colours that
     `pixels.normalized_views` still has to apply. The index is -1; if an image cannot be read and another
     one replaces it, it is the index of the unreadable image, so that training can name and count it.
     """
@@ -62,6 +62,8 @@ class TrainingViews(Dataset):
         for candidate in [index] + [others.randrange(len(self)) for _ in range(self.TRIES)]:
             try:
                 return self._pixels(candidate), -1 if candidate == index else index
+            except WrongFormat:  # the images are not what the flags say
+                raise
             except Exception as error:  # a broken file can raise nearly anything
                 if machine_lacks(error):
                     raise
@@ -78,7 +80,7 @@ class TrainingViews(Dataset):
 class EvalImages(Dataset[tuple[Tensor, int, int]]):
     """Transformed images with label and index."""
 
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, images: Images, transform: Callable[[Image.Image | Tensor], Tensor]):
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:

@@ -23,6 +23,11 @@ def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(single, size=size, mode="nearest").reshape(*maps.shape[:-2], *size).to(maps.dtype)
 
 
+def as_picture(pixels: Tensor) -> Image.Image:
+    """uint8 (C, H, W) as RGB of the first three channels; of one or two channels, the first in grey."""
+    return to_pil_image(pixels[:3] if len(pixels) >= 3 else pixels[:1])
+
+
 @functools.cache
 def _palette() -> np.ndarray:
     """Colour map of 256 levels, (256, 3) uint8. Raises UserError."""

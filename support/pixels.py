@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import get_dimensions, pil_to_tensor, resize
 
 T = TypeVar("T")
 
@@ -54,21 +54,44 @@ def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize."""
+def to_pixels(image: Image.Image | Tensor) -> Tensor:
+    """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize.
+
+    Pixels stay as they are, with any number of channels.
+    """
+    if isinstance(image, Tensor):
+        return image
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+
+def as_tensor(image: Image.Image | Tensor) -> Tensor:
+    """A PIL image -> uint8 (C, H, W); pixels stay as they are."""
+    return image if isinstance(image, Tensor) else pil_to_tensor(image)
+
+
+def in_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Tensor:
+    """An image of any mode as RGB, or as grey for one channel; pixels (C, H, W) stay as they are.
+
+    Raises ValueError for another number of channels.
+    """
+    if isinstance(image, Tensor) and len(image) == channels:
+        return image
+    if isinstance(image, Tensor) or channels not in (1, 3):
+        has = f"pixels {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {image.mode} image"
+        raise ValueError(f"the network takes uint8 ({channels}, H, W), not {has}")
+    return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
 
 
 @functools.cache
 def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Scale values per channel from [0, 1] to [0, 255]; (3, 1, 1), copied to the device once."""
-    return (torch.tensor(values).view(3, 1, 1) * 255).to(device)
+    """Scale values per channel from [0, 1] to [0, 255]; (C, 1, 1), copied to the device once."""
+    return (torch.tensor(values).view(-1, 1, 1) * 255).to(device)
 
 
 def normalize(
     images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
-    """Grey levels (..., 3, H, W) -> float32 (x / 255 - mean) / std, on the images' device."""
+    """Grey levels (..., C, H, W) -> float32 (x / 255 - mean) / std, on the images' device."""
     center, scale = (_grey_levels(tuple(values), images.device) for values in (mean, std))
     return (images.float() - center) / scale
 
@@ -76,7 +99,7 @@ def normalize(
 def denormalize(
     images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
-    """Normalised float32 (..., 3, H, W) -> uint8 grey levels, the inverse of `normalize`."""
+    """Normalised float32 (..., C, H, W) -> uint8 grey levels, the inverse of `normalize`."""
     center, scale = (_grey_levels(tuple(values), images.device) for values in (mean, std))
     return (images * scale + center).round().clamp(0, 255).to(torch.uint8)
 
@@ -91,29 +114,30 @@ def size_words(size: Size) -> str:
     return "{} x {} (H x W)".format(*size) if isinstance(size, Sequence) else str(size)
 
 
-def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
+def resize_to_cover(image: Image.Image | Tensor, height: int, width: int) -> Image.Image | Tensor:
     """Resize an image, keeping its shape, to the smallest one that covers height x width pixels."""
-    if image.height * width <= image.width * height:
-        size = [height, height * image.width // image.height]
+    _, own_height, own_width = get_dimensions(image)
+    if own_height * width <= own_width * height:
+        size = [height, height * own_width // own_height]
     else:
-        size = [width * image.height // image.width, width]
+        size = [width * own_height // own_width, width]
     return resize(image, size, transforms.InterpolationMode.BICUBIC)
 
 
 def eval_transform(
     size: Size = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Callable[[Image.Image], Tensor]:
-    """Resize to cover 8/7 of `size`, crop the centre, normalise: an image -> float32 (3, H, W).
+) -> Callable[[Image.Image | Tensor], Tensor]:
+    """Resize to cover 8/7 of `size`, crop the centre, normalise: an image -> float32 (C, H, W).
 
-    Takes images of any mode that `to_rgb` takes.
+    C is the length of `mean`. Takes images of any mode that `to_rgb` takes, and uint8 pixels (C, H, W).
     """
     height, width = (round(side * 256 / 224) for side in height_and_width(size))
     return transforms.Compose(
         [
-            to_rgb,
+            functools.partial(in_channels, channels=len(mean)),
             functools.partial(resize_to_cover, height=height, width=width),
             transforms.CenterCrop(height_and_width(size)),
-            transforms.PILToTensor(),
+            as_tensor,
             functools.partial(normalize, mean=tuple(mean), std=tuple(std)),
         ]
     )
@@ -162,7 +186,7 @@ def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
 
 
 def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
-    """Crop, resize (bicubic, antialiased), turn and flip: uint8 (3, H, W) -> uint8 (3, *view.size)."""
+    """Crop, resize (bicubic, antialiased), turn and flip: uint8 (C, H, W) -> uint8 (3, *view.size)."""
     top, left, height, width = view.box
     crop = pixels[None, :, top : top + height, left : left + width]
     size = view.size[::-1] if view.quarters % 2 else view.size  # before the turn
@@ -174,13 +198,20 @@ def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
 
 @torch.inference_mode()
 def apply_colours(images: Tensor, colours: Sequence[Colour]) -> Tensor:
-    """Change each image by its `Colour`: uint8 (B, 3, H, W) -> float32, whole grey levels."""
+    """Change each image by its `Colour`: uint8 (B, C, H, W) -> float32, whole grey levels.
+
+    What only RGB has is left out for other numbers of channels: hue, saturation and the loss of colour.
+    """
     images = images.float()
+    is_rgb = images.shape[1] == 3
+    left_out = set() if is_rgb else {adjust_saturation, adjust_hue}
     for place in range(4):
         for which in sorted({colour.order[place] for colour in colours} - {-1}):
             amounts = [c.amounts[place] if c.order[place] == which else None for c in colours]
-            _change(images, amounts, ADJUSTMENTS[which])
-    _change(images, [colour.grey or None for colour in colours], drop_colour)
+            if ADJUSTMENTS[which] not in left_out:
+                _change(images, amounts, ADJUSTMENTS[which])
+    if is_rgb:
+        _change(images, [colour.grey or None for colour in colours], drop_colour)
     _change(images, [colour.blur or None for colour in colours], gaussian_blur)
     images.round_()
     _change(images, [colour.solarize or None for colour in colours], solarize)
@@ -193,15 +224,15 @@ def normalized_views(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> list[Tensor]:
-    """Apply the colours to uint8 views on the device and normalise: a list of all views, (B, 3, H, W).
+    """Apply the colours to uint8 views on the device and normalise: a list of all views, (B, C, H, W).
 
-    `views` has one tensor (B, V, 3, H, W) for each size. `colours`, on the CPU, are the changes still to
+    `views` has one tensor (B, V, C, H, W) for each size. `colours`, on the CPU, are the changes still to
     make: one tensor (B, number of views, ...) for each field of `Colour`; empty if they are done.
     """
     done: list[Tensor] = []
     for part in views:
         count, first = part.shape[1], len(done)
-        part = part.transpose(0, 1).flatten(0, 1)  # (V * B, 3, H, W)
+        part = part.transpose(0, 1).flatten(0, 1)  # (V * B, C, H, W)
         if colours:
             fields = (field[:, first : first + count].transpose(0, 1).flatten(0, 1) for field in colours)
             rows = zip(*(field.tolist() for field in fields), strict=True)
@@ -253,8 +284,9 @@ def adjust_brightness(images: Tensor, factors: Sequence[float]) -> None:
 
 
 def adjust_contrast(images: Tensor, factors: Sequence[float]) -> None:
-    """Scale the distance from the mean luma."""
-    mean = (images.mean(dim=(2, 3)) @ _luma_weights(images.device)).round_()
+    """Scale the distance from the mean luma; without RGB, from the mean over the channels."""
+    means = images.mean(dim=(2, 3))
+    mean = (means @ _luma_weights(images.device) if means.shape[1] == 3 else means.mean(dim=1)).round_()
     torch.lerp(mean.view(-1, 1, 1, 1), images, _each(factors, images), out=images).clamp_(0, 255)
 
 
@@ -324,7 +356,7 @@ def _blur_kernel(radius: float) -> list[float]:
 
 
 def _convolve(images: Tensor, kernels: Sequence[list[float]]) -> None:
-    """Filter along both sides, image by image: (B, 3, H, W), kernels of one odd length."""
+    """Filter along both sides, image by image: (B, C, H, W), kernels of one odd length."""
     reach = len(kernels[0]) // 2
     taps = [_each(weights, images) for weights in zip(*kernels, strict=True)]
     padded = F.pad(images, [reach] * 4, mode="replicate")

@@ -4,6 +4,7 @@
 per epoch. The pieces of a run are objects with `state_dict` and `load_state_dict`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -52,6 +53,13 @@ class Run:
     def exists(self) -> bool:
         """Whether there is a run to resume."""
         return self.checkpoint.exists() or self.previous.exists()
+
+    def recorded_args(self) -> dict:
+        """The flags in the newest checkpoint that can be read; {} for a new run."""
+        for path in (self.checkpoint, self.previous):
+            with contextlib.suppress(UserError):  # `resume` says what is wrong with it
+                return load_checkpoint(path).get("args") or {}
+        return {}
 
     def __enter__(self):
         return self

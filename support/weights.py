@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides
 from support.distributed import main_process_first
 from support.errors import UserError, nearest
+from support.formats import ImageFormat, Range, pairs
 from support.layouts import (
     BESIDE,
     WITHIN,
@@ -315,6 +316,7 @@ class Weights(NamedTuple):
     epoch: int | None
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and deviation
     center: Tensor | None  # of the loss, (1, K); belongs to the teacher's head
+    value_range: Range | None = None  # of the images' values, which became grey levels
 
 
 def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "") -> Weights:
@@ -336,6 +338,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
     if weights in PUBLISHED:
         trained = dict(zip(("arch", "patch_size"), PUBLISHED[weights][1:], strict=True))
     loss, epoch = checkpoint.get("dino_loss"), checkpoint.get("epoch")
+    normalization, value_range = _recorded_normalization(checkpoint, weights)
     return Weights(
         to_timm_names(state),
         weights,
@@ -343,8 +346,9 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
         key,
         trained,
         epoch if isinstance(epoch, int) else None,
-        _recorded_normalization(checkpoint, weights),
+        normalization,
         loss.get("center") if is_state(loss) and entry == "teacher" else None,
+        value_range,
     )
 
 
@@ -375,17 +379,27 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
 
 
 def _recorded_normalization(checkpoint: dict, source: str):
-    """Mean and deviation that a checkpoint records; None if it records none."""
+    """Mean and deviation that a checkpoint records, and the range of values; None for what it does not."""
     record = checkpoint.get("normalization")
     if record is None:
-        return None
+        return None, None
     try:
         mean, std = (tuple(float(x) for x in record[name]) for name in ("mean", "std"))
-    except (TypeError, ValueError, KeyError):
-        mean, std = (), ()
-    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
-        raise UserError(f"normalization is {record}", source, "give three means and three deviations")
-    return mean, std
+        value_range = record.get("value_range")
+        if value_range is not None:
+            value_range = tuple((float(low), float(high)) for low, high in value_range)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        mean, std, value_range = (), (), None
+    if not (0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0):
+        raise UserError(f"normalization is {record}", source, "give a mean and a deviation a channel")
+    limits = [number for pair in value_range or () for number in pair]
+    if value_range is not None and (
+        len(value_range) not in (1, len(mean))
+        or not all(map(math.isfinite, limits))
+        or any(low >= high for low, high in value_range)
+    ):
+        raise UserError(f"value_range is {record['value_range']}", source, "give pairs LOW HIGH")
+    return (mean, std), value_range
 
 
 def download(name: str, kind: str) -> Path:
@@ -488,17 +502,35 @@ NOT_OURS = {"ls1.gamma": "LayerScale", "register_tokens": "register tokens", "re
 class Frozen(NamedTuple):
     """A frozen network and the images that it expects."""
 
-    network: nn.Module  # (B, 3, H, W) -> (B, D), in evaluation mode, without gradients
+    network: nn.Module  # (B, C, H, W) -> (B, D), in evaluation mode, without gradients
     image_size: Size  # pixels: H = W, or (H, W)
-    mean: tuple[float, ...]  # of red, green and blue, in [0, 1]
+    mean: tuple[float, ...]  # of each channel, in [0, 1]
     std: tuple[float, ...]
     description: str  # one line: the file, and what is known about its network
     arch: str  # the network's name, as `build_backbone` takes it; "" for none
+    value_range: Range | None = None  # of the images' values
 
     @property
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Image to input: resize, crop the centre, normalise; (3, H, W)."""
+    def form(self) -> ImageFormat:
+        """The format of its images."""
+        return ImageFormat(len(self.mean), self.value_range)
+
+    @property
+    def transform(self) -> Callable[[Image.Image | Tensor], Tensor]:
+        """Image to input: resize, crop the centre, normalise; (C, H, W)."""
         return eval_transform(self.image_size, self.mean, self.std)
+
+    def zeros(self, count: int) -> Tensor:
+        """Inputs of zeros, (count, C, H, W)."""
+        return torch.zeros(count, len(self.mean), *height_and_width(self.image_size))
+
+    def require_rgb(self, images: str) -> None:
+        """Check that the network takes 8-bit RGB images; `images` names them. Raises UserError."""
+        if len(self.mean) != 3:
+            what = f"the network takes {len(self.mean)} channels"
+            raise UserError(what, self.description.partition(":")[0], f"{images} have three: use another")
+        if self.value_range is not None:
+            log(f"note: {images} have 8 bits: their values are not mapped from the range of the training's")
 
 
 def load_backbone(
@@ -507,12 +539,14 @@ def load_backbone(
     arch: str | None = None,
     patch_size: int | None = None,
     image_size: Size | None = None,
+    in_chans: int | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> Frozen:
     """Load a frozen backbone from a file, a published model by name, or a baseline: "random" or "pixels".
 
     "pixels" returns the image as a vector, without a network. An argument that is None is taken from the
-    file's record, else from its shapes; by default it is vit_small with patches of 16 for 224 pixels.
-    Raises UserError, also if an argument contradicts the file.
+    file's record, else from its shapes; by default it is vit_small with patches of 16 for RGB images of 224
+    pixels. Raises UserError, also if an argument contradicts the file.
     """
     if not weights:
         raise UserError(
@@ -522,29 +556,34 @@ def load_backbone(
         log(f"note: --checkpoint_key has no effect on {weights}")
     if weights == "pixels":
         size = image_size or FALLBACK["image_size"]
-        return _frozen(nn.Flatten(), size, None, "pixels: no network", "")
+        words = "pixels: no network"
+        limits = pairs(value_range, in_chans or 3)
+        return _frozen(nn.Flatten(), size, unknown_normalization(in_chans or 3), words, "", limits)
     known = Weights({}, weights, "", None, {}, None, None, None)
     if weights != "random":
         known = read_weights(weights, checkpoint_key)
+    in_chans = settle_channels(known, in_chans)
+    limits = settle_range(known, pairs(value_range, in_chans))
     arch, patch_size, trained_size = settle_architecture(known, arch, patch_size, image_size)
     is_ours = canonical(arch) in VITS
-    model, embed_dim = build_backbone(arch, patch_size, trained_size)
+    model, embed_dim = build_backbone(arch, patch_size, trained_size, in_chans=in_chans)
     words = [canonical(arch), *([f"patch {patch_size}"] if is_ours else [])]
-    normalization = None
+    normalization = unknown_normalization(in_chans)
     if weights != "random":
         prefix = load_pretrained_weights(model, known)[1]
         part = prefix.removesuffix(".") if prefix != "backbone." else ""
         if part := ".".join(filter(None, (known.entry, part.removesuffix(".backbone")))):
             words.insert(0, part)
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
-        normalization = normalization_of(known, model)
+        normalization = normalization_of(known, model, in_chans)
         if config := timm_config(known, model):
             trained_size = config["input_size"][-1]
     size = image_size or trained_size
     if is_ours:
         check_divides("image_size", size, patch_size)
-    check_crop_sizes(model, arch, embed_dim, [size])
-    return _frozen(model, size, normalization, f"{weights}: {', '.join(words)}", canonical(arch))
+    check_crop_sizes(model, arch, embed_dim, [size], in_chans)
+    description = f"{weights}: {', '.join(words)}"
+    return _frozen(model, size, normalization, description, canonical(arch), limits)
 
 
 def timm_config(weights: Weights, model: nn.Module) -> dict | None:
@@ -552,46 +591,77 @@ def timm_config(weights: Weights, model: nn.Module) -> dict | None:
     return None if "arch" in weights.trained else getattr(model, "default_cfg", None)
 
 
-def normalization_of(weights: Weights, model: nn.Module) -> tuple | None:
+def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> tuple:
     """Mean and deviation that weights expect: those recorded in the file, else timm's for timm's weights.
 
-    None stands for ImageNet's.
+    Raises UserError if neither is there for other than three channels.
     """
     config = timm_config(weights, model)
-    return weights.normalization or ((config["mean"], config["std"]) if config else None)
+    known = weights.normalization or ((config["mean"], config["std"]) if config else None)
+    if not known and in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    if not known or len(known[0]) != in_chans:
+        what = f"weights for {in_chans} channels without their means and deviations"
+        raise UserError(what, weights.source, "give a checkpoint of main_dino.py, or a file of export.py")
+    return known
+
+
+def unknown_normalization(in_chans: int) -> tuple:
+    """Mean and deviation where nothing is known: ImageNet's, or those of evenly distributed levels."""
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (0.5,) * in_chans, (0.29,) * in_chans
 
 
 def _frozen(
-    network: nn.Module, image_size: Size, normalization: tuple | None, description: str, arch: str
+    network: nn.Module,
+    image_size: Size,
+    normalization: tuple,
+    description: str,
+    arch: str,
+    value_range: Range | None,
 ) -> Frozen:
-    mean, std = normalization or (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = normalization
     pixels = "ImageNet's mean and deviation"
     if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
         pixels = f"mean {' '.join(map(str, mean))}, deviation {' '.join(map(str, std))}"
     network = network.eval().requires_grad_(False)
     image_size = tuple(image_size) if isinstance(image_size, Sequence) else image_size
     description = f"{description}; {size_words(image_size)} pixels, {pixels}"
-    return Frozen(network, image_size, tuple(mean), tuple(std), description, arch)
+    return Frozen(network, image_size, tuple(mean), tuple(std), description, arch, value_range)
 
 
 def init_from(
-    own_backbone: nn.Module, own_head: nn.Module, weights: str, arch: str, patch_size: int, image_size: Size
+    own_backbone: nn.Module,
+    own_head: nn.Module,
+    weights: str,
+    arch: str,
+    patch_size: int,
+    image_size: Size,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor | None:
     """Load weights by file or name as the start of a run: the backbone's, and the head's if it has one.
 
-    A ViT's position embedding is interpolated to the run's image size. Returns the centre (1, K) that
-    belongs to the head, if both are there. Raises UserError.
+    A ViT's position embedding is interpolated to the run's image size. Weights for three channels are
+    adapted to the run's number, which is the length of `mean`. Returns the centre (1, K) that belongs to
+    the head, if both are there. Raises UserError.
     """
     fix = "give a checkpoint with a teacher, or a file of weights alone"
     known = read_weights(weights, None, fix)
     arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
-    backbone, _ = build_backbone(arch, patch_size, size)
+    in_chans = settle_channels(known, None)
+    if in_chans not in (3, len(mean)):
+        what = f"weights of {in_chans} channels cannot start a network of {len(mean)}"
+        raise UserError(what, weights, f"give --in_chans {in_chans}, or weights of three channels")
+    backbone, _ = build_backbone(arch, patch_size, size, in_chans=in_chans)
     head, _ = load_pretrained_weights(backbone, known)
-    normalization = normalization_of(known, backbone)
-    if normalization and tuple(map(tuple, normalization)) != (IMAGENET_MEAN, IMAGENET_STD):
-        mean, std = normalization
-        log(f"warning: {weights} expects mean {mean}, deviation {std}; the training uses ImageNet's")
-    state = backbone.state_dict()
+    if in_chans == len(mean):
+        theirs = tuple(map(tuple, normalization_of(known, backbone, in_chans)))
+        if theirs != (tuple(mean), tuple(std)):
+            log(f"warning: {weights} expects mean {theirs[0]}, deviation {theirs[1]}; "
+                f"the training uses {tuple(mean)} and {tuple(std)}")  # fmt: skip
+    state = in_more_channels(backbone.state_dict(), own_backbone.state_dict(), weights)
     if isinstance(backbone, VisionTransformer):
         state["pos_embed"] = backbone.interpolate_pos_encoding(*height_and_width(image_size))
     load_strictly(own_backbone, state, weights)
@@ -605,8 +675,29 @@ def init_from(
     return known.center
 
 
+def in_more_channels(state: dict[str, Tensor], own: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Adapt filters for three channels to the number in `own`, as timm does, and log it.
+
+    They are repeated over the channels, and scaled so that their sum stays about the same; one channel takes
+    their sum.
+    """
+
+    def grown(name: str, value: Tensor) -> bool:
+        shape = own[name].shape if name in own else value.shape
+        return value.ndim == 4 and value.shape[1] == 3 and shape[1] != 3
+
+    names = [name for name, value in state.items() if grown(name, value)]
+    if not names:
+        return state
+    from timm.models import adapt_input_conv
+
+    count = own[names[0]].shape[1]
+    log(f"{source}: filters for three channels adapted to {count}: {', '.join(names)}")
+    return state | {name: adapt_input_conv(count, state[name]) for name in names}
+
+
 # What a network is if neither the flags nor the file say it.
-FALLBACK: dict[str, Any] = {"arch": "vit_small", "patch_size": 16, "image_size": 224}
+FALLBACK: dict[str, Any] = {"arch": "vit_small", "patch_size": 16, "image_size": 224, "in_chans": 3}
 
 
 def settle_architecture(
@@ -638,6 +729,27 @@ def _size_of(patches: int, patch_size: int, recorded: Size | None, image_size: S
         if size and math.prod(side / patch_size for side in height_and_width(size)) == patches:
             return size
     return square
+
+
+def settle_channels(weights: Weights, in_chans: int | None) -> int:
+    """Determine the number of channels as `settle_architecture` does the others. Raises UserError."""
+    shape = vit_shapes(weights.state).get("in_chans")
+    recorded = len(weights.normalization[0]) if weights.normalization else None
+    return _settle("in_chans", in_chans, {"in_chans": shape or recorded}, None)
+
+
+def settle_range(weights: Weights, value_range: Range | None) -> Range | None:
+    """Determine the range of values: the argument, else the file's. Raises UserError if they differ."""
+    known = weights.value_range
+    is_baseline = not weights.state
+    if value_range is not None and value_range != known and not is_baseline:
+        what = f"weights were trained with {_words(known) or '8-bit values'}"
+        raise UserError(what, f"--value_range {_words(value_range)}", "leave it out")
+    return value_range if is_baseline else known
+
+
+def _words(value_range: Range | None) -> str:
+    return " ".join(f"{number:g}" for pair in value_range or () for number in pair)
 
 
 def _settle(name: str, flag, record: dict, shape):

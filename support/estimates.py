@@ -1,0 +1,71 @@
+"""Estimates the range, the mean and the deviation of a set's values from a fixed sample of its images.
+
+Shapes: C channels, H x W pixels, P sampled pixels.
+"""
+
+import numpy as np
+
+from support.data import ImageFiles, Images, machine_lacks, sample_name
+from support.errors import UserError, WrongFormat
+from support.formats import load_values, to_levels
+from support.pixels import to_pixels
+
+IMAGES, SIDE = 256, 64  # images of a sample, and rows and columns of each of them, at most
+PERCENTILES = (0.1, 99.9)
+
+
+def sample_values(images: Images, channels: int) -> np.ndarray:
+    """Values of evenly spaced pixels in evenly spaced images: (C, P), of the files' type.
+
+    Leaves out images that cannot be read. Raises UserError if none can, WrongFormat for one of another
+    number of channels.
+    """
+    parts = []
+    for index in np.unique(np.linspace(0, len(images) - 1, IMAGES).astype(int)).tolist():
+        try:
+            values = _values(images, index, channels)
+        except Exception as error:  # a broken file can raise nearly anything
+            if isinstance(error, WrongFormat) or machine_lacks(error):
+                raise
+            continue
+        rows, columns = (-(-side // SIDE) for side in values.shape[1:])
+        part = values[:, ::rows, ::columns]
+        if np.isfinite(part).all():  # other images cannot be read either
+            parts.append(part.reshape(channels, -1))  # RGB counts as three times as many grey values
+    if not parts:
+        raise UserError("no image of the sample can be read", sample_name(images, 0), "check the data")
+    return np.concatenate(parts, axis=1)
+
+
+def _values(images: Images, index: int, channels: int) -> np.ndarray:
+    """The values of an image before they become grey levels, if they still have to: (C, H, W)."""
+    if isinstance(images, ImageFiles) and images.form.value_range is not None:
+        return load_values(*images.paths.file(index), channels)
+    pixels = images.pixels(index) if isinstance(images, ImageFiles) else to_pixels(images[index][0])
+    return pixels.numpy()
+
+
+def estimate_range(values: np.ndarray) -> list[float]:
+    """Percentiles 0.1 and 99.9 of values (C, P): LOW HIGH for each channel. Raises UserError."""
+    found = np.percentile(values.astype(np.float64), PERCENTILES, axis=1).T
+    numbers = [float(f"{number:.6g}") for number in found.flatten()]
+    for channel, (low, high) in enumerate(zip(numbers[::2], numbers[1::2], strict=True), 1):
+        if low >= high:
+            what = f"channel {channel} is {low:g} in nearly all of the sample"
+            raise UserError(what, "--value_range auto", "give LOW and HIGH, or leave the channel out")
+    return numbers
+
+
+def estimate_normalization(
+    values: np.ndarray, value_range: tuple[tuple[float, float], ...] | None
+) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel in [0, 1], of values (C, P) as grey levels. Raises UserError."""
+    levels = to_levels(values[:, None], value_range, "the sample")[:, 0] / 255
+    mean, std = levels.mean(axis=1), levels.std(axis=1)
+    for channel, deviation in enumerate(std, 1):
+        if deviation < 1e-4:
+            what = f"channel {channel} is the same in all of the sample"
+            raise UserError(
+                what, "--std auto", "give numbers, another --value_range, or leave the channel out"
+            )
+    return [float(f"{x:.4g}") for x in mean], [float(f"{x:.4g}") for x in std]

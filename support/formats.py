@@ -1,0 +1,193 @@
+"""Reads image files of any number of channels and any type of values as 8-bit grey levels.
+
+The values LOW to HIGH of `--value_range` become the levels 0 to 255. So everything that follows works on
+uint8 (C, H, W). tifffile reads TIFFs; it is optional, and RGB and grey images of 8 bits do without it.
+
+Shapes: C channels, H x W pixels.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from support.errors import UserError, WrongFormat
+from support.files import ARRAYS
+
+TIFFS = (".tif", ".tiff")
+
+Range = tuple[tuple[float, float], ...]  # LOW and HIGH: one pair for all channels, or one for each
+
+
+class ImageFormat(NamedTuple):
+    """What the images of a run are; the default is 8-bit RGB, to which other images are converted."""
+
+    channels: int = 3
+    value_range: Range | None = None  # None: 8-bit values as they are; (): not known yet
+
+    @property
+    def is_default(self) -> bool:
+        """Whether images are read as photographs are; otherwise `.npy` files are images too."""
+        return self == ImageFormat()
+
+    @property
+    def by_pillow(self) -> bool:
+        """Whether Pillow reads the images, and reduces 16-bit values to their upper 8 bits."""
+        return self.value_range is None and self.channels in (1, 3)
+
+
+def pairs(numbers: Sequence[float] | None, channels: int | None = None) -> Range | None:
+    """The numbers LOW HIGH LOW HIGH ... of --value_range as pairs. Raises UserError."""
+    if numbers is None:
+        return None
+    where = f"--value_range {' '.join(f'{number:g}' for number in numbers)}"
+    if len(numbers) % 2 or (channels and len(numbers) not in (2, 2 * channels)):
+        fix = f"give LOW HIGH{f', or {channels} pairs' if channels else ''}"
+        raise UserError("takes one pair for all channels, or one for each", where, fix)
+    found = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    if any(low >= high for low, high in found):
+        raise UserError("LOW is not below HIGH", where, "give LOW < HIGH")
+    return found
+
+
+def open_file(path: str, content: bytes | None) -> IO[bytes]:
+    """A file to read, or its content. Raises OSError."""
+    if content is not None:
+        return io.BytesIO(content)
+    if not os.path.isfile(path):  # reading a pipe could block forever
+        raise OSError("not a file")
+    return open(path, "rb")
+
+
+def extension(path: str) -> str:
+    """The extension of a file's name, in lower case."""
+    return os.path.splitext(path)[1].lower()
+
+
+def load_levels(path: str, content: bytes | None, form: ImageFormat) -> Tensor:
+    """An image file as uint8 (C, H, W). Raises WrongFormat if it is not of this format.
+
+    `content` is what the file contains, if it lies in an archive. A file that cannot be read may raise any
+    exception.
+    """
+    levels = to_levels(load_values(path, content, form.channels), form.value_range, path)
+    if len(levels) != form.channels:  # RGB
+        levels = np.asarray(Image.fromarray(levels.transpose(1, 2, 0)).convert("L"))[None]
+    return torch.from_numpy(np.ascontiguousarray(levels))
+
+
+def to_levels(values: np.ndarray, value_range: Range | None, path: str) -> np.ndarray:
+    """Values (C, H, W) of any real type as uint8 levels. Raises WrongFormat if they need a range.
+
+    Raises ValueError for values that are not finite.
+    """
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"values of type {values.dtype}")
+    if value_range is None:
+        if values.dtype != np.uint8:
+            fix = "give --value_range LOW HIGH, or auto"
+            raise WrongFormat(f"values of type {values.dtype} have no agreed range", path, fix)
+        return values
+    if not np.isfinite(values).all():
+        raise ValueError("has values that are not finite")
+    exact = np.result_type(values.dtype, np.float32)  # float32 holds values of 16 bits
+    low, high = np.array(value_range, exact).T[..., None, None]  # (1 or C, 1, 1)
+    return np.rint(((values - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
+
+
+def load_values(path: str, content: bytes | None, channels: int) -> np.ndarray:
+    """The values in an image file, (C, H, W); three channels instead of one for RGB.
+
+    A grey image is repeated for three channels. Raises WrongFormat for another number of channels.
+    """
+    with open_file(path, content) as file:
+        if extension(path) in ARRAYS:
+            values = channels_first(np.load(file, allow_pickle=False), channels, path)
+            is_rgb = False
+        elif extension(path) in TIFFS:
+            values, is_rgb = _tiff_values(file, channels, path)
+        else:
+            values, is_rgb = _pillow_values(file, path)
+    if len(values) == 1 and channels == 3:
+        return values.repeat(3, axis=0)
+    if len(values) != channels and not (is_rgb and channels == 1):
+        fix = "give files with the same number of channels, and that number as --in_chans"
+        raise WrongFormat(f"image has {len(values)} channels, not {channels}", path, fix)
+    return values
+
+
+def channels_first(array: np.ndarray, channels: int, path: str) -> np.ndarray:
+    """(H, W), (H, W, C) or (C, H, W) -> (C, H, W); the channels are the axis of that length.
+
+    Raises WrongFormat.
+    """
+    where = f"{path}: shape {array.shape}"
+    if array.ndim == 2:
+        return array[None]
+    if array.ndim != 3:
+        raise WrongFormat("not an image", where, "save (H, W), (H, W, C) or (C, H, W)")
+    fits = [axis for axis in (0, 2) if array.shape[axis] == channels]
+    if len(fits) != 1:
+        what = f"first and last axis both have {channels} entries, so either could be the channels"
+        fix = f"give files with {channels} channels, first or last, or another --in_chans"
+        raise WrongFormat(what if fits else f"image has no axis of {channels} channels", where, fix)
+    return np.moveaxis(array, fits[0], 0)
+
+
+def _tiff_values(file: IO[bytes], channels: int, path: str) -> tuple[np.ndarray, bool]:
+    """The values in a TIFF, (C, H, W), and whether they are RGB. Raises WrongFormat.
+
+    The channels are samples of a pixel, pages, or the one axis of the file's first series beside height and
+    width.
+    """
+    with _tifffile(path).TiffFile(file) as tiff:
+        series = tiff.series[0]
+        is_rgb = series.keyframe.photometric.name in ("RGB", "YCBCR")
+        try:
+            values = series.asarray()
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            what = "its compression needs the package imagecodecs"
+            raise WrongFormat(what, path, "pip install imagecodecs") from None
+    long = [axis for axis, size in enumerate(values.shape) if size > 1 or series.axes[axis] in "YX"]
+    axes = "".join(series.axes[axis] for axis in long)
+    values = values.reshape([values.shape[axis] for axis in long])
+    others = axes.replace("Y", "", 1).replace("X", "", 1)
+    if len(others) != len(axes) - 2 or len(others) > 1:
+        what = f"TIFF has the axes {series.axes} {series.shape}"
+        raise WrongFormat(what, path, "save height, width and channels")
+    if not others:
+        return values[None], False
+    if others == "Q":  # tifffile's name for an axis that the file does not name
+        return channels_first(values, channels, path), False
+    return np.moveaxis(values, axes.index(others), 0), is_rgb and values.shape[axes.index(others)] == 3
+
+
+def _tifffile(path: str) -> Any:
+    try:
+        import tifffile
+    except ImportError:
+        what, fix = "TIFFs with --in_chans or --value_range need tifffile", "pip install tifffile"
+        raise WrongFormat(what, path, fix) from None
+    return tifffile
+
+
+# Pillow's modes whose values are taken as they are; images of other modes become RGB.
+MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+
+
+def _pillow_values(file: IO[bytes], path: str) -> tuple[np.ndarray, bool]:
+    """The values in an image that Pillow reads, (C, H, W), and whether they are RGB. Raises WrongFormat."""
+    with Image.open(file) as image:
+        stored = [str(part[-1]) for part in image.tile]
+        if len(image.getbands()) > 1 and any("16" in words for words in stored):
+            what = "Pillow reads only the upper 8 of its 16 bits"
+            raise WrongFormat(what, path, "save it as a TIFF or as .npy")
+        values = np.asarray(image if image.mode in MODES else image.convert("RGB"))
+    return np.moveaxis(values.reshape(*values.shape[:2], -1), 2, 0), values.ndim == 3 and values.shape[2] == 3
