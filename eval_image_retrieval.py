@@ -27,7 +27,7 @@ from torchvision import transforms
 
 from support import cli
 from support.cli import bool_flag
-from support.data import ImageFiles, on_all_ranks
+from support.data import ImageFiles, load_image, on_all_ranks
 from support.distributed import (
     fix_random_seeds,
     init_distributed_mode,
@@ -173,9 +173,8 @@ class CroppedFiles(ImageFiles):
         self.boxes = boxes
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = super().__getitem__(index)
         left, top, right, bottom = (round(side) for side in self.boxes[index])
-        return image.crop((left, top, right, bottom)), label
+        return load_image(*self.paths.file(index)).crop((left, top, right, bottom)), 0
 
 
 def open_images(benchmark: Benchmark, crop_queries: bool) -> tuple[ImageFiles, ImageFiles]:

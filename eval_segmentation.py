@@ -41,7 +41,7 @@ from torchvision import transforms
 
 from eval_knn import knn_votes
 from support import cli, logistic
-from support.data import ImageFiles, Images, extensions_of, in_format, reason
+from support.data import RGB, ImageFiles, Images, extensions_of, in_format, reason
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import UserError, WrongFormat, reason_of
 from support.features import load_by_flags, patch_tokens
@@ -139,7 +139,7 @@ class MaskedFiles(ImageFiles):
 
     names: Sequence[str] = ()
 
-    def __init__(self, root: Path, split: str, form: ImageFormat):
+    def __init__(self, root: Path, split: str, form: ImageFormat = RGB):
         listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         self.stems = read_list(listed)
         found = {"masks": folder_files(root / FOLDERS["masks"], readable_extensions())}
@@ -224,7 +224,7 @@ def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:
     }
 
 
-def open_masked(data_path: str, demo: bool, form: ImageFormat) -> tuple[Masked, Masked]:
+def open_masked(data_path: str, demo: bool, form: ImageFormat = RGB) -> tuple[Masked, Masked]:
     """Open the training and validation images. Raises UserError."""
     if demo:
         in_format(Shapes("val", 1), form, "--demo")  # checks it

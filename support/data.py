@@ -35,7 +35,7 @@ from support.errors import ImageError, UserError, WrongFormat, nearest, reason, 
 from support.files import ARRAYS, Folder, JoinedPaths, Paths, readable_extensions
 from support.formats import TIFFS, ImageFormat, extension, load_levels, load_values, open_file
 from support.logger import log
-from support.pixels import as_tensor, to_pixels, to_rgb
+from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
 from support.shapes import Shapes
 
 RGB = ImageFormat()
@@ -294,18 +294,21 @@ class JoinedFiles(LabelledFiles):
             self.classes, self.labels = classes, np.concatenate([images.labels for images in named])
 
 
-class Grey(Subset):
+class Grey(Dataset[tuple[Tensor, Any]]):
     """A dataset's images in grey: items are uint8 (1, H, W) and the label."""
 
     def __init__(self, images: Images):
-        super().__init__(images, range(len(images)))  # type: ignore[arg-type]
+        self.images = images
         for name in ("classes", "split", "train", "labels", "targets", "_labels"):
             if hasattr(images, name):
                 setattr(self, name, getattr(images, name))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:  # type: ignore[override]
-        image, label = self.dataset[index]
-        return as_tensor(image.convert("L")), label
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.images[index]
+        return as_tensor(in_channels(image, 1)), label
 
 
 def in_format(images: Images, form: ImageFormat, flag: str) -> Images:
@@ -449,8 +452,8 @@ def open_labelled_images(source: Source, split: str) -> Images:
     sets: list[ImageFiles] = []
     for part in source.each():
         place = _split_of(_existing_path(part.data_path), split)
-        is_list, form = isinstance(place, Path), source.form
-        sets.append(ListedFiles(place, True, form) if is_list else LabelledFiles(place, form))
+        form, is_list = source.form, isinstance(place, Path)
+        sets.append(ListedFiles(str(place), True, form) if is_list else LabelledFiles(place, form))
         _check_not_empty(sets[-1], place)
         log(f"{split} images: {place}: {_selection(sets[-1])}")
     return _join(sets, f"{split} images")

@@ -78,7 +78,7 @@ def load_levels(path: str, content: bytes | None, form: ImageFormat) -> Tensor:
     levels = to_levels(load_values(path, content, form.channels), form.value_range, path)
     if len(levels) != form.channels:  # RGB
         levels = np.asarray(Image.fromarray(levels.transpose(1, 2, 0)).convert("L"))[None]
-    return torch.from_numpy(np.ascontiguousarray(levels))
+    return torch.from_numpy(np.array(levels, order="C"))  # a copy: Pillow's arrays cannot be written to
 
 
 def to_levels(values: np.ndarray, value_range: Range | None, path: str) -> np.ndarray:

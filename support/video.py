@@ -68,7 +68,8 @@ class Frames:
             yield from self._decoded()
             return
         for index in range(len(self.images)):
-            yield ImageOps.exif_transpose(read_labelled(self.images, index)[0])
+            image = read_labelled(self.images, index)[0]
+            yield ImageOps.exif_transpose(image)  # type: ignore[arg-type]  # of RGB files
 
     def _decoded(self) -> Iterator[Image.Image]:
         av, number = _av(), 0

@@ -556,9 +556,9 @@ def load_backbone(
         log(f"note: --checkpoint_key has no effect on {weights}")
     if weights == "pixels":
         size = image_size or FALLBACK["image_size"]
-        words = "pixels: no network"
-        limits = pairs(value_range, in_chans or 3)
-        return _frozen(nn.Flatten(), size, unknown_normalization(in_chans or 3), words, "", limits)
+        count = in_chans or FALLBACK["in_chans"]
+        scale, limits = unknown_normalization(count), pairs(value_range, count)
+        return _frozen(nn.Flatten(), size, scale, "pixels: no network", "", limits)
     known = Weights({}, weights, "", None, {}, None, None, None)
     if weights != "random":
         known = read_weights(weights, checkpoint_key)

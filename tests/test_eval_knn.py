@@ -215,7 +215,7 @@ def test_a_number_out_of_range_is_one_clear_line(capsys, flags, message):
 
 def test_it_says_what_it_took(labelled, capsys):
     pixels(labelled, "--nb_knn", "3")
-    train, val, weights, preprocessing = capsys.readouterr().out.splitlines()[:4]
+    weights, preprocessing, train, val = capsys.readouterr().out.splitlines()[:4]
     assert "/train: 15 images, 3 classes" in train and "/val: 9 images, 3 classes" in val
     assert weights.startswith("weights: pixels")
     normalization = "mean (0.485, 0.456, 0.406), deviation (0.229, 0.224, 0.225)"

@@ -285,15 +285,16 @@ def test_bad_data_is_one_clear_line_before_the_work(tmp_path, spoil, message):
     write_voc(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        evaluate("--pretrained_weights", "/nowhere.pth", "--data_path", tmp_path)
+        evaluate(*RANDOM_VIT, "--data_path", tmp_path)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "no data given .*--demo"),
-        (["--data_path", "/nowhere"], "no such folder .*--data_path /nowhere"),
+        ([], "no weights given"),
+        (RANDOM_VIT, "no data given .*--demo"),
+        ([*RANDOM_VIT, "--data_path", "/nowhere"], "no such folder .*--data_path /nowhere"),
         (["--demo"], "no weights given"),
         (["--demo", "--pretrained_weights", "pixels"], "Flatten has no patch tokens"),
         (["--demo", *RANDOM_VIT, "--image_size", "60"], "60"),

@@ -1,0 +1,538 @@
+"""Images of any number of channels and any type of values: read, trained on, evaluated."""
+
+import random
+import struct
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+import eval_copy_detection
+import eval_knn
+import eval_linear
+import eval_segmentation
+import export
+import extract_features
+import hubconf
+import main_dino
+import visualize_attention
+from support.checks import check_images
+from support.data import Source, open_labelled_images, open_training_images, read_image
+from support.errors import ImageError, UserError, WrongFormat
+from support.estimates import estimate_normalization, estimate_range, sample_values
+from support.formats import ImageFormat, channels_first, load_levels, pairs, to_levels
+from support.pixels import Colour, apply_colours, eval_transform
+from support.weights import load_backbone
+from tests.conftest import TINY
+
+BANDS, RANGE = 13, ((100.0, 3_000.0),)
+FORM = ImageFormat(BANDS, RANGE)
+
+
+def scene(seed: int, label: int, bands: int = BANDS, size: int = 40) -> np.ndarray:
+    """uint16 (bands, size, size); its class is the band that is bright."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(200, 1_500, (bands, 5, 5)).astype(np.float32)
+    coarse[label] += 1_200
+    fine = [
+        np.asarray(Image.fromarray(band).resize((size, size), Image.Resampling.BICUBIC)) for band in coarse
+    ]
+    return np.stack(fine).clip(0, 65_535).astype(np.uint16)
+
+
+def save_tiff(path: Path, values: np.ndarray) -> None:
+    tifffile.imwrite(path, values, photometric="minisblack", planarconfig="separate")
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    np.save(path, values.transpose(1, 2, 0))
+
+
+@pytest.fixture(scope="module")
+def satellite(tmp_path_factory) -> Path:
+    """train/ and val/ with two classes of 13-band, 16-bit TIFFs."""
+    root = tmp_path_factory.mktemp("satellite")
+    for split, count in (("train", 6), ("val", 3)):
+        for label, name in enumerate(("field", "water")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                save_tiff(folder / f"{i}.tif", scene(100 * label + 10 * (split == "val") + i, label))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(satellite, tmp_path_factory) -> Path:
+    """A run on them, whose numbers are estimated."""
+    folder = tmp_path_factory.mktemp("run")
+    train(satellite / "train", folder, "--value_range", "auto")
+    return folder
+
+
+def train(data: Path, folder: Path, *flags: str) -> None:
+    argv = [*TINY, "--data_path", str(data), "--output_dir", str(folder), "--in_chans", str(BANDS), *flags]
+    main_dino.main(main_dino.parse_args(argv))
+
+
+def weights_of(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+
+def test_values_become_levels_rounded_and_clipped():
+    values = np.array([[[0, 100, 1_550, 3_000, 9_000]]], np.uint16)
+    expected = [0, 0, round(255 / 2), 255, 255]
+    for kind in (np.uint16, np.int32, np.float32, np.float64):
+        assert to_levels(values.astype(kind), RANGE, "")[0, 0].tolist() == expected
+    two = to_levels(np.array([[[5.0]], [[5.0]]]), ((0.0, 10.0), (5.0, 6.0)), "")
+    assert two.ravel().tolist() == [128, 0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["separate", "contig", "pages", "unnamed first", "unnamed last", "npy", "npy first"]
+)
+def test_every_layout_gives_the_same_bits(tmp_path, kind):
+    values = scene(0, 1)
+    last = values.transpose(1, 2, 0)
+    path = tmp_path / ("x.npy" if "npy" in kind else "x.tif")
+    grey = {"photometric": "minisblack"}
+    {
+        "separate": lambda: tifffile.imwrite(path, values, planarconfig="separate", **grey),
+        "contig": lambda: tifffile.imwrite(path, last, planarconfig="contig", **grey),
+        "pages": lambda: tifffile.imwrite(path, values, metadata={"axes": "CYX"}, **grey),
+        "unnamed first": lambda: tifffile.imwrite(path, values),
+        "unnamed last": lambda: tifffile.imwrite(path, last),
+        "npy": lambda: np.save(path, last),
+        "npy first": lambda: np.save(path, values),
+    }[kind]()
+    expected = torch.from_numpy(to_levels(values, RANGE, ""))
+    assert torch.equal(load_levels(str(path), None, FORM), expected)
+    assert torch.equal(load_levels(str(path), path.read_bytes(), FORM), expected)
+
+
+def test_containers_give_the_same_bits(satellite, tmp_path):
+    """The same values as TIFF, as .npy, in a tar and in a zip."""
+    arrays = tmp_path / "arrays" / "train"
+    for path in sorted((satellite / "train").rglob("*.tif")):
+        (arrays / path.parent.name).mkdir(parents=True, exist_ok=True)
+        save_array(arrays / path.parent.name / f"{path.stem}.npy", tifffile.imread(path))
+    for extension, folder in (("tar", satellite / "train"), ("zip", arrays)):
+        place = tmp_path / extension
+        place.mkdir()
+        if extension == "tar":
+            with tarfile.open(place / "train.tar", "w") as archive:
+                archive.add(folder, "train")
+        else:
+            with zipfile.ZipFile(place / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                for path in sorted(folder.rglob("*.npy")):
+                    archive.write(path, str(path.relative_to(folder)))
+    listed = tmp_path / "list" / "train.txt"
+    listed.parent.mkdir()
+    names = sorted(arrays.rglob("*.npy"))
+    listed.write_text("".join(f"{path}\t{path.parent.name}\n" for path in names))
+    roots = [satellite, arrays.parent, tmp_path / "tar", tmp_path / "zip", listed.parent]
+    first, *others = (open_labelled_images(Source(str(root), form=FORM), "train") for root in roots)
+    for other in others:
+        assert len(other) == len(first) == 12 and other.classes == first.classes
+        for i in range(len(first)):
+            assert torch.equal(other.pixels(i), first.pixels(i))
+            assert torch.equal(other[i][0], first[i][0]) and other[i][1] == first[i][1]
+
+
+def test_arrays_are_images_only_where_the_flags_say_so(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "b.npy", np.zeros((8, 8, 3), np.uint8))
+    assert len(open_training_images(Source(str(tmp_path)))) == 1
+    assert len(open_training_images(Source(str(tmp_path), form=ImageFormat(3, ((0, 255),))))) == 2
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"only .npy 1 .*--in_chans or --value_range"):
+        open_training_images(Source(str(tmp_path)))
+
+
+def test_a_16_bit_rgb_tiff_keeps_its_bits(tmp_path):
+    values = np.arange(3 * 64, dtype=np.uint16).reshape(3, 8, 8)  # all below 256: 8 bits would be black
+    tifffile.imwrite(tmp_path / "x.tif", values.transpose(1, 2, 0), photometric="rgb")
+    form = ImageFormat(3, ((0.0, 255.0),))
+    images = open_training_images(Source(str(tmp_path), form=form))
+    assert np.array_equal(images.pixels(0).numpy(), values)
+    assert np.array_equal(np.asarray(images[0][0]).transpose(2, 0, 1), values)
+
+
+def test_grey_images_rgb_and_the_demo_for_one_channel(tmp_path):
+    colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
+    for image, name in ((colour, "a.png"), (colour.convert("L"), "b.png")):
+        image.save(tmp_path / name)
+    grey = torch.from_numpy(np.asarray(colour.convert("L")).copy())[None]
+    images = open_training_images(Source(str(tmp_path), form=ImageFormat(1)))
+    assert all(torch.equal(images.pixels(i), grey) and torch.equal(images[i][0], grey) for i in (0, 1))
+    ranged = ImageFormat(1, ((0.0, 255.0),))  # read by another path
+    assert all(torch.equal(load_levels(str(tmp_path / f"{x}.png"), None, ranged), grey) for x in "ab")
+    shape = open_training_images(Source(demo=True, form=ImageFormat(1)))
+    colour = open_training_images(Source(demo=True))[3]
+    assert np.array_equal(shape[3][0][0], np.asarray(colour[0].convert("L"))) and shape[3][1] == colour[1]
+    for form in (ImageFormat(4), ImageFormat(3, ((0, 1),))):
+        with pytest.raises(UserError, match="--demo"):
+            open_training_images(Source(demo=True, form=form))
+
+
+def save(folder: Path, name: str, values: np.ndarray) -> None:
+    save_tiff(folder / name, values) if name.endswith("tif") else np.save(folder / name, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "form", "message"),
+    [
+        ("x.tif", scene(0, 0, 4), FORM, r"4 channels, not 13 \(.*x.tif\)"),
+        ("x.npy", scene(0, 0, 4), FORM, r"no axis of 13 channels \(.*x.npy: shape \(4, 40, 40\)"),
+        ("x.npy", np.zeros((13, 8, 13)), FORM, r"both have 13 .*x.npy: shape \(13, 8, 13\)"),
+        ("x.npy", np.zeros((2, 2, 13, 8)), FORM, r"not an image .*x.npy"),
+        ("x.tif", scene(0, 0), ImageFormat(13), r"uint16 .*no agreed range \(.*x.tif\): give --value_range"),
+        ("x.npy", np.zeros((8, 8)), ImageFormat(1), r"float64 .*x.npy\): give --value_range"),
+        ("x.tif", scene(0, 0), ImageFormat(), r"13 channels, not 3 \(.*x.tif\)"),
+    ],
+)
+def test_another_format_is_one_line_and_never_replaced(tmp_path, name, values, form, message):
+    save(tmp_path, "a" + name, scene(0, 0)) if form == FORM else None
+    save(tmp_path, name, values)
+    images = open_training_images(Source(str(tmp_path), form=form or FORM))
+    for read in (lambda: read_image(images, len(images) - 1), lambda: check_images(images)):
+        with pytest.raises(WrongFormat, match=message) as error:
+            read()
+        assert "\n" not in str(error.value)
+    views = main_dino.TrainingViews(images, lambda pixels, rng: pixels, 0)
+    with pytest.raises(WrongFormat, match=message):
+        views.readable(0, len(images) - 1)
+
+
+def test_16_bit_colour_pngs_are_refused_with_a_range(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    write_png16(tmp_path / "deep.png", np.zeros((8, 8, 3), ">u2"))
+    form = ImageFormat(3, ((0.0, 4_000.0),))
+    load_levels(str(tmp_path / "x.png"), None, form)
+    with pytest.raises(WrongFormat, match="upper 8 of its 16 bits .*deep.png"):
+        load_levels(str(tmp_path / "deep.png"), None, form)
+
+
+def write_png16(path: Path, pixels: np.ndarray) -> None:
+    """A 16-bit RGB PNG of big-endian pixels (H, W, 3); Pillow writes none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_make_an_image_unreadable(tmp_path, value):
+    np.save(tmp_path / "x.npy", np.full((8, 8), value, np.float32))
+    images = open_training_images(Source(str(tmp_path), form=ImageFormat(1, ((0.0, 1.0),))))
+    with pytest.raises(ImageError, match=r"not finite \(.*x.npy\)"):
+        read_image(images, 0)
+
+
+def test_a_range_that_no_image_reaches(satellite, capsys):
+    """All values are above or below it; or only some channels' are."""
+    for low, high in ((-100.0, 0.0), (60_000.0, 65_000.0)):
+        images = open_training_images(
+            Source(str(satellite / "train"), form=ImageFormat(BANDS, ((low, high),)))
+        )
+        with pytest.raises(
+            UserError, match=f"no value of 12 checked images .*--value_range {low:g} {high:g}"
+        ):
+            check_images(images)
+    some = ImageFormat(BANDS, RANGE * 12 + ((0.0, 1.0),))
+    check_images(open_training_images(Source(str(satellite / "train"), form=some)))
+    assert "in channel 13" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# Colours
+# ---------------------------------------------------------------------------------------------
+
+
+def test_colours_of_other_channels_leave_out_what_only_rgb_has():
+    images = torch.randint(0, 256, (2, BANDS, 16, 16), dtype=torch.uint8)
+    only_rgb = Colour((2, 3, -1, -1), (0.3, 0.2, 0.0, 0.0), True, 0.0, False)
+    assert torch.equal(apply_colours(images, [only_rgb] * 2), images.float())
+    contrast = apply_colours(images, [Colour((1, -1, -1, -1), (0.5, 0, 0, 0), False, 0.0, False)] * 2)
+    mean = images.float().mean(dim=(1, 2, 3), keepdim=True).round()
+    assert torch.equal(contrast, (mean + 0.5 * (images - mean)).round())
+
+
+def test_device_and_workers_give_the_same_views():
+    args = main_dino.parse_args([*TINY, "--in_chans", "5"])
+    augmentation = main_dino.build_augmentation(args)
+    pixels = torch.randint(0, 256, (5, 60, 70), dtype=torch.uint8)
+    done, none = augmentation.views(pixels, random.Random(4))
+    crops, colours = augmentation.crops(pixels, random.Random(4))
+    scale = (0.5,) * 5, (0.2,) * 5
+    one = main_dino.normalized_views([view[None] for view in done], none, *scale)
+    other = main_dino.normalized_views(
+        [crop[None] for crop in crops], [field[None] for field in colours], *scale
+    )
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Training and evaluations
+# ---------------------------------------------------------------------------------------------
+
+
+def test_trained_and_evaluated_end_to_end(satellite, run, tmp_path):
+    args = weights_of(run)["args"]
+    assert (args["in_chans"], len(args["value_range"]), len(args["mean"]), len(args["std"])) == (
+        13,
+        26,
+        13,
+        13,
+    )
+    data = ["--pretrained_weights", str(run / "checkpoint.pth"), "--data_path", str(satellite)]
+    data += ["--num_workers", "0"]
+    accuracy = eval_knn.main(eval_knn.parse_args([*data, "--nb_knn", "3"]))[3][0]
+    assert accuracy == 100
+    out = ["--output_dir", str(tmp_path), "--epochs", "2"]
+    assert len(eval_linear.main(eval_linear.parse_args([*data, *out]))) == 1
+    eval_linear.main(eval_linear.parse_args([*data, "--logistic"]))
+    baseline = ["--pretrained_weights", "pixels", "--image_size", "32", "--in_chans", "13"]
+    argv = [*data, *baseline, "--value_range", "100", "3000", "--nb_knn", "3"]
+    assert eval_knn.main(eval_knn.parse_args(argv))[3][0] == 100
+
+
+def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, tmp_path, capsys):
+    """Also after the images have changed place, or are read from an argument file."""
+    first = weights_of(run)["args"]
+    images = open_training_images(Source(str(satellite / "train"), form=ImageFormat(BANDS, ())))
+    values = sample_values(images, BANDS)
+    limits = estimate_range(values)
+    assert first["value_range"] == limits
+    assert (first["mean"], first["std"]) == estimate_normalization(values, pairs(limits))
+    again = main_dino.parse_args([f"@{run / 'args.txt'}"])
+    assert all(getattr(again, name) == first[name] for name in ("in_chans", "value_range", "mean", "std"))
+
+    train(satellite / "train", tmp_path, "--value_range", "auto", "--max_steps", "3")
+    weights = weights_of(tmp_path)
+    changed = weights["args"] | {"mean": [0.25] * BANDS}  # what a new estimate would not give
+    weights["identity"]["mean"] = changed["mean"]
+    torch.save(weights | {"args": changed}, tmp_path / "checkpoint.pth")
+    moved = tmp_path / "moved"
+    (satellite / "train").rename(moved)
+    try:
+        train(moved, tmp_path, "--value_range", "auto")
+    finally:
+        moved.rename(satellite / "train")
+    assert weights_of(tmp_path)["normalization"]["mean"] == [0.25] * BANDS
+    assert "as in the run to resume: --value_range" in capsys.readouterr().out
+
+
+def planted(run: Path, path: Path) -> str:
+    """The run's weights with another mean and range on record."""
+    weights = weights_of(run)
+    weights["normalization"] = {"mean": [0.9] * BANDS, "std": [0.1] * BANDS, "value_range": [[0, 60_000]]}
+    torch.save(weights, path)
+    return str(path)
+
+
+def features(weights: str, satellite: Path, folder: Path) -> np.ndarray:
+    argv = ["--pretrained_weights", weights, "--data_path", str(satellite / "val"), "--num_workers", "0"]
+    return np.load(extract_features.main(extract_features.parse_args([*argv, "--output_dir", str(folder)])))
+
+
+def test_each_script_uses_the_recorded_numbers(satellite, run, tmp_path):
+    """What they compute equals the record applied by hand, and changes with a record that is planted."""
+    right, wrong = str(run / "checkpoint.pth"), planted(run, tmp_path / "wrong.pth")
+    images = open_labelled_images(Source(str(satellite), form=ImageFormat(BANDS, ())), "val")
+    raw = [tifffile.imread(path) for path in images.paths]
+    found = {}
+    for weights in (right, wrong):
+        frozen, folder = load_backbone(weights), tmp_path / Path(weights).stem
+        transform = eval_transform(frozen.image_size, frozen.mean, frozen.std)
+        levels = [torch.from_numpy(to_levels(values, frozen.value_range, "")) for values in raw]
+        inputs = torch.stack([transform(level) for level in levels])
+        expected = frozen.network(inputs)
+        found[weights] = expected
+
+        extracted = features(weights, satellite, folder)
+        assert np.allclose(extracted, expected, atol=1e-5)
+        argv = ["--pretrained_weights", weights, "--data_path", str(satellite), "--num_workers", "0"]
+        knn = eval_knn.parse_args([*argv, "--dump_features", str(folder / "knn")])
+        eval_knn.main(knn)
+        dumped = torch.load(folder / "knn" / "testfeat.pth", weights_only=True)
+        assert torch.allclose(dumped, torch.nn.functional.normalize(expected), atol=1e-5)
+
+        linear = eval_linear.parse_args([*argv, "--n_last_blocks", "1"])
+        built = eval_linear.build_features(linear, torch.device("cpu"))
+        val = open_labelled_images(Source(str(satellite), form=built.frozen.form), "val")
+        assert torch.allclose(
+            eval_linear.extract(linear, built, val, torch.device("cpu"))[0], expected, atol=1e-5
+        )
+        augmented = torch.stack([eval_linear.AugmentedImages(val, 32, 0)[0, 0][0]])
+        batch, _ = next(eval_linear.image_batches([(augmented, torch.zeros(1))], built, torch.device("cpu")))
+        center, scale = (torch.tensor(x).view(-1, 1, 1) for x in (frozen.mean, frozen.std))
+        assert torch.allclose(batch, frozen.network((augmented / 255 - center) / scale), atol=1e-4)
+
+        export.main(export.parse_args(["--pretrained_weights", weights, "--output_dir", str(folder / "x")]))
+        exported = load_backbone(str(folder / "x" / "backbone.pth"))
+        assert (exported.mean, exported.std, exported.form) == (frozen.mean, frozen.std, frozen.form)
+
+        network = hubconf.dino(weights)
+        read = torch.stack([network.transform(network.read(path)) for path in images.paths])
+        assert torch.equal(read, inputs)
+
+        viewer = visualize_attention.load_viewer(
+            visualize_attention.parse_args(["--pretrained_weights", weights]), torch.device("cpu")
+        )._replace(image_size=[32])
+        shown = visualize_attention.open_images([str(satellite / "val")], viewer.frozen.form)
+        picture, pixels = viewer.prepare(shown[0][0])
+        level = torch.from_numpy(to_levels(tifffile.imread(shown.paths[0]), frozen.value_range, ""))
+        expected = visualize_attention.resize(level, [32])
+        assert torch.allclose(pixels[0], (expected / 255 - center) / scale, atol=1e-4)
+        assert picture.mode == "RGB" and np.array_equal(np.asarray(picture).transpose(2, 0, 1), expected[:3])
+    assert not torch.allclose(found[right], found[wrong], atol=1e-2)
+
+
+def test_segmentation_uses_the_recorded_numbers(run, tmp_path):
+    for folder in (*eval_segmentation.FOLDERS.values(), "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / f"ImageSets/Segmentation/{split}.txt").write_text(f"{split}\n")
+        save_tiff(tmp_path / "JPEGImages" / f"{split}.tif", scene(5, 1))
+        mask = np.zeros((40, 40), np.uint8)
+        mask[:20] = 1
+        Image.fromarray(mask).save(tmp_path / "SegmentationClass" / f"{split}.png")
+    frozen = load_backbone(planted(run, tmp_path / "wrong.pth"))
+    _, val = eval_segmentation.open_masked(str(tmp_path), False, frozen.form)
+    _, batch = next(eval_segmentation.square_batches(frozen, val, torch.device("cpu")))
+    level = torch.from_numpy(to_levels(scene(5, 1), ((0, 60_000),), ""))
+    resized = eval_segmentation.transforms.Resize([32, 32], Image.Resampling.BICUBIC)(level)
+    assert torch.allclose(batch[0], (resized / 255 - 0.9) / 0.1, atol=1e-4)
+    argv = ["--pretrained_weights", str(run / "checkpoint.pth"), "--data_path", str(tmp_path)]
+    eval_segmentation.main(eval_segmentation.parse_args([*argv, "--num_workers", "0"]))
+
+
+def test_training_normalises_by_the_flags(satellite):
+    """The loop, the k-NN in it and the preview."""
+    seen = {}
+    for mean in ("0.1", "0.6"):
+        argv = [
+            *TINY,
+            "--data_path",
+            str(satellite / "train"),
+            "--in_chans",
+            "13",
+            "--value_range",
+            "100",
+            "3000",
+        ]
+        argv += ["--mean", *[mean] * 13, "--std", *["0.2"] * 13, "--max_steps", "1", "--knn_every", "1"]
+        args = main_dino.parse_args([*argv, "--knn_data", str(satellite)])
+        main_dino.check_args(args)
+        images = open_training_images(Source.of(args, main_dino.image_format(args)))
+        main_dino.settle_format(args, images)
+        steps = main_dino.count_steps(args, len(images))
+        training = main_dino.build_training(args, torch.device("cpu"), steps, resumes=False)
+        assert training.mean == (float(mean),) * 13
+        monitor = main_dino.Monitor(9, str, main_dino.CollapseWatch(64), "")
+        knn = main_dino.build_knn(args, training, monitor)
+        transform = knn.evaluate.keywords["transform"]
+        seen[mean] = transform(torch.full((13, 40, 40), 51, dtype=torch.uint8)).mean().item()
+        pictures = main_dino.preview_rows(args, images)
+        assert len(pictures) == 12 and {picture.mode for picture in pictures[0]} == {"RGB"}
+    assert seen == {"0.1": pytest.approx(0.5), "0.6": pytest.approx(-2)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--value_range 5 1", "LOW is not below HIGH .*--value_range 5 1"),
+        ("--value_range 0 1 2", "one pair for all channels, or one for each"),
+        ("--value_range 0 1 0 1", "give LOW HIGH, or 13 pairs"),
+        ("--value_range 0 auto", "numbers beside auto"),
+        ("--mean 0.5 0.5 0.5", "3 numbers for 13 channels .*--mean"),
+        ("--mean " + "0.5 " * 13 + "--std " + "0 " * 13, "above 0 .*--std"),
+    ],
+)
+def test_bad_flags_are_one_line(satellite, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        train(satellite / "train", tmp_path, *flags.split())
+
+
+def test_a_range_is_one_line_before_training(satellite, tmp_path):
+    with pytest.raises(UserError, match="no value of 12 checked images"):
+        train(satellite / "train", tmp_path, "--value_range", "50000", "60000", *normalization())
+
+
+def normalization() -> list[str]:
+    return ["--mean", *["0.5"] * 13, "--std", *["0.25"] * 13]
+
+
+def test_a_constant_channel_is_named(tmp_path):
+    for i in range(8):
+        values = scene(i, 0)
+        values[10] = 7
+        save_tiff(tmp_path / f"{i}.tif", values)
+    with pytest.raises(UserError, match="channel 11 is 7 in nearly all"):
+        train(tmp_path, tmp_path / "run", "--value_range", "auto")
+    with pytest.raises(UserError, match="channel 11 is the same in all"):
+        train(tmp_path, tmp_path / "run", "--value_range", "0", "3000")
+
+
+def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images, tmp_path, capsys):
+    flags = [*TINY, "--max_steps", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "rgb")]
+    main_dino.main(main_dino.parse_args(flags))
+    start = str(tmp_path / "rgb" / "checkpoint.pth")
+    train(satellite / "train", tmp_path / "13", "--value_range", "100", "3000", *normalization(),
+          "--init_from", start, "--max_steps", "1", "--lr", "0", "--min_lr", "0")  # fmt: skip
+    rgb, wide = (
+        weights_of(tmp_path / x)["student"]["backbone.patch_embed.proj.weight"] for x in ("rgb", "13")
+    )
+    assert wide.shape[1] == 13
+    for channel in range(13):
+        assert torch.allclose(wide[:, channel], weights_of(tmp_path / "rgb")["teacher"][
+            "backbone.patch_embed.proj.weight"][:, channel % 3] * 3 / 13, atol=1e-6)  # fmt: skip
+    assert "filters for three channels adapted to 13: patch_embed.proj.weight" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"weights of 13 channels cannot start a network of 3 .*--in_chans 13"
+    ):
+        again = [*flags, "--init_from", str(tmp_path / "13" / "checkpoint.pth")]
+        main_dino.main(main_dino.parse_args([*again, "--output_dir", str(tmp_path / "no")]))
+    with pytest.raises(UserError, match="weights were trained with 13 .*--in_chans 3"):
+        load_backbone(str(tmp_path / "13" / "checkpoint.pth"), in_chans=3)
+
+
+def test_rgb_benchmarks_refuse_other_networks(run, paper_inputs):
+    frozen = load_backbone(str(run / "checkpoint.pth"))
+    with pytest.raises(UserError, match="takes 13 channels .*checkpoint.pth.*photographs have three"):
+        frozen.require_rgb("photographs")
+    argv = ["--pretrained_weights", str(run / "checkpoint.pth"), "--data_path"]
+    folder = next(path for path in Path(paper_inputs).rglob("original")).parent
+    with pytest.raises(UserError, match="takes 13 channels"):
+        eval_copy_detection.main(eval_copy_detection.parse_args([*argv, str(folder)]))
+
+
+def test_channels_first_names_what_is_ambiguous():
+    assert channels_first(np.zeros((4, 5)), 1, "x").shape == (1, 4, 5)
+    assert channels_first(np.zeros((4, 5, 2)), 2, "x").shape == (2, 4, 5)
+    with pytest.raises(WrongFormat, match=r"x: shape \(2, 5, 2\)"):
+        channels_first(np.zeros((2, 5, 2)), 2, "x")
+
+
+def test_the_log_and_warnings_name_what_has_no_effect(satellite, tmp_path, capsys):
+    train(satellite / "train", tmp_path, "--value_range", "100", "3000", *normalization(), "--max_steps", "1",
+          "--gray_p", "0.3", "--jitter", "0.4", "0.4", "0.3", "0.1")  # fmt: skip
+    said = capsys.readouterr().out
+    assert "13 channels: hue, saturation and grey views are left out" in said
+    assert "--gray_p has no effect" in said and "--jitter has no effect: of S and H" in said
