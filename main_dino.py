@@ -979,9 +979,10 @@ def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Im
     scale = args.mean, args.std
     shown = [denormalize(view, *scale) for view in normalized_views(views, colours, *scale)]
     rows = []
+    side = max(height_and_width(args.global_crops_size))
     for i, item in enumerate(items):
         image = as_picture(dataset.readable(*item)[0])
-        image.thumbnail([max(height_and_width(args.global_crops_size))] * 2)
+        image.thumbnail((side, side))
         rows.append([image, *(as_picture(view[i]) for view in shown)])
     return rows
 

@@ -1,7 +1,11 @@
 """Images of any number of channels and any type of values: read, trained on, evaluated."""
 
+import importlib.util
+import json
 import random
+import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +26,7 @@ import extract_features
 import hubconf
 import main_dino
 import visualize_attention
+from support.backbones import build_backbone, check_crop_sizes
 from support.checks import check_images
 from support.data import Source, open_labelled_images, open_training_images, read_image
 from support.errors import ImageError, UserError, WrongFormat
@@ -29,7 +34,7 @@ from support.estimates import estimate_normalization, estimate_range, sample_val
 from support.formats import ImageFormat, channels_first, load_levels, pairs, to_levels
 from support.pixels import Colour, apply_colours, eval_transform
 from support.weights import load_backbone
-from tests.conftest import TINY
+from tests.conftest import TINY, torchrun
 
 BANDS, RANGE = 13, ((100.0, 3_000.0),)
 FORM = ImageFormat(BANDS, RANGE)
@@ -415,7 +420,7 @@ def test_segmentation_uses_the_recorded_numbers(run, tmp_path):
         Image.fromarray(mask).save(tmp_path / "SegmentationClass" / f"{split}.png")
     frozen = load_backbone(planted(run, tmp_path / "wrong.pth"))
     _, val = eval_segmentation.open_masked(str(tmp_path), False, frozen.form)
-    _, batch = next(eval_segmentation.square_batches(frozen, val, torch.device("cpu")))
+    _, batch = next(eval_segmentation.resized_batches(frozen, val, torch.device("cpu")))
     level = torch.from_numpy(to_levels(scene(5, 1), ((0, 60_000),), ""))
     resized = eval_segmentation.transforms.Resize([32, 32], Image.Resampling.BICUBIC)(level)
     assert torch.allclose(batch[0], (resized / 255 - 0.9) / 0.1, atol=1e-4)
@@ -423,8 +428,17 @@ def test_segmentation_uses_the_recorded_numbers(run, tmp_path):
     eval_segmentation.main(eval_segmentation.parse_args([*argv, "--num_workers", "0"]))
 
 
-def test_training_normalises_by_the_flags(satellite):
-    """The loop, the k-NN in it and the preview."""
+def test_the_loop_normalises_by_the_flags(satellite, tmp_path):
+    losses = []
+    for mean in ("0.1", "0.6"):
+        folder, scale = tmp_path / mean, ["--mean", *[mean] * 13, "--std", *["0.2"] * 13]
+        train(satellite / "train", folder, "--value_range", "100", "3000", *scale, "--epochs", "1")
+        losses.append(json.loads((folder / "log.txt").read_text())["train_loss"])
+    assert losses[0] != losses[1]
+
+
+def test_what_is_beside_the_loop_normalises_by_the_flags(satellite):
+    """The k-NN in the training and the preview."""
     seen = {}
     for mean in ("0.1", "0.6"):
         argv = [
@@ -536,3 +550,84 @@ def test_the_log_and_warnings_name_what_has_no_effect(satellite, tmp_path, capsy
     said = capsys.readouterr().out
     assert "13 channels: hue, saturation and grey views are left out" in said
     assert "--gray_p has no effect" in said and "--jitter has no effect: of S and H" in said
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet18", "vit_tiny_patch16_224", "convnext_tiny"])
+def test_every_kind_of_network_takes_other_channels(arch):
+    """And torchvision's first layer gives values of the same size as with three."""
+    outputs = []
+    for channels in (3, 5):
+        torch.manual_seed(0)
+        network, width = build_backbone(arch, 16, 64, in_chans=channels)
+        check_crop_sizes(network, arch, width, [64], channels)
+        first = next(module for module in network.modules() if isinstance(module, torch.nn.Conv2d))
+        outputs.append(first(torch.randn(2, channels, 64, 64)).std().item())
+        assert first.in_channels == channels
+    if arch in ("resnet18", "convnext_tiny"):
+        assert outputs[1] == pytest.approx(outputs[0], rel=0.3)
+
+
+def test_exports_of_other_channels_equal_the_network(run, tmp_path, capsys):
+    argv = ["--pretrained_weights", str(run / "checkpoint.pth"), "--output_dir", str(tmp_path)]
+    formats = ["backbone", "timm", "torch_export"]
+    formats += ["hf"] if importlib.util.find_spec("transformers") else []
+    differences = export.main(export.parse_args([*argv, "--to", *formats]))
+    assert differences.keys() == set(formats) and max(differences.values()) < 1e-4
+    said = capsys.readouterr().out
+    assert "in_chans=13" in said
+    if "hf" in formats:
+        assert "takes uint8 (13, H, W); it neither reads files nor maps their values" in said
+        assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == 13
+
+
+def test_without_tifffile_one_line_says_what_to_install(tmp_path, monkeypatch):
+    save_tiff(tmp_path / "x.tif", scene(0, 0))
+    monkeypatch.setitem(sys.modules, "tifffile", None)  # as if it were not installed
+    with pytest.raises(WrongFormat, match=r"need tifffile \(.*x.tif\): pip install tifffile"):
+        load_levels(str(tmp_path / "x.tif"), None, FORM)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_numbers_of_the_first(satellite, tmp_path):
+    """And an image of another format ends all of them with one line."""
+    flags = [
+        *TINY,
+        "--batch_size_per_gpu",
+        "2",
+        "--in_chans",
+        "13",
+        "--value_range",
+        "auto",
+        "--max_steps",
+        "1",
+    ]
+    data = ["--data_path", str(satellite / "train"), "--output_dir"]
+    torchrun(2, "main_dino.py", *flags, *data, str(tmp_path / "two"))
+    main_dino.main(main_dino.parse_args([*flags, *data, str(tmp_path / "one")]))
+    one, two = (weights_of(tmp_path / name)["normalization"] for name in ("one", "two"))
+    assert one == two
+
+    odd = tmp_path / "odd"
+    shutil.copytree(satellite / "train", odd)
+    save_tiff(odd / "field" / "odd.tif", scene(0, 0, 4))
+    numbers = ["--value_range", "100", "3000", *normalization()]
+    failed = torchrun(2, "main_dino.py", *flags, *numbers, "--data_path", str(odd), "--output_dir",
+                      str(tmp_path / "failed"), check=False)  # fmt: skip
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "image has 4 channels, not 13" in lines[0] and "odd.tif" in lines[0]
+
+
+def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
+    flags = [*TINY, "--data_path", str(images), "--output_dir", str(tmp_path)]
+    main_dino.main(main_dino.parse_args([*flags, "--max_steps", "1"]))
+    weights = weights_of(tmp_path)
+    for record in (weights["args"], weights["identity"]):
+        for name in ("in_chans", "value_range", "mean", "std"):
+            del record[name]
+    del weights["normalization"]["value_range"]
+    torch.save(weights, tmp_path / "checkpoint.pth")
+    assert load_backbone(str(tmp_path / "checkpoint.pth")).form == ImageFormat()
+    with pytest.raises(UserError, match=r"mean \[0.485, 0.456, 0.406\] -> \[0.5, 0.5, 0.5\]"):
+        main_dino.main(main_dino.parse_args([*flags, "--mean", "0.5", "0.5", "0.5"]))
+    main_dino.main(main_dino.parse_args([*flags, "--max_steps", "2"]))
+    assert weights_of(tmp_path)["step"] == 2
