@@ -259,10 +259,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="values that become the grey levels 0 and 255, for 16-bit and floating-point images: one pair, "
              "or one for each channel; auto: percentiles 0.1 and 99.9 of each channel, from up to 256 images "
              "evenly spread over the data (default: 8-bit values as they are)")
-    group.add_argument("--mean", default=None, type=cli.number_or_auto, nargs="+",
-        help="mean of each channel, of levels in [0, 1]; auto: from the same images (default: ImageNet's for "
-             "three channels, auto for others)")
-    group.add_argument("--std", default=None, type=cli.number_or_auto, nargs="+",
+    group.add_argument("--mean", default=IMAGENET_MEAN, type=cli.number_or_auto, nargs="+",
+        help="mean of each channel, of levels in [0, 1]; auto: from the same images, also if it is not given "
+             "for other than three channels")
+    group.add_argument("--std", default=IMAGENET_STD, type=cli.number_or_auto, nargs="+",
         help="deviation of each channel, as --mean")
 
     group = parser.add_argument_group("run")
@@ -305,6 +305,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: on
     return parser
 
+
+AUTO = ["auto"]  # a value of --value_range, --mean or --std
 
 # Flags that may differ between a run and its restart: they do not change the maths.
 FREE_FLAGS = {
@@ -368,12 +370,16 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parse the command line; under `--demo`, flags that are not given take the demo's values.
 
-    `parser` is the parser of a program with more flags.
+    The defaults of `--mean` and `--std` are for three channels; for others they are `auto`. `parser` is the
+    parser of a program with more flags.
     """
     if parser is None:
         parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    if parser.parse_known_args(argv)[0].demo:
+    known = parser.parse_known_args(argv)[0]
+    if known.demo:
         parser.set_defaults(**demo_defaults())
+    if known.in_chans != 3:
+        parser.set_defaults(mean=AUTO, std=AUTO)
     return parser.parse_args(argv)
 
 
@@ -412,20 +418,15 @@ def check_args(args: argparse.Namespace) -> None:
 # Format of the images
 # ---------------------------------------------------------------------------------------------
 
-AUTO = ["auto"]
-
 # What runs had before these flags.
-RGB_IMAGES = {"in_chans": 3, "value_range": None, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+RGB_IMAGES = {"in_chans": 3, "value_range": None, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def check_format(args: argparse.Namespace) -> None:
-    """Check the flags of the images' format; give those without a value their default. Raises UserError."""
+    """Check the flags of the images' format. Raises UserError."""
     count = args.in_chans
     for name in ("value_range", "mean", "std"):
         values = getattr(args, name)
-        if values is None and name != "value_range":
-            values = RGB_IMAGES[name] if count == 3 else AUTO
-            setattr(args, name, values)
         if values is None or values == AUTO:
             continue
         where = f"--{name} {' '.join(map(str, values))}"
@@ -887,7 +888,11 @@ def save(
         "step": step,
         "sampler": {"seen": step % steps.per_epoch * steps.batch},
         "args": vars(args),
-        "normalization": {"mean": args.mean, "std": args.std, "value_range": pairs(args.value_range)},
+        "normalization": {
+            "mean": list(args.mean),
+            "std": list(args.std),
+            "value_range": pairs(args.value_range),
+        },
     }
     keep_as = ""
     if (

@@ -47,6 +47,7 @@ NEW = {
     "download": False, "demo": False, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_p": 0.2,
     "blur_p": (1.0, 0.1, 0.5), "blur_sigma": (0.1, 2.0), "solarize_p": (0.0, 0.2, 0.0), "hflip_p": 0.5,
     "vflip_p": 0.0, "quarter_turns": False, "crop_aspect": (3 / 4, 4 / 3), "preview": "",
+    "in_chans": 3, "value_range": None, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }  # fmt: skip
 
 
