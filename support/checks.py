@@ -12,7 +12,7 @@ from torch import Tensor
 from support.data import ImageFiles, Images, sample_bits, sample_name
 from support.errors import UserError, WrongFormat, reason
 from support.files import ARRAYS
-from support.formats import extension, open_file
+from support.formats import extension, open_file, range_words
 from support.logger import log
 from support.pixels import to_pixels
 from support.shapes import Shapes
@@ -76,7 +76,7 @@ def _check_range(images: Images, reached: Tensor, read: int) -> None:
     limits = images.form.value_range if isinstance(images, ImageFiles) else None
     if not limits or not read or reached.all():
         return
-    where = f"--value_range {' '.join(f'{number:g}' for pair in limits for number in pair)}"
+    where = f"--value_range {range_words(limits)}"
     if not reached.any():
         what = f"no value of {read} checked images lies within the range"
         raise UserError(what, where, "give another range, or auto")

@@ -7,7 +7,7 @@ import numpy as np
 
 from support.data import ImageFiles, Images, machine_lacks, sample_name
 from support.errors import UserError, WrongFormat
-from support.formats import load_values, to_levels
+from support.formats import load_values, range_words, to_levels
 from support.pixels import to_pixels
 
 IMAGES, SIDE = 256, 64  # images of a sample, and rows and columns of each of them, at most
@@ -60,7 +60,11 @@ def estimate_normalization(
     values: np.ndarray, value_range: tuple[tuple[float, float], ...] | None
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel in [0, 1], of values (C, P) as grey levels. Raises UserError."""
-    levels = to_levels(values[:, None], value_range, "the sample")[:, 0] / 255
+    levels = to_levels(values[:, None], value_range, "the sample")[:, 0]
+    if value_range and not ((levels > 0) & (levels < 255)).any():
+        where = f"--value_range {range_words(value_range)}"
+        raise UserError("no value of the sample lies within the range", where, "give another range, or auto")
+    levels = levels / 255
     mean, std = levels.mean(axis=1), levels.std(axis=1)
     for channel, deviation in enumerate(std, 1):
         if deviation < 1e-4:

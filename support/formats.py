@@ -55,6 +55,11 @@ def pairs(numbers: Sequence[float] | None, channels: int | None = None) -> Range
     return found
 
 
+def range_words(value_range: Range | None) -> str:
+    """The numbers of a range, as --value_range takes them; "" for none."""
+    return " ".join(f"{number:g}" for pair in value_range or () for number in pair)
+
+
 def open_file(path: str, content: bytes | None) -> IO[bytes]:
     """A file to read, or its content. Raises OSError."""
     if content is not None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides
 from support.distributed import main_process_first
 from support.errors import UserError, nearest
-from support.formats import ImageFormat, Range, pairs
+from support.formats import ImageFormat, Range, pairs, range_words
 from support.layouts import (
     BESIDE,
     WITHIN,
@@ -743,13 +743,9 @@ def settle_range(weights: Weights, value_range: Range | None) -> Range | None:
     known = weights.value_range
     is_baseline = not weights.state
     if value_range is not None and value_range != known and not is_baseline:
-        what = f"weights were trained with {_words(known) or '8-bit values'}"
-        raise UserError(what, f"--value_range {_words(value_range)}", "leave it out")
+        what = f"weights were trained with {range_words(known) or '8-bit values'}"
+        raise UserError(what, f"--value_range {range_words(value_range)}", "leave it out")
     return value_range if is_baseline else known
-
-
-def _words(value_range: Range | None) -> str:
-    return " ".join(f"{number:g}" for pair in value_range or () for number in pair)
 
 
 def _settle(name: str, flag, record: dict, shape):

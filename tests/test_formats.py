@@ -487,6 +487,8 @@ def test_bad_flags_are_one_line(satellite, tmp_path, flags, message):
 def test_a_range_is_one_line_before_training(satellite, tmp_path):
     with pytest.raises(UserError, match="no value of 12 checked images"):
         train(satellite / "train", tmp_path, "--value_range", "50000", "60000", *normalization())
+    with pytest.raises(UserError, match=r"no value of the sample .*--value_range 50000 60000"):
+        train(satellite / "train", tmp_path, "--value_range", "50000", "60000")
 
 
 def normalization() -> list[str]:
