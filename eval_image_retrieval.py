@@ -272,7 +272,7 @@ def load_network(args: argparse.Namespace) -> Frozen:
             check_takes_any_size(frozen.network, args.imsize, args.multiscale)
     log(f"weights: {frozen.description}")
     size = f"longer side at most {args.imsize} pixels" + ", three scales" * args.multiscale
-    log(f"preprocessing: {size}, mean {frozen.mean}, deviation {frozen.std}")
+    log(f"preprocessing: {size}, {frozen.values}")
     return frozen
 
 

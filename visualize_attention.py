@@ -497,7 +497,7 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
     for size in args.image_size if args.demo else ():  # cropped images would not match the true masks
         check_divides("image_size", size, patch_size_of(frozen.network))
     log(f"weights: {frozen.description}")
-    log(f"preprocessing: mean {frozen.mean}, deviation {frozen.std}")
+    log(f"preprocessing: {frozen.values}")
     frozen.network.to(device)
     return Viewer(frozen, device, args.image_size, args.layer, args.query)
 

@@ -92,7 +92,7 @@ def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
     deep, bits = faults.pop(DEEP, []), deepest.bit_length()
     if deep and bits <= 14:
         words = f"have 16 bits but use {bits} of them (largest value {deepest}), so that training sees them "
-        faults[words + f"dark: multiply their values by {2 ** (16 - bits)}"] = deep
+        faults[words + f"dark: give --value_range 0 {2**bits - 1}"] = deep
 
 
 def _stored_and_read(images: Images, index: int) -> tuple[Image.Image | None, Tensor]:

@@ -39,9 +39,7 @@ def load_by_flags(args: argparse.Namespace) -> Frozen:
             args.value_range,
         )
     log(f"weights: {frozen.description}")
-    limits = f"values {frozen.value_range}, " if frozen.value_range else ""
-    size = f"{size_words(frozen.image_size)} pixels"
-    log(f"preprocessing: {limits}{size}, mean {frozen.mean}, deviation {frozen.std}")
+    log(f"preprocessing: {size_words(frozen.image_size)} pixels, {frozen.values}")
     return frozen
 
 

@@ -48,7 +48,6 @@ from support.pixels import (
     Size,
     eval_transform,
     height_and_width,
-    size_words,
 )
 from vision_transformer import VITS, VisionTransformer
 
@@ -520,6 +519,12 @@ class Frozen(NamedTuple):
         """Image to input: resize, crop the centre, normalise; (C, H, W)."""
         return eval_transform(self.image_size, self.mean, self.std)
 
+    @property
+    def values(self) -> str:
+        """How the values of an image become inputs, for a message."""
+        limits = f"values {range_words(self.value_range)}, " if self.value_range else ""
+        return f"{limits}mean {self.mean}, deviation {self.std}"
+
     def zeros(self, count: int) -> Tensor:
         """Inputs of zeros, (count, C, H, W)."""
         return torch.zeros(count, len(self.mean), *height_and_width(self.image_size))
@@ -622,12 +627,8 @@ def _frozen(
     value_range: Range | None,
 ) -> Frozen:
     mean, std = normalization
-    pixels = "ImageNet's mean and deviation"
-    if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
-        pixels = f"mean {' '.join(map(str, mean))}, deviation {' '.join(map(str, std))}"
     network = network.eval().requires_grad_(False)
     image_size = tuple(image_size) if isinstance(image_size, Sequence) else image_size
-    description = f"{description}; {size_words(image_size)} pixels, {pixels}"
     return Frozen(network, image_size, tuple(mean), tuple(std), description, arch, value_range)
 
 

@@ -31,7 +31,7 @@ def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_pat
         Image.fromarray(values).save(tmp_path / f"{i}.{extension}")
     found = [line for line in warnings(tmp_path, capsys) if "16 bits" in line]
     assert len(found) == 1 and "3 of 3 checked images" in found[0]
-    assert "use 12 of them (largest value 4095)" in found[0] and "multiply their values by 16" in found[0]
+    assert "use 12 of them (largest value 4095)" in found[0] and "give --value_range 0 4095" in found[0]
     assert found[0].endswith(f"e.g. {tmp_path / f'0.{extension}'}")
 
 
