@@ -41,6 +41,7 @@ from torchvision import transforms
 
 from eval_knn import knn_votes
 from support import cli, logistic
+from support.attention import cls_attention, keep_mass
 from support.data import RGB, ImageFiles, Images, extensions_of, in_format, reason
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import UserError, WrongFormat, reason_of
@@ -49,10 +50,10 @@ from support.files import readable_extensions
 from support.formats import ImageFormat
 from support.loading import EvalImages, make_loader
 from support.logger import log
+from support.pictures import enlarge
 from support.pixels import as_tensor, height_and_width, in_channels, jaccard, normalize
 from support.shapes import Shapes
 from support.weights import Frozen
-from visualize_attention import cls_attention, enlarge, keep_mass
 
 VOID = 255  # in masks: pixels that count nowhere, e.g. the outlines of VOC's objects
 L2 = 1e-4  # regularisation of the linear classifier; it matters little with far more patches than features

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from torch import Tensor
 from torchvision.transforms.functional import crop, get_dimensions, resize
 
 from support import cli
-from support.attention import attention_map, cls_attention, keep_mass
+from support.attention import attention_map, keep_mass
 from support.backbones import check_divides
 from support.data import ImageFiles, Images, describe, read_labelled, sample_name
 from support.distributed import choose_device, fix_random_seeds, launched_as
@@ -44,13 +43,12 @@ from support.formats import ImageFormat
 from support.logger import MetricLogger, log
 from support.pca import SIDES, PatchColours
 from support.pictures import as_picture, bands, contact_sheet, enlarge, heat_map, mark_patch, side_by_side
-from support.pixels import as_tensor, in_channels, normalize, to_pixels
+from support.pixels import as_tensor, in_channels, normalize
 from support.shapes import Shapes
 from support.video import ENCODERS, Frames, comment_of, write_video
 from support.weights import Frozen, load_backbone
-from utils import DataAugmentationDINO
 
-DEMO = {"pretrained_weights": "demo_run/checkpoint.pth", "image_size": [64], "threshold": 0.9}
+DEMO = {"pretrained_weights": "demo_run/checkpoint.pth", "image_size": [192], "threshold": 0.6}
 VIDEO = {"image_size": [480]}  # keeps the frames' shape
 ON_SHEET = 16  # images at most
 FIT_ON = 100  # frames of a video, at most, that fix the scale of its colours
@@ -183,20 +181,6 @@ def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = Non
     if masks:
         rows.append([first or white, *(Image.composite(image, white, mask) for mask in masks)])
     return rows
-
-
-def draw_views(
-    image: Image.Image | Tensor, augmentation: DataAugmentationDINO, teacher: Frozen
-) -> Image.Image:
-    """Draw an image and its views and, below each, the teacher's attention in it."""
-    views = [view for part in augmentation.views(to_pixels(image), random.Random(0))[0] for view in part]
-    rows: list[list[Image.Image]] = [[], []]
-    for pixels in (to_pixels(image), *views):
-        attention = cls_attention(teacher.network, normalize(pixels[None], teacher.mean, teacher.std))
-        pictures = draw(as_picture(pixels).convert("RGB"), {"mean": attention[0].mean(dim=0).cpu()})
-        for row, name in zip(rows, ("img", "overlay-mean"), strict=True):
-            row.append(pictures[name])
-    return contact_sheet(rows, side=128)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -357,8 +357,7 @@ def open_training_images(source: Source) -> Images:
     if source.demo:
         if source.split:
             raise UserError("has no effect with --demo", f"--split {source.split}", "leave it out")
-        # Training takes five minutes on 2 cores.
-        return in_format(Shapes("train", 3_584), source.form, "--demo")
+        return in_format(Shapes("train", 2_048), source.form, "--demo")  # minutes on 2 cores
     if source.dataset:
         return _torchvision_dataset(source, "unlabelled")
     return _join(
@@ -446,7 +445,7 @@ def open_any_images(source: Source) -> Images:
 def open_labelled_images(source: Source, split: str) -> Images:
     """Open the "train" or "val" images of an evaluation, with `.classes`. Logs them. Raises UserError."""
     if source.demo:  # few, so that an evaluation takes seconds
-        return in_format(Shapes(split, {"train": 4_096, "val": 1_000}[split]), source.form, "--demo")
+        return in_format(Shapes(split, {"train": 2_048, "val": 1_000}[split]), source.form, "--demo")
     if source.dataset:
         return _torchvision_dataset(source, split)
     sets: list[ImageFiles] = []

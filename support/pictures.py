@@ -9,12 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
-
-from support.errors import UserError
 
 
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -28,14 +26,17 @@ def as_picture(pixels: Tensor) -> Image.Image:
     return to_pil_image(pixels[:3] if len(pixels) >= 3 else pixels[:1])
 
 
+# Inferno (matplotlib), as colours at equal distances, between which we interpolate: perceptually uniform.
+INFERNO = ((0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21),
+           (250, 193, 39), (252, 255, 164))  # fmt: skip
+
+
 @functools.cache
 def _palette() -> np.ndarray:
-    """Colour map of 256 levels, (256, 3) uint8. Raises UserError."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("colours need matplotlib", "not installed", "pip install matplotlib") from None
-    return (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    """Colour map of 256 levels, (256, 3) uint8."""
+    places, levels = np.linspace(0, 1, len(INFERNO)), np.linspace(0, 1, 256)
+    channels = [np.interp(levels, places, channel) for channel in zip(*INFERNO, strict=True)]
+    return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
 def heat_map(values: Tensor, top: float | None = None) -> Image.Image:
@@ -43,6 +44,37 @@ def heat_map(values: Tensor, top: float | None = None) -> Image.Image:
     top = max(float(values.max()) if top is None else top, 1e-12)
     levels = (values / top * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(_palette()[levels.cpu().numpy()])
+
+
+def glow(image: Image.Image, attention: Tensor, top: float = 8.0) -> Image.Image:
+    """Lay attention (R, C) over an image, darkened and grey: smooth, and brighter where there is more of it.
+
+    Its colours reach from 0 to `top` times what each patch would have if all had the same. They follow the
+    square root, so that weak attention can be seen, too.
+    """
+    shares = (attention / attention.mean() / top).float().clamp(0, 1).sqrt()[None, None]
+    smooth = F.interpolate(shares, image.size[::-1], mode="bicubic")[0].clamp(0, 1)
+    grey = image.convert("L").point(lambda level: 0.6 * level).convert("RGB")
+    return Image.composite(heat_map(smooth[0], 1.0), grey, to_pil_image(smooth))
+
+
+def titled_rows(title: str, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Arrange rows of pictures of one size on white, below a title, each below a title of its own."""
+    width, height = rows[0][1][0].size
+    gap, line = max(4, width // 20), width // 6
+    large, small = ImageFont.load_default(0.8 * line), ImageFont.load_default(0.7 * line)
+    columns = len(rows[0][1])
+    top = 2 * line
+    sheet = (columns * (width + gap) + gap, top + len(rows) * (line + height + 2 * gap))
+    picture = Image.new("RGB", sheet, "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((gap, line), title, "black", large, anchor="lm")
+    for name, row in rows:
+        pen.text((gap, top + line // 2), name, (90, 90, 90), small, anchor="lm")
+        for column, tile in enumerate(row):
+            picture.paste(tile, (gap + column * (width + gap), top + line))
+        top += line + height + 2 * gap
+    return picture
 
 
 def mark_patch(picture: Image.Image, row: int, column: int, patch_size: int) -> Image.Image:

@@ -41,7 +41,7 @@ from support import backbones
 from support.data import Source, open_labelled_images
 from support.distributed import fix_random_seeds
 from support.pixels import normalize, to_pixels
-from support.shapes import Shapes
+from support.shapes import CLOSE_UP, Shapes
 from support.weights import load_backbone, save_checkpoint
 from tests.conftest import ROOT
 
@@ -103,7 +103,7 @@ def draw_shapes(folder: Path, counts: dict[str, int]) -> None:
         return
     unfinished = folder.with_suffix(".part")
     for split, count in counts.items():
-        shapes = Shapes(split, count)
+        shapes = Shapes(split, count, CLOSE_UP)
         for name in shapes.classes:
             (unfinished / split / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -203,7 +203,7 @@ def evaluate_attention(folder: Path, weights: str, flags: list[str], count: int)
 
     def measure() -> dict[str, float]:
         fix_random_seeds(args.seed)
-        size, shapes = args.global_crops_size, MaskedShapes("val", count)
+        size, shapes = args.global_crops_size, MaskedShapes("val", count, CLOSE_UP)
         frozen = load_backbone(weights, None, args.arch, args.patch_size, size)
         batches = [*resized_batches(frozen, shapes, torch.device("cpu"))]
         less, more = (measure_attention(frozen.network, shapes, batches, t) for t in (0.6, 0.9))

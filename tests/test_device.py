@@ -17,6 +17,7 @@ import eval_knn
 import eval_linear
 import main_dino
 import utils
+from support.attention import cls_attention, keep_mass
 from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, open_training_images
 from support.features import extract_features, patch_tokens
@@ -25,7 +26,6 @@ from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import eval_transform
 from tests.conftest import TINY
-from visualize_attention import cls_attention, keep_mass
 
 META = torch.device("meta")
 

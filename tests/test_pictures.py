@@ -2,7 +2,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from support.pictures import bands, contact_sheet, enlarge, heat_map, mark_patch, side_by_side
+from support.pictures import (
+    bands,
+    contact_sheet,
+    enlarge,
+    glow,
+    heat_map,
+    mark_patch,
+    side_by_side,
+    titled_rows,
+)
 
 
 def test_patches_become_blocks():
@@ -26,6 +35,35 @@ def test_a_heat_map_reaches_from_zero_to_its_largest_value_or_to_the_one_given()
     assert np.array_equal(narrower[1, 0], narrower[1, 1]) and np.array_equal(narrower[1, 1], own[1, 1])
     assert np.array_equal(np.asarray(heat_map(values - 0.1, 0.4))[0, 0], own[0, 0])  # below 0
     assert np.asarray(heat_map(torch.zeros(2, 2))).shape == (2, 2, 3)
+
+
+def test_attention_glows_smoothly_on_one_scale_for_all_images():
+    image = Image.new("RGB", (40, 32), (100, 100, 100))
+    even, peak = torch.full((4, 5), 0.05), torch.full((4, 5), 0.7 / 19)
+    peak[1, 3] = 0.3
+    dim, bright = (np.asarray(glow(image, attention), int) for attention in (even, peak))
+    assert dim.shape == (32, 40, 3) and len(np.unique(dim.reshape(-1, 3), axis=0)) == 1
+    assert np.array_equal(dim, np.asarray(glow(image, 7 * even)))  # only shares matter
+    light = bright.sum(axis=-1)
+    assert light[12, 28] > 1.5 * dim[0, 0].sum()  # in the middle of the peak's patch
+    assert (light[:8, :16] <= dim[0, 0].sum()).all()
+    assert len(np.unique(light[12, 16:28])) > 6  # no steps
+
+
+def test_rows_have_their_pictures_below_their_titles():
+    red, green, blue = ([Image.new("RGB", (60, 60), colour)] * 3 for colour in ("red", "lime", "blue"))
+    sheet = np.asarray(titled_rows("Title", [("first", red), ("second", green), ("third", blue)]))
+    found = []
+    for channel in range(3):
+        tile = np.zeros(3, int)
+        tile[channel] = 255
+        places = np.argwhere((sheet == tile).all(axis=-1))
+        assert len(places) == 3 * 60 * 60
+        found.append(places)
+    tops, lefts = [places[:, 0].min() for places in found], {places[:, 1].min() for places in found}
+    assert tops == sorted(tops) and len(lefts) == 1
+    for last, top in zip([0, *(places[:, 0].max() + 1 for places in found[:2])], tops, strict=True):
+        assert (sheet[last:top] < 128).any()  # a title
 
 
 def test_the_frame_of_a_patch():
