@@ -90,8 +90,9 @@ def test_jaccard_by_hand():
 def test_attention_on_one_corner_scores_what_the_corner_does():
     shapes = MaskedShapes("val", 10)
     corner = torch.tensor([[[0.0, 0.7], [0.0, 0.0]], [[0.1, 0.1], [0.1, 0.1]]])  # two heads
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[:32, 32:] = True
+    half = shapes.size // 2
+    mask = torch.zeros(2 * half, 2 * half, dtype=torch.bool)
+    mask[:half, half:] = True
     for i in range(10):
         truth = torch.from_numpy(shapes.mask(i))
         scores = score_attention(corner, shapes.class_mask(i), 0.9)
@@ -99,7 +100,7 @@ def test_attention_on_one_corner_scores_what_the_corner_does():
         expected = torch.stack([jaccard(mask, truth), share])
         torch.testing.assert_close(scores.objects[0], expected)
         torch.testing.assert_close(scores.classes, expected.max()[None])
-        torch.testing.assert_close(scores.on_objects[0], torch.stack([truth[:32, 32:].float().mean(), share]))
+        torch.testing.assert_close(scores.on_objects[0], torch.stack([truth[mask].float().mean(), share]))
         torch.testing.assert_close(scores.area, share[None])
 
 
