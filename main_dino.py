@@ -1040,7 +1040,8 @@ def report_demo(args: argparse.Namespace) -> None:
     found = {}
     for name, flags in networks.items():
         argv = ["--demo", "--num_workers", "0", "--nb_knn", "20", "--pretrained_weights", *flags]
-        found[name] = eval_knn.main(eval_knn.parse_args(argv))[20][0]
+        accuracies = eval_knn.main(eval_knn.parse_args(argv))
+        found[name] = accuracies[20][0] if is_main_process() else 0.0  # other ranks get no result
     if not is_main_process():
         return
     log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")

@@ -55,7 +55,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
             faults.setdefault(DEEP, []).append(index)
             deepest = max(deepest, value)
         reached = reached | ((image > 0) & (image < 255)).any(dim=-1).any(dim=-1)
-        if image.float().std(dim=(1, 2)).max() < CONSTANT:
+        if image.float().std(dim=(1, 2), correction=0).max() < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
         else:
             thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
