@@ -42,9 +42,9 @@ from torchvision import transforms
 from eval_knn import knn_votes
 from support import cli, logistic
 from support.attention import cls_attention, keep_mass
-from support.data import RGB, ImageFiles, Images, extensions_of, in_format, reason
+from support.data import RGB, ImageFiles, Images, extensions_of, in_format
 from support.distributed import choose_device, fix_random_seeds, launched_as
-from support.errors import UserError, WrongFormat, reason_of
+from support.errors import UserError, WrongFormat, reason, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.formats import ImageFormat

@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from support import cli
-from support.data import ImageFiles, read_labelled, reason
+from support.data import ImageFiles, read_labelled
 from support.distributed import choose_device, fix_random_seeds, launched_as
-from support.errors import ImageError, UserError
+from support.errors import ImageError, UserError, reason
 from support.features import patch_size_of, patch_tokens
 from support.logger import log
 from support.pixels import IMAGENET_STD, jaccard, normalize, share, to_pixels

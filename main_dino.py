@@ -1040,15 +1040,15 @@ def report_demo(args: argparse.Namespace) -> None:
     found = {}
     for name, flags in networks.items():
         argv = ["--demo", "--num_workers", "0", "--nb_knn", "20", "--pretrained_weights", *flags]
-        accuracies = eval_knn.main(eval_knn.parse_args(argv))
-        found[name] = accuracies[20][0] if is_main_process() else 0.0  # other ranks get no result
-    if not is_main_process():
+        found[name] = eval_knn.main(eval_knn.parse_args(argv))
+    if not is_main_process():  # only the first rank gets results
         return
+    knn = {name: accuracies[20][0] for name, accuracies in found.items()}
     log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
-    for name, accuracy in found.items():
+    for name, accuracy in knn.items():
         log(f"  {name:22} {accuracy:5.1f} %")
     try:
-        draw_demo(args, weights, found)
+        draw_demo(args, weights, knn)
     except UserError as error:  # a network without attention
         log(f"note: no picture: {error}")
 
@@ -1066,15 +1066,18 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
     }
     size = tuple(2 * side for side in height_and_width(args.global_crops_size))
     shapes, shown = MaskedShapes("val", 300), Shapes("val", 6, USUAL._replace(size=max(size)))
-    area = 100 * np.mean([shapes.mask(i) for i in range(len(shapes))])
+    batches, scores = {}, {}
+    for name, frozen in networks.items():
+        batches[name] = partial(resized_batches, frozen._replace(image_size=size), device=torch.device("cpu"))
+        scores[name] = measure_attention(frozen.network, shapes, batches[name](shapes), 0.6)
+    area = 100 * scores["trained teacher"].area.mean().item()
     log(f"attention on the object, which is {area:.1f} % of an image; mean of the heads, {max(size)} pixels")
     tiles = [shown[i][0] for i in range(len(shown))]
     rows = [("images that it was not trained on", tiles)]
     for (name, frozen), when in zip(networks.items(), ("before", "after"), strict=True):
-        batches = partial(resized_batches, frozen._replace(image_size=size), device=torch.device("cpu"))
-        share = measure_attention(frozen.network, shapes, batches(shapes), 0.6).on_objects.mean().item()
+        share = scores[name].on_objects.mean().item()
         log(f"  {name:22} {100 * share:5.1f} %")
-        _, pixels = next(batches(shown))
+        _, pixels = next(batches[name](shown))
         maps = cls_attention(frozen.network, pixels).mean(dim=1)
         overlays = [glow(image, each) for image, each in zip(tiles, maps, strict=True)]
         rows.append((f"attention {when} training: {100 * share:.0f} % on the object", overlays))

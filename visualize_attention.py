@@ -299,7 +299,7 @@ class Viewer(NamedTuple):
 
     def prepare(self, image: Image.Image | Tensor) -> tuple[Image.Image, Tensor]:
         """The image in whole patches as a picture, and as the network takes it: (1, C, H, W)."""
-        image = in_channels(upright(image), self.frozen.form.channels)
+        image = in_channels(image, self.frozen.form.channels)
         pixels = as_tensor(prepare(image, self.image_size, patch_size_of(self.frozen.network)))
         batch = normalize(pixels[None].to(self.device), self.frozen.mean, self.frozen.std)
         return as_picture(pixels).convert("RGB"), batch

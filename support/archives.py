@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from support.errors import UserError, reason_of
-from support.files import ARRAYS, Folder, Found, Paths, readable_extensions, select_images
+from support.files import Folder, Found, Paths, all_extensions, select_images
 from support.logger import log
 
 ARCHIVES = (".tar", ".zip")
@@ -235,7 +235,7 @@ def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
     """Unpack several archives into one folder, or each into a folder of its name if one has images at its
     top level: ImageNet's training set is one archive a class. Raises UserError for a name that occurs twice.
     """
-    readable = (*readable_extensions(), *ARRAYS)
+    readable = tuple(all_extensions())
     top = (name for _, index in parts for name in index.names if "/" not in name)
     own_folders = any(name.lower().endswith(readable) and not _is_hidden(name) for name in top)
     names = [f"{stem}/{name}" if own_folders else name for stem, index in parts for name in index.names]
@@ -357,7 +357,7 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
     """Index a zip. Raises UserError."""
     places: Places = {}
     readable, methods = (
-        (*readable_extensions(), *ARRAYS),
+        tuple(all_extensions()),
         {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED},
     )
     try:

@@ -32,7 +32,7 @@ from torchvision.transforms.functional import to_pil_image
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, WrongFormat, nearest, reason, reason_of
-from support.files import ARRAYS, Folder, JoinedPaths, Paths, readable_extensions
+from support.files import ARRAYS, Folder, JoinedPaths, Paths, all_extensions, readable_extensions
 from support.formats import TIFFS, ImageFormat, extension, load_levels, load_values, open_file
 from support.logger import log
 from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
@@ -99,7 +99,7 @@ def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB
 
 def extensions_of(form: ImageFormat) -> frozenset[str]:
     """The extensions of image files of a format, in lower case."""
-    return readable_extensions() if form.is_default else readable_extensions() | set(ARRAYS)
+    return readable_extensions() if form.is_default else all_extensions()
 
 
 def _folder(root: str | Path | Folder) -> Folder:

@@ -72,6 +72,11 @@ class Paths:
 ARRAYS = (".npy",)  # extensions of NumPy's files, which are images only where a run says so
 
 
+def all_extensions() -> frozenset[str]:
+    """`readable_extensions` and those of arrays."""
+    return readable_extensions() | set(ARRAYS)
+
+
 @functools.cache
 def readable_extensions() -> frozenset[str]:
     """The extensions of the image formats that the installed Pillow decodes, in lower case."""

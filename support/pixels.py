@@ -186,7 +186,7 @@ def stack_colours(colours: Sequence[Colour]) -> list[Tensor]:
 
 
 def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
-    """Crop, resize (bicubic, antialiased), turn and flip: uint8 (C, H, W) -> uint8 (3, *view.size)."""
+    """Crop, resize (bicubic, antialiased), turn and flip: uint8 (C, H, W) -> uint8 (C, *view.size)."""
     top, left, height, width = view.box
     crop = pixels[None, :, top : top + height, left : left + width]
     size = view.size[::-1] if view.quarters % 2 else view.size  # before the turn

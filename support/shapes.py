@@ -31,14 +31,13 @@ class Scene(NamedTuple):
     blobs: tuple[int, int] = (8, 28)  # cells of noise a side, for blobs and fine blobs
     shades: tuple[float, float] = (0.05, 0.2)  # grey and coloured noise in the object
     ground: tuple[float, float] = (0.14, 0.08)  # and in the background
-    cells: int = 5  # of the noise in the background, a side
 
 
 USUAL = Scene()
 # Objects that fill nearly half of an image, in strong colours: for images of 4 x 4 patches.
 CLOSE_UP = Scene(
     size=64, radius=(0.38, 0.5), center=(0.4, 0.6), contrast=(0.25, 0.4), periods=(0.36, 0.19, 0.1),
-    warps=(0.4, 0.4, 0.4), blobs=(9, 24), shades=(0.1, 0.3), ground=(0.6, 0.3), cells=5,
+    warps=(0.4, 0.4, 0.4), blobs=(9, 24), shades=(0.1, 0.3), ground=(0.6, 0.3),
 )  # fmt: skip
 
 
@@ -80,7 +79,7 @@ class Shapes(Dataset):
         tone -= (cover * tone).sum() / cover.sum()  # brightness is independent of the class
         contrast = rng.uniform(*scene.contrast) * rng.choice([-1, 1])
         object_ = 0.5 + contrast * tone + self._noise(rng, 4, scene.shades)
-        ground = 0.5 + self._noise(rng, scene.cells, scene.ground)
+        ground = 0.5 + self._noise(rng, 5, scene.ground)
         pixels = (cover * object_ + (1 - cover) * ground).clip(0, 1) * 255
         return pixels.astype(np.uint8), label, cover[..., 0] > 0.5
 
