@@ -698,6 +698,7 @@ class Training:
 
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
     """Build networks, loss, optimizer and schedules. Raises UserError."""
+    torch.backends.cudnn.deterministic = True  # else the last bits of gradients change from run to run
     # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
     student_without_ddp, teacher = build_networks(args)
     center = None

@@ -450,7 +450,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
     teacher's other views and |q| is their number.
     """
 
-    CHUNK = 2**23  # elements; 32 MiB
+    CHUNK = 2**23  # elements; 32 MiB, about a CPU's cache
+    GPU_CHUNK = 2**26  # 256 MiB: a GPU is faster with few large kernels (docs/gpu.md)
     # In half precision, gradients are scaled by a power of 2 for the matrix product. Otherwise the student's
     # smallest probabilities would underflow, whatever scale the loss has.
     HALF_SCALE = 2.0**10
@@ -469,7 +470,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         grad_views = torch.empty_like(views, dtype=exact)
         grad_weight = torch.zeros_like(weight, dtype=exact)
         total = torch.zeros((), dtype=exact, device=features.device)
-        images = max(1, _FusedCrossEntropy.CHUNK // (K * len(views)))
+        on_cpu = features.device.type == "cpu"
+        chunk = _FusedCrossEntropy.CHUNK if on_cpu else _FusedCrossEntropy.GPU_CHUNK
+        images = max(1, chunk // (K * len(views)))
         for first in range(0, B, images):
             rows = slice(first, first + images)
             x = views[:, rows].flatten(0, 1)  # (V*b, d)

@@ -89,6 +89,18 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def _bicubic(old: int, new: int, like: Tensor) -> Tensor:
+    """Bicubic interpolation of `old` values to `new` ones as a matrix, (new, old).
+
+    On a GPU the gradient of a product is the same in each run; that of F.interpolate is not.
+    """
+    # The + 0.1 kept the published code's output size from rounding down. It also moves the sampling
+    # points, and the published weights were trained with that.
+    scale = ((new + 0.1) / old, 1.0)
+    columns = torch.eye(old, dtype=like.dtype, device=like.device)[None, :, :, None]
+    return F.interpolate(columns, scale_factor=scale, mode="bicubic")[0, :, :, 0].T
+
+
 class VisionTransformer(nn.Module):
     """Vision Transformer; `forward` gives the CLS token after the last norm, (B, D).
 
@@ -143,12 +155,11 @@ class VisionTransformer(nn.Module):
         rows, cols = height // patch, width // patch
         if (rows, cols) == self.grid:
             return self.pos_embed
-        # The + 0.1 kept the published code's output size from rounding down. It also moves the
-        # sampling points, and the published weights were trained with that.
-        scale = ((rows + 0.1) / self.grid[0], (cols + 0.1) / self.grid[1])
-        grid = self.pos_embed[:, 1:].reshape(1, *self.grid, D).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, rows, cols)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        grid = self.pos_embed[:, 1:].unflatten(1, self.grid).float()
+        with torch.autocast(grid.device.type, enabled=False):
+            resize = [_bicubic(old, new, grid) for old, new in zip(self.grid, (rows, cols), strict=True)]
+            grid = torch.einsum("ri,cj,bijd->brcd", *resize, grid)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2).to(self.pos_embed.dtype)], dim=1)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
         """Images to tokens: (B, C, H, W) -> (B, N, D), CLS first."""

@@ -237,6 +237,8 @@ def normalized_views(
             fields = (field[:, first : first + count].transpose(0, 1).flatten(0, 1) for field in colours)
             rows = zip(*(field.tolist() for field in fields), strict=True)
             part = apply_colours(part, [Colour(*row) for row in rows])
+        # The layout that a GPU's convolutions use; a ResNet-50 trains almost twice as fast (docs/gpu.md).
+        part = part.contiguous(memory_format=torch.channels_last)
         done += normalize(part, mean, std).chunk(count)
     return done
 

@@ -32,6 +32,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests compare numbers, and bits, of one CPU
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tests are many small operations; threads would only fight for the cores."""

@@ -174,7 +174,7 @@ def test_the_landmark_weights_have_a_name():
 
 
 @pytest.fixture
-def benchmark(paper_inputs, tmp_path):
+def ground_truth(paper_inputs, tmp_path):
     """A copy of the benchmark's files; gives its folder and a function that rewrites the ground truth."""
     folder = tmp_path / "roxford5k"
     shutil.copytree(paper_inputs / "retrieval" / "roxford5k", folder)
@@ -209,22 +209,22 @@ def refused(folder, message: str, *flags: str) -> None:
         (lambda gnd: gnd.update(extra=np.zeros), "file contains numpy.zeros, which may run code"),
     ],
 )
-def test_wrong_ground_truth_is_refused(benchmark, change, message):
-    folder, rewrite = benchmark
+def test_wrong_ground_truth_is_refused(ground_truth, change, message):
+    folder, rewrite = ground_truth
     rewrite(change)
     refused(folder, message)
 
 
-def test_missing_files_are_named(benchmark):
-    folder, rewrite = benchmark
+def test_missing_files_are_named(ground_truth):
+    folder, rewrite = ground_truth
     refused(folder, "no such file .*gnd_rparis6k.pkl", "--dataset", "rparis6k")
     refused("", "no data given")
     (folder / "roxford5k" / "jpg" / "query3.jpg").unlink()
     refused(folder, "1 of 7 query images are missing: query3.jpg .*jpg")
 
 
-def test_a_box_that_is_none_is_refused_if_queries_are_cropped(benchmark):
-    folder, rewrite = benchmark
+def test_a_box_that_is_none_is_refused_if_queries_are_cropped(ground_truth):
+    folder, rewrite = ground_truth
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, 10, 30]))
     refused(folder, r"query query4: bbx is no box: \[10, 10, 10, 30\]", "--crop_queries")
     refused(folder, "no such file")  # of weights: the box does not matter

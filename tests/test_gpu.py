@@ -36,16 +36,14 @@ TRAINING = ["main_dino.py", *TINY, "--seed", "1"]
 
 @pytest.fixture(scope="module")
 def gpu(request) -> torch.device:
-    """The device of --gpu-device, with exact float32 products."""
+    """The device of --gpu-device, with exact float32 products, in the scripts too."""
     device = torch.device(request.config.getoption("--gpu-device"))
     if choose_device().type != device.type:
         pytest.skip(f"no {device.type} here")
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    yield device
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # by default, convolutions in float32 are rounded to TF32
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield device
 
 
 def trained(images, folder, *flags: str, env: dict | None = None) -> dict:
@@ -77,16 +75,29 @@ def test_golden_numbers(gpu, monkeypatch):
     with gpu:
         found = golden.run(golden.load(str(ROOT)))
     reference = json.loads((ROOT / "tests" / "data" / "golden.json").read_text())
-    assert list(golden.compare(reference, found)) == []
+    # The top 5 of 5 neighbours contain classes without a vote, whose order depends on the device.
+    differing = {path: values for path, *values in golden.compare(reference, found)}
+    assert differing.keys() <= {"/knn/k5[1]"}, differing
 
 
-@pytest.mark.parametrize("flags", [[], ["--arch", "resnet18", "--use_bn_in_head", "true"]])
-def test_weights_after_ten_steps_equal_the_cpus(gpu, images, tmp_path, flags):
-    """With SGD: Adam would enlarge the rounding of gradients that are zero."""
-    flags = [*flags, "--optimizer", "sgd", "--lr", "0.3"]
+@pytest.mark.parametrize(
+    ("flags", "lr", "limit"),
+    [
+        ([], "0.3", 1e-4),
+        # Batch norm over few values enlarges rounding: two kernels of one CPU differ by 2e-4 after ten
+        # steps, in which the weights move by 1e-2.
+        (["--arch", "resnet18", "--use_bn_in_head", "true"], "0.1", 2e-3),
+    ],
+)
+def test_weights_after_ten_steps_equal_the_cpus(gpu, images, tmp_path, flags, lr, limit):
+    """With SGD: Adam would enlarge the rounding of gradients that are zero. Without drop path: the devices
+    draw other random numbers.
+    """
+    flags = [*flags, "--optimizer", "sgd", "--lr", lr, "--drop_path_rate", "0"]
     here = trained(images, tmp_path / "gpu", *flags)
     cpu = trained(images, tmp_path / "cpu", *flags, env=ON_CPU)
-    assert here["step"] == 10 and distance(here, cpu) < 1e-4 and distance(here, cpu, "teacher") < 1e-4
+    assert here["step"] == 10
+    assert distance(here, cpu) < limit and distance(here, cpu, "teacher") < limit
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -99,12 +110,13 @@ def test_half_precision_follows_float32(gpu, images, tmp_path, precision, flags)
         trained(images, tmp_path / name, *flags, "--precision", name)
         lines = (tmp_path / name / "log.txt").read_text().splitlines()
         losses.append([json.loads(line)["train_loss"] for line in lines])
-    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.01)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=0.05)  # ten steps enlarge what rounding changed
 
 
 @pytest.mark.parametrize("flag", ["--grad_checkpointing", "--compile", "--augment_on=device"])
 def test_a_flag_that_saves_time_or_memory_gives_the_same_weights(gpu, images, tmp_path, flag):
-    words = ["--optimizer", "sgd", "--lr", "0.3"]
+    words = ["--optimizer", "sgd", "--lr", "0.3", "--drop_path_rate", "0"]  # the random numbers differ
     plain = trained(images, tmp_path / "plain", *words)
     other = trained(images, tmp_path / "other", *words, *flag.split("="))
     # Colours on the device may differ from the worker's by a grey level.
@@ -237,5 +249,5 @@ def test_a_step_waits_once_for_the_gpu(gpu, images, monkeypatch):
             train(range(2, 4))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in found if "synchroniz" in str(warning.message)]
+    waits = [warning for warning in found if "called a synchronizing" in str(warning.message)]
     assert [Path(w.filename).name for w in waits] == ["monitor.py"] * 2, [str(w.message) for w in waits]

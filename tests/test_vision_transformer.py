@@ -220,3 +220,14 @@ def test_the_row_of_a_token_needs_no_map_of_all_tokens():
         model.get_attention(torch.randn(1, 3, 160, 160), layer=2, token=7)
     maps = [event.input_shapes[0] for event in profile.events() if event.name == "aten::softmax"]
     assert maps == [[1, 4, 1, 401]]
+
+
+def test_gradient_of_the_position_embedding_has_one_order_of_sums():
+    """No step of its backward pass is that of F.interpolate, whose bits differ from run to run on a GPU."""
+    model = vit_nano(8, img_size=32)
+    names, steps = set(), [model.interpolate_pos_encoding(48, 16).grad_fn]
+    while steps:
+        step = steps.pop()
+        names.add(step.name())
+        steps += [before for before, _ in step.next_functions if before]
+    assert any("Bmm" in name for name in names) and not any("Upsample" in name for name in names)

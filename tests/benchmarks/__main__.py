@@ -188,7 +188,7 @@ def step(rounds: int) -> None:
 
 def compare_steps(arch: str, images: int, rounds: int) -> None:
     batch = device.random_batch(images, CPU)
-    views = normalized_views(batch[0])
+    views = [view.contiguous() for view in normalized_views(batch[0])]
     theirs = functools.partial(textbook.Trainer(arch, device.PROTOTYPES).step, views)
 
     def our_step(precision: str, *flags: str) -> Side:
