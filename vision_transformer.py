@@ -151,7 +151,7 @@ class VisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
         """Position embedding for an image of height x width pixels: (1, N, D)."""
-        patch, D = self.patch_embed.patch_size, self.pos_embed.shape[-1]
+        patch = self.patch_embed.patch_size
         rows, cols = height // patch, width // patch
         if (rows, cols) == self.grid:
             return self.pos_embed

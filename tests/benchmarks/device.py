@@ -1,8 +1,8 @@
 """The training step of the default recipe on one device: `python -m tests.benchmarks --device cuda`.
 
 For each network and precision, and for bf16 also with `--compile`: images per second, peak memory, and the
-share of the device's matrix rate, beside the textbook's step on the same device. Then the images per second of one
-data-loading worker, and where the time of a step goes. A row that the device cannot run says why.
+share of the device's matrix rate, beside the textbook's step on the same device. Then the images per second
+of one data-loading worker, and where the time of a step goes. A row that the device cannot run says why.
 """
 
 import functools
