@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import random
 import subprocess
 import sys
@@ -446,6 +447,34 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def as_json(rows: list[Row]) -> list[dict]:
+    """What `results.json` holds: the rows, with one number for each seed."""
+    return [row._asdict() | {"values": {k: v.tolist() for k, v in row.values.items()}} for row in rows]
+
+
+def differences(rows: list[Row], before: list[dict]) -> str:
+    """What has changed since the run that wrote `before`, in Markdown; rows that only one has say so."""
+    lines = ["| claim | measured | before | now | difference of means |", "|---|---|---|---|---|"]
+
+    def key(claim: str, measured: str) -> tuple[str, str]:
+        return claim, re.sub(r"\d+", "", measured)  # without the times and speeds of the run
+
+    old = {key(row["claim"], row["measured"]): row for row in before}
+    for row in rows:
+        known = old.pop(key(row.claim, row.measured), None)
+        if known is None:
+            lines.append(f"| {row.claim} | {row.measured} | not measured | | |")
+            continue
+        if known["shows"] != row.shows:
+            lines.append(f"| {row.claim} | does it show | {known['shows']} | {row.shows} | |")
+        for name, now in row.values.items():
+            then = np.array(known["values"].get(name, [np.nan]))
+            cells = f"{spread(then)} | {spread(now)} | {now.mean() - then.mean():+.1f}"
+            lines.append(f"| {row.claim} | {row.measured}: {name} | {cells} |")
+    lines += [f"| {row['claim']} | {row['measured']} | | not measured | |" for row in old.values()]
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------
 # The figures: teachers.png as Figure 6 of the paper, collapse.png as Figure 7, crops.png as Table 8
 # ---------------------------------------------------------------------------------------------
@@ -499,8 +528,10 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, help="how many; 3, or 1 if quick, unless given")
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the epochs, shapes only")
+    parser.add_argument("--compare", metavar="FILE", help="results.json of an earlier run, to compare with")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    before = json.loads(Path(args.compare).read_text()) if args.compare else None
     os.environ["OMP_NUM_THREADS"] = "1"  # for the trainings
     name, budget = ("tiny", TINY) if args.tiny else ("quick", QUICK) if args.quick else ("full", FULL)
     budget = budget._replace(seeds=args.seeds or budget.seeds)
@@ -527,7 +558,10 @@ def main() -> None:
         f"{args.jobs} processes of one thread; {(time.monotonic() - begun) / 60:.1f} minutes for what was "
         f"left to do\n\n{table(rows)}\n"
     )
+    if before:
+        text += f"\n{differences(rows, before)}\n"
     (out / "results.md").write_text(text)
+    (out / "results.json").write_text(json.dumps(as_json(rows), indent=1) + "\n")
     save_figures(runs)
     print(f"{text}\ntable and figures: {out}")
 

@@ -8,7 +8,9 @@ from tests.miniature import (
     VARIANTS,
     Row,
     Runs,
+    as_json,
     compare,
+    differences,
     records,
     save_figures,
     shapes_rows,
@@ -58,6 +60,24 @@ def test_table():
     row = Row("claim", "k-NN, %", {"a": np.array([1, 2, 3])}, "yes")
     assert table([row]).splitlines()[2] == "| claim | k-NN, % | a 2.0 ± 1.0 | yes |"
     assert spread(np.array([1.0])) == "1.0"
+
+
+def test_a_rerun_compares_with_the_json_of_an_earlier_run():
+    row = Row("claim", "k-NN after 20 s, %", {"a": np.array([1.0, 2.0, 3.0])}, "yes")
+    before = json.loads(json.dumps(as_json([row, row._replace(measured="gone")])))
+    assert before[0]["values"] == {"a": [1, 2, 3]}
+    again = row._replace(
+        measured="k-NN after 31 s, %",
+        values={"a": np.array([2.0, 3.0, 4.0]), "b": np.array([5.0])},
+        shows="no",
+    )
+    assert differences([again, row._replace(claim="new")], before).splitlines()[2:] == [
+        "| claim | does it show | yes | no | |",
+        "| claim | k-NN after 31 s, %: a | 2.0 ± 1.0 | 3.0 ± 1.0 | +1.0 |",
+        "| claim | k-NN after 31 s, %: b | nan | 5.0 | +nan |",
+        "| new | k-NN after 20 s, % | not measured | | |",
+        "| claim | gone | | not measured | |",
+    ]
 
 
 def test_a_finished_run_is_not_done_again_and_a_failed_one_is_named(tmp_path):
