@@ -18,8 +18,8 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import random
+import re
 import subprocess
 import sys
 import time
