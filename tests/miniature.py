@@ -78,6 +78,17 @@ VARIANTS = {
     "crops_10": "--local_crops_number 10",
     "patch_32": "--patch_size 32",
 }
+# What `--sweeps` varies: flags, and their values, among them the recipe's.
+SWEEPS = {
+    "batch": ("--batch_size_per_gpu {0}", (8, 16, 32, 64)),
+    "temperature": ("--warmup_teacher_temp {0} --teacher_temp {0}", (0.01, 0.02, 0.04, 0.07)),
+    "prototypes": ("--out_dim {0}", (16, 64, 256, 1024)),
+}
+SWEEP_TITLES = {
+    "batch": "batch size, at equal images (Table 9)",
+    "temperature": "teacher temperature (Appendix D)",
+    "prototypes": "prototypes (Appendix C)",
+}
 CROPS = {0: "crops_0", 2: "base", 6: "crops_6", 10: "crops_10"}
 COLLAPSES = {"base": "both", "centering": "centering alone", "sharpening": "sharpening alone"}
 
@@ -242,6 +253,30 @@ def shapes_jobs(out: Path, budget: Budget) -> Jobs:
                 look_at = [folder, weights[1], flags, budget.held_out]
                 evaluations.append(functools.partial(evaluate_attention, *look_at))
     return trainings, evaluations
+
+
+def sweep_runs() -> dict[str, str]:
+    """Names and flags of the runs of `SWEEPS`; the recipe's own values are one run, `base`."""
+    base = main_dino.parse_args(SHAPES)
+    recipe = {"batch": base.batch_size_per_gpu, "temperature": base.teacher_temp, "prototypes": base.out_dim}
+    runs = {"base": ""}
+    for key, (flags, values) in SWEEPS.items():
+        runs |= {f"{key}_{value}": flags.format(value) for value in values if value != recipe[key]}
+    return runs
+
+
+def sweep_jobs(out: Path, budget: Budget) -> list[Callable[[], None]]:
+    """Trainings, seed by seed; k-NN at the end alone."""
+    data = out / "shapes"
+    watch = ["--knn_every", str(budget.epochs), "--knn_share", "1", "--knn_data", str(data)]
+    common = [*COMMON, *SHAPES, "--data_path", str(data / "train"), *watch, *lasting(budget.epochs)]
+    return [
+        functools.partial(
+            train_dino, out / f"{name}_seed{seed}", [*common, "--seed", str(seed), *changes.split()]
+        )
+        for seed in range(budget.seeds)
+        for name, changes in sweep_runs().items()
+    ]
 
 
 def lasting(epochs: int) -> list[str]:
@@ -447,6 +482,27 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def sweep_table(runs: Runs, key: str) -> str:
+    """In Markdown: a line for each value."""
+    lines = [
+        f"| {SWEEP_TITLES[key]} | steps | teacher, k-NN % | student, k-NN % "
+        "| entropy, % of ln K | spread, nats |",
+        "|---|---|---|---|---|---|",
+    ]
+    for value in SWEEPS[key][1]:
+        name = f"{key}_{value}" if f"{key}_{value}" in sweep_runs() else "base"
+        prototypes = value if key == "prototypes" else main_dino.parse_args(SHAPES).out_dim
+        numbers = [
+            runs.last(name, "knn_teacher"),
+            runs.last(name, "knn_student"),
+            100 * runs.last(name, "train_entropy") / math.log(prototypes),
+        ]
+        cells = [f"{runs.last(name, 'step')[0]:.0f}", *map(spread, numbers)]
+        outputs = runs.last(name, "train_spread")
+        lines.append(f"| {value} | {' | '.join(cells)} | {outputs.mean():.2f} |")
+    return "\n".join(lines)
+
+
 def as_json(rows: list[Row]) -> list[dict]:
     """What `results.json` holds: the rows, with one number for each seed."""
     return [row._asdict() | {"values": {k: v.tolist() for k, v in row.values.items()}} for row in rows]
@@ -529,6 +585,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many; 3, or 1 if quick, unless given")
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the epochs, shapes only")
     parser.add_argument("--compare", metavar="FILE", help="results.json of an earlier run, to compare with")
+    parser.add_argument(
+        "--sweeps", action="store_true", help="instead: batch sizes, teacher temperatures, prototypes"
+    )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     before = json.loads(Path(args.compare).read_text()) if args.compare else None
@@ -538,6 +597,14 @@ def main() -> None:
     out = Path(args.output_dir, name).absolute()
     begun = time.monotonic()
 
+    if args.sweeps:
+        out = out / "sweeps"
+        draw_shapes(out / "shapes", {"train": budget.images, "val": budget.held_out})
+        do(sweep_jobs(out, budget), args.jobs)
+        text = "\n\n".join(sweep_table(Runs(out, budget.seeds), key) for key in SWEEPS)
+        (out / "results.md").write_text(f"{text}\n")
+        print(text)
+        return
     draw_shapes(out / "shapes", {"train": budget.images, "val": budget.held_out})
     trainings, evaluations = shapes_jobs(out, budget)
     has_fashion = name == "full" and args.data_path and Path(args.data_path, "FashionMNIST", "raw").is_dir()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.miniature import (
+    SWEEPS,
     VARIANTS,
     Row,
     Runs,
@@ -15,6 +16,8 @@ from tests.miniature import (
     save_figures,
     shapes_rows,
     spread,
+    sweep_runs,
+    sweep_table,
     table,
     train_dino,
 )
@@ -145,3 +148,17 @@ def test_a_run_that_has_not_collapsed_is_not_said_to_have(made_up):
 def test_figures(made_up):
     save_figures(made_up)
     assert {path.name for path in made_up.out.glob("*.png")} == {"teachers.png", "collapse.png", "crops.png"}
+
+
+def test_the_recipes_own_values_are_one_run_of_the_sweeps(tmp_path):
+    names = sweep_runs()
+    assert len(names) == 1 + sum(len(values) - 1 for _, values in SWEEPS.values()) and names["base"] == ""
+    assert names["prototypes_256"] == "--out_dim 256"
+    for name in names:
+        write_run(tmp_path / f"{name}_seed0", [40], [50])
+        log = tmp_path / f"{name}_seed0" / "log.txt"
+        more = {"knn_student": 60, "train_entropy": math.log(16), "train_spread": 1.5}
+        log.write_text(json.dumps(json.loads(log.read_text()) | more))
+    lines = sweep_table(Runs(tmp_path, 1), "prototypes").splitlines()[2:]
+    assert lines[0] == "| 16 | 10 | 50.0 | 60.0 | 100.0 | 1.50 |"
+    assert lines[2] == "| 256 | 10 | 50.0 | 60.0 | 50.0 | 1.50 |"
