@@ -22,7 +22,7 @@ OTHER_FLAGS = {
     "--open-mode --me",
     "pytest": "--dist --gpu-device",
     "mlflow": "--backend-store-uri",
-    "python -m tests.*": "--rounds --quick --only --device --images --compare --sweeps",
+    "python -m tests.*": "--rounds --quick --only --device --images --compare --sweeps --seeds",
     "every parser": "--help",
 }
 
