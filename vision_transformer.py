@@ -155,7 +155,8 @@ class VisionTransformer(nn.Module):
         rows, cols = height // patch, width // patch
         if (rows, cols) == self.grid:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, self.grid).float()
+        grid = self.pos_embed[:, 1:].unflatten(1, self.grid)
+        grid = grid.to(torch.promote_types(grid.dtype, torch.float32))  # half precision is rounded once
         with torch.autocast(grid.device.type, enabled=False):
             resize = [_bicubic(old, new, grid) for old, new in zip(self.grid, (rows, cols), strict=True)]
             grid = torch.einsum("ri,cj,bijd->brcd", *resize, grid)

@@ -231,3 +231,12 @@ def test_gradient_of_the_position_embedding_has_one_order_of_sums():
         names.add(step.name())
         steps += [before for before, _ in step.next_functions if before]
     assert any("Bmm" in name for name in names) and not any("Upsample" in name for name in names)
+
+
+def test_position_embedding_keeps_double_precision():
+    model = vit_nano(8, img_size=32).double()
+    grid = model.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    scale = (6.1 / 4, 2.1 / 4)
+    expected = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).mT
+    found = model.interpolate_pos_encoding(48, 16)[:, 1:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
