@@ -78,16 +78,15 @@ VARIANTS = {
     "crops_10": "--local_crops_number 10",
     "patch_32": "--patch_size 32",
 }
-# What `--sweeps` varies: flags, and their values, among them the recipe's.
+# What `--sweeps` varies: flags, their values, among them the recipe's, and the title of the table.
 SWEEPS = {
-    "batch": ("--batch_size_per_gpu {0}", (8, 16, 32, 64)),
-    "temperature": ("--warmup_teacher_temp {0} --teacher_temp {0}", (0.01, 0.02, 0.04, 0.07)),
-    "prototypes": ("--out_dim {0}", (16, 64, 256, 1024)),
-}
-SWEEP_TITLES = {
-    "batch": "batch size, at equal images (Table 9)",
-    "temperature": "teacher temperature (Appendix D)",
-    "prototypes": "prototypes (Appendix C)",
+    "batch": ("--batch_size_per_gpu {0}", (8, 16, 32, 64), "batch size, at equal images (Table 9)"),
+    "temperature": (
+        "--warmup_teacher_temp {0} --teacher_temp {0}",
+        (0.01, 0.02, 0.04, 0.07),
+        "teacher temperature (Appendix D)",
+    ),
+    "prototypes": ("--out_dim {0}", (16, 64, 256, 1024), "prototypes (Appendix C)"),
 }
 CROPS = {0: "crops_0", 2: "base", 6: "crops_6", 10: "crops_10"}
 COLLAPSES = {"base": "both", "centering": "centering alone", "sharpening": "sharpening alone"}
@@ -237,9 +236,9 @@ Jobs = tuple[list[Callable[[], None]], list[Callable[[], None]]]
 def shapes_jobs(out: Path, budget: Budget) -> Jobs:
     """Trainings, and the evaluations that come after them."""
     trainings, evaluations, data = [], [], out / "shapes"
-    watch = ["--knn_every", str(budget.knn_every), "--knn_share", "1", "--knn_data", str(data)]
+    watch = watching(data, budget.knn_every)
     for seed in range(budget.seeds):
-        flags = [*COMMON, *SHAPES, "--seed", str(seed), "--data_path", str(data / "train")]
+        flags = on_shapes(data, seed)
         for name, changes in VARIANTS.items():
             folder, epochs = out / f"{name}_seed{seed}", budget.other_epochs.get(name, budget.epochs)
             own = [*flags, *watch, *lasting(epochs), *changes.split()]
@@ -257,26 +256,41 @@ def shapes_jobs(out: Path, budget: Budget) -> Jobs:
 
 def sweep_runs() -> dict[str, str]:
     """Names and flags of the runs of `SWEEPS`; the recipe's own values are one run, `base`."""
-    base = main_dino.parse_args(SHAPES)
-    recipe = {"batch": base.batch_size_per_gpu, "temperature": base.teacher_temp, "prototypes": base.out_dim}
-    runs = {"base": ""}
-    for key, (flags, values) in SWEEPS.items():
-        runs |= {f"{key}_{value}": flags.format(value) for value in values if value != recipe[key]}
-    return runs
+    runs = {
+        sweep_run(key, value): flags.format(value)
+        for key, (flags, values, _) in SWEEPS.items()
+        for value in values
+    }
+    return runs | {"base": ""}
+
+
+def sweep_run(key: str, value: float) -> str:
+    """The name of the run with this value."""
+    changed = [*SHAPES, *SWEEPS[key][0].format(value).split()]
+    is_base = main_dino.parse_args(changed) == main_dino.parse_args(SHAPES)
+    return "base" if is_base else f"{key}_{value}"
 
 
 def sweep_jobs(out: Path, budget: Budget) -> list[Callable[[], None]]:
     """Trainings, seed by seed; k-NN at the end alone."""
     data = out / "shapes"
-    watch = ["--knn_every", str(budget.epochs), "--knn_share", "1", "--knn_data", str(data)]
-    common = [*COMMON, *SHAPES, "--data_path", str(data / "train"), *watch, *lasting(budget.epochs)]
-    return [
-        functools.partial(
-            train_dino, out / f"{name}_seed{seed}", [*common, "--seed", str(seed), *changes.split()]
-        )
-        for seed in range(budget.seeds)
-        for name, changes in sweep_runs().items()
-    ]
+    jobs = []
+    for seed in range(budget.seeds):
+        flags = [*on_shapes(data, seed), *watching(data, budget.epochs), *lasting(budget.epochs)]
+        for name, changes in sweep_runs().items():
+            folder = out / "sweeps" / f"{name}_seed{seed}"
+            jobs.append(functools.partial(train_dino, folder, [*flags, *changes.split()]))
+    return jobs
+
+
+def on_shapes(data: Path, seed: int) -> list[str]:
+    """Flags of the recipe."""
+    return [*COMMON, *SHAPES, "--seed", str(seed), "--data_path", str(data / "train")]
+
+
+def watching(data: Path, every: int) -> list[str]:
+    """Flags for k-NN every few epochs."""
+    return ["--knn_every", str(every), "--knn_share", "1", "--knn_data", str(data)]
 
 
 def lasting(epochs: int) -> list[str]:
@@ -485,12 +499,12 @@ def table(rows: list[Row]) -> str:
 def sweep_table(runs: Runs, key: str) -> str:
     """In Markdown: a line for each value."""
     lines = [
-        f"| {SWEEP_TITLES[key]} | steps | teacher, k-NN % | student, k-NN % "
+        f"| {SWEEPS[key][2]} | steps | teacher, k-NN % | student, k-NN % "
         "| entropy, % of ln K | spread, nats |",
         "|---|---|---|---|---|---|",
     ]
     for value in SWEEPS[key][1]:
-        name = f"{key}_{value}" if f"{key}_{value}" in sweep_runs() else "base"
+        name = sweep_run(key, value)
         prototypes = value if key == "prototypes" else main_dino.parse_args(SHAPES).out_dim
         numbers = [
             runs.last(name, "knn_teacher"),
@@ -597,15 +611,14 @@ def main() -> None:
     out = Path(args.output_dir, name).absolute()
     begun = time.monotonic()
 
+    draw_shapes(out / "shapes", {"train": budget.images, "val": budget.held_out})
     if args.sweeps:
-        out = out / "sweeps"
-        draw_shapes(out / "shapes", {"train": budget.images, "val": budget.held_out})
         do(sweep_jobs(out, budget), args.jobs)
-        text = "\n\n".join(sweep_table(Runs(out, budget.seeds), key) for key in SWEEPS)
-        (out / "results.md").write_text(f"{text}\n")
+        runs = Runs(out / "sweeps", budget.seeds)
+        text = "\n\n".join(sweep_table(runs, key) for key in SWEEPS)
+        (runs.out / "results.md").write_text(f"{text}\n")
         print(text)
         return
-    draw_shapes(out / "shapes", {"train": budget.images, "val": budget.held_out})
     trainings, evaluations = shapes_jobs(out, budget)
     has_fashion = name == "full" and args.data_path and Path(args.data_path, "FashionMNIST", "raw").is_dir()
     if has_fashion:

@@ -152,7 +152,7 @@ def test_figures(made_up):
 
 def test_the_recipes_own_values_are_one_run_of_the_sweeps(tmp_path):
     names = sweep_runs()
-    assert len(names) == 1 + sum(len(values) - 1 for _, values in SWEEPS.values()) and names["base"] == ""
+    assert len(names) == 1 + sum(len(values) - 1 for _, values, _ in SWEEPS.values()) and names["base"] == ""
     assert names["prototypes_256"] == "--out_dim 256"
     for name in names:
         write_run(tmp_path / f"{name}_seed0", [40], [50])

@@ -33,7 +33,7 @@ from eval_linear import LinearClassifiers, build_optimizer, frozen_features, tra
 from support import backbones
 from support.data import ImageFiles, load_pixels
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
-from support.pixels import normalized_views, to_pixels
+from support.pixels import to_pixels
 from tests.benchmarks import containers, device, textbook
 from tests.benchmarks.photographs import write_photographs
 from utils import DataAugmentationDINO
@@ -188,7 +188,7 @@ def step(rounds: int) -> None:
 
 def compare_steps(arch: str, images: int, rounds: int) -> None:
     batch = device.random_batch(images, CPU)
-    views = [view.contiguous() for view in normalized_views(batch[0])]
+    views = device.textbook_views(batch)
     theirs = functools.partial(textbook.Trainer(arch, device.PROTOTYPES).step, views)
 
     def our_step(precision: str, *flags: str) -> Side:

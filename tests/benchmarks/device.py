@@ -43,6 +43,11 @@ def random_batch(images: int, device: torch.device) -> tuple:
     return [view.to(device) for view in views], (), torch.full((images,), -1)
 
 
+def textbook_views(batch: tuple) -> list[torch.Tensor]:
+    """The views of a batch as torchvision's transforms give them: normalised, contiguous."""
+    return [view.contiguous() for view in normalized_views(batch[0])]
+
+
 class Quiet(MetricLogger):
     """Prints nothing."""
 
@@ -134,7 +139,7 @@ def measure(
 def print_rows(arch: str, device: torch.device, images: int, rounds: int) -> None:
     """Print the rows of one network."""
     batch = random_batch(images, device)
-    views = [view.contiguous() for view in normalized_views(batch[0])]
+    views = textbook_views(batch)
     for precision, dtype in DTYPES.items():
         if device.type == "cpu" and dtype != torch.float32:
             continue  # many CPUs emulate it, a hundred times slower
@@ -143,8 +148,7 @@ def print_rows(arch: str, device: torch.device, images: int, rounds: int) -> Non
         plain = functools.partial(textbook.Trainer, arch, PROTOTYPES, device, autocast)
         theirs = measure(lambda plain=plain: functools.partial(plain().step, views), device, images, rounds)
         flops = math.nan
-        compiled = [["--compile"]] if precision == "bf16" else []  # a minute each
-        for flags in ([], *compiled):
+        for flags in ([], ["--compile"]) if precision == "bf16" else ([],):  # a minute to compile
             ours = functools.partial(OurTrainer, arch, precision, device, *flags)
             found = measure(
                 lambda ours=ours: functools.partial(ours().step, batch), device, images, rounds, not flags
