@@ -91,12 +91,11 @@ def demo_defaults() -> dict:
         arch="vit_nano",
         patch_size=16,
         out_dim=64,
-        use_bn_in_head=True,
         head_hidden_dim=512,
         head_bottleneck_dim=128,
         momentum_teacher=0.98,
-        warmup_teacher_temp=0.02,
-        teacher_temp=0.02,
+        centering="sinkhorn",
+        adapt_teacher_temp=2.0,
         precision="fp32",
         weight_decay=0.04,
         weight_decay_end=0.04,
@@ -163,6 +162,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="value after the warm-up; above 0.07 training tends to be unstable")
     group.add_argument("--warmup_teacher_temp_epochs", default=0, type=number(float, at_least=0),
         help="epochs of linear warm-up, or a fraction of one (the paper's long runs: 30)")
+    group.add_argument("--adapt_teacher_temp", default=0.0, type=number(float, at_least=0),
+        help="lower the temperature while the teacher's outputs deviate from their mean by less than this "
+             "many temperatures; 2 prevents the uniform collapse of small networks; 0: off")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--use_fp16", default=True, type=bool_flag,
@@ -727,6 +729,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         args.epochs,
         accum_steps=args.accum_steps,
         centering=args.centering,
+        adapt_teacher_temp=args.adapt_teacher_temp,
     )
     if center is not None:
         dino_loss.center.copy_(center)

@@ -340,13 +340,14 @@ class DINOLoss(nn.Module):
     The teacher's outputs are centred, so that no prototype dominates, and sharpened by a low temperature,
     so that the outputs do not become uniform (paper, Section 3.1). The temperature warms up linearly over
     the first epochs. `centering` is "ema" (of the mean output over all ranks), "none", or "sinkhorn" over
-    the batch of all ranks.
+    the batch of all ranks. With `adapt_teacher_temp`, the temperature is lower while the outputs differ less
+    between images: `adapted_temp`.
 
     A batch may consist of `accum_steps` parts of one size: the centre is updated after the last one, with
     the mean over all. Then `stats` holds means over the parts, as scalars on the device, in nats: "loss";
     the teacher's "entropy"; the "spread" of its outputs over the images, i.e. the entropy of their mean
     minus the mean of their entropies, which is 0 if all images get the same output; and "kl",
-    KL(teacher || student).
+    KL(teacher || student); and, with `adapt_teacher_temp`, the teacher's temperature, "temp".
     """
 
     center: Tensor
@@ -363,11 +364,13 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
         accum_steps: int = 1,
         centering: str = "ema",
+        adapt_teacher_temp: float = 0.0,
     ):
         super().__init__()
         self.accum_steps = accum_steps
         self.parts: list[tuple[Tensor, Tensor]] = []
         self.centering = centering
+        self.adapt_teacher_temp = adapt_teacher_temp
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops
@@ -387,12 +390,25 @@ class DINOLoss(nn.Module):
             return float(np.linspace(first, last, int(self.warmup_epochs))[int(epoch)])
         return first + (last - first) * epoch / self.warmup_epochs
 
+    def adapted_temp(self, centred: Tensor, epoch: float) -> Tensor:
+        """`teacher_temp`, or less: centred outputs (2*B, K) deviate by at least `adapt_teacher_temp` of it.
+
+        That is their standard deviation over the images and views of all ranks, the root mean square over
+        the prototypes. Why it helps: docs/small-data.md.
+        """
+        moments = torch.stack([centred.mean(dim=0), centred.square().mean(dim=0)])
+        mean, square = all_reduce_mean(moments)
+        deviation = (square - mean.square()).mean().clamp(min=0).sqrt()
+        return (deviation / self.adapt_teacher_temp).clamp(1e-6, self.teacher_temp(epoch))
+
     def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: float) -> Tensor:
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
-        temp = self.teacher_temp(epoch)
         with torch.autocast(teacher_output.device.type, enabled=False):
             with torch.no_grad():
-                teacher_logits = (teacher_output.float() - self.center).div_(temp)
+                teacher_logits = teacher_output.float() - self.center
+                adapts = self.adapt_teacher_temp > 0
+                temp = self.adapted_temp(teacher_logits, epoch) if adapts else self.teacher_temp(epoch)
+                teacher_logits.div_(temp)
                 if self.centering == "sinkhorn":
                     teacher_logits = sinkhorn(teacher_logits)
                 teacher_p = teacher_logits.softmax(dim=-1)
@@ -411,13 +427,16 @@ class DINOLoss(nn.Module):
             with torch.no_grad():
                 mean_p = teacher_p.mean(dim=(0, 1))
                 spread = _entropy(mean_p, mean_p.clamp(min=1e-30).log()) - entropy
-                stats = torch.stack([loss, entropy, spread, loss - entropy])
-                self.parts.append((stats, teacher_output.float().mean(dim=0, keepdim=True)))
+                stats = {"loss": loss, "entropy": entropy, "spread": spread, "kl": loss - entropy}
+                if isinstance(temp, Tensor):
+                    stats["temp"] = temp
+                values = torch.stack(list(stats.values()))
+                self.parts.append((values, teacher_output.float().mean(dim=0, keepdim=True)))
                 if len(self.parts) == self.accum_steps:
-                    stats, batch_center = (
+                    values, batch_center = (
                         torch.stack(part).mean(0) for part in zip(*self.parts, strict=True)
                     )
-                    self.stats = dict(zip(("loss", "entropy", "spread", "kl"), stats.unbind(), strict=True))
+                    self.stats = dict(zip(stats, values.unbind(), strict=True))
                     self.update_center(batch_center)
                     self.parts.clear()
         return loss
@@ -522,8 +541,8 @@ class CollapseWatch:
     """
 
     ADVICE = {
-        "uniform collapse": "try --use_bn_in_head true, a lower --teacher_temp or another --lr",
-        "constant collapse": "try --use_bn_in_head true, a higher --teacher_temp or a lower --lr",
+        "uniform collapse": "try --adapt_teacher_temp 2, --use_bn_in_head true or another --lr",
+        "constant collapse": "try --centering sinkhorn, --use_bn_in_head true or a lower --lr",
     }
 
     def __init__(self, out_dim: int, patience: int = 200):

@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +87,16 @@ SWEEPS = {
         "teacher temperature (Appendix D)",
     ),
     "prototypes": ("--out_dim {0}", (16, 64, 256, 1024), "prototypes (Appendix C)"),
+    "start": (
+        "--warmup_teacher_temp 0.04 --teacher_temp 0.04 {0}",
+        tuple(
+            f"--use_bn_in_head {batch_norm} --centering {centering} --adapt_teacher_temp {deviations}"
+            for batch_norm in ("false", "true")
+            for centering in ("ema", "sinkhorn")
+            for deviations in (0, 2)
+        ),
+        "the paper's temperature of 0.04, and",
+    ),
 }
 CROPS = {0: "crops_0", 2: "base", 6: "crops_6", 10: "crops_10"}
 COLLAPSES = {"base": "both", "centering": "centering alone", "sharpening": "sharpening alone"}
@@ -254,30 +264,31 @@ def shapes_jobs(out: Path, budget: Budget) -> Jobs:
     return trainings, evaluations
 
 
-def sweep_runs() -> dict[str, str]:
-    """Names and flags of the runs of `SWEEPS`; the recipe's own values are one run, `base`."""
-    runs = {
-        sweep_run(key, value): flags.format(value)
-        for key, (flags, values, _) in SWEEPS.items()
-        for value in values
-    }
-    return runs | {"base": ""}
+def sweep_runs(keys: Iterable[str]) -> dict[str, str]:
+    """Names and flags of the runs of these `SWEEPS`; the recipe's own values are one run, `base`."""
+    runs = {}
+    for key in keys:
+        flags, values, _ = SWEEPS[key]
+        for value in values:
+            name = sweep_run(key, value)
+            runs[name] = "" if name == "base" else flags.format(value)
+    return runs
 
 
-def sweep_run(key: str, value: float) -> str:
+def sweep_run(key: str, value: object) -> str:
     """The name of the run with this value."""
     changed = [*SHAPES, *SWEEPS[key][0].format(value).split()]
     is_base = main_dino.parse_args(changed) == main_dino.parse_args(SHAPES)
-    return "base" if is_base else f"{key}_{value}"
+    return "base" if is_base else re.sub(r"[^\w.]+", "_", f"{key}_{value}")
 
 
-def sweep_jobs(out: Path, budget: Budget) -> list[Callable[[], None]]:
+def sweep_jobs(out: Path, budget: Budget, keys: Iterable[str]) -> list[Callable[[], None]]:
     """Trainings, seed by seed; k-NN at the end alone."""
     data = out / "shapes"
     jobs = []
     for seed in range(budget.seeds):
         flags = [*on_shapes(data, seed), *watching(data, budget.epochs), *lasting(budget.epochs)]
-        for name, changes in sweep_runs().items():
+        for name, changes in sweep_runs(keys).items():
             folder = out / "sweeps" / f"{name}_seed{seed}"
             jobs.append(functools.partial(train_dino, folder, [*flags, *changes.split()]))
     return jobs
@@ -600,7 +611,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the epochs, shapes only")
     parser.add_argument("--compare", metavar="FILE", help="results.json of an earlier run, to compare with")
     parser.add_argument(
-        "--sweeps", action="store_true", help="instead: batch sizes, teacher temperatures, prototypes"
+        "--sweeps",
+        nargs="*",
+        choices=SWEEPS,
+        help="instead: batch sizes, teacher temperatures, prototypes, ways to start; all, or those named",
     )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -612,10 +626,11 @@ def main() -> None:
     begun = time.monotonic()
 
     draw_shapes(out / "shapes", {"train": budget.images, "val": budget.held_out})
-    if args.sweeps:
-        do(sweep_jobs(out, budget), args.jobs)
+    if args.sweeps is not None:
+        keys = args.sweeps or SWEEPS
+        do(sweep_jobs(out, budget, keys), args.jobs)
         runs = Runs(out / "sweeps", budget.seeds)
-        text = "\n\n".join(sweep_table(runs, key) for key in SWEEPS)
+        text = "\n\n".join(sweep_table(runs, key) for key in keys)
         (runs.out / "results.md").write_text(f"{text}\n")
         print(text)
         return

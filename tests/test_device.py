@@ -91,6 +91,7 @@ def train_two_steps(images, *flags: str) -> int:
 RECIPES = {
     "as the paper": [],
     "sinkhorn": ["--centering", "sinkhorn"],
+    "an adapted temperature": ["--adapt_teacher_temp", "2"],
     "colours on the device": ["--augment_on", "device"],
     "LARS, batch norm in the head": ["--optimizer", "lars", "--use_bn_in_head", "true"],
     "a trained last layer": ["--norm_last_layer", "false", "--freeze_last_layer", "0"],
@@ -104,9 +105,9 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_waits_once_for_the_device(images, waits, recipe):
-    """Once, in `Monitor.check`, for four statistics and two counts."""
+    """Once, in `Monitor.check`, for four statistics, or five, and two counts."""
     assert train_two_steps(images, *RECIPES[recipe]) == 2
-    assert waits == ["(6,)", "(6,)"]
+    assert waits == ["(7,)" if "--adapt_teacher_temp" in RECIPES[recipe] else "(6,)"] * 2
 
 
 def test_the_plain_loss_does_not_wait(waits):

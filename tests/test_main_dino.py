@@ -40,7 +40,8 @@ PUBLISHED = {
 # Our own flags, at values that leave everything as published.
 NEW = {
     "head_hidden_dim": 2048, "head_bottleneck_dim": 256, "global_crops_size": 224, "local_crops_size": 96,
-    "accum_steps": 1, "teacher_update": "ema", "centering": "ema", "precision": None, "max_steps": 0,
+    "accum_steps": 1, "teacher_update": "ema", "centering": "ema",
+    "adapt_teacher_temp": 0.0, "precision": None, "max_steps": 0,
     "save_every_steps": 0, "allow_changed_args": False, "init_from": "", "knn_every": 0, "knn_data": "",
     "knn_share": 0.1, "tensorboard": False, "augment_on": "worker", "compile": False,
     "grad_checkpointing": False, "cpu_threads": 0, "data_path": "", "dataset": "", "split": "",
@@ -576,16 +577,17 @@ def test_no_worker_outlives_the_training(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("centering", ["ema", "sinkhorn"])
-def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path, centering):
+@pytest.mark.parametrize(("centering", "adapt"), [("ema", 0), ("sinkhorn", 0), ("ema", 2)])
+def test_two_processes_of_batch_b_train_as_one_of_batch_2b(images, tmp_path, centering, adapt):
     flags = ["--data_path", images, "--drop_path_rate", 0, "--optimizer", "sgd", "--freeze_last_layer", 0]
-    flags += ["--centering", centering]
+    flags += ["--centering", centering, "--adapt_teacher_temp", adapt]
     train(*flags, "--output_dir", tmp_path / "one", "--max_steps", 4)
     halves = [*flags, "--output_dir", tmp_path / "two", "--batch_size_per_gpu", 2, "--max_steps", 4]
     torchrun(2, "main_dino.py", *TINY, *map(str, halves))
     assert log_of(tmp_path / "two")[0]["train_loss"] == pytest.approx(
         log_of(tmp_path / "one")[0]["train_loss"], rel=1e-5
     )
+    assert ("train_temp" in log_of(tmp_path / "two")[0]) == bool(adapt)
     one, two = (load_checkpoint(tmp_path / n / "checkpoint.pth") for n in ("one", "two"))
     assert_same_training(one, two)
     assert two["dino_loss"]["center"].any() == (centering == "ema")

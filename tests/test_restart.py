@@ -291,10 +291,10 @@ def test_flags_that_change_the_maths_are_not_free():
     maths = (
         "arch patch_size out_dim norm_last_layer momentum_teacher use_bn_in_head head_hidden_dim "
         "head_bottleneck_dim teacher_update centering warmup_teacher_temp teacher_temp "
-        "warmup_teacher_temp_epochs weight_decay weight_decay_end clip_grad batch_size_per_gpu accum_steps "
-        "epochs freeze_last_layer lr warmup_epochs min_lr optimizer drop_path_rate global_crops_scale "
-        "local_crops_number local_crops_scale global_crops_size local_crops_size jitter jitter_p gray_p "
-        "blur_p blur_sigma solarize_p hflip_p vflip_p quarter_turns crop_aspect in_chans value_range "
-        "mean std dataset split seed"
+        "warmup_teacher_temp_epochs adapt_teacher_temp weight_decay weight_decay_end clip_grad "
+        "batch_size_per_gpu accum_steps epochs freeze_last_layer lr warmup_epochs min_lr optimizer "
+        "drop_path_rate global_crops_scale local_crops_number local_crops_scale global_crops_size "
+        "local_crops_size jitter jitter_p gray_p blur_p blur_sigma solarize_p hflip_p vflip_p quarter_turns "
+        "crop_aspect in_chans value_range mean std dataset split seed"
     )
     assert flags - FREE_FLAGS == set(maths.split()) and flags >= FREE_FLAGS
