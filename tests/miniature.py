@@ -51,27 +51,28 @@ from tests.conftest import ROOT
 # ---------------------------------------------------------------------------------------------
 
 COMMON = (
-    "--arch vit_nano --local_crops_number 2 --use_bn_in_head true --head_hidden_dim 512 "
+    "--arch vit_nano --local_crops_number 2 --head_hidden_dim 512 "
     "--head_bottleneck_dim 128 --freeze_last_layer 0 --drop_path_rate 0 --weight_decay_end 0.04 "
     "--precision fp32 --cpu_threads 1 --num_workers 0 --saveckp_freq 0"
 ).split()
 SHAPES = (
     "--patch_size 16 --global_crops_size 64 --local_crops_size 32 --local_crops_scale 0.15 0.4 --out_dim 64 "
-    "--momentum_teacher 0.98 --warmup_teacher_temp 0.02 --teacher_temp 0.02 --batch_size_per_gpu 32 "
+    "--momentum_teacher 0.98 --centering sinkhorn --adapt_teacher_temp 2 --batch_size_per_gpu 32 "
     "--lr 0.004 --min_lr 1e-5"
 ).split()
 FASHION = (
     "--dataset FashionMNIST --patch_size 7 --global_crops_size 28 --local_crops_size 14 "
-    "--global_crops_scale 0.5 1 --local_crops_scale 0.25 0.6 --out_dim 1024 --momentum_teacher 0.99 "
-    "--warmup_teacher_temp 0.03 --teacher_temp 0.03 --epochs 3 --warmup_epochs 1 --lr 0.006 "
-    "--save_every_steps 100"
+    "--global_crops_scale 0.5 1 --local_crops_scale 0.25 0.6 --out_dim 1024 --use_bn_in_head true "
+    "--momentum_teacher 0.99 --warmup_teacher_temp 0.03 --teacher_temp 0.03 --epochs 3 --warmup_epochs 1 "
+    "--lr 0.006 --save_every_steps 100"
 ).split()
 # What a variant on shapes has other than the recipe.
 VARIANTS = {
     "base": "",
     "last_epoch": "--teacher_update epoch",
     "copy": "--teacher_update copy",
-    "centering": "--warmup_teacher_temp 0.1 --teacher_temp 0.1",  # the student's: no sharpening
+    # the student's temperature: no sharpening
+    "centering": "--warmup_teacher_temp 0.1 --teacher_temp 0.1 --adapt_teacher_temp 0",
     "sharpening": "--centering none",
     "crops_0": "--local_crops_number 0 --global_crops_scale 0.14 1",  # the published scale without multi-crop
     "crops_6": "--local_crops_number 6",
@@ -82,7 +83,7 @@ VARIANTS = {
 SWEEPS = {
     "batch": ("--batch_size_per_gpu {0}", (8, 16, 32, 64), "batch size, at equal images (Table 9)"),
     "temperature": (
-        "--warmup_teacher_temp {0} --teacher_temp {0}",
+        "--warmup_teacher_temp {0} --teacher_temp {0} --adapt_teacher_temp 0",
         (0.01, 0.02, 0.04, 0.07),
         "teacher temperature (Appendix D)",
     ),
@@ -90,9 +91,12 @@ SWEEPS = {
     "start": (
         "--warmup_teacher_temp 0.04 --teacher_temp 0.04 {0}",
         tuple(
-            f"--use_bn_in_head {batch_norm} --centering {centering} --adapt_teacher_temp {deviations}"
-            for batch_norm in ("false", "true")
-            for centering in ("ema", "sinkhorn")
+            f"{head_and_centre} --adapt_teacher_temp {deviations}"
+            for head_and_centre in (
+                "--use_bn_in_head false --centering ema",
+                "--use_bn_in_head true --centering ema",
+                "--use_bn_in_head false --centering sinkhorn",
+            )
             for deviations in (0, 2)
         ),
         "the paper's temperature of 0.04, and",
