@@ -28,16 +28,21 @@ import utils
 from tests.miniature import draw_shapes, lasting, on_shapes
 
 STEPS = 1, 50, 100, 150, 200, 246
+START = (
+    "--centering {} --use_bn_in_head {} --warmup_teacher_temp {} --teacher_temp {} --adapt_teacher_temp {}"
+)
 SETTINGS = [
-    "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.04",
-    "--use_bn_in_head false --warmup_teacher_temp 0.02 --teacher_temp 0.02",
-    "--warmup_teacher_temp 0.04 --teacher_temp 0.04",
-    "--warmup_teacher_temp 0.02 --teacher_temp 0.02",
-    "--warmup_teacher_temp 0.04 --teacher_temp 0.04 --adapt_teacher_temp 2",
-    "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.04 --adapt_teacher_temp 2",
-    "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.04 --centering sinkhorn",
-    "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.04 --centering sinkhorn "
-    "--adapt_teacher_temp 2",
+    START.format(centering, batch_norm, temp, temp, deviations)
+    for centering, batch_norm, temp, deviations in (
+        ("ema", "false", 0.04, 0),
+        ("ema", "false", 0.02, 0),
+        ("ema", "true", 0.04, 0),
+        ("ema", "true", 0.02, 0),
+        ("ema", "true", 0.04, 2),
+        ("ema", "false", 0.04, 2),
+        ("sinkhorn", "false", 0.04, 0),
+        ("sinkhorn", "false", 0.04, 2),
+    )
 ]
 
 
