@@ -164,7 +164,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="epochs of linear warm-up, or a fraction of one (the paper's long runs: 30)")
     group.add_argument("--adapt_teacher_temp", default=0.0, type=number(float, at_least=0),
         help="lower the temperature while the teacher's outputs deviate from their mean by less than this "
-             "many temperatures; 2 prevents the uniform collapse of small networks; 0: off")
+             "many temperatures; 2 prevents the uniform collapse of small networks, best with --centering "
+             "sinkhorn; 0: off")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--use_fp16", default=True, type=bool_flag,
@@ -185,7 +186,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="images per process and forward pass: as many as fit; the learning rate follows")
     group.add_argument("--accum_steps", default=1, type=number(int, at_least=1),
         help="accumulate gradients over this many batches per update, to simulate a batch that does not fit "
-             "into memory; batch norm, Sinkhorn-Knopp and drop path see one batch at a time")
+             "into memory; batch norm, Sinkhorn-Knopp, an adapted temperature and drop path see one batch at "
+             "a time")
     group.add_argument("--epochs", default=100, type=number(int, at_least=1),
         help="passes over the data; 100 for a first result, 300 and more are better")
     group.add_argument("--max_steps", default=0, type=number(int, at_least=0),

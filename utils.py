@@ -340,14 +340,14 @@ class DINOLoss(nn.Module):
     The teacher's outputs are centred, so that no prototype dominates, and sharpened by a low temperature,
     so that the outputs do not become uniform (paper, Section 3.1). The temperature warms up linearly over
     the first epochs. `centering` is "ema" (of the mean output over all ranks), "none", or "sinkhorn" over
-    the batch of all ranks. With `adapt_teacher_temp`, the temperature is lower while the outputs differ less
-    between images: `adapted_temp`.
+    the batch of all ranks. With `adapt_teacher_temp`, the temperature is lower while the outputs hardly
+    differ between images: `adapted_temp`.
 
     A batch may consist of `accum_steps` parts of one size: the centre is updated after the last one, with
-    the mean over all. Then `stats` holds means over the parts, as scalars on the device, in nats: "loss";
+    the mean over all. Then `stats` holds means over the parts, as scalars on the device. In nats: "loss";
     the teacher's "entropy"; the "spread" of its outputs over the images, i.e. the entropy of their mean
-    minus the mean of their entropies, which is 0 if all images get the same output; and "kl",
-    KL(teacher || student); and, with `adapt_teacher_temp`, the teacher's temperature, "temp".
+    minus the mean of their entropies, which is 0 if all images get the same output; "kl",
+    KL(teacher || student). With `adapt_teacher_temp`, also the teacher's temperature, "temp".
     """
 
     center: Tensor
@@ -390,16 +390,16 @@ class DINOLoss(nn.Module):
             return float(np.linspace(first, last, int(self.warmup_epochs))[int(epoch)])
         return first + (last - first) * epoch / self.warmup_epochs
 
-    def adapted_temp(self, centred: Tensor, epoch: float) -> Tensor:
-        """`teacher_temp`, or less: centred outputs (2*B, K) deviate by at least `adapt_teacher_temp` of it.
+    def adapted_temp(self, outputs: Tensor, epoch: float) -> Tensor:
+        """The teacher's temperature, lowered until outputs (2*B, K) deviate by `adapt_teacher_temp` times it.
 
         That is their standard deviation over the images and views of all ranks, the root mean square over
-        the prototypes. Why it helps: docs/small-data.md.
+        the prototypes. At least 1e-4: smaller deviations are rounding. Why it helps: docs/small-data.md.
         """
-        moments = torch.stack([centred.mean(dim=0), centred.square().mean(dim=0)])
+        moments = torch.stack([outputs.mean(dim=0), outputs.square().mean(dim=0)])
         mean, square = all_reduce_mean(moments)
         deviation = (square - mean.square()).mean().clamp(min=0).sqrt()
-        return (deviation / self.adapt_teacher_temp).clamp(1e-6, self.teacher_temp(epoch))
+        return (deviation / self.adapt_teacher_temp).clamp(1e-4, self.teacher_temp(epoch))
 
     def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: float) -> Tensor:
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
@@ -536,12 +536,13 @@ class CollapseWatch:
     """Warns of a training that has collapsed, based on the numbers of `DINOLoss.stats`.
 
     Uniform collapse: the teacher's outputs are flat and the loss stays at ln K. Constant collapse: they
-    are peaked, but the same for every image, so their spread is near 0 (paper, Section 5.3 and Figure 7).
+    are peaked, but the same for every image, so their spread is near 0 (paper, Section 5.3 and Figure 7);
+    or only an adapted temperature below 0.001 tells them apart.
     Warns once when either has lasted for `patience` steps.
     """
 
     ADVICE = {
-        "uniform collapse": "try --adapt_teacher_temp 2, --use_bn_in_head true or another --lr",
+        "uniform collapse": "try --adapt_teacher_temp 2 --centering sinkhorn, or --use_bn_in_head true",
         "constant collapse": "try --centering sinkhorn, --use_bn_in_head true or a lower --lr",
     }
 
@@ -563,7 +564,7 @@ class CollapseWatch:
         flat = entropy > 0.995 * self.max_entropy
         found = {
             "uniform collapse": flat and abs(loss - self.max_entropy) < small,
-            "constant collapse": not flat and numbers["spread"] < small,
+            "constant collapse": not flat and (numbers["spread"] < small or numbers.get("temp", 1) < 1e-3),
         }
         for name, present in found.items():
             self.lasted[name] = self.lasted[name] + 1 if present else 0

@@ -85,7 +85,7 @@ SWEEPS = {
     "temperature": (
         "--warmup_teacher_temp {0} --teacher_temp {0} --adapt_teacher_temp 0",
         (0.01, 0.02, 0.04, 0.07),
-        "teacher temperature (Appendix D)",
+        "teacher temperature (Appendix D), not adapted",
     ),
     "prototypes": ("--out_dim {0}", (16, 64, 256, 1024), "prototypes (Appendix C)"),
     "start": (
@@ -283,7 +283,7 @@ def sweep_run(key: str, value: object) -> str:
     """The name of the run with this value."""
     changed = [*SHAPES, *SWEEPS[key][0].format(value).split()]
     is_base = main_dino.parse_args(changed) == main_dino.parse_args(SHAPES)
-    return "base" if is_base else re.sub(r"[^\w.]+", "_", f"{key}_{value}")
+    return "base" if is_base else re.sub(r"[^\w.]+", "_", f"{key} {value}")
 
 
 def sweep_jobs(out: Path, budget: Budget, keys: Iterable[str]) -> list[Callable[[], None]]:
@@ -449,7 +449,7 @@ def shapes_rows(runs: Runs) -> list[Row]:
 
     most = math.log(main_dino.parse_args(SHAPES).out_dim)
     for name, claim in {
-        "centering": "Centering alone: uniform collapse (Fig. 7)",
+        "centering": "Centering alone (here Sinkhorn-Knopp): uniform collapse (Fig. 7)",
         "sharpening": "sharpening alone: one-dimension collapse (Fig. 7)",
         "base": "both: neither (Fig. 7)",
     }.items():

@@ -528,6 +528,7 @@ def test_fused_loss_is_the_plain_loss(views, batch, k, norm_last_layer, dtype, s
     torch.testing.assert_close(fused[:3], plain[:3], rtol=1e-5, atol=1e-5)
     assert fused[4].keys() == plain[4].keys() and ("last_layer.weight_g" in fused[4]) != norm_last_layer
     for a, b in ((fused[3], plain[3]), *((fused[4][name], plain[4][name]) for name in plain[4])):
+        # Gradients of few prototypes can cancel to little more than their rounding.
         assert (a - b).norm() <= tolerance * b.norm() + 5e-6
 
 
@@ -641,7 +642,8 @@ def test_the_temperature_follows_the_outputs_while_they_differ_little():
 
 def test_an_adapted_temperature_is_finite_for_equal_outputs():
     loss_fn = DINOLoss(5, 2, 0.04, 0.04, 0, 1, adapt_teacher_temp=2)
-    assert loss_fn(torch.randn(8, 5), torch.ones(8, 5), 0).isfinite()
+    assert loss_fn(torch.randn(8, 5), torch.full((8, 5), 0.3), 0).isfinite()
+    assert loss_fn.stats["temp"].item() == pytest.approx(1e-4)
 
 
 def test_loss_sends_no_gradient_to_the_teacher():
