@@ -340,8 +340,7 @@ class DINOLoss(nn.Module):
     The teacher's outputs are centred, so that no prototype dominates, and sharpened by a low temperature,
     so that the outputs do not become uniform (paper, Section 3.1). The temperature warms up linearly over
     the first epochs. `centering` is "ema" (of the mean output over all ranks), "none", or "sinkhorn" over
-    the batch of all ranks. With `adapt_teacher_temp`, the temperature is lower while the outputs hardly
-    differ between images: `adapted_temp`.
+    the batch of all ranks. `adapt_teacher_temp` lowers the temperature for outputs that hardly differ.
 
     A batch may consist of `accum_steps` parts of one size: the centre is updated after the last one, with
     the mean over all. Then `stats` holds means over the parts, as scalars on the device. In nats: "loss";
@@ -367,13 +366,10 @@ class DINOLoss(nn.Module):
         adapt_teacher_temp: float = 0.0,
     ):
         super().__init__()
-        self.accum_steps = accum_steps
-        self.parts: list[tuple[Tensor, Tensor]] = []
-        self.centering = centering
+        self.ncrops, self.accum_steps, self.student_temp = ncrops, accum_steps, student_temp
+        self.centering, self.center_momentum = centering, center_momentum
         self.adapt_teacher_temp = adapt_teacher_temp
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
-        self.ncrops = ncrops
+        self.parts: list[tuple[Tensor, Tensor]] = []
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.stats: dict[str, Tensor] = {}
         self.teacher_temps = warmup_teacher_temp, teacher_temp
@@ -393,13 +389,11 @@ class DINOLoss(nn.Module):
     def adapted_temp(self, outputs: Tensor, epoch: float) -> Tensor:
         """The teacher's temperature, lowered until outputs (2*B, K) deviate by `adapt_teacher_temp` times it.
 
-        That is their standard deviation over the images and views of all ranks, the root mean square over
-        the prototypes. At least 1e-4: smaller deviations are rounding. Why it helps: docs/small-data.md.
+        That is their standard deviation over the batches of all ranks, the root mean square over prototypes.
         """
-        moments = torch.stack([outputs.mean(dim=0), outputs.square().mean(dim=0)])
-        mean, square = all_reduce_mean(moments)
+        mean, square = all_reduce_mean(torch.stack([outputs.mean(dim=0), outputs.square().mean(dim=0)]))
         deviation = (square - mean.square()).mean().clamp(min=0).sqrt()
-        return (deviation / self.adapt_teacher_temp).clamp(1e-4, self.teacher_temp(epoch))
+        return (deviation / self.adapt_teacher_temp).clamp(1e-4, self.teacher_temp(epoch))  # less: rounding
 
     def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: float) -> Tensor:
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
@@ -428,16 +422,12 @@ class DINOLoss(nn.Module):
                 mean_p = teacher_p.mean(dim=(0, 1))
                 spread = _entropy(mean_p, mean_p.clamp(min=1e-30).log()) - entropy
                 stats = {"loss": loss, "entropy": entropy, "spread": spread, "kl": loss - entropy}
-                if isinstance(temp, Tensor):
-                    stats["temp"] = temp
-                values = torch.stack(list(stats.values()))
-                self.parts.append((values, teacher_output.float().mean(dim=0, keepdim=True)))
+                stats |= {"temp": temp} if isinstance(temp, Tensor) else {}
+                self.parts.append((torch.stack([*stats.values()]), teacher_output.float().mean(dim=0)[None]))
                 if len(self.parts) == self.accum_steps:
-                    values, batch_center = (
-                        torch.stack(part).mean(0) for part in zip(*self.parts, strict=True)
-                    )
+                    values, center = (torch.stack(part).mean(0) for part in zip(*self.parts, strict=True))
                     self.stats = dict(zip(stats, values.unbind(), strict=True))
-                    self.update_center(batch_center)
+                    self.update_center(center)
                     self.parts.clear()
         return loss
 
@@ -536,9 +526,8 @@ class CollapseWatch:
     """Warns of a training that has collapsed, based on the numbers of `DINOLoss.stats`.
 
     Uniform collapse: the teacher's outputs are flat and the loss stays at ln K. Constant collapse: they
-    are peaked, but the same for every image, so their spread is near 0 (paper, Section 5.3 and Figure 7);
-    or only an adapted temperature below 0.001 tells them apart.
-    Warns once when either has lasted for `patience` steps.
+    are peaked, but the same for every image, so their spread is near 0 (paper, Section 5.3 and Figure 7),
+    or differ only by a tiny adapted temperature. Warns once when either has lasted for `patience` steps.
     """
 
     ADVICE = {
@@ -629,12 +618,8 @@ def in_parts(views: list[Tensor], count: int, model: nn.Module) -> Iterator[list
     Gradients add up; ranks average them in the last pass only.
     """
     for i, part in enumerate(zip(*(view.chunk(count) for view in views), strict=True)):
-        is_last = i == count - 1
-        with (
-            model.no_sync()
-            if isinstance(model, DistributedDataParallel) and not is_last
-            else contextlib.nullcontext()
-        ):
+        apart = model if isinstance(model, DistributedDataParallel) and i < count - 1 else None
+        with apart.no_sync() if apart else contextlib.nullcontext():
             yield list(part)
 
 
