@@ -618,8 +618,8 @@ def in_parts(views: list[Tensor], count: int, model: nn.Module) -> Iterator[list
     Gradients add up; ranks average them in the last pass only.
     """
     for i, part in enumerate(zip(*(view.chunk(count) for view in views), strict=True)):
-        apart = model if isinstance(model, DistributedDataParallel) and i < count - 1 else None
-        with apart.no_sync() if apart else contextlib.nullcontext():
+        ddp = model if isinstance(model, DistributedDataParallel) and i < count - 1 else None
+        with ddp.no_sync() if ddp else contextlib.nullcontext():
             yield list(part)
 
 

@@ -25,26 +25,18 @@ from torch import Tensor
 
 import main_dino
 import utils
-from tests.miniature import draw_shapes, lasting, on_shapes
+from tests.miniature import FULL, SWEEPS, draw_shapes, lasting, on_shapes
 
 STEPS = 1, 50, 100, 150, 200, 246
-START = (
-    "--centering {} --use_bn_in_head {} --warmup_teacher_temp {} --teacher_temp {} --adapt_teacher_temp {}"
-)
+FLAGS, WAYS, _ = SWEEPS["start"]  # under the temperature 0.04
+STARTS = [FLAGS.format(way) for way in WAYS]
+PLAIN, BATCH_NORM = STARTS[0], STARTS[2]
 SETTINGS = [
-    START.format(centering, batch_norm, temp, temp, deviations)
-    for centering, batch_norm, temp, deviations in (
-        ("ema", "false", 0.04, 0),
-        ("ema", "false", 0.02, 0),
-        ("ema", "true", 0.04, 0),
-        ("ema", "true", 0.02, 0),
-        ("ema", "true", 0.04, 2),
-        ("ema", "false", 0.04, 2),
-        ("sinkhorn", "false", 0.04, 0),
-        ("sinkhorn", "false", 0.04, 2),
-    )
+    *STARTS,
+    f"{PLAIN} --warmup_teacher_temp 0.02 --teacher_temp 0.02",
+    f"{BATCH_NORM} --warmup_teacher_temp 0.02 --teacher_temp 0.02",
+    f"{BATCH_NORM} --jitter_p 0",
 ]
-SETTINGS.append(f"{SETTINGS[2]} --jitter_p 0")
 
 
 class WatchedLoss(utils.DINOLoss):
@@ -106,11 +98,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     out = Path(args.output_dir).absolute()
-    draw_shapes(out / "shapes", {"train": 1024, "val": 512})
+    draw_shapes(out / "shapes", {"train": FULL.images, "val": FULL.held_out})
     noted = {}
     for i, setting in enumerate(SETTINGS):
         run = out / f"{i}_seed{args.seed}"
-        flags = [*on_shapes(out / "shapes", args.seed), *lasting(16), *setting.split()]
+        flags = [*on_shapes(out / "shapes", args.seed), *lasting(FULL.epochs), *setting.split()]
         with open(out / f"{run.name}.txt", "w") as said, contextlib.redirect_stdout(said):
             noted[setting] = watch([*flags, "--max_steps", "250", "--output_dir", str(run)])
         print(f"`{setting}`\n\n{table(noted[setting])}\n", flush=True)

@@ -528,8 +528,8 @@ def test_fused_loss_is_the_plain_loss(views, batch, k, norm_last_layer, dtype, s
     torch.testing.assert_close(fused[:3], plain[:3], rtol=1e-5, atol=1e-5)
     assert fused[4].keys() == plain[4].keys() and ("last_layer.weight_g" in fused[4]) != norm_last_layer
     for a, b in ((fused[3], plain[3]), *((fused[4][name], plain[4][name]) for name in plain[4])):
-        # Gradients of few prototypes can cancel to little more than their rounding.
-        assert (a - b).norm() <= tolerance * b.norm() + 5e-6
+        # Gradients of few prototypes can cancel to the rounding of their terms, which are up to 3 / 0.1.
+        assert (a - b).norm() <= tolerance * b.norm() + 3 / 0.1 * torch.finfo(torch.float32).eps
 
 
 def test_half_precision_does_not_overflow_with_few_prototypes():
