@@ -138,8 +138,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--norm_last_layer", default=True, type=bool_flag,
         help="keep the prototypes at unit length: more stable; false can be better for ViT-S, not for ViT-B")
     group.add_argument("--momentum_teacher", default=0.996, type=number(float, at_least=0, at_most=1),
-        help="first value of the teacher's EMA momentum, which rises to 1; raise it for "
-             "small batches (e.g. 0.9995 at 256)")
+        help="first value of the teacher's EMA momentum, which rises to 1; raise it for small batches in "
+             "long runs (e.g. 0.9995 at 256), lower it for a few thousand steps (e.g. 0.98)")
     group.add_argument("--use_bn_in_head", default=False, type=bool_flag,
         help="batch norm in the projection head: helps small networks that collapse at the start")
     group.add_argument("--head_hidden_dim", default=2048, type=number(int, at_least=1),
@@ -157,7 +157,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("teacher temperature")
     group.add_argument("--warmup_teacher_temp", default=0.04, type=number(float, above=0),
-        help="first value; lower it when the loss does not fall at the start")
+        help="value at the start of the warm-up, if there is one; lower it when the loss does not fall at "
+             "the start")
     group.add_argument("--teacher_temp", default=0.04, type=number(float, above=0),
         help="value after the warm-up; above 0.07 training tends to be unstable")
     group.add_argument("--warmup_teacher_temp_epochs", default=0, type=number(float, at_least=0),
@@ -193,8 +194,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_steps", default=0, type=number(int, at_least=0),
         help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
     group.add_argument("--freeze_last_layer", default=1, type=number(float, at_least=0),
-        help="epochs, or a fraction of one, in which the prototypes stay fixed; raise it if the loss does "
-             "not fall")
+        help="epochs, or a fraction of one, in which the prototypes stay fixed; raise it if the loss of "
+             "a large network does not fall, 0 for small ones that collapse at the start")
     group.add_argument("--lr", default=0.0005, type=number(float, at_least=0),
         help="peak learning rate for 256 images a step; scaled linearly with the batch of all processes")
     group.add_argument("--warmup_epochs", default=10, type=number(float, at_least=0),

@@ -531,7 +531,7 @@ class CollapseWatch:
     """
 
     ADVICE = {
-        "uniform collapse": "try --adapt_teacher_temp 2 --centering sinkhorn, or --use_bn_in_head true",
+        "uniform collapse": "try --adapt_teacher_temp 2 --centering sinkhorn, or a lower --teacher_temp",
         "constant collapse": "try --centering sinkhorn, --use_bn_in_head true or a lower --lr",
     }
 

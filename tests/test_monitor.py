@@ -32,7 +32,7 @@ def numbers(loss: float, entropy: float = 0.0, spread: float = 1.0) -> dict[str,
 def test_uniform_collapse_is_named_once_with_flags_to_try(capsys):
     monitor_after(torch.zeros(16, 64), torch.zeros(16, 64), 20)
     out = capsys.readouterr().out
-    assert out.count("uniform collapse") == 1 and "--use_bn_in_head" in out and "4.1589" in out
+    assert out.count("uniform collapse") == 1 and "--adapt_teacher_temp" in out and "4.1589" in out
 
 
 def test_constant_collapse_is_named(capsys):
