@@ -29,11 +29,12 @@ from support.distributed import (
     fix_random_seeds,
     init_distributed_mode,
     is_main_process,
+    same_error_on_all_ranks,
 )
 from support.errors import UserError
 from support.features import extract_features, load_by_flags
 from support.logger import log
-from support.weights import load_file
+from support.weights import load_file, replacing
 from utils import MultiCropWrapper
 
 
@@ -57,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of saved features, to use instead of weights and images: train/ and val/, each written "
              "by extract_features.py; or torch files trainfeat.pth (N, D), trainlabels.pth (N,), "
              "testfeat.pth (M, D), testlabels.pth (M,)")
-    parser.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+    parser.add_argument("--seed", default=0, type=cli.seed,
         help="seed of the weights of --pretrained_weights random")
     cli.add_data_flags(parser,
         "folder with train and val: folders of class folders, .tar, .zip or lists such as train.txt",
@@ -229,10 +230,11 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
-def dump_features(folder: str, tensors: Sequence[Tensor]) -> None:
-    """Save train and test features and labels in the published code's files."""
+def dump_features(folder: Path, tensors: Sequence[Tensor]) -> None:
+    """Save train and test features and labels in the published code's files. Raises OSError."""
     for name, tensor in zip(FEATURE_FILES, tensors, strict=True):
-        torch.save(tensor.cpu(), Path(folder) / name)
+        with replacing(folder / name) as file:
+            torch.save(tensor.cpu(), file)
 
 
 def load_features(folder: str, device: torch.device) -> Data:
@@ -243,10 +245,11 @@ def load_features(folder: str, device: torch.device) -> Data:
     for values that are neither features nor class numbers.
     """
     names: Sequence[str] = FEATURE_FILES
-    if Path(folder, "train").is_dir():
-        names, tensors = ("train/features", "train/labels", "val/features", "val/labels"), _extracted(folder)
+    root = Path(folder).expanduser()
+    if (root / "train").is_dir():
+        names, tensors = ("train/features", "train/labels", "val/features", "val/labels"), _extracted(root)
     else:
-        tensors = [load_file(Path(folder) / name) for name in names]
+        tensors = [load_file(root / name) for name in names]
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
     fit = [len(shape) for shape in shapes] == [2, 1, 2, 1] and all(map(min, shapes))
     (N, D), n, (M, d), m = shapes if fit else ((0, 0), (), (1, 1), ())
@@ -264,9 +267,9 @@ def load_features(folder: str, device: torch.device) -> Data:
     return x, y, test_x, test_y
 
 
-def _extracted(folder: str) -> list[Tensor]:
+def _extracted(folder: Path) -> list[Tensor]:
     """Features and labels of train/, then of val/, with the same class numbers. Raises UserError."""
-    train, val = (read_features(Path(folder, split)) for split in ("train", "val"))
+    train, val = (read_features(folder / split) for split in ("train", "val"))
     if train.labels is None or val.labels is None:
         split = "train" if train.labels is None else "val"
         fix = "extract features of class folders"
@@ -326,20 +329,23 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     device = init_distributed_mode(args.dist_url)
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
+    folder = None
     if args.dump_features:  # checked at the start, not after all the work
-        folder = cli.make_folder(args.dump_features, "dump_features")
-        if args.load_features and folder.resolve() == Path(args.load_features).resolve():
+        with same_error_on_all_ranks():
+            folder = cli.make_folder(args.dump_features, "dump_features")
+        if args.load_features and folder.resolve() == Path(args.load_features).expanduser().resolve():
             raise UserError("would overwrite --load_features", f"--dump_features {folder}", "leave it out")
     if args.load_features:
         loaded = [(name, lambda args: True, "--load_features gives the features") for name in OF_FEATURES]
         cli.warn_no_effect(args, get_args_parser(), loaded)
-        tensors = load_features(args.load_features, keep_on)
+        with same_error_on_all_ranks():
+            tensors = load_features(args.load_features, keep_on)
     else:
         tensors = compute_features(args, device, keep_on)
     if not is_main_process():
         return {}
-    if args.dump_features:
-        dump_features(args.dump_features, tensors)
+    if folder:
+        dump_features(folder, tensors)
     most = len(tensors[0])
     ks = list(dict.fromkeys(min(k, most) for k in args.nb_knn))
     if max(args.nb_knn) > most:

@@ -51,6 +51,7 @@ from support.distributed import (
     get_world_size,
     init_distributed_mode,
     is_main_process,
+    same_error_on_all_ranks,
 )
 from support.errors import TrainingError, UserError
 from support.features import extract_features, frozen_features, load_by_flags
@@ -123,7 +124,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="validate a trained classifier: --linear_weights, or the one in --output_dir")
     group.add_argument("--linear_weights", default="",
         help="a classifier for --evaluate: a file, or a published one by its model's name (dino_vits16, ...)")
-    group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+    group.add_argument("--seed", default=0, type=cli.seed,
         help="seed of the classifiers' first weights, the order of the images, the augmentation and the "
              "subset of --few_shot")
     cli.add_launch_flags(group)
@@ -411,13 +412,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
     """Validate a trained classifier; returns its loss and accuracies in a list of one."""
     features = build_features(args, device)
     images = on_all_ranks(open_labelled_images, Source.of(args, features.frozen.form), "val")
-    classifier, classes = load_classifier(
-        args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
-        features.width,
-        args.n_last_blocks,
-        args.avgpool_patchtokens,
-        features.digest,
-    )
+    with same_error_on_all_ranks():
+        classifier, classes = load_classifier(
+            args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
+            features.width,
+            args.n_last_blocks,
+            args.avgpool_patchtokens,
+            features.digest,
+        )
     num_labels = classifier.num_labels
     if args.num_labels not in (None, num_labels):
         what = f"the classifier has {num_labels} classes"
@@ -482,7 +484,8 @@ def build_batches(
 
 def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Train a classifier for each rate, or resume the training; returns the best validation of each."""
-    folder = cli.make_folder(args.output_dir)
+    with same_error_on_all_ranks():
+        folder = cli.make_folder(args.output_dir)
     features = build_features(args, device)
     train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args, features.frozen.form))
     train_images = few_images(args, train_images)

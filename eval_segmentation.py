@@ -92,7 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--nb_knn", default=20, type=positive, help="number of neighbours")
     group.add_argument("--temperature", default=0.07, type=cli.number(float, above=0),
         help="temperature of the vote: the weight of a neighbour is exp(similarity / temperature)")
-    group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+    group.add_argument("--seed", default=0, type=cli.seed,
         help="seed of the sample of patches, and of the weights of --pretrained_weights random")
     # fmt: on
     return parser
@@ -227,6 +227,8 @@ def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:
 
 def open_masked(data_path: str, demo: bool, form: ImageFormat = RGB) -> tuple[Masked, Masked]:
     """Open the training and validation images. Raises UserError."""
+    if demo and data_path:
+        raise UserError("--demo draws its own images", f"--data_path {data_path}", "leave one out")
     if demo:
         in_format(Shapes("val", 1), form, "--demo")  # checks it
         return MaskedShapes("train", 4_096), MaskedShapes("val", 1_000)

@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_size_flag(group, "--image_size", None,
         "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
     group.add_argument("--output_dir", default="exported", help="folder for the files")
-    group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+    group.add_argument("--seed", default=0, type=cli.seed,
         help="seed of the random images, and of the weights of --pretrained_weights random")
     # fmt: on
     return parser

@@ -65,6 +65,7 @@ from support.features import (
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
+from support.restart import comparable
 from support.weights import Frozen, load_file, replacing
 from support.weights import digest as digest_weights
 
@@ -95,7 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="type of the saved features; float16 halves the file")
     group.add_argument("--skip_unreadable", action="store_true",
         help="give an image that cannot be read a row of NaN, with a warning, instead of stopping there")
-    group.add_argument("--seed", default=0, type=cli.number(int, at_least=0),
+    group.add_argument("--seed", default=0, type=cli.seed,
         help="seed of the weights of --pretrained_weights random")
     cli.add_data_flags(parser,
         "a folder, .tar or .zip of images, or a text file that lists images, one a line",
@@ -432,7 +433,8 @@ def main(args: argparse.Namespace) -> Path:
     """Compute the features that are missing; returns the file of the complete set."""
     device = init_distributed_mode(args.dist_url)
     fix_random_seeds(args.seed)
-    folder = cli.make_folder(args.output_dir)
+    with same_error_on_all_ranks():
+        folder = cli.make_folder(args.output_dir)
     frozen = load_by_flags(args)
     images = on_all_ranks(open_any_images, Source.of(args, frozen.form))
     names = names_of(images)
@@ -443,13 +445,13 @@ def main(args: argparse.Namespace) -> Path:
     identity = {name: getattr(args, name) for name in flags} | {
         "network": digest_weights(network),
         "images": digest(images),
-        "shape": list(shape),
+        "shape": shape,
         "pixels": frozen.image_size,
-        "mean": list(frozen.mean),
-        "std": list(frozen.std),
-        "value_range": frozen.value_range and [list(pair) for pair in frozen.value_range],
+        "mean": frozen.mean,
+        "std": frozen.std,
+        "value_range": frozen.value_range,
     }
-    with Store(folder, shape, identity) as store:
+    with Store(folder, shape, comparable(identity)) as store:
         store.begin()
         gigabytes = math.prod(shape) * store.dtype.itemsize / 1e9
         words = f"features: {args.kind}, {shape} {args.dtype}, {gigabytes:.3g} GB"

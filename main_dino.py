@@ -310,7 +310,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="recompute activations instead of keeping them: less memory, a third more time")
     group.add_argument("--cpu_threads", default=0, type=number(int, at_least=0, below=2**10),
         help="threads for computing on a CPU; 0: torch decides; fewer leave cores to the workers")
-    group.add_argument("--seed", default=0, type=number(int, at_least=0, below=2**63),
+    group.add_argument("--seed", default=0, type=cli.seed,
         help="decides weights, order, views and drop path; change it to repeat the experiment")
     cli.add_launch_flags(group)
     # fmt: on
@@ -354,8 +354,6 @@ NO_EFFECT = [
     ("jitter", lambda a: a.in_chans != 3 and any(a.jitter[2:]) and tuple(a.jitter[2:]) != PAPER.jitter[2:],
      "of S and H: they are for three channels"),
     ("use_fp16", lambda a: a.precision, "--precision overrides it"),
-    ("data_path", lambda a: a.demo, "--demo draws its own images"),
-    ("dataset", lambda a: a.demo, "--demo draws its own images"),
     ("download", lambda a: not a.dataset or a.demo, "only --dataset downloads"),
     ("knn_data", lambda a: not a.knn_every, "--knn_every is 0"),
     ("knn_share", lambda a: not a.knn_every, "--knn_every is 0"),
@@ -412,6 +410,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
     check_format(args)
     parser = get_args_parser()
+    if args.demo:
+        parser.set_defaults(**demo_defaults())
     cli.warn_no_effect(args, parser, NO_EFFECT)
 
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
@@ -428,9 +428,6 @@ def check_args(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 # Format of the images
 # ---------------------------------------------------------------------------------------------
-
-# What runs had before these flags.
-RGB_IMAGES = {"in_chans": 3, "value_range": None, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def check_format(args: argparse.Namespace) -> None:
@@ -638,11 +635,18 @@ def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: tor
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer by name; learning rate and weight decay come from the schedules."""
     groups = utils.get_params_groups(model)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
+    if name == "lars":
+        return utils.LARS(groups)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return utils.LARS(groups)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
+    return optimizer
+
+
+def keep_fused(_: torch.optim.Optimizer, state: dict) -> dict:
+    """Let a state load into a fused optimizer that was saved by another one, as in published checkpoints."""
+    return state | {"param_groups": [group | {"fused": True} for group in state["param_groups"]]}
 
 
 def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndarray]:
@@ -712,6 +716,10 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         network = args.arch, args.patch_size, args.global_crops_size
         with same_error_on_all_ranks():
             center = init_from(backbone, head, args.init_from, *network, args.mean, args.std)
+        lengths = head.get_parameter("last_layer.weight_g")
+        if args.norm_last_layer and (lengths != 1).any():
+            log("prototypes scaled to unit length: --norm_last_layer true keeps it")
+            nn.init.ones_(lengths)
     for model in (student_without_ddp, teacher):
         synchronize_batchnorms(model, device)
         model.to(device)
@@ -801,9 +809,11 @@ def train_dino(args: argparse.Namespace) -> None:
     images = on_all_ranks(open_training_images, Source.of(args, image_format(args)))
     steps = count_steps(args, len(images))
     required = "student", "teacher", "optimizer"
-    run = Run(cli.make_folder(args.output_dir), required, advice=ADVICE)
+    with same_error_on_all_ranks():
+        folder = cli.make_folder(args.output_dir)
+    run = Run(folder, required, advice=ADVICE)
     settle_format(args, images, run)
-    training = build_training(args, device, steps, resumes=run.exists())
+    training = build_training(args, device, steps, resumes=all_gather_object(run.exists())[0])
 
     # More than 1 % of an epoch is an error, but fewer than ten never are.
     unreadable_limit = max(9, len(images) // 100)
@@ -813,7 +823,9 @@ def train_dino(args: argparse.Namespace) -> None:
 
     pieces = training.pieces() | {"guard": monitor, "metrics": logger}
     identity = run_identity(args, images, training.dtype)
-    found = run.resume(pieces, identity, args.allow_changed_args, added=PAPER._asdict() | RGB_IMAGES)
+    found = run.resume(
+        pieces, identity, args.allow_changed_args, added=vars(get_args_parser().parse_args([]))
+    )
     step = first_step(found, steps)
     record_args(args, run.folder)
     if step == 0:
@@ -1090,7 +1102,7 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
         rows.append((f"attention {when} training: {100 * share:.0f} % on the object", overlays))
     accuracies = [knn[name] for name in ("raw pixels", *networks)]
     title = "k-NN accuracy: raw pixels {:.0f} %, before training {:.0f} %, after {:.0f} %".format(*accuracies)
-    path = Path(args.output_dir, "demo.png")
+    path = Path(args.output_dir, "demo.png").expanduser()
     titled_rows(f"DINO, trained without labels. {title}", rows).save(path, optimize=True)
     log(f"picture: {path}")
 

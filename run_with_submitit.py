@@ -94,7 +94,8 @@ class Trainer:
                     # Everything is saved: send this process submitit's signal to requeue.
                     signal.raise_signal(getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}"))
             finally:
-                barrier()  # a process that ends makes SLURM end the others
+                if not stop.alone:  # the others would not come
+                    barrier()  # a process that ends makes SLURM end the others
             raise
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:

@@ -113,7 +113,7 @@ def draw_box(
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
     aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -399,7 +399,7 @@ class DINOLoss(nn.Module):
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
         with torch.autocast(teacher_output.device.type, enabled=False):
             with torch.no_grad():
-                teacher_logits = teacher_output.float() - self.center
+                teacher_logits = teacher_output.float() - (0 if self.centering == "none" else self.center)
                 adapts = self.adapt_teacher_temp > 0
                 temp = self.adapted_temp(teacher_logits, epoch) if adapts else self.teacher_temp(epoch)
                 teacher_logits.div_(temp)

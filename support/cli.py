@@ -286,6 +286,7 @@ def number_or_auto(text: str) -> float | str:
 
 
 NUMBER_WORDS = {int: "a whole number", float: "a number"}
+seed = number(int, at_least=0, below=2**63)  # what torch takes
 
 
 def make_folder(path: str | Path, flag: str = "output_dir") -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from support.errors import reason_of
 from support.logger import log
 from support.restart import read_log, try_to_write
 from support.weights import replacing
@@ -36,9 +37,13 @@ class Curves:
             picture, log_file = self.folder / "curves.png", self.folder / "log.txt"
             try_to_write(picture, lambda path: draw_curves(log_file, path, self.panels))
         if self.writer:
-            for name, value in record.items():
-                self.writer.add_scalar(name, value, record["step"])
-            self.writer.flush()
+            try:
+                for name, value in record.items():
+                    self.writer.add_scalar(name, value, record["step"])
+                self.writer.flush()
+            except OSError as error:  # the writer's thread has ended, and raises this again
+                log(f"warning: nothing more for TensorBoard: {reason_of(error)}")
+                self.writer = None
 
 
 def draw_curves(log_file: Path, picture: Path, panels: Panels) -> None:

@@ -335,6 +335,11 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, args: argparse.Namespace, form: ImageFormat = RGB) -> "Source":
         """Read the data flags, for images of a format. Raises UserError."""
+        for name in ("data_path", "dataset") if getattr(args, "demo", False) else ():
+            if getattr(args, name):
+                raise UserError(
+                    "--demo draws its own images", f"--{name} {getattr(args, name)}", "leave one out"
+                )
         values = {name: value for name, value in vars(args).items() if name in cls._fields}
         if isinstance(args.data_path, list):
             values["data_path"], *more = args.data_path

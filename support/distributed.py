@@ -72,7 +72,8 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if 1 < gpus < processes:  # 1: each process may see a different one
-            raise UserError(f"{processes} processes for {gpus} GPUs", "torchrun", "start one process per GPU")
+            what, alone = f"{processes} processes for {gpus} GPUs", local_rank == 0  # one for each machine
+            raise UserError(what, "torchrun", "start one process per GPU", alone)
         # SLURM may show each task only its own GPU, as number 0.
         device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)

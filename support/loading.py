@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from support.data import ImageFiles, Images, machine_lacks, read_labelled, sample_name, why_unreadable
 from support.distributed import get_rank, get_world_size
-from support.errors import Interrupted, UserError, WrongFormat
+from support.errors import ImageError, Interrupted, WrongFormat
 from support.monitor import ignore_signals
 from support.pixels import to_pixels
 
@@ -68,7 +68,7 @@ class TrainingViews(Dataset):
                 if machine_lacks(error):
                     raise
         name, reason = sample_name(self.images, index), why_unreadable(self.images, index)
-        raise UserError(f"no image can be read, in {self.TRIES + 1} tries: {reason}", name, "check the data")
+        raise ImageError(f"no image can be read, in {self.TRIES + 1} tries: {reason}", name, "check the data")
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Sequence[Tensor], int]:
         epoch, index = item

@@ -474,9 +474,7 @@ def _as_timm_reads_it(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     return prepared
 
 
-def load_pretrained_weights(
-    model: nn.Module, weights: Weights, arch: str = ""
-) -> tuple[dict[str, Tensor], str]:
+def load_pretrained_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], str]:
     """Load a backbone: no tensor may be missing or left over, except what `select_weights` names.
 
     Returns the DINO head's tensors, {} for none, and the network's prefix. Raises UserError.

@@ -8,6 +8,7 @@ from PIL import Image
 import main_dino
 from support.curves import Curves
 from support.errors import UserError
+from tests.conftest import run
 
 RECORD = {"train_loss": 3.0, "train_entropy": 1.0, "train_kl": 2.0, "train_lr": 1e-3, "train_wd": 0.04,
           "train_momentum": 0.99, "knn_teacher": 50.0, "epoch": 0, "step": 10}  # fmt: skip
@@ -57,3 +58,22 @@ def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
     shown = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in shown.Scalars("train_loss")] == [(10, 3.0), (20, 2.0)]
     assert set(shown.Tags()["scalars"]) == set(RECORD)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from support.curves import Curves
+curves = Curves(Path(sys.argv[1]), [], tensorboard=True)
+curves.can_draw = False
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows too large is an OSError, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+for step in range(1000):
+    curves.update({"train_loss": 1.0, "step": step})
+"""
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_training(tmp_path):
+    pytest.importorskip("tensorboard")
+    said = run("-c", FULL_DISK, str(tmp_path)).stdout
+    assert said == "warning: nothing more for TensorBoard: File too large\n"

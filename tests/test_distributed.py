@@ -296,6 +296,19 @@ def test_errors_are_shared_whichever_rank_meets_them_first(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_that_one_rank_cannot_write_is_named(tmp_path):
+    """As where one machine does not see the file system of the others."""
+    (tmp_path / "out1").write_text("")
+    body = f"import main_dino\nflags = {[*TINY, '--demo', '--output_dir']!r}\n"
+    body += f"main_dino.train_dino(main_dino.parse_args([*flags, {str(tmp_path / 'out')!r} + str(rank)]))"
+    line = f"error: rank 1: File exists (--output_dir {tmp_path}/out1): choose another\n"
+    assert [(code, said.splitlines(True)[-1:]) for code, said in two_processes(tmp_path, body)] == [
+        (2, [line]),
+        (2, []),
+    ]
+
+
+@pytest.mark.slow
 def test_a_fault_of_one_rank_keeps_its_traceback_and_ends_the_other(tmp_path):
     body = "with same_error_on_all_ranks():\n    if rank: {}['key']"
     (code0, said0), (code1, said1) = two_processes(tmp_path, body)

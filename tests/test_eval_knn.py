@@ -86,11 +86,12 @@ def test_classes_of_train_and_val_must_agree(tmp_path):
         pixels(tmp_path)
 
 
-def test_features_can_be_dumped_and_loaded(labelled, tmp_path):
-    first = pixels(labelled, "--nb_knn", "3", "--dump_features", str(tmp_path / "features"))
+def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ after = to us
+    first = pixels(labelled, "--nb_knn", "3", "--dump_features=~/features")
     names = sorted(path.name for path in (tmp_path / "features").iterdir())
     assert names == ["testfeat.pth", "testlabels.pth", "trainfeat.pth", "trainlabels.pth"]
-    assert evaluate("--load_features", str(tmp_path / "features"), "--nb_knn", "3") == first
+    assert evaluate("--load_features=~/features", "--nb_knn", "3") == first
     for name in ("trainfeat", "testfeat"):
         lengths = torch.load(tmp_path / "features" / f"{name}.pth").norm(dim=1)
         torch.testing.assert_close(lengths, torch.ones_like(lengths))
@@ -98,7 +99,7 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path):
         evaluate("--load_features", str(tmp_path / "nowhere"))
     same = str(tmp_path / "features" / ".." / "features")
     with pytest.raises(UserError, match="would overwrite --load_features"):
-        evaluate("--load_features", str(tmp_path / "features"), "--dump_features", same)
+        evaluate("--load_features=~/features", "--dump_features", same)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,12 @@ def test_the_demos_images_are_evaluated_as_a_user_would(monkeypatch, weights):
     arch = ("--arch", "vit_nano") if weights == "random" else ()
     result = evaluate(*flags, *arch, "--nb_knn", "20")
     assert list(result) == [20] and 0 <= result[20][0] <= result[20][1] <= 100
+
+
+@pytest.mark.parametrize("flags", [("--data_path", "photos"), ("--dataset", "CIFAR10")])
+def test_other_data_beside_the_demo_is_refused(flags):
+    with pytest.raises(UserError, match=f"--demo draws its own images .{' '.join(flags)}.: leave one out"):
+        evaluate("--demo", "--pretrained_weights", "pixels", *flags)
 
 
 def test_a_class_that_val_lacks_changes_no_label(tmp_path):

@@ -113,7 +113,7 @@ def test_kinds_are_what_the_evaluations_use(images, tmp_path, kind):
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_features_of_rectangular_images(images, tmp_path):
+def test_features_of_rectangular_images(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")
     flags = "--data_path", str(tmp_path / "images"), "--kind", "patches", "--skip_unreadable"
@@ -121,6 +121,9 @@ def test_features_of_rectangular_images(images, tmp_path):
     rows = np.load(tmp_path / "out" / "features.npy")
     assert rows.shape == (20, 4, 2, 128) and np.isnan(rows).all(axis=(1, 2, 3)).sum() == 1
     assert json.loads((tmp_path / "out" / "features.json").read_text())["identity"]["pixels"] == [32, 16]
+    assert "complete already" not in capsys.readouterr().out
+    extract(tmp_path / "out", *flags, weights=(*VIT, "16"))
+    assert "complete already" in capsys.readouterr().out
 
 
 def test_kinds_of_other_networks():

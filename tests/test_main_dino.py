@@ -1,4 +1,6 @@
+import copy
 import fcntl
+import functools
 import gc
 import json
 import math
@@ -525,6 +527,60 @@ def test_a_new_run_begins_with_given_weights_and_a_resumed_one_does_not(images, 
     assert "starting from" not in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file"):
         train(*new, "--output_dir", tmp_path / "newer")
+
+
+def test_prototypes_of_given_weights_have_unit_length_unless_they_are_trained(images, tmp_path, capsys):
+    flags = "--data_path", images, "--max_steps", 1
+    train(*flags, "--output_dir", tmp_path / "old", "--norm_last_layer", "false")
+    checkpoint = load_checkpoint(tmp_path / "old" / "checkpoint.pth")
+    lengths = torch.linspace(0.5, 2, 64)[:, None]
+    for key in ("student", "teacher"):
+        checkpoint[key]["head.last_layer.weight_g"] = lengths
+    save_checkpoint(checkpoint, tmp_path / "longer.pth")
+    for norm, expected in (("true", torch.ones(64, 1)), ("false", lengths)):
+        start = "--init_from", tmp_path / "longer.pth", "--norm_last_layer", norm
+        train(*flags, "--output_dir", tmp_path / norm, *start)
+        assert ("scaled to unit length" in capsys.readouterr().out) == (norm == "true")
+        student = load_checkpoint(tmp_path / norm / "checkpoint.pth")["student"]
+        torch.testing.assert_close(student["head.last_layer.weight_g"], expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_an_optimizer_resumes_from_one_that_was_not_fused_with_loss_scaling(name):
+    """As of a published checkpoint, in fp16."""
+    plain = {"adamw": torch.optim.AdamW, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}[name]
+    networks = [torch.nn.Linear(3, 2) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    theirs = plain([{"params": [networks[0].weight]}, {"params": [networks[0].bias]}], lr=0.1, weight_decay=0)
+    ours = main_dino.build_optimizer(name, networks[1])
+    x, scaler = torch.randn(4, 3), torch.amp.GradScaler("cpu", init_scale=8.0)
+    networks[0](x).sum().backward()
+    theirs.step()
+    networks[1].load_state_dict(networks[0].state_dict())
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    theirs.zero_grad()
+    networks[0](x).square().sum().backward()
+    theirs.step()
+    scaler.scale(networks[1](x).square().sum()).backward()
+    scaler.step(ours)
+    assert all(group["fused"] for group in ours.param_groups)
+    torch.testing.assert_close(networks[1].state_dict(), networks[0].state_dict())
+
+
+def test_a_published_checkpoint_does_not_resume_with_what_is_not_in_it(images, tmp_path):
+    flags = "--data_path", images, "--output_dir", tmp_path
+    train(*flags, "--max_steps", 1)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+    del checkpoint["identity"], checkpoint["args"]["centering"], checkpoint["args"]["adapt_teacher_temp"]
+    save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="centering ema -> none, adapt_teacher_temp 0.0 -> 2.0 "):
+        train(*flags, "--centering", "none", "--adapt_teacher_temp", 2)
+    train(*flags, "--max_steps", 2)
+
+
+def test_the_demos_own_values_are_not_named_as_without_effect(capsys):
+    main_dino.check_args(main_dino.parse_args("--demo --local_crops_number 0 --jitter_p 0".split()))
+    assert "no effect" not in capsys.readouterr().out
 
 
 def test_the_student_of_the_last_epoch_and_of_the_last_step_as_teacher(images, tmp_path):

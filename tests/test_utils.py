@@ -122,6 +122,13 @@ def test_jitter_four_views_in_five_within_its_ranges():
     assert 0.6 * 120 - 1 <= levels.min() <= 80 and 160 <= levels.max() <= 1.4 * 120 + 1
 
 
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)])
+def test_a_crop_of_a_line_has_a_pixel(size):
+    for ratio in ((9 / 4, 4), (1 / 4, 4 / 9)):
+        _, _, height, width = utils.draw_box(*size, (0.4, 1), random.Random(0), ratio)
+        assert 1 <= width <= size[0] and 1 <= height <= size[1]
+
+
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 def test_crops_are_distributed_as_torchvisions(scale):
     width, height, draws = 500, 375, 3000
@@ -602,6 +609,16 @@ def test_without_centering_the_centre_stays_where_it_is():
     assert torch.equal(loss_fn.center, torch.zeros(1, 5))
     p = (teacher / 0.04).softmax(-1)
     torch.testing.assert_close(loss_fn.stats["entropy"], -(p * p.clamp(min=1e-30).log()).sum(-1).mean())
+
+
+def test_without_centering_a_loaded_centre_is_not_subtracted():
+    """As after `--init_from` of a run that had one."""
+    teacher, student, losses = torch.randn(6, 5), torch.randn(6, 5), []
+    for center in (0.0, 1.0):
+        loss_fn = DINOLoss(5, 2, 0.04, 0.04, 0, 1, centering="none")
+        loss_fn.center[0, 0] = center
+        losses.append(loss_fn(student, teacher.clone(), 0))
+    assert losses[0] == losses[1]
 
 
 def test_sinkhorn_shares_the_prototypes():
