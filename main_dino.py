@@ -637,9 +637,9 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     groups = utils.get_params_groups(model)
     if name == "lars":
         return utils.LARS(groups)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, fused=True)
-    if name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    if name == "sgd":  # not fused: that one fails for parameters whose first gradient comes later
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     optimizer.register_load_state_dict_pre_hook(keep_fused)
     return optimizer
 

@@ -563,7 +563,7 @@ def test_an_optimizer_resumes_from_one_that_was_not_fused_with_loss_scaling(name
     theirs.step()
     scaler.scale(networks[1](x).square().sum()).backward()
     scaler.step(ours)
-    assert all(group["fused"] for group in ours.param_groups)
+    assert all(bool(group["fused"]) == (name == "adamw") for group in ours.param_groups)
     torch.testing.assert_close(networks[1].state_dict(), networks[0].state_dict())
 
 
