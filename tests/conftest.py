@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +145,14 @@ def filled_twice(pickled: bytes) -> bytes:
     return pickled.removesuffix(b".") + state.removeprefix(b"\x80\x02").removesuffix(b".") + b"b."
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Indexes of archives are not left in the user's home; processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def run(*command: str, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """A real process in the project's folder, with one thread and a bound on its time."""
     result = subprocess.run(
@@ -156,6 +165,13 @@ def run(*command: str, check: bool = True, env: dict | None = None) -> subproces
     )
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def torchrun(processes: int, *command: str, **kwargs) -> subprocess.CompletedProcess:

@@ -43,7 +43,7 @@ from support.backbones import build_backbone
 from support.errors import UserError
 from support.restart import Run
 from support.weights import load_checkpoint
-from tests.conftest import ROOT, TINY, save_images
+from tests.conftest import ROOT, TINY, free_port, save_images
 from tests.test_weights import hugging_face, prefixed
 
 NOBODY = 65534  # root may do everything, so that permissions are tested as somebody else
@@ -95,12 +95,6 @@ def ended(child: int, seconds: float) -> int | None:
 def kill(child: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(argv: list[str], ranks: int, said: Path, by_command: bool = False) -> list[int]:

@@ -71,7 +71,8 @@ def test_each_script_advises_the_flags_that_it_has(script, advice):
     assert str(error) == f"out of memory: no room: {advice}"
 
 
-def test_help_shows_defaults_where_there_are_some(capsys):
+def test_help_shows_defaults_where_there_are_some(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     parser = cli.ArgumentParser()
     parser.add_argument("--text", default="", help="words")
     parser.add_argument("--switch", action="store_true", help="turns")

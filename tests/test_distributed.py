@@ -25,7 +25,7 @@ from support.distributed import (
     is_main_process,
 )
 from support.errors import UserError
-from tests.conftest import ROOT, TINY, run, save_images, wait_for_words
+from tests.conftest import ROOT, TINY, free_port, run, save_images, wait_for_words
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
 STEP = {
@@ -185,13 +185,6 @@ def test_a_wait_for_processes_is_said_and_a_signal_ends_it(rank, images, tmp_pat
     wait_for_words(words, said, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-
-
-def free_port() -> int:
-    """A port that nothing listens at."""
-    with distributed.socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_port_that_is_in_use_is_named():

@@ -175,6 +175,12 @@ def test_flags_without_effect_beside_loaded_features_are_named(tmp_path, capsys)
     assert "warning: --image_size has no effect" in said and "--arch" not in said
 
 
+def test_the_temperature_is_the_flags(tmp_path):
+    saved_features(tmp_path)
+    flags = "--load_features", str(tmp_path), "--nb_knn", "30", "--temperature"
+    assert evaluate(*flags, "0.001") != evaluate(*flags, "100")
+
+
 def test_a_small_temperature_leaves_the_nearest_alone():
     train, test = (F.normalize(torch.randn(size, 6), dim=1) for size in (50, 20))
     data = train, torch.randint(4, (50,)), test, torch.randint(4, (20,))

@@ -497,10 +497,25 @@ def test_a_rate_that_runs_away_leaves_the_others(labelled, tmp_path):
         probe(labelled, tmp_path / "all", "--lr", 1e40, 1e39, "--cache_features")
 
 
-def test_a_run_that_is_over_is_reported_without_the_images(labelled, tmp_path, monkeypatch):
-    best = probe(labelled, tmp_path)
-    monkeypatch.setattr(eval_linear, "extract_features", lambda *args, **kwargs: pytest.fail("not needed"))
-    assert probe(labelled, tmp_path) == best
+def test_a_run_that_is_over_is_reported_without_the_images(labelled, tmp_path):
+    shutil.copytree(labelled, tmp_path / "data")
+    best = probe(tmp_path / "data", tmp_path / "out")
+    for path in (tmp_path / "data").rglob("*.png"):
+        path.write_bytes(bytes(path.stat().st_size))  # as many bytes, and no image
+    assert probe(tmp_path / "data", tmp_path / "out") == best
+
+
+def test_validation_every_so_many_epochs_and_at_the_end(labelled, tmp_path):
+    probe(labelled, tmp_path, "--epochs", 4, "--val_freq", 2, "--cache_features")
+    assert ["test_acc1" in record for record in log_of(tmp_path)] == [True, False, True, True]
+
+
+def test_features_are_those_of_the_flags():
+    flags = "--precision bf16 --avgpool_patchtokens true --n_last_blocks 2".split()
+    args = eval_linear.parse_args([*FLAGS, *flags])
+    built, images = eval_linear.build_features(args, torch.device("cpu")), torch.randn(2, 3, 32, 32)
+    expected = frozen_features(built.frozen.network, images, 2, True, torch.bfloat16)
+    assert torch.equal(built.of(images), expected) and built.width == 3 * 128
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import VisionTransformer as TimmViT
 from torch import nn
@@ -254,6 +253,7 @@ def test_two_runs_do_not_share_a_folder(images, tmp_path):
         extract(tmp_path, "--data_path", str(images))
 
 
+@settings(deadline=None)
 @given(width=st.integers(1, 3000), batch=st.integers(1, 300), dtype=st.sampled_from(["float32", "float16"]))
 def test_processes_never_share_a_page(tmp_path_factory, width, batch, dtype):
     identity = {"dtype": dtype, "format": "npy", "batch_size_per_gpu": batch}
@@ -416,4 +416,3 @@ def test_values_that_are_not_finite_are_refused(images, tmp_path):
 )
 def test_labels_that_are_class_numbers(label, number):
     assert class_number(label) == number
-    assert math.isclose(class_number(label), number)

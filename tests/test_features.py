@@ -32,12 +32,13 @@ def test_features_do_not_move_the_global_random_stream(labelled):
 def test_no_worker_outlives_an_error_of_the_network(labelled):
     """Workers ignore SIGTERM, by which Python would end them at its exit."""
     images = open_labelled_images(Source(str(labelled)), "train")
-    try:
-        extract_features(
-            lambda _: 1 / 0, images, eval_transform(8), torch.device("cpu"), batch_size=1, num_workers=1
-        )
-    except ZeroDivisionError:  # its traceback keeps the frames, as until the end of a script
-        assert multiprocessing.active_children() == []
+
+    def fails(_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as error:
+        extract_features(fails, images, eval_transform(8), torch.device("cpu"), batch_size=1, num_workers=1)
+    assert error.tb and multiprocessing.active_children() == []  # its traceback keeps the frames
 
 
 def test_patch_tokens_stand_where_the_patches_are():

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import fcntl
 import functools
@@ -24,6 +25,9 @@ from support import backbones, cli
 from support.data import ImageFiles, Source, open_training_images
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
+from support.loading import to_device
+from support.logger import MetricLogger
+from support.monitor import Monitor
 from support.pixels import normalize, normalized_views, to_pixels
 from support.weights import load_checkpoint, save_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
@@ -199,6 +203,14 @@ def test_the_recipes_flags_reach_the_views():
         ("--blur_p 1 1 1 --solarize_p 1 0.2 1 --local_crops_number 0", []),
         ("--vflip_p 0.5 --quarter_turns true", ["vflip_p"]),
         ("--vflip_p 0.5 --quarter_turns true --hflip_p 0", []),
+        ("--warmup_teacher_temp 0.02", ["warmup_teacher_temp"]),
+        ("--teacher_update copy --momentum_teacher 0.9", ["momentum_teacher"]),
+        ("--local_crops_number 0 --local_crops_size 32", ["local_crops_size"]),
+        ("--local_crops_number 0 --local_crops_scale 0.1 0.2", ["local_crops_scale"]),
+        ("--arch resnet18 --patch_size 8", ["patch_size"]),
+        ("--precision fp32 --use_fp16 false", ["use_fp16"]),
+        ("--download", ["download"]),
+        ("--knn_data x --knn_share 0.5", ["knn_data", "knn_share"]),
     ],
 )
 def test_what_has_no_effect_in_a_recipe_is_said(flags, named, capsys):
@@ -576,6 +588,67 @@ def test_a_published_checkpoint_does_not_resume_with_what_is_not_in_it(images, t
     with pytest.raises(UserError, match="centering ema -> none, adapt_teacher_temp 0.0 -> 2.0 "):
         train(*flags, "--centering", "none", "--adapt_teacher_temp", 2)
     train(*flags, "--max_steps", 2)
+
+
+def test_each_epoch_is_counted_and_averaged_by_itself(tmp_path):
+    save_images(tmp_path / "data", 8)
+    (tmp_path / "data" / "003.png").write_bytes(b"broken")
+    train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
+    records = log_of(tmp_path / "out")
+    assert [record["unreadable"] for record in records] == [1, 1]
+    lr = main_dino.build_schedules(main_dino.parse_args(TINY), main_dino.Steps(4, 4, 2, 4))["lr"]
+    assert [record["train_lr"] for record in records] == pytest.approx(lr.reshape(2, 2).mean(axis=1))
+
+
+@pytest.mark.parametrize(("place", "fields"), [("worker", 0), ("device", 5)])
+def test_colours_change_where_the_flag_says(images, place, fields):
+    args = main_dino.parse_args([*TINY, "--augment_on", place])
+    views, colours, _ = main_dino.build_views(args, ImageFiles(images))[0, 0]
+    assert len(views) == 2 and len(colours) == fields
+
+
+def test_knn_is_measured_every_so_many_epochs(images, labelled, tmp_path):
+    knn = "--epochs", 3, "--knn_every", 2, "--knn_data", labelled, "--knn_share", 1
+    train("--data_path", images, "--output_dir", tmp_path, *knn)
+    assert ["knn_teacher" in record for record in log_of(tmp_path)] == [False, True, False]
+
+
+def test_tensorboard_follows_a_restart(images, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for last in (7, 10):  # step 7 is not the end of an epoch after the restart
+        train("--data_path", images, "--output_dir", tmp_path, "--tensorboard", "--max_steps", last)
+    shown = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("train_loss")] == [5, 10]
+
+
+def test_threads_are_those_of_the_flag(images, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1, "--cpu_threads", before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def mean_gradient(images, precision: str) -> torch.Tensor:
+    """AdamW's first moments after two steps whose gradients were clipped."""
+    flags = "--warmup_epochs 0 --drop_path_rate 0 --freeze_last_layer 0 --clip_grad 0.01 --precision"
+    args = main_dino.parse_args([*TINY, *flags.split(), precision, "--data_path", str(images)])
+    cpu, data = torch.device("cpu"), open_training_images(Source.of(args))
+    steps = main_dino.count_steps(args, len(data))
+    fix_random_seeds(0)
+    training = main_dino.build_training(args, cpu, steps, resumes=False)
+    # The usual first scale of 65,536 overflows here: the first steps would be left out.
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision == "fp16")
+    loader = main_dino.build_loader(args, data, steps, 0, cpu, lambda: False)
+    with contextlib.closing(to_device(iter(loader), cpu)) as batches:
+        main_dino.train_one_epoch(training, batches, 0, range(2), Monitor(9), MetricLogger())
+    return torch.cat([state["exp_avg"].flatten() for state in training.optimizer.state.values()])
+
+
+def test_loss_scaling_is_undone_before_gradients_are_clipped(images):
+    exact, half = (mean_gradient(images, precision) for precision in ("fp32", "fp16"))
+    assert (half - exact).norm() < 0.05 * exact.norm()
 
 
 def test_the_demos_own_values_are_not_named_as_without_effect(capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -421,6 +422,14 @@ def test_views_are_distributed_as_torchvisions():
 # ---------------------------------------------------------------------------------------------
 
 
+def test_a_classifier_is_dropped_as_by_the_published_code():
+    resnet, vit = torchvision.models.resnet18(num_classes=7), backbones.build_backbone("vit_nano", 8, 32)[0]
+    vit.head = nn.Linear(128, 7)
+    for model, width in ((resnet, 512), (vit, 128)):
+        wrapper = MultiCropWrapper(model, DINOHead(width, 8, hidden_dim=5, bottleneck_dim=6))
+        assert wrapper(torch.randn(2, 3, 32, 32)).shape == (2, 8)
+
+
 def test_multicrop_equals_separate_passes():
     model = MultiCropWrapper(backbones.build_backbone("vit_nano", 8, 32)[0], DINOHead(128, 32)).eval()
     views = [torch.randn(3, 3, size, size) for size in (32, 32, 16, 16, 16)]
@@ -619,6 +628,11 @@ def test_without_centering_a_loaded_centre_is_not_subtracted():
         loss_fn.center[0, 0] = center
         losses.append(loss_fn(student, teacher.clone(), 0))
     assert losses[0] == losses[1]
+
+
+def test_a_warm_up_of_a_fraction_of_an_epoch_is_continuous():
+    loss_fn = DINOLoss(4, 2, 0.02, 0.06, 0.5, 5)
+    assert [loss_fn.teacher_temp(e) for e in (0, 0.25, 0.5, 3)] == pytest.approx([0.02, 0.04, 0.06, 0.06])
 
 
 def test_sinkhorn_shares_the_prototypes():

@@ -250,6 +250,7 @@ def server(tmp_path, monkeypatch):
     address = f"http://127.0.0.1:{server.server_port}/{{stem}}_pretrain/{{stem}}_{{kind}}.pth"
     monkeypatch.setattr(weights, "PUBLISHED_URL", address)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield folder
     server.shutdown()
     server.server_close()
