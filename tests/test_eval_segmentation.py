@@ -196,6 +196,17 @@ def test_a_folder_in_vocs_layout(voc, capsys):
     assert evaluate(*RANDOM_VIT, "--data_path", voc, "--nb_knn", 3) == found
 
 
+def test_the_threshold_is_the_flags(voc):
+    found = [evaluate(*RANDOM_VIT, "--data_path", voc, "--threshold", t)["jaccard"] for t in (0.2, 0.6)]
+    assert found[0] != found[1]
+
+
+def test_patches_and_temperature_are_the_flags(voc, capsys):
+    flags = *RANDOM_VIT, "--data_path", voc, "--train_patches", 40, "--nb_knn", 5, "--temperature"
+    found = [evaluate(*flags, t)["k-NN"] for t in (0.001, 10)]
+    assert "40 training patches of 6 images, 5 neighbours" in capsys.readouterr().out and found[0] != found[1]
+
+
 def test_images_without_objects_are_left_out_of_the_attention(tmp_path, capsys):
     write_voc(tmp_path)
     empty = np.zeros((32, 48), np.uint8)

@@ -112,6 +112,14 @@ def test_kinds_are_what_the_evaluations_use(images, tmp_path, kind):
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_precision_is_the_flags(images, tmp_path):
+    found = [
+        np.load(extract(tmp_path / name, "--data_path", str(images), "--precision", name, weights=VIT))
+        for name in ("fp32", "bf16")
+    ]
+    assert not np.array_equal(*found) and np.allclose(*found, rtol=0.1, atol=0.1)
+
+
 def test_features_of_rectangular_images(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")

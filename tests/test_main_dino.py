@@ -105,6 +105,7 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--norm_last_layer maybe", "neither true nor false"),
         ("--precision int8", "--precision"),
         ("", "--demo"),
+        ("--data_path {images} --knn_every 1", "needs labelled images .--knn_every.: give --knn_data"),
         ("--data_path /nowhere", "no such folder"),
         ("--data_path docs", "no images found"),
         ("--data_path {images} --batch_size_per_gpu 21", "a batch of 21 .* larger than the dataset of 20"),
@@ -840,10 +841,13 @@ def test_unreadable_images_do_not_end_a_run_until_they_are_many(tmp_path, capsys
     train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
     assert sum(record["unreadable"] for record in log_of(tmp_path / "out")) >= 4
     assert capsys.readouterr().out.count("cannot read") == 4
-    for i in range(4, 20):
-        (tmp_path / "data" / f"{i:03}.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match="images of this epoch cannot be read"):
-        train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "other")
+    ends = pytest.raises(UserError, match="10 images of this epoch cannot be read")
+    for broken, outcome in ((9, contextlib.nullcontext()), (10, ends)):
+        for i in range(4, broken):
+            (tmp_path / "data" / f"{i:03}.png").write_bytes(b"broken")
+        all_of_them = "--batch_size_per_gpu", 5  # no batch is incomplete
+        with outcome:
+            train("--data_path", tmp_path / "data", "--output_dir", tmp_path / f"{broken}", *all_of_them)
 
 
 @pytest.mark.parametrize("flags", [["--arch", "resnet18"], ["--precision", "bf16"], ["--precision", "fp16"],
