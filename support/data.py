@@ -335,11 +335,9 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, args: argparse.Namespace, form: ImageFormat = RGB) -> "Source":
         """Read the data flags, for images of a format. Raises UserError."""
-        for name in ("data_path", "dataset") if getattr(args, "demo", False) else ():
-            if getattr(args, name):
-                raise UserError(
-                    "--demo draws its own images", f"--{name} {getattr(args, name)}", "leave one out"
-                )
+        if getattr(args, "demo", False) and (args.data_path or args.dataset):
+            given = "--data_path" if args.data_path else f"--dataset {args.dataset}"
+            raise UserError("--demo draws its own images", given, "leave one out")
         values = {name: value for name, value in vars(args).items() if name in cls._fields}
         if isinstance(args.data_path, list):
             values["data_path"], *more = args.data_path

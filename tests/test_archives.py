@@ -148,8 +148,8 @@ def test_several_data_paths_are_one_set(own, tmp_path, capsys):
     for i in range(12):
         assert torch.equal(train.pixels(i), parts[i // 8].pixels(i % 8))
     assert train.paths[9] == f"{archive}/train/a/001.png"
-    other = main_dino.parse_args(["--data_path", f"{own}/train", f"{tmp_path}/more/train", "--demo"])
-    joined = open_training_images(Source.of(other)._replace(demo=False))
+    other = main_dino.parse_args(["--data_path", f"{own}/train", f"{tmp_path}/more/train"])
+    joined = open_training_images(Source.of(other))
     assert len(joined) == 12 and data.digest(joined) != data.digest(train)
     with pytest.raises(UserError, match="--dataset takes one folder"):
         Source.of(eval_knn.parse_args(["--data_path", "a", "b", "--dataset", "CIFAR10"]))
