@@ -384,12 +384,16 @@ def parse_args(
     """
     if parser is None:
         parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    known = parser.parse_known_args(argv)[0]
-    if known.demo:
-        parser.set_defaults(**demo_defaults())
-    if known.in_chans != 3:
-        parser.set_defaults(mean=AUTO, std=AUTO)
+    set_dependent_defaults(parser, parser.parse_known_args(argv)[0])
     return parser.parse_args(argv)
+
+
+def set_dependent_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set the defaults that follow from the flags `--demo` and `--in_chans` in `args`."""
+    if args.demo:
+        parser.set_defaults(**demo_defaults())
+    if args.in_chans != 3:
+        parser.set_defaults(mean=AUTO, std=AUTO)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -410,8 +414,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
     check_format(args)
     parser = get_args_parser()
-    if args.demo:
-        parser.set_defaults(**demo_defaults())
+    set_dependent_defaults(parser, args)
     cli.warn_no_effect(args, parser, NO_EFFECT)
 
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
