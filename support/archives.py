@@ -110,6 +110,10 @@ class Archive(Folder):
         names = (folder[len(self.inside) : -1] for folder in self._below())
         return sorted(name for name in names if name and "/" not in name)
 
+    def file_names(self) -> list[str]:
+        """List the names of the files in the folder itself, except hidden ones."""
+        return self.tree.contents[self.inside][0]
+
     def paths(self, names: Iterable[str]) -> "Members":
         """The places of images, given by their names relative to the folder."""
         names = list(names)

@@ -32,7 +32,15 @@ from torchvision.transforms.functional import to_pil_image
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, WrongFormat, nearest, reason, reason_of
-from support.files import ARRAYS, Folder, JoinedPaths, Paths, all_extensions, readable_extensions
+from support.files import (
+    ARRAYS,
+    Folder,
+    JoinedPaths,
+    Paths,
+    all_extensions,
+    readable_extensions,
+    select_images,
+)
 from support.formats import TIFFS, ImageFormat, extension, load_levels, load_values, open_file
 from support.logger import log
 from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
@@ -183,6 +191,8 @@ class LabelledFiles(ImageFiles):
         if not self.classes:
             raise UserError("no class folders", str(root), "put the images of each class into a folder")
         found = [self._found(folder.below(name)) for name in self.classes]
+        beside = select_images([("", folder.file_names(), 0)], extensions_of(form))
+        self.left_out += beside.left_out + Counter({"images beside class folders": len(beside.names)})
         if empty := [name for name, names in zip(self.classes, found, strict=True) if not names]:
             few = ", ".join(empty[:5])
             raise UserError(f"no images in class folders {few}", str(root), "give each class images")

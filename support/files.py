@@ -213,6 +213,11 @@ class Folder:
         """List the names of its folders, sorted, except hidden ones. Raises UserError."""
         return class_folders(self.root)
 
+    def file_names(self) -> list[str]:
+        """List the names of the files in the folder itself, except hidden ones."""
+        with os.scandir(self.root) as entries:
+            return [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
+
     def paths(self, names: Iterable[str]) -> Paths:
         """The paths of files, given by their names relative to the folder."""
         return Paths(names, self.root)

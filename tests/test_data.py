@@ -167,6 +167,21 @@ def test_hidden_names_are_left_out_and_what_pillow_reads_is_taken(tmp_path, caps
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_lies_beside_class_folders_is_left_out_and_counted(tmp_path, packed):
+    root = tmp_path / "val"
+    for name in ("cat", "dog"):
+        save_images(root / name, 2)
+    save_images(root, 3)  # e.g. not yet sorted
+    (root / "labels.csv").write_text("no image")
+    if packed:
+        shutil.make_archive(str(root), "tar", root)
+        shutil.rmtree(root)
+    images = open_labelled_images(Source(str(tmp_path)), "val")
+    assert (len(images), images.classes) == (4, ["cat", "dog"]) and images.taken == {".png": 4}
+    assert images.left_out == {"images beside class folders": 3, ".csv": 1}
+
+
 def test_paths_are_one_buffer_of_few_bytes_an_image():
     """A list of strings costs each worker about 100 bytes more, as reference counts change."""
     tracemalloc.start()
