@@ -57,7 +57,7 @@ from support.errors import TrainingError, UserError
 from support.features import extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
-from support.pixels import Size, as_tensor, height_and_width, normalize
+from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize
 from support.restart import Run
 from support.subsets import FewImages, draw_few, few_shot, labels_of
 from support.weights import (
@@ -239,9 +239,9 @@ def image_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Loaded uint8 images and labels -> features (B, F) and labels (B,) on the device."""
     for images, labels in loader:
-        images = normalize(images.to(device, non_blocking=True), features.frozen.mean, features.frozen.std)
+        images = normalize(copy_to(images, device), features.frozen.mean, features.frozen.std)
         # A clone, because a tensor made in inference mode cannot take part in a backward pass.
-        yield features.of(images).clone(), labels.to(device, non_blocking=True)
+        yield features.of(images).clone(), copy_to(labels, device)
 
 
 def cached_batches(

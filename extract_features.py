@@ -65,6 +65,7 @@ from support.features import (
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
+from support.pixels import copy_to
 from support.restart import comparable
 from support.weights import Frozen, load_file, replacing
 from support.weights import digest as digest_weights
@@ -385,7 +386,7 @@ def fill(store: Store, dataset: Rows, model: Callable[[Tensor], Tensor], num_wor
             labels, skipped = [], []
             if batch is not None:
                 pixels, classes, readable = batch
-                parts = [model(part.to(device, non_blocking=True)).cpu() for part in pixels.split(batch_size)]
+                parts = [model(copy_to(part, device)).cpu() for part in pixels.split(batch_size)]
                 found = torch.cat(parts).to(getattr(torch, store.dtype.name))
                 check_finite(found[readable], dataset.images, rows)
                 found[~readable] = torch.nan

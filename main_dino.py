@@ -621,6 +621,14 @@ def synchronize_batchnorms(model: MultiCropWrapper, device: torch.device) -> Non
     backbones.convert_batchnorms(model)
 
 
+def check_device(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise UserError for flags that train wrongly on this device."""
+    if args.grad_checkpointing and args.drop_path_rate and device.type == "mps":
+        # The recomputed blocks would drop other paths (https://github.com/pytorch/pytorch/issues/127676).
+        what = "on MPS, PyTorch recomputes activations with other random numbers"
+        raise UserError(what, "--grad_checkpointing", "add --drop_path_rate 0, or leave it out")
+
+
 def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Raise UserError if a step would give batch norm one value per channel, on which it cannot train."""
     if args.batch_size_per_gpu * args.local_crops_number != 1:
@@ -710,6 +718,7 @@ class Training:
 
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
     """Build networks, loss, optimizer and schedules. Raises UserError."""
+    check_device(args, device)
     torch.backends.cudnn.deterministic = True  # else the last bits of gradients change from run to run
     # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
     student_without_ddp, teacher = build_networks(args)

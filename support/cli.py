@@ -338,6 +338,8 @@ def from_outside(error: Exception, args: object = None) -> UserError | None:
     if message.startswith("DataLoader worker (pid"):  # it died; an exception in a worker reads differently
         what = f"a data-loading worker died: {message}"
         return Interrupted(what, "", "run the same command to resume", alone=True)
+    if "Duplicate GPU detected" in str(error):  # NCCL's words
+        return UserError("several processes use one GPU", "", "start one process per GPU")
     if (dist.is_available() and isinstance(error, dist.DistError)) or "/gloo/" in message:
         message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
         return Interrupted(f"lost another process: {message}", "", "run the same command to resume")

@@ -17,6 +17,7 @@ import traceback
 import urllib.parse
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -249,6 +250,7 @@ def init_distributed_mode(dist_url: str | argparse.Namespace = "env://") -> torc
             rank=rank,
             world_size=world_size,
             device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(minutes=15),  # longer than a loader waits for images: NCCL would take 10
         )
     return device
 

@@ -18,7 +18,7 @@ from support.distributed import all_gather, get_rank, get_world_size, same_error
 from support.errors import UserError, reason
 from support.loading import EvalImages, make_loader
 from support.logger import log
-from support.pixels import size_words
+from support.pixels import copy_to, size_words
 from support.weights import Frozen, load_backbone
 from vision_transformer import VisionTransformer
 
@@ -67,7 +67,7 @@ def extract_features(
     with contextlib.closing(iter(loader)) as batches:  # also ends the workers after an error of the model
         for batch, label, index in batches:
             with torch.inference_mode():
-                feature = model(batch.to(device, non_blocking=True)).float()
+                feature = model(copy_to(batch, device)).float()
             if len(features) < len(dataset):
                 features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
             # The sampler repeats images to fill the last batch; these are written twice.

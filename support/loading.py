@@ -26,7 +26,7 @@ from support.data import ImageFiles, Images, machine_lacks, read_labelled, sampl
 from support.distributed import get_rank, get_world_size
 from support.errors import ImageError, Interrupted, WrongFormat
 from support.monitor import ignore_signals
-from support.pixels import to_pixels
+from support.pixels import copy_to, to_pixels
 
 
 class TrainingViews(Dataset):
@@ -170,6 +170,12 @@ class Loader(DataLoader):
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):  # after `poll` seconds
                     raise
+            pins = getattr(batches, "_pin_memory_thread", None)  # with CUDA, workers' batches come through it
+            if pins and not pins.is_alive():
+                kill_workers(workers)
+                what = "the thread that pins memory died, as its error above says"
+                fix = "raise ulimit -n, give /dev/shm more room, or lower --num_workers"
+                raise Interrupted(what, "", fix, alone=True)
             waited = time.monotonic() - begun
             if self.stop_asked() and waited > self.grace:
                 kill_workers(workers)
@@ -284,7 +290,7 @@ def to_device(batches: Iterable[tuple], device: torch.device) -> Generator[tuple
         views, *rest = batch
         with torch.cuda.stream(stream):  # None: no stream, no effect
             return (
-                [view.to(device, non_blocking=True) for view in views],
+                [copy_to(view, device) for view in views],
                 rest,
                 stream and stream.record_event(),
             )

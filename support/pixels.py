@@ -54,6 +54,15 @@ def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     return image.convert("RGB")
 
 
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device, on CUDA without waiting for the copy.
+
+    Without waiting, MPS may read the memory of a tensor that is gone
+    (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_pixels(image: Image.Image | Tensor) -> Tensor:
     """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize.
 
@@ -252,7 +261,7 @@ def _change(
     if len(rows) == len(images):
         change(images, given)
     elif rows:
-        index = torch.tensor(rows).to(images.device, non_blocking=True)
+        index = copy_to(torch.tensor(rows), images.device)
         part = images[index]
         change(part, given)
         images[index] = part
@@ -262,7 +271,7 @@ def _each(amounts: Sequence[float], images: Tensor) -> Tensor | float:
     """One number per image, to be combined with images; for a single image a float, which is faster."""
     if len(amounts) == 1:
         return amounts[0]
-    return torch.tensor(amounts).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    return copy_to(torch.tensor(amounts), images.device).view(-1, 1, 1, 1)
 
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601

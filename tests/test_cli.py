@@ -25,6 +25,11 @@ from tests.conftest import ROOT
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): correct"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
         (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
+        (
+            RuntimeError("NCCL error in: /a/b.cpp:94, invalid usage\nncclInvalidUsage: This usually\n"
+                         "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 5000"),
+            2, "error: several processes use one GPU: start one process per GPU",
+        ),
         (Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
     ],
 )  # fmt: skip

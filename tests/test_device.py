@@ -20,6 +20,7 @@ import utils
 from support.attention import cls_attention, keep_mass
 from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, open_training_images
+from support.errors import UserError
 from support.features import extract_features, patch_tokens
 from support.loading import to_device
 from support.logger import MetricLogger
@@ -101,6 +102,15 @@ RECIPES = {
     "resnet18": ["--arch", "resnet18", "--optimizer", "sgd", "--clip_grad", "0"],
     "timm": ["--arch", "xcit_nano_12_p16_224", "--drop_path_rate", "0", "--local_crops_size", "32"],
 }
+
+
+def test_recomputed_blocks_and_drop_path_are_refused_where_torch_draws_other_numbers():
+    args = main_dino.parse_args(["--data_path", "x", "--grad_checkpointing"])
+    with pytest.raises(UserError, match="--grad_checkpointing.*--drop_path_rate 0"):
+        main_dino.check_device(args, torch.device("mps"))
+    main_dino.check_device(args, torch.device("cuda"))
+    args.drop_path_rate = 0.0
+    main_dino.check_device(args, torch.device("mps"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 
@@ -228,6 +229,21 @@ def test_a_batch_that_never_comes_ends_the_run_with_a_line(monkeypatch, capsys):
         list(loader)
     assert error.value.exit_code == 75 and multiprocessing.active_children() == []
     assert "warning: no batch of images for " in capsys.readouterr().out
+
+
+def test_a_dead_thread_of_pinned_memory_ends_the_run_with_the_reason(images):
+    """torch's iterator with CUDA does not notice it: it only times out."""
+
+    class TimesOut:
+        _pin_memory_thread = threading.Thread()  # not alive
+
+        def __next__(self):
+            raise RuntimeError("DataLoader timed out after 1 seconds")
+
+    loader = make_loader(images, [[0]], 0, torch.device("cpu"))
+    with pytest.raises(Interrupted, match=r"pins memory died.*ulimit -n.*/dev/shm") as error:
+        loader._next(TimesOut(), set())
+    assert error.value.exit_code == 75
 
 
 LOAD = """
