@@ -58,7 +58,7 @@ from support.features import extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize
-from support.restart import Run
+from support.restart import Run, comparable
 from support.subsets import FewImages, draw_few, few_shot, labels_of
 from support.weights import (
     PUBLISHED,
@@ -318,6 +318,8 @@ def to_classes(labels: Tensor, images: Images, classes: list[str] | None, num_la
     classifier does not know.
     """
     names = class_names(images)
+    if names and names == classes:  # also where torchvision gives two classes one name, as ImageNet's cranes
+        return labels
     if classes and names:
         unknown = sorted(set(names) - set(classes))
         if unknown:
@@ -377,12 +379,11 @@ def extract(
 
 
 def load_classifier(
-    weights: str, width: int, n_last_blocks: int, avgpool_patchtokens: bool, backbone: str
+    weights: str, features: Features, n_last_blocks: int, avgpool_patchtokens: bool
 ) -> tuple[LinearClassifiers, list[str] | None]:
     """Load a trained classifier, ours or published, by file or name; also its class names if recorded.
 
-    Its input are features of `width`, from the network with the digest `backbone`. Raises UserError, also
-    if the file records other features.
+    Raises UserError, also if the file records that it was trained on other features.
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
@@ -393,7 +394,14 @@ def load_classifier(
         if value != flag:
             what = f"classifier was trained with {value}"
             raise UserError(what, f"--{name} {flag}", f"give --{name} {value}")
-    if trained.get("backbone", backbone) != backbone:
+    frozen = features.frozen
+    seen = {"pixels": frozen.image_size, "mean": frozen.mean, "std": frozen.std, "values": frozen.value_range}
+    for name, value in seen.items():
+        before = trained.get(name, value)
+        if comparable({name: before}) != comparable({name: value}):
+            what = f"classifier was trained on images of other {name}: {before}, not {value}"
+            raise UserError(what, weights, "give the --image_size and --pretrained_weights of its training")
+    if trained.get("backbone", features.digest) != features.digest:
         what = "classifier was trained on the features of other weights"
         raise UserError(what, weights, "give their --pretrained_weights")
     state = checkpoint.get("state_dict", checkpoint)
@@ -402,8 +410,8 @@ def load_classifier(
     state = {name.removeprefix("module."): value for name, value in state.items()}
     check_finite(state, weights)
     num_labels = len(state["linear.bias"]) if "linear.bias" in state else 1000
-    classifiers = LinearClassifiers(1, width, num_labels)
-    source = f"{weights}, for {width} features and {num_labels} classes"
+    classifiers = LinearClassifiers(1, features.width, num_labels)
+    source = f"{weights}, for {features.width} features and {num_labels} classes"
     load_strictly(classifiers[0], state, source, "check --n_last_blocks and --avgpool_patchtokens")
     return classifiers, checkpoint.get("classes")
 
@@ -415,10 +423,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
     with same_error_on_all_ranks():
         classifier, classes = load_classifier(
             args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
-            features.width,
+            features,
             args.n_last_blocks,
             args.avgpool_patchtokens,
-            features.digest,
         )
     num_labels = classifier.num_labels
     if args.num_labels not in (None, num_labels):

@@ -368,9 +368,9 @@ def dilate(masks: Tensor, radius: int) -> Tensor:
     return near
 
 
-def score(labels: np.ndarray, truth: np.ndarray, objects: int) -> Tensor:
-    """J and F of the objects 1, 2, ... in one frame, (objects, 2), from labels (H, W)."""
-    numbers = torch.arange(1, objects + 1)[:, None, None]
+def score(labels: np.ndarray, truth: np.ndarray, objects: Sequence[int]) -> Tensor:
+    """J and F of the objects with these numbers in one frame, (objects, 2), from labels (H, W)."""
+    numbers = torch.tensor(objects)[:, None, None]
     counted = torch.from_numpy(truth != VOID)
     masks, real = ((torch.from_numpy(part) == numbers) & counted for part in (labels, truth))
     return torch.stack([region_similarity(masks, real), boundary_accuracy(masks, real)], dim=1)
@@ -391,15 +391,17 @@ def save_mask(labels: np.ndarray, palette: list[int] | None, path: Path) -> None
 
 def segment(
     frozen: Frozen, clip: Clip, folder: Path, n_last: int, reach: int, topk: int, device: torch.device
-) -> Tensor | None:
-    """Write the masks of a clip; returns J and F of its objects, (objects, 2), None without true masks.
+) -> dict[str, Tensor]:
+    """Write the masks of a clip; prints and returns J and F, (2,), of each object, CLIP_NUMBER.
+
+    Without true masks, there are none.
 
     Raises ImageError for a file that cannot be read.
     """
     with Image.open(clip.masks[0]) as image:
         palette = image.getpalette()
     first = without_void(read_mask(clip.masks[0]))
-    objects, scored, found = int(first.max()), set(clip.scored), []
+    objects, scored, found = np.unique(first[first > 0]).tolist(), set(clip.scored), []
     seen = input_size(*clip.size, patch_size_of(frozen.network))
     unknown: set[int] = set()
     masks = track(frozen, clip.frames, first, seen, n_last, reach, topk, device)
@@ -408,25 +410,25 @@ def segment(
         if path in scored:
             truth = read_mask(path)
             found.append(score(labels, truth, objects))
-            unknown |= set(np.unique(truth).tolist()) - {*range(objects + 1), VOID}
+            unknown |= set(np.unique(truth).tolist()) - {0, *objects, VOID}
     if unknown:
         log(f"note: {clip.name}: not in the first mask, so not scored: objects {sorted(unknown)}")
     size = f"{seen[0]} x {seen[1]}"
-    log(f"{clip.name}: {len(clip.frames)} frames, seen at {size} pixels, {objects} objects, in {folder}")
-    return torch.stack(found).mean(dim=0) if found else None
+    log(f"{clip.name}: {len(clip.frames)} frames, seen at {size} pixels, {len(objects)} objects, in {folder}")
+    if not found:
+        return {}
+    scores = zip(objects, torch.stack(found).mean(dim=0), strict=True)
+    named = {f"{clip.name}_{number}": both for number, both in scores}
+    for name, both in named.items():
+        log("{}: J {:.4f}, F {:.4f}".format(name, *both.tolist()))
+    return named
 
 
 def report(scores: dict[str, Tensor], paper: tuple[float, ...] | None) -> dict[str, dict[str, float]]:
-    """Print J and F of each object, (objects, 2) by clip, their means and the paper's; return the own."""
-    result = {
-        f"{clip}_{number}": dict(zip("JF", row, strict=True))
-        for clip, rows in scores.items()
-        for number, row in enumerate(rows.tolist(), 1)
-    }
-    for name, values in result.items():
-        log(f"{name}: J {values['J']:.4f}, F {values['F']:.4f}")
+    """Print the means of J and F, (2,) of each object, and the paper's; return the own, and each object's."""
+    result = {name: dict(zip("JF", both.tolist(), strict=True)) for name, both in scores.items()}
     if result:
-        J, F_ = torch.cat(list(scores.values())).mean(dim=0).tolist()
+        J, F_ = torch.stack(list(scores.values())).mean(dim=0).tolist()
         result["mean"] = {"J&F": (J + F_) / 2, "J": J, "F": F_}
         log(f"mean of {len(result) - 1} objects: J&F {(J + F_) / 2:.4f}, J {J:.4f}, F {F_:.4f}")
     if result and paper:
@@ -465,10 +467,10 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     frozen = load_network(args, device)
     flags = args.n_last_frames, args.size_mask_neighborhood, args.topk
     found = {clip.name: segment(frozen, clip, output_dir / clip.name, *flags, device) for clip in clips}
-    scores = {name: rows for name, rows in found.items() if rows is not None}
-    if unscored := found.keys() - scores.keys():
+    if unscored := [name for name, scores in found.items() if not scores]:
         what = "without masks between the first and the last frame"
         log(f"J and F were not computed for {len(unscored)} of {len(clips)} clips, {what}")
+    scores = {name: both for scores in found.values() for name, both in scores.items()}
     return report(scores, paper_result(args.pretrained_weights, clips))
 
 

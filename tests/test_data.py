@@ -167,6 +167,20 @@ def test_hidden_names_are_left_out_and_what_pillow_reads_is_taken(tmp_path, caps
     assert expected in capsys.readouterr().out
 
 
+def test_one_class_and_equal_parts_do_not_pass_for_a_good_accuracy(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        save_images(tmp_path / "train" / name, 2)
+    shutil.copytree(tmp_path / "train", tmp_path / "train" / "nested")
+    (tmp_path / "val").symlink_to("train")
+    open_train_and_val(Source(str(tmp_path)))
+    said = capsys.readouterr().out
+    assert "warning: train and val are the same images" in said and "one class" not in said
+    for name in ("cat", "dog"):
+        shutil.rmtree(tmp_path / "train" / name)
+    open_train_and_val(Source(str(tmp_path)))
+    assert "warning: only one class, nested, so all answers are right" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_lies_beside_class_folders_is_left_out_and_counted(tmp_path, packed):
     root = tmp_path / "val"

@@ -15,6 +15,7 @@ from torchvision import transforms
 import eval_linear
 from eval_linear import LinearClassifiers, frozen_features, validate_network
 from support import backbones, data, logistic, restart, subsets
+from support.data import match_classes
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.loading import EpochBatches
@@ -546,6 +547,27 @@ def test_evaluation_needs_no_training_images(labelled, tmp_path):
     best = probe(labelled, tmp_path / "out")
     (tmp_path / "val").symlink_to(labelled / "val")
     assert probe(tmp_path, tmp_path / "out", "--evaluate")[0]["acc1"] == best[0]["acc1"]
+
+
+@pytest.mark.parametrize(("name", "before"), [("pixels", (24, 24)), ("mean", (0.1, 0.2, 0.3))])
+def test_a_classifier_of_other_pixels_is_refused(labelled, tmp_path, name, before):
+    probe(labelled, tmp_path / "out")
+    checkpoint = torch.load(tmp_path / "out" / "checkpoint.pth.tar")
+    checkpoint["identity"][name] = before
+    torch.save(checkpoint, tmp_path / "out" / "checkpoint.pth.tar")
+    with pytest.raises(UserError, match=f"images of other {name}: "):
+        probe(labelled, tmp_path / "out", "--evaluate")
+
+
+def test_classes_of_one_name_stay_apart():
+    """torchvision names two classes of ImageNet "crane"."""
+
+    class Named(list):
+        classes = ["crane", "tench", "crane"]
+
+    labels, images = torch.tensor([0, 1, 2]), Named()
+    assert eval_linear.to_classes(labels, images, Named.classes, 3).tolist() == [0, 1, 2]
+    assert match_classes(Named.classes, Named.classes, "") == [0, 1, 2]
 
 
 def test_classes_that_the_dataset_does_not_name_have_to_be_given():

@@ -79,8 +79,9 @@ def test_scores_of_the_published_masks_are_the_benchmarks(paper_inputs, publishe
     scores = {}
     for clip in video.open_clips(str(paper_inputs / "davis")):
         folder = ROOT / "tests" / "data" / "masks" / name / clip.name
-        frames = [video.score(video.read_mask(folder / m.name), video.read_mask(m), 2) for m in clip.scored]
-        scores[clip.name] = torch.stack(frames).mean(dim=0)
+        masks = [(video.read_mask(folder / m.name), video.read_mask(m)) for m in clip.scored]
+        means = torch.stack([video.score(*both, [1, 2]) for both in masks]).mean(dim=0)
+        scores |= {f"{clip.name}_{number}": mean for number, mean in enumerate(means, 1)}
     result = video.report(scores, None)
     assert result.keys() == published[f"{name} J and F"].keys()
     for label, values in published[f"{name} J and F"].items():
@@ -257,11 +258,11 @@ def test_precision_and_recall_of_the_boundary_differ():
 def test_objects_that_both_lack_are_right_and_void_pixels_do_not_count():
     labels, truth = np.zeros((60, 80), np.uint8), np.zeros((60, 80), np.uint8)
     labels[10:20, 10:20] = truth[10:20, 10:20] = 1
-    assert video.score(labels, truth, 3).tolist() == [[1, 1]] * 3
+    assert video.score(labels, truth, [1, 2, 3]).tolist() == [[1, 1]] * 3
     labels[40:50, 40:50] = 3
-    assert video.score(labels, truth, 3).tolist() == [[1, 1], [1, 1], [0, 0]]
+    assert video.score(labels, truth, [1, 2, 3]).tolist() == [[1, 1], [1, 1], [0, 0]]
     truth[40:50, 40:50] = video.VOID
-    assert video.score(labels, truth, 3).tolist() == [[1, 1]] * 3
+    assert video.score(labels, truth, [1, 2, 3]).tolist() == [[1, 1]] * 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,6 +314,16 @@ def test_a_clip_with_its_first_mask_only_is_segmented_but_not_scored(tmp_path, c
     make_clip(data, "other")
     assert set(segment(data, tmp_path / "output")) == {"other_1", "mean"}
     assert "J and F were not computed for 1 of 2 clips" in capsys.readouterr().out
+
+
+def test_only_numbers_in_the_first_mask_are_objects(tmp_path, capsys):
+    """A missing number, whose mask is always right, would raise the mean."""
+    result = segment(make_clip(tmp_path / "data"), tmp_path / "output")
+    for path in (tmp_path / "data" / video.MASKS / "clip").iterdir():
+        Image.fromarray(200 * video.read_mask(path)).save(path)
+    renumbered = segment(tmp_path / "data", tmp_path / "output")
+    assert list(renumbered) == ["clip_200", "mean"] and renumbered["mean"] == result["mean"]
+    assert " 1 objects" in capsys.readouterr().out
 
 
 def test_objects_that_come_later_are_not_scored(tmp_path, capsys):
@@ -379,9 +390,8 @@ def test_the_papers_result_stands_beside_its_own_weights_and_data_only():
 
 
 def test_the_papers_result_is_printed(capsys):
-    video.report({"clip": torch.tensor([[0.5, 0.7]])}, (0.618, 0.602, 0.634))
+    video.report({"clip_1": torch.tensor([0.5, 0.7])}, (0.618, 0.602, 0.634))
     assert capsys.readouterr().out.splitlines() == [
-        "clip_1: J 0.5000, F 0.7000",
         "mean of 1 objects: J&F 0.6000, J 0.5000, F 0.7000",
         "paper, Table 5: J&F 0.618, J 0.602, F 0.634",
     ]
