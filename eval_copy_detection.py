@@ -130,10 +130,14 @@ def positives_of(block: str, images: ImageFiles, originals: ImageFiles) -> list[
     """Indices of the originals of each image of a block.
 
     For `strong`, those whose names begin with the same four letters; for other blocks, the original with
-    the same index. Raises UserError if an image has no original or, by its name, another one.
+    the same index, whose name has to begin with them too, or be the same if those letters are not its own.
+    Raises UserError if an image has no original or, by its name, another one.
     """
     starts = np.array([Path(path).name[:4] for path in originals.paths])
+    distinct = len(np.unique(starts)) == len(starts)
     queries = [Path(path).name for path in images.paths]
+    if block == "strong" and not distinct:
+        log("warning: originals that begin with the same four letters all count as right for strong/")
     if block == "strong":
         found = [np.flatnonzero(starts == name[:4]) for name in queries]
         for name, positives in zip(queries, found, strict=True):
@@ -145,7 +149,7 @@ def positives_of(block: str, images: ImageFiles, originals: ImageFiles) -> list[
         what = f"{block} has {len(queries)} images, but there are {len(starts)} originals"
         raise UserError(what, str(images.paths.root), "give each image its original")
     for name, start, path in zip(queries, starts, originals.paths, strict=False):
-        if name[:4] != start:
+        if name[:4] != start if distinct else Path(name).stem != Path(path).stem:
             what = f"{block}/{name} stands where original/{Path(path).name} is"
             raise UserError(what, str(images.paths.root), "name each image as its original")
     return [np.array([index]) for index in range(len(queries))]

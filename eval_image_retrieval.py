@@ -12,6 +12,7 @@ Shapes: B images, H x W pixels, N images of the database, Q queries, D features.
 """
 
 import argparse
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -191,7 +192,17 @@ def open_images(benchmark: Benchmark, crop_queries: bool) -> tuple[ImageFiles, I
             fix = "correct the ground truth, or leave --crop_queries out"
             raise UserError(f"query {query.name}: bbx is no box: {query.box!s:.60}", "--crop_queries", fix)
         boxes.append(box.tolist())
+    if outside := [str(path) for path, box in zip(paths, boxes, strict=True) if _reaches_out(path, box)]:
+        what = f"the boxes of {len(outside)} of {len(paths)} queries reach beyond their images"
+        log(f"warning: {what}, where they are black: were the images resized? e.g. {outside[0]}")
     return database, CroppedFiles(paths, boxes)
+
+
+def _reaches_out(path: Path, box: Sequence[float]) -> bool:
+    """Whether a box (left, top, right, bottom) ends more than a pixel outside an image; False without one."""
+    with contextlib.suppress(OSError), Image.open(path) as image:  # the header only
+        return box[2] > image.width + 1 or box[3] > image.height + 1
+    return False
 
 
 # ---------------------------------------------------------------------------------------------

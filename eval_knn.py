@@ -22,6 +22,7 @@ from torch import Tensor
 
 from extract_features import read_features
 from support import cli
+from support.checks import check_on_first_rank
 from support.cli import bool_flag
 from support.data import Images, Source, match_classes, on_all_ranks, open_train_and_val
 from support.distributed import (
@@ -307,7 +308,8 @@ def _unit_rows(features: Tensor, where: str) -> Tensor:
 
 def _class_numbers(labels: Tensor, where: str) -> Tensor:
     """Convert labels (N,) to int64. Raises UserError if one is not a whole number from 0."""
-    wrong = labels.is_complex() or (labels != labels.long()).any() or (labels < 0).any()
+    # As float64, because torch compares few unsigned types.
+    wrong = labels.is_complex() or (labels.double() != labels.long()).any() or (labels.double() < 0).any()
     if wrong:
         raise UserError("labels are not whole numbers from 0", where, "save class numbers")
     return labels.long()
@@ -317,6 +319,7 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
     """Compute L2-normalised features and labels of train, then of val, by the flags."""
     frozen = load_by_flags(args)
     train, val = on_all_ranks(open_train_and_val, Source.of(args, frozen.form))
+    check_on_first_rank(train, alike=False)
     model = frozen.network.to(device)
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)

@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from support import cli, logistic
+from support.checks import check_on_first_rank
 from support.cli import bool_flag
 from support.data import (
     Images,
@@ -420,6 +421,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
     """Validate a trained classifier; returns its loss and accuracies in a list of one."""
     features = build_features(args, device)
     images = on_all_ranks(open_labelled_images, Source.of(args, features.frozen.form), "val")
+    check_on_first_rank(images, alike=False)
     with same_error_on_all_ranks():
         classifier, classes = load_classifier(
             args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
@@ -495,6 +497,7 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
         folder = cli.make_folder(args.output_dir)
     features = build_features(args, device)
     train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args, features.frozen.form))
+    check_on_first_rank(train_images, alike=False)
     train_images = few_images(args, train_images)
     classes, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
 
@@ -592,6 +595,7 @@ def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[st
     """Fit a logistic regression for each seed of the subset; returns its loss and accuracies on rank 0."""
     features = build_features(args, device)
     train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args, features.frozen.form))
+    check_on_first_rank(train_images, alike=False)
     names, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
     subsets = {args.seed: np.arange(len(train_images))}
     if args.few_shot:

@@ -159,11 +159,13 @@ class MaskedFiles(ImageFiles):
         path = self.masks[index]
         try:
             with Image.open(path) as mask:
-                mode, numbers = mask.mode, np.array(mask)
+                mode, numbers, is_jpeg = mask.mode, np.array(mask), mask.format == "JPEG"
         except Exception as error:  # a broken file can raise nearly anything
             raise UserError(f"cannot read mask: {reason(error)}", path, "repair or replace it") from None
-        if mode not in ("P", "L", "1"):
+        if mode not in ("P", "L", "1") or is_jpeg:
             what = f"mask has Pillow's mode {mode}, not class numbers of 8 bits"
+            if is_jpeg:
+                what = "mask is a JPEG, which changes numbers at edges"
             raise UserError(what, path, "save it as a palette or grey PNG")
         return torch.from_numpy(numbers.astype(np.uint8))
 
@@ -217,12 +219,15 @@ def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:
         paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
     except OSError as error:
         raise UserError(reason_of(error), str(folder), "give a folder in VOC's layout") from None
-    split = [os.path.splitext(path) for path in paths]
-    return {
-        os.path.basename(stem): stem + extension
-        for stem, extension in split
-        if extension.lower() in extensions
-    }
+    found: dict[str, str] = {}
+    for path in paths:
+        stem, extension = os.path.splitext(os.path.basename(path))
+        if extension.lower() not in extensions:
+            continue
+        if stem in found:
+            raise UserError(f"two files of one name: {os.path.basename(found[stem])}", path, "remove one")
+        found[stem] = path
+    return found
 
 
 def open_masked(data_path: str, demo: bool, form: ImageFormat = RGB) -> tuple[Masked, Masked]:
@@ -364,6 +369,8 @@ def sample_tokens(
             chosen = torch.from_numpy(np.random.default_rng([seed, index]).permutation(usable)[:quota])
             found.append((tokens.flatten(0, 1)[chosen.to(tokens.device)].float(), labels[chosen]))
     tokens, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if not len(labels):
+        raise UserError("most of each patch is void", "training masks", "give masks with more of the classes")
     kept = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(labels))[:limit]))
     return tokens[kept.to(tokens.device)], labels[kept].to(tokens.device)
 

@@ -27,10 +27,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from support import cli
+from support.checks import check_on_first_rank
 from support.data import (
     ImageFiles,
     Images,
@@ -120,6 +122,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _output_and_mean(network: nn.Module, images: Tensor) -> Tensor:
+    if isinstance(network, torchvision.models.VisionTransformer):
+        what = "torchvision's ViT does not give its patch tokens"
+        raise UserError(what, "--kind avgpool", "give timm's name of the architecture")
     if patch_size_of(network) == 1:  # a convolutional network's output is its average pool
         return network(images)
     return with_mean(*cls_and_patches(network, images))
@@ -358,7 +363,7 @@ def _read_array(path: Path) -> Tensor:
         return load_file(path)
     try:
         return torch.from_numpy(np.load(path))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError) as error:  # TypeError: words
         what = f"cannot read: {str(error).splitlines()[0]}"
         raise UserError(what, str(path), "run extract_features.py again with another --output_dir") from None
 
@@ -438,6 +443,7 @@ def main(args: argparse.Namespace) -> Path:
         folder = cli.make_folder(args.output_dir)
     frozen = load_by_flags(args)
     images = on_all_ranks(open_any_images, Source.of(args, frozen.form))
+    check_on_first_rank(images, alike=False)
     names = names_of(images)
     network = frozen.network.to(device)
     model = functools.partial(compute, args.kind, network, cli.PRECISIONS[args.precision])

@@ -34,7 +34,7 @@ import utils
 from eval_segmentation import MaskedShapes, measure_attention, resized_batches
 from support import backbones, cli
 from support.attention import cls_attention
-from support.checks import check_images
+from support.checks import check_on_first_rank
 from support.cli import bool_flag, number
 from support.curves import Curves
 from support.data import (
@@ -841,9 +841,7 @@ def train_dino(args: argparse.Namespace) -> None:
     step = first_step(found, steps)
     record_args(args, run.folder)
     if step == 0:
-        with same_error_on_all_ranks():
-            if is_main_process():
-                check_images(images)
+        check_on_first_rank(images)
     if step:  # a loss that is not finite now comes from the weights that were saved
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
     curves = Curves(run.folder, PANELS, args.tensorboard, step) if is_main_process() else None

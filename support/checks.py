@@ -1,4 +1,4 @@
-"""Checks images before training starts, and warns of likely mistakes in how they were prepared."""
+"""Checks images before they are used, and warns of likely mistakes in how they were prepared."""
 
 import random
 import time
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from support.data import ImageFiles, Images, sample_bits, sample_name
+from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, reason
 from support.files import ARRAYS
 from support.formats import extension, open_file, range_words
@@ -21,12 +22,20 @@ CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows
 IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
-def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
+def check_on_first_rank(images: Images, **kwargs) -> None:
+    """`check_images` on the first rank. Raises its error on all ranks."""
+    with same_error_on_all_ranks():
+        if is_main_process():
+            check_images(images, **kwargs)
+
+
+def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: bool = True) -> None:
     """Read up to `most` images, evenly spread, for about `seconds`; log a warning for each kind of fault.
 
     The faults: images that cannot be read, 16-bit values that use few bits, bands or transparency that are
-    dropped, images that are nearly constant, and images that are nearly identical. Raises WrongFormat for
-    an image of another format, UserError if no image has a value within the range that its format states.
+    dropped, images that are nearly constant, and, if `alike`, images that are nearly identical. Raises
+    WrongFormat for an image of another format, UserError if no image has a value within the range that its
+    format states.
     """
     if isinstance(images, Shapes):
         return
@@ -50,7 +59,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
             continue
         dropped, value = (_dropped(file), _largest(file)) if file else ("", None)
         if dropped:
-            faults.setdefault(f"lose {dropped}: training takes red, green and blue", []).append(index)
+            faults.setdefault(f"lose {dropped}: the network sees red, green and blue", []).append(index)
         if value is not None:
             faults.setdefault(DEEP, []).append(index)
             deepest = max(deepest, value)
@@ -61,7 +70,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0) -> None:
             thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
     _check_range(images, reached, checked - len(reasons))
     _warn_of_bits(faults, deepest)
-    if same := _identical(thumbnails):
+    if alike and (same := _identical(thumbnails)):
         faults["are nearly identical to another one: training learns from differences between images"] = same
     for words, indices in faults.items():
         example = sample_name(images, min(indices)) + reasons.get(min(indices), "")
@@ -91,7 +100,7 @@ def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
     """Turn the count of 16-bit images into a warning if they use few of their bits."""
     deep, bits = faults.pop(DEEP, []), deepest.bit_length()
     if deep and bits <= 14:
-        words = f"have 16 bits but use {bits} of them (largest value {deepest}), so that training sees them "
+        words = f"have 16 bits but use {bits} of them (largest value {deepest}), so the network sees them "
         faults[words + f"dark: give --value_range 0 {2**bits - 1}"] = deep
 
 

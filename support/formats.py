@@ -91,6 +91,8 @@ def to_levels(values: np.ndarray, value_range: Range | None, path: str) -> np.nd
 
     Raises ValueError for values that are not finite.
     """
+    if not values.size:
+        raise ValueError("has no pixels")
     if values.dtype.kind not in "buif":
         raise ValueError(f"values of type {values.dtype}")
     if value_range is None:
@@ -152,7 +154,11 @@ def _tiff_values(file: IO[bytes], channels: int, path: str) -> tuple[np.ndarray,
     """
     with _tifffile(path).TiffFile(file) as tiff:
         series = tiff.series[0]
-        is_rgb = series.keyframe.photometric.name in ("RGB", "YCBCR")
+        colours, compression = series.keyframe.photometric.name, series.keyframe.compression.name
+        is_rgb = colours in ("RGB", "YCBCR")
+        if colours in NOT_VALUES or (colours == "YCBCR" and "JPEG" not in compression):
+            what = f"TIFF's numbers are no brightness: its colours are {colours}"
+            raise WrongFormat(what, path, "save it as grey values, 0 for black, or as RGB")
         try:
             values = series.asarray()
         except ValueError as error:
@@ -172,6 +178,9 @@ def _tiff_values(file: IO[bytes], channels: int, path: str) -> tuple[np.ndarray,
     if others == "Q":  # tifffile's name for an axis that the file does not name
         return channels_first(values, channels, path), False
     return np.moveaxis(values, axes.index(others), 0), is_rgb and values.shape[axes.index(others)] == 3
+
+
+NOT_VALUES = ("MINISWHITE", "PALETTE", "CIELAB", "ICCLAB", "ITULAB")  # TIFF's kinds of colours
 
 
 def _tifffile(path: str) -> Any:

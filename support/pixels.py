@@ -81,12 +81,12 @@ def as_tensor(image: Image.Image | Tensor) -> Tensor:
 def in_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Tensor:
     """An image of any mode as RGB, or as grey for one channel; pixels (C, H, W) stay as they are.
 
-    Raises ValueError for another number of channels.
+    Raises ValueError for another number of channels or type.
     """
-    if isinstance(image, Tensor) and len(image) == channels:
+    if isinstance(image, Tensor) and len(image) == channels and image.dtype == torch.uint8:
         return image
     if isinstance(image, Tensor) or channels not in (1, 3):
-        has = f"pixels {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {image.mode} image"
+        has = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {image.mode} image"
         raise ValueError(f"the network takes uint8 ({channels}, H, W), not {has}")
     return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
 

@@ -69,12 +69,13 @@ def test_originals_are_found_by_four_letters_or_by_index(tmp_path):
     for folder, names in {
         "original": ["200000", "200001", "200100"],
         "strong": ["200005", "200109"],
-        "crops": ["200003", "200004"],
+        "crops": ["200000", "200001"],
+        "shifted": ["200001", "200100"],  # without a copy of the first
     }.items():
         (tmp_path / folder).mkdir()
         for name in names:
             picture().save(tmp_path / folder / f"{name}.png")
-    sets = {folder: ImageFiles(tmp_path / folder) for folder in ("original", "strong", "crops")}
+    sets = {folder: ImageFiles(tmp_path / folder) for folder in ("original", "strong", "crops", "shifted")}
 
     def found(block: str) -> list:
         images = sets[block.partition("/")[0]]
@@ -83,6 +84,8 @@ def test_originals_are_found_by_four_letters_or_by_index(tmp_path):
     assert found("strong") == [[0, 1], [2]]
     assert found("crops/10") == [[0], [1]]
     assert found("original") == [[0], [1], [2]]
+    with pytest.raises(UserError, match=r"shifted/10/200001.png stands where original/200000.png is"):
+        found("shifted/10")
 
 
 def test_the_papers_number_stands_beside_its_weights_and_its_data_only():

@@ -223,6 +223,13 @@ def test_missing_files_are_named(ground_truth):
     refused(folder, "1 of 7 query images are missing: query3.jpg .*jpg")
 
 
+def test_boxes_beyond_their_images_are_named(ground_truth, capsys):
+    folder, rewrite = ground_truth
+    rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[0, 0, 5000, 30]))
+    refused(folder, "no such file", "--crop_queries")  # of weights: the boxes come first
+    assert "warning: the boxes of 1 of 7 queries reach beyond their images" in capsys.readouterr().out
+
+
 def test_a_box_that_is_none_is_refused_if_queries_are_cropped(ground_truth):
     folder, rewrite = ground_truth
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, 10, 30]))

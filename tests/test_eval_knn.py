@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,20 @@ def test_all_k_at_once_equal_one_k_at_a_time():
     data = train, torch.randint(4, (50,)), test, torch.randint(4, (20,))
     together = eval_knn.knn_accuracies(*data, [1, 5, 50], 0.07, 4)
     assert together == {k: eval_knn.knn_classifier(*data, k, 0.07, 4) for k in (1, 5, 50)}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float32, torch.bool])
+def test_class_numbers_of_any_type(dtype):
+    assert eval_knn._class_numbers(torch.tensor([0, 1]).to(dtype), "").tolist() == [0, 1]
+
+
+def test_images_that_arrive_dark_are_named(tmp_path, capsys):
+    for split, name in itertools.product(("train", "val"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        values = np.random.default_rng(0).integers(0, 4096, (20, 20), np.uint16)
+        Image.fromarray(values).save(tmp_path / split / name / "0.png")
+    pixels(tmp_path, "--nb_knn", "1")
+    assert "warning: 2 of 2 checked images have 16 bits but use 12 of them" in capsys.readouterr().out
 
 
 def evaluate(*flags: str) -> dict:

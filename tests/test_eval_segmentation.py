@@ -287,6 +287,14 @@ LIST = "ImageSets/Segmentation/train.txt"
         (lambda root: (root / LIST).write_text("\n\n"), "list names no images"),
         (lambda root: (root / "JPEGImages/val 0.png").write_bytes(b"x"), "cannot read image: .*val 0.png"),
         (
+            lambda root: Image.new("RGB", (48, 32)).save(root / "JPEGImages/val 0.jpg"),
+            r"two files of one name: val 0.jpg \(.*val 0.png\): remove one",
+        ),
+        (
+            lambda root: Image.new("L", (48, 32)).save(root / "SegmentationClass/val 0.png", format="JPEG"),
+            "mask is a JPEG, which changes numbers at edges",
+        ),
+        (
             lambda root: (root / "SegmentationClass/val 0.png").write_bytes(b"x"),
             "cannot read mask: .*val 0.png",
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import VisionTransformer as TimmViT
@@ -131,6 +132,12 @@ def test_features_of_rectangular_images(images, tmp_path, capsys):
     assert "complete already" not in capsys.readouterr().out
     extract(tmp_path / "out", *flags, weights=(*VIT, "16"))
     assert "complete already" in capsys.readouterr().out
+
+
+def test_torchvisions_vit_has_no_mean_of_its_patches():
+    network = torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8)
+    with pytest.raises(UserError, match="--kind avgpool"):
+        extract_features.KINDS["avgpool"](network, torch.zeros(1, 3, 32, 32))
 
 
 def test_kinds_of_other_networks():

@@ -173,6 +173,23 @@ def test_a_16_bit_rgb_tiff_keeps_its_bits(tmp_path):
     assert np.array_equal(np.asarray(images[0][0]).transpose(2, 0, 1), values)
 
 
+@pytest.mark.parametrize("colours", ["miniswhite", "palette", "ycbcr"])
+def test_tiffs_whose_numbers_are_no_brightness_are_refused(tmp_path, colours):
+    values = np.arange(192, dtype=np.uint8).reshape((8, 8, 3) if colours == "ycbcr" else (8, 24))
+    more = {"colormap": np.zeros((3, 256), np.uint16)} if colours == "palette" else {}
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric=colours, **more)
+    images = open_training_images(Source(str(tmp_path), form=ImageFormat(3, ((0.0, 255.0),))))
+    with pytest.raises(WrongFormat, match=f"its colours are {colours.upper()}"):
+        images.pixels(0)
+
+
+def test_an_array_without_pixels_is_no_image(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((0, 8, 3), np.uint8))
+    images = open_training_images(Source(str(tmp_path), form=ImageFormat(3, ((0.0, 255.0),))))
+    with pytest.raises(ValueError, match="has no pixels"):
+        images.pixels(0)
+
+
 def test_grey_images_rgb_and_the_demo_for_one_channel(tmp_path):
     colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
     for image, name in ((colour, "a.png"), (colour.convert("L"), "b.png")):

@@ -32,6 +32,12 @@ def test_normalisation_and_evaluation_transform_equal_torchvisions():
     torch.testing.assert_close(px.eval_transform(224)(image), reference(image), rtol=0, atol=2e-6)
 
 
+def test_the_transform_refuses_pixels_that_are_no_levels():
+    """In [0, 1], all images would look black to the network."""
+    with pytest.raises(ValueError, match=r"takes uint8 \(3, H, W\), not torch.float32 \(3, 8, 8\)"):
+        px.eval_transform(8)(torch.rand(3, 8, 8))
+
+
 @pytest.mark.parametrize("shape", [(80, 60), (61, 97), (50, 50), (37, 200)])
 def test_a_square_is_cut_as_by_torchvision(shape):
     image = picture(size=shape)
