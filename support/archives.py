@@ -261,7 +261,8 @@ def _cached_index(path: str) -> Index:
     """The index of an archive, from the cache if there is one. Raises UserError."""
     try:
         status = os.stat(path)
-        key = f"1\0{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may set the first as it was
+        key = f"2\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:

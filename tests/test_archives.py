@@ -266,6 +266,11 @@ def test_the_index_is_built_once_for_each_state_of_an_archive(own, tmp_path, cac
     assert same(open_training_images(source), first)
     pack(path, own / "val" / "a")
     assert len(open_training_images(source)) == 4
+    capsys.readouterr()
+    status = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as some tools do
+    assert len(open_training_images(source)) == 4 and "built the index" in capsys.readouterr().out
     shutil.rmtree(cache)
     cache.parent.rmdir()
     cache.parent.write_text("no folder can be made here")
