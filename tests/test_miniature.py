@@ -109,10 +109,11 @@ def made_up(tmp_path) -> Runs:
                 record |= {"train_kl": 0.0, "knn_student": 40}
             (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in log))
         for name, top1 in {"base": 60, "supervised": 70, "random": 25, "pixels": 28}.items():
-            folder = tmp_path / f"{name}_seed{seed}"
-            folder.mkdir(exist_ok=True)
-            (folder / "knn.json").write_text(json.dumps({"top1": top1}))
-            found = {"jaccard60": 30 - top1 / 10, "jaccard90": top1, "on_object": top1, "object": 45}
+            found = {"jaccard60": 30 - top1 / 10, "jaccard90": top1, "on_object": top1, "object": 17}
+            for prefix in ("", "demo_"):
+                folder = tmp_path / f"{prefix}{name}_seed{seed}"
+                folder.mkdir(exist_ok=True)
+                (folder / "knn.json").write_text(json.dumps({"top1": top1}))
             (folder / "attention.json").write_text(json.dumps(found))
     return Runs(tmp_path, 2)
 
