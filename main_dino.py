@@ -354,6 +354,9 @@ NO_EFFECT = [
     ("jitter", lambda a: a.in_chans != 3 and any(a.jitter[2:]) and tuple(a.jitter[2:]) != PAPER.jitter[2:],
      "of S and H: they are for three channels"),
     ("use_fp16", lambda a: a.precision, "--precision overrides it"),
+    ("warmup_teacher_temp_epochs", lambda a: a.warmup_teacher_temp == a.teacher_temp,
+     "--warmup_teacher_temp and --teacher_temp are equal"),
+    ("knn_every", lambda a: a.knn_every > a.epochs, "--epochs is smaller"),
     ("download", lambda a: not a.dataset or a.demo, "only --dataset downloads"),
     ("knn_data", lambda a: not a.knn_every, "--knn_every is 0"),
     ("knn_share", lambda a: not a.knn_every, "--knn_every is 0"),
@@ -822,7 +825,7 @@ def train_dino(args: argparse.Namespace) -> None:
     steps = count_steps(args, len(images))
     required = "student", "teacher", "optimizer"
     with same_error_on_all_ranks():
-        folder = cli.make_folder(args.output_dir)
+        folder = make_run_folder(args)
     run = Run(folder, required, advice=ADVICE)
     settle_format(args, images, run)
     training = build_training(args, device, steps, resumes=all_gather_object(run.exists())[0])
@@ -844,7 +847,8 @@ def train_dino(args: argparse.Namespace) -> None:
         check_on_first_rank(images)
     if step:  # a loss that is not finite now comes from the weights that were saved
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
-    curves = Curves(run.folder, PANELS, args.tensorboard, step) if is_main_process() else None
+    anew = step + (step % steps.per_epoch == 0)  # a record in the middle of an epoch is written anew
+    curves = Curves(run.folder, PANELS, args.tensorboard, anew) if is_main_process() else None
     log(
         f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "
         f"{training.dtype or torch.float32}, from step {step} to {steps.last}"
@@ -1027,6 +1031,23 @@ def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Im
     return rows
 
 
+def lies_among_images(path: Path, args: argparse.Namespace) -> bool:
+    """Whether a picture at this path would become one of the training images."""
+    if args.dataset or args.demo:
+        return False
+    parts = Source.of(args, image_format(args)).each()
+    folders = {Path(part.data_path, part.split).expanduser().resolve() for part in parts if part.data_path}
+    return bool(folders & set(path.expanduser().resolve().parents))
+
+
+def make_run_folder(args: argparse.Namespace) -> Path:
+    """Make the folder of the run. Raises UserError, also if its picture would be one of the images."""
+    if lies_among_images(Path(args.output_dir, "curves.png"), args):
+        what, fix = "the run's curves.png would become one of the images", "give a folder outside --data_path"
+        raise UserError(what, f"--output_dir {args.output_dir}", fix)
+    return cli.make_folder(args.output_dir)
+
+
 def draw_preview(args: argparse.Namespace) -> None:
     """Save the picture of `--preview`. Raises UserError, also if it would overwrite a file of others."""
     check_args(args)
@@ -1034,8 +1055,7 @@ def draw_preview(args: argparse.Namespace) -> None:
     if path.suffix.lower() != ".png":
         raise UserError("the picture is a PNG", where, "give a name that ends in .png")
     source = Source.of(args, image_format(args))
-    folders = [Path(part.data_path).expanduser().resolve() for part in source.each() if part.data_path]
-    if not args.dataset and not args.demo and set(folders) & set(path.resolve().parents):
+    if lies_among_images(path, args):
         raise UserError("the picture would become one of the images", where, fix)
     check_free(path, set(), PREVIEW_MARK, fix)
     images = open_training_images(source)

@@ -158,6 +158,8 @@ class Run:
                 if isinstance(piece, nn.Module):
                     load_strictly(piece, checkpoint[name], f"{path}: {name}")
                 else:
+                    if isinstance(piece, torch.optim.Optimizer):
+                        check_optimizer(piece, checkpoint[name])
                     piece.load_state_dict(checkpoint[name])
             except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[0]
@@ -202,6 +204,13 @@ class Run:
         """Write an epoch's lines to the log. Rank 0 writes."""
         if records and is_main_process():
             try_to_write(self.log_file, lambda path: add_records(records, path), last)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Raise ValueError if another kind of optimizer saved the state; torch would take over its settings."""
+    own, saved = (set(groups[0]) for groups in (optimizer.param_groups, state["param_groups"]))
+    if {"betas", "dampening", "eta"} & own - saved:  # of Adam, SGD and LARS
+        raise ValueError("another optimizer saved it")
 
 
 def comparable(identity: dict) -> dict:

@@ -513,14 +513,15 @@ def normalization() -> list[str]:
 
 
 def test_a_constant_channel_is_named(tmp_path):
+    (tmp_path / "images").mkdir()
     for i in range(8):
         values = scene(i, 0)
         values[10] = 7
-        save_tiff(tmp_path / f"{i}.tif", values)
+        save_tiff(tmp_path / "images" / f"{i}.tif", values)
     with pytest.raises(UserError, match="channel 11 is 7 in nearly all"):
-        train(tmp_path, tmp_path / "run", "--value_range", "auto")
+        train(tmp_path / "images", tmp_path / "run", "--value_range", "auto")
     with pytest.raises(UserError, match="channel 11 is the same in all"):
-        train(tmp_path, tmp_path / "run", "--value_range", "0", "3000")
+        train(tmp_path / "images", tmp_path / "run", "--value_range", "0", "3000")
 
 
 def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images, tmp_path, capsys):

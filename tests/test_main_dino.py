@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -947,3 +948,30 @@ def test_a_terminal_gets_a_live_progress_bar(images, tmp_path):
     shown = os.read(ours, 2**16).decode()
     assert process.returncode == 0 and "epoch 0 [" not in out
     assert "epoch 0:   0%" in shown and "img/s" in shown and "5/5" in shown
+
+
+def test_a_run_among_its_images_is_refused(images, tmp_path):
+    """Its curves.png would be an image, and the run could not resume."""
+    with pytest.raises(UserError, match=r"curves.png would become one of the images \(--output_dir"):
+        train("--data_path", images, "--output_dir", images / "run")
+    assert not (images / "run").exists()
+
+
+def test_the_state_of_another_optimizer_is_refused(images, tmp_path):
+    flags = "--data_path", images, "--output_dir", tmp_path, "--allow_changed_args"
+    train(*flags, "--max_steps", "1")
+    for other in ("sgd", "lars"):
+        with pytest.raises(UserError, match="optimizer does not fit: another optimizer saved it"):
+            train(*flags, "--optimizer", other)
+
+
+def test_tensorboard_keeps_the_epochs_before_a_restart(images, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = "--data_path", images, "--output_dir", tmp_path, "--tensorboard", "--epochs", "2"
+    train(*flags)
+    whole = [record["step"] for record in log_of(tmp_path)]
+    shutil.rmtree(tmp_path)
+    train(*flags, "--max_steps", str(whole[0]))
+    train(*flags)
+    shown = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.step for point in shown.Scalars("train_loss")] == whole
