@@ -136,9 +136,9 @@ def positives_of(block: str, images: ImageFiles, originals: ImageFiles) -> list[
     starts = np.array([Path(path).name[:4] for path in originals.paths])
     distinct = len(np.unique(starts)) == len(starts)
     queries = [Path(path).name for path in images.paths]
-    if block == "strong" and not distinct:
-        log("warning: originals that begin with the same four letters all count as right for strong/")
     if block == "strong":
+        if not distinct:
+            log("warning: originals that begin with the same four letters all count as right for strong/")
         found = [np.flatnonzero(starts == name[:4]) for name in queries]
         for name, positives in zip(queries, found, strict=True):
             if not len(positives):

@@ -163,9 +163,8 @@ class MaskedFiles(ImageFiles):
         except Exception as error:  # a broken file can raise nearly anything
             raise UserError(f"cannot read mask: {reason(error)}", path, "repair or replace it") from None
         if mode not in ("P", "L", "1") or is_jpeg:
-            what = f"mask has Pillow's mode {mode}, not class numbers of 8 bits"
-            if is_jpeg:
-                what = "mask is a JPEG, which changes numbers at edges"
+            is_odd = f"has Pillow's mode {mode}, not class numbers of 8 bits"
+            what = f"mask {'is a JPEG, which changes numbers at edges' if is_jpeg else is_odd}"
             raise UserError(what, path, "save it as a palette or grey PNG")
         return torch.from_numpy(numbers.astype(np.uint8))
 
