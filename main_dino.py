@@ -133,7 +133,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--patch_size", default=16, type=number(int, at_least=1),
         help="patch size in pixels, for our ViTs only; smaller patches learn better features but cost more "
              "time and memory")
-    group.add_argument("--out_dim", default=65536, type=number(int, at_least=1),
+    group.add_argument("--out_dim", default=65536, type=number(int, at_least=2),
         help="number of prototypes; small datasets need fewer")
     group.add_argument("--norm_last_layer", default=True, type=bool_flag,
         help="keep the prototypes at unit length: more stable; false can be better for ViT-S, not for ViT-B")
@@ -189,7 +189,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="accumulate gradients over this many batches per update, to simulate a batch that does not fit "
              "into memory; batch norm, Sinkhorn-Knopp, an adapted temperature and drop path see one batch at "
              "a time")
-    group.add_argument("--epochs", default=100, type=number(int, at_least=1),
+    group.add_argument("--epochs", default=100, type=number(int, at_least=1, at_most=10**6),
         help="passes over the data; 100 for a first result, 300 and more are better")
     group.add_argument("--max_steps", default=0, type=number(int, at_least=0),
         help="stop after this many steps of the schedule, e.g. for a trial; 0: never")
@@ -249,8 +249,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--quarter_turns", default=PAPER.quarter_turns, type=bool_flag,
         help="turn each view by 0, 90, 180 or 270 degrees, for images without an upright; together with "
              "--hflip_p 0.5 all eight orientations are equally frequent")
-    group.add_argument("--crop_aspect", default=PAPER.crop_aspect, type=number(float, above=0), nargs=2,
-        metavar=("MIN", "MAX"),
+    group.add_argument("--crop_aspect", default=PAPER.crop_aspect,
+        type=number(float, at_least=1e-3, at_most=1e3), nargs=2, metavar=("MIN", "MAX"),
         help="width over height of a crop before it is resized, divided by that of the view; 1 1 where "
              "shapes must not be distorted")
 
@@ -360,6 +360,7 @@ NO_EFFECT = [
     ("download", lambda a: not a.dataset or a.demo, "only --dataset downloads"),
     ("knn_data", lambda a: not a.knn_every, "--knn_every is 0"),
     ("knn_share", lambda a: not a.knn_every, "--knn_every is 0"),
+    ("dist_url", lambda a: launched_as()[1] == 1, "there is one process"),
 ]  # fmt: skip
 
 # The panels of curves.png: a title, and the numbers of log.txt in it.
@@ -541,6 +542,8 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
     last = min(args.max_steps or last, last)
     if last <= args.freeze_last_layer * per_epoch:
         log(f"warning: --max_steps {last}: the prototypes stay frozen for all of it (--freeze_last_layer)")
+    if args.save_every_steps >= min(per_epoch, last):
+        log(f"warning: --save_every_steps has no effect: an epoch has {per_epoch} steps, the run {last}")
     return Steps(per_rank, batch, per_epoch, last)
 
 
@@ -730,7 +733,8 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         backbone, head = student_without_ddp.backbone, student_without_ddp.head
         network = args.arch, args.patch_size, args.global_crops_size
         with same_error_on_all_ranks():
-            center = init_from(backbone, head, args.init_from, *network, args.mean, args.std)
+            limits = pairs(args.value_range)
+            center = init_from(backbone, head, args.init_from, *network, args.mean, args.std, limits)
         lengths = head.get_parameter("last_layer.weight_g")
         if args.norm_last_layer and (lengths != 1).any():
             log("prototypes scaled to unit length: --norm_last_layer true keeps it")
@@ -842,7 +846,7 @@ def train_dino(args: argparse.Namespace) -> None:
         pieces, identity, args.allow_changed_args, added=vars(get_args_parser().parse_args([]))
     )
     step = first_step(found, steps)
-    record_args(args, run.folder)
+    record_args(args, run, step)
     if step == 0:
         check_on_first_rank(images)
     if step:  # a loss that is not finite now comes from the weights that were saved
@@ -881,21 +885,28 @@ def train_dino(args: argparse.Namespace) -> None:
 ARGS_TITLE = "# The settings of a run of main_dino.py, written by it"  # identifies our file
 
 
-def record_args(args: argparse.Namespace, folder: Path) -> None:
+CHANGED_AT = "# Changed at step "
+
+
+def record_args(args: argparse.Namespace, run: Run, step: int) -> None:
     """Write the settings to args.txt, from which `main_dino.py @args.txt` repeats the run. Rank 0 writes.
 
-    Leaves out the permission to resume a changed run. Does not overwrite a file of others.
+    Comments say what changed when the run resumed. Leaves out the permission to do so. Does not overwrite a
+    file of others.
     """
     if not is_main_process():
         return
     settings = argparse.Namespace(**vars(args) | {"allow_changed_args": False})
-    text = f"{ARGS_TITLE}.\n# Processes: {get_world_size()}\n"
-    text += cli.argument_file(settings, get_args_parser())
-    path = folder / "args.txt"
+    path = run.folder / "args.txt"
     try:
-        if path.exists() and not path.read_text(errors="replace").startswith(ARGS_TITLE):
+        old = path.read_text(errors="surrogateescape") if path.exists() else ARGS_TITLE
+        if not old.startswith(ARGS_TITLE):
             log(f"warning: {path} is kept, so this run's settings are in its checkpoint only")
             return
+        lines = [f"{ARGS_TITLE}.", f"# Processes: {get_world_size()}"]
+        lines += [line for line in old.splitlines() if step and line.startswith(CHANGED_AT)]
+        lines += [f"{CHANGED_AT}{step}: {run.changed}"] if run.changed else []
+        text = "\n".join([*lines, cli.argument_file(settings, get_args_parser())])
         with replacing(path) as file:
             file.write(text.encode(errors="surrogateescape"))
     except OSError as error:

@@ -18,7 +18,6 @@ Shapes: B images, h heads, D features, H x W pixels, R x C patches.
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import math
@@ -42,7 +41,16 @@ from support.features import patch_size_of, patch_tokens
 from support.formats import ImageFormat
 from support.logger import MetricLogger, log
 from support.pca import SIDES, PatchColours
-from support.pictures import as_picture, bands, contact_sheet, enlarge, heat_map, mark_patch, side_by_side
+from support.pictures import (
+    as_picture,
+    bands,
+    contact_sheet,
+    enlarge,
+    has_mark,
+    heat_map,
+    mark_patch,
+    side_by_side,
+)
 from support.pixels import as_tensor, in_channels, normalize
 from support.shapes import Shapes
 from support.video import ENCODERS, Frames, comment_of, write_video
@@ -194,9 +202,7 @@ def is_own(path: str | Path, mark: dict[str, str] = MARK) -> bool:
     """Whether this script wrote the file, or the one that leaves this mark."""
     if Path(path).suffix[1:] in ENCODERS:
         return comment_of(path) == mark["Software"]
-    with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
-        return mark.items() <= image.info.items()
-    return False
+    return has_mark(path, mark)
 
 
 def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:

@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 from support.errors import UserError, nearest, reason
+from support.logger import log
 from support.pixels import Size, height_and_width, size_words
 from vision_transformer import VITS, VisionTransformer
 
@@ -43,6 +44,8 @@ def build_backbone(
         model.dropped_classifiers = ("head",)
         return model, model.embed_dim
     if arch in torchvision.models.list_models(module=torchvision.models):
+        if drop_path_rate:
+            log(f"note: --drop_path_rate has no effect on torchvision's {arch}")
         return _torchvision_backbone(arch, in_chans)
     import timm  # half a second, so only when it is needed
 
@@ -67,6 +70,8 @@ def build_backbone(
                 raise UserError("takes three channels only", f"--arch {arch}", "use another") from None
             if not unknown:
                 raise
+            if drop_path_rate and unknown[0] == "drop_path_rate":
+                log(f"note: --drop_path_rate has no effect on {arch}")
             del kwargs[unknown[0]]
 
 

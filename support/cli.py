@@ -303,7 +303,7 @@ def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
 
 def say(error: UserError) -> None:
     """Print the error in one line, from the first rank or, if only one rank knows of it, from that one."""
-    if launched_as()[0] == 0 or error.alone:
+    if error.alone or launched_as()[0] == 0:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from support.errors import reason_of
 from support.logger import log
+from support.pictures import has_mark
 from support.restart import read_log, try_to_write
 from support.weights import replacing
+
+MARK = {"Software": "DINO curves of a run"}  # text in the PNG, which identifies our pictures
 
 # A title, and the names of the numbers that share its panel.
 Panels = Sequence[tuple[str, Sequence[str]]]
@@ -25,6 +28,12 @@ class Curves:
             import matplotlib.figure  # noqa: F401
         except ImportError as error:
             log(f"note: no curves.png without matplotlib ({error}): pip install matplotlib")
+            self.can_draw = False
+        picture = folder / "curves.png"
+        if picture.is_file() and not has_mark(picture, MARK):
+            log(
+                f"warning: {picture} is kept, since no run of this version drew it: move it to see the curves"
+            )
             self.can_draw = False
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -68,4 +77,4 @@ def draw_curves(log_file: Path, picture: Path, panels: Panels) -> None:
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("epoch")
     with replacing(picture) as file:
-        figure.savefig(file, format="png", dpi=80)
+        figure.savefig(file, format="png", dpi=80, metadata=MARK)

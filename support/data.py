@@ -563,9 +563,9 @@ def _selection(images: "ImageFiles") -> str:
 def digest(images: Images) -> str:
     """12 hex digits that identify a set of images; moving its folder does not change them.
 
-    For files, they depend on names relative to the folder, sizes (of at most 10,000 files) and classes; for
-    other datasets on the kind, the split, the length, the classes and, where the dataset has them as an
-    array, the labels; for a subset also on its indices.
+    For files, also those of torchvision's ImageFolder, they depend on names relative to the folder, sizes (of
+    at most 10,000 files) and classes; for other datasets on the kind, the split, the length, the classes and,
+    where the dataset has them as an array, the labels; for a subset also on its indices.
     """
     kind = getattr(images, "kind", type(images).__name__)
     facts = [kind, len(images), getattr(images, "split", getattr(images, "train", None))]
@@ -573,6 +573,9 @@ def digest(images: Images) -> str:
     summary = hashlib.sha256(repr(facts).encode())
     if isinstance(images, ImageFiles):
         summary.update(images.paths.digest)
+    if isinstance(images, torchvision.datasets.DatasetFolder):
+        names = (os.path.relpath(path, images.root) for path, _ in images.samples)
+        summary.update(Paths(names, str(images.root)).digest)
     if isinstance(images, Subset):
         summary.update(repr((digest(images.dataset), images.indices)).encode())  # type: ignore[arg-type]
     for name in ("labels", "targets", "_labels"):
@@ -596,7 +599,7 @@ def _existing_path(data_path: str) -> Path:
 
 def _torchvision_dataset(source: Source, split: str, called: str = "training images") -> Images:
     """Open a torchvision dataset by class name, and try the usual names of its splits; log it as `called`."""
-    name, root, known = source.dataset, source.data_path, torchvision.datasets.__all__
+    name, root, known = source.dataset, os.path.expanduser(source.data_path), _torchvision_names()
     if name not in known:
         raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
     if not root:
@@ -609,6 +612,15 @@ def _torchvision_dataset(source: Source, split: str, called: str = "training ima
         images, taken = _open_split(make, source, split)
     log(f"{'val images' if split == 'val' else called}: {name}{taken}: {describe(images)}")
     return in_format(images, source.form, f"--dataset {name}")
+
+
+def _torchvision_names() -> list[str]:
+    """The names of torchvision's datasets that lie in a folder."""
+
+    def lies_in_folder(name: str) -> bool:
+        return "root" in inspect.signature(getattr(torchvision.datasets, name)).parameters
+
+    return [n for n in torchvision.datasets.__all__ if n != "VisionDataset" and lies_in_folder(n)]
 
 
 def _unpack(archive: Path) -> None:

@@ -35,7 +35,7 @@ def launched_as() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's environment, SLURM's, or for one process.
 
     SLURM's variables count only inside a step started by `srun`, because the batch script itself is a
-    single process. If the launcher gives no local rank, the rank is used.
+    single process. If the launcher gives no local rank, the rank is used. Raises UserError.
     """
     env = os.environ
     for rank, world_size, local_rank in (
@@ -43,8 +43,21 @@ def launched_as() -> tuple[int, int, int]:
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
         if env.get(rank) and env.get(world_size):
-            return int(env[rank]), int(env[world_size]), int(env.get(local_rank) or env[rank])
+            local = local_rank if env.get(local_rank) else rank
+            return _number(rank), _number(world_size), _number(local)
     return 0, 1, 0
+
+
+def _number(name: str) -> int:
+    """A number in the environment, 0 if it is not set. Raises UserError."""
+    try:
+        return int(os.environ.get(name) or 0)
+    except ValueError:
+        what, fix = (
+            f"{name} is {os.environ[name]!r}, not a number",
+            "unset it, or start with torchrun or srun",
+        )
+        raise UserError(what, "", fix, alone=True) from None
 
 
 def check_launch() -> None:
@@ -62,7 +75,7 @@ def check_launch() -> None:
         ("WORLD_SIZE", 2, "RANK"),
         ("SLURM_PROCID", 1, "SLURM_STEP_NUM_TASKS"),
     ):
-        if int(env.get(name) or 0) >= least and not env.get(missing):
+        if _number(name) >= least and not env.get(missing):
             what = f"{name} is {env[name]}, but {missing} is not set"
             raise UserError(what, "", "set both, or neither to train with one process")
 
@@ -71,7 +84,7 @@ def choose_device() -> torch.device:
     """Choose this process's GPU; without CUDA, MPS for a single process, else the CPU. Raises UserError."""
     _, world_size, local_rank = launched_as()
     if torch.cuda.is_available():
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        processes, gpus = _number("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
         if 1 < gpus < processes:  # 1: each process may see a different one
             what, alone = f"{processes} processes for {gpus} GPUs", local_rank == 0  # one for each machine
             raise UserError(what, "torchrun", "start one process per GPU", alone)
@@ -103,7 +116,7 @@ def _set_slurm_address() -> None:
             address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))
             env["MASTER_ADDR"] = address[1] if address else first
         if not env.get("MASTER_PORT"):
-            attempt = int(env.get("SLURM_STEP_ID", 0)) + 10 * int(env.get("SLURM_RESTART_COUNT", 0))
+            attempt = _number("SLURM_STEP_ID") + 10 * _number("SLURM_RESTART_COUNT")
             # Jobs on one machine, and attempts at one job, need different ports.
             env["MASTER_PORT"] = str(20000 + (97 * int(env["SLURM_JOB_ID"]) + attempt) % 20000)
     except KeyError as error:

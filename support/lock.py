@@ -1,5 +1,6 @@
 """Keeps a second run out of a folder that a run writes to."""
 
+import contextlib
 import json
 import os
 import platform
@@ -27,21 +28,23 @@ class FolderLock:
 
     def acquire(self) -> None:
         """Take the folder. Raises UserError if another process holds it."""
-        holder = self._read()
-        if holder and not self._is_dead(holder):
-            raise UserError(
-                f"another run writes to this folder: {_name(holder)}, since {holder['since']}",
-                f"--output_dir {self.path.parent}",
-                "wait for it, stop it, or give another folder",
-            )
+        moment = min(1.0, self.beat / 10)
         try:
+            is_first = self._make()
+            holder = None if is_first else self._read(moment)
+            if holder and not self._is_dead(holder):
+                raise UserError(
+                    f"another run writes to this folder: {_name(holder)}, since {holder['since']}",
+                    f"--output_dir {self.path.parent}",
+                    "wait for it, stop it, or give another folder",
+                )
             self._write(0)
         except OSError as error:
             what = f"cannot lock {self.path.parent} ({reason_of(error)})"
             log(f"warning: {what}: do not start a second run in it")
             return
-        if holder:  # several may have found the holder dead: the last to write has the folder
-            time.sleep(min(1.0, self.beat / 10))
+        if not is_first:  # several may have found the holder dead: the last to write has the folder
+            time.sleep(moment)
             self.check(UserError)
         self._ended.clear()
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -75,13 +78,25 @@ class FolderLock:
             except OSError:  # disk full or folder gone: saving reports it
                 continue
 
-    def _read(self) -> dict | None:
-        """Read the file; None if there is none, or if we did not write it."""
+    def _make(self) -> bool:
+        """Make an empty file; False if there is one. Of several processes, one makes it. Raises OSError."""
         try:
-            holder = json.loads(self.path.read_text())
-            return holder if {"token", "pid", "host", "since", "machine"} <= set(holder) else None
-        except (OSError, ValueError, TypeError):
-            return None
+            self.path.touch(exist_ok=False)
+            return True
+        except FileExistsError:
+            return False
+
+    def _read(self, patience: float = 0) -> dict | None:
+        """Read the file; None if there is none, or if we did not write it in `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while True:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                holder = json.loads(self.path.read_text())
+                if {"token", "pid", "host", "since", "machine"} <= set(holder):
+                    return holder
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.01)
 
     def _write(self, beats: int) -> None:
         own = {
@@ -90,6 +105,7 @@ class FolderLock:
             "pid": os.getpid(),
             "started": _started(os.getpid()),
             "machine": _machine(),
+            "folder": self._folder(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "beats": beats,
         }
@@ -99,8 +115,15 @@ class FolderLock:
         temporary.write_text(json.dumps(own))
         os.replace(temporary, self.path)
 
+    def _folder(self) -> list[int]:
+        """Identifies the folder on its machine, so that a copy of it is not taken for it."""
+        status = os.stat(self.path.parent)
+        return [status.st_dev, status.st_ino]
+
     def _is_dead(self, holder: dict) -> bool:
         if holder["machine"] == _machine() and os.name != "nt":  # on Windows, signal 0 would end the process
+            if holder.get("folder", self._folder()) != self._folder():
+                return True
             return holder["pid"] == os.getpid() or not _is_alive(holder["pid"], holder.get("started"))
         log(f"waiting up to {2 * self.beat:.0f} s to see whether {_name(holder)} holds {self.path.parent}")
         deadline = time.monotonic() + 2 * self.beat

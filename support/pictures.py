@@ -3,8 +3,10 @@
 Shapes: H x W pixels, R x C patches.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
+
+
+def has_mark(path: str | Path, mark: dict[str, str]) -> bool:
+    """Whether the file is a picture with these words in its metadata."""
+    with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
+        return mark.items() <= image.info.items()
+    return False
 
 
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:

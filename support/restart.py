@@ -41,7 +41,7 @@ class Run:
         log_name: str = "log.txt",
         advice: str | None = "lower the learning rate",
     ):
-        self.folder, self.required, self.advice = folder, required, advice
+        self.folder, self.required, self.suffix, self.advice = folder, required, suffix, advice
         self.checkpoint = folder / f"checkpoint{suffix}"
         self.previous = folder / f"checkpoint_prev{suffix}"
         self.damaged = folder / f"checkpoint_damaged{suffix}"
@@ -49,6 +49,7 @@ class Run:
         self.lock = FolderLock(folder / f".checkpoint{suffix}.lock")
         self.pieces: dict = {}
         self.identity: dict = {}
+        self.changed = ""  # how the identity differs from that of the run it resumes
 
     def exists(self) -> bool:
         """Whether there is a run to resume."""
@@ -85,6 +86,8 @@ class Run:
             if is_main_process():
                 self.lock.acquire()
             found = self.newest_whole()
+            if found is None:
+                self._check_unused()
         path, checkpoint = found or (self.checkpoint, {"step": 0})
         steps = all_gather_object(checkpoint.get("step", checkpoint.get("epoch")))
         if any(step != steps[0] for step in steps):
@@ -129,6 +132,21 @@ class Run:
             raise damaged
         return None
 
+    def _check_unused(self) -> None:
+        """Raise UserError if a new run would overwrite what an earlier one left, other than its first epoch.
+
+        A run that is killed while it saves its first epoch leaves that, and goes on here.
+        """
+        numbered = sorted(self.folder.glob(f"checkpoint[0-9]*{self.suffix}"))
+        kept = [path for path in numbered if path.name != f"checkpoint0000{self.suffix}"]
+        if any(record["epoch"] > 0 for record in read_log(self.log_file)):
+            kept.insert(0, self.log_file)
+        if kept:
+            names = ", ".join(path.name for path in kept[:3])
+            what = f"an earlier run left {names}, but no {self.checkpoint.name}"
+            fix = "move them away, or give another folder"
+            raise UserError(what, f"--output_dir {self.folder}", fix)
+
     def _check_identity(self, known: dict, path: Path, allow_changed: bool | None) -> None:
         both = [name for name in self.identity if name in known]
         changed = [name for name in both if known[name] != self.identity[name]]
@@ -138,6 +156,7 @@ class Run:
             fix += "" if allow_changed is None else ", or --allow_changed_args"
             raise UserError(f"this differs from the run to resume: {listed}", str(path), fix)
         if changed:
+            self.changed = listed
             log(f"warning: resuming with {listed}: from here on the run differs from one started so")
 
     def _load(self, checkpoint: dict, path: Path) -> None:

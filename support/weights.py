@@ -639,6 +639,7 @@ def init_from(
     image_size: Size,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    value_range: Range | None = None,
 ) -> Tensor | None:
     """Load weights by file or name as the start of a run: the backbone's, and the head's if it has one.
 
@@ -660,6 +661,9 @@ def init_from(
         if theirs != (tuple(mean), tuple(std)):
             log(f"warning: {weights} expects mean {theirs[0]}, deviation {theirs[1]}; "
                 f"the training uses {tuple(mean)} and {tuple(std)}")  # fmt: skip
+    if known.value_range not in (None, value_range):
+        log(f"warning: {weights} expects --value_range {range_words(known.value_range)}; "
+            f"the training uses {range_words(value_range) or '8-bit values'}")  # fmt: skip
     state = in_more_channels(backbone.state_dict(), own_backbone.state_dict(), weights)
     if isinstance(backbone, VisionTransformer):
         state["pos_embed"] = backbone.interpolate_pos_encoding(*height_and_width(image_size))

@@ -34,6 +34,14 @@ def test_lines_of_others_and_a_log_without_knn_are_drawn_as_well(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_a_picture_of_others_is_kept(tmp_path, capsys):
+    drawn(tmp_path, RECORD)
+    Image.new("RGB", (9, 9)).save(tmp_path / "curves.png")
+    Curves(tmp_path, main_dino.PANELS).update(RECORD)
+    assert "curves.png is kept" in capsys.readouterr().out
+    assert Image.open(tmp_path / "curves.png").size == (9, 9)
+
+
 def test_a_disk_that_fails_is_a_warning(tmp_path, capsys):
     (tmp_path / "curves.png").mkdir()
     (tmp_path / "log.txt").write_text(json.dumps(RECORD))

@@ -326,6 +326,10 @@ def test_the_digest_is_the_same_for_a_moved_folder_only(tmp_path):
         change()
         seen.add(of("moved"))
     assert len(seen) == 5
+    source = Source(str(tmp_path / "moved" / "train"), "ImageFolder")
+    before = data.digest(open_training_images(source))
+    (train / "c" / "new.png").write_bytes(b"other")
+    assert data.digest(open_training_images(source)) != before
     files = data.digest(ImageFiles(tmp_path / "one")), data.digest(ImageFiles(tmp_path / "moved"))
     shapes = [data.digest(Shapes(*arguments)) for arguments in (("train", 9), ("val", 9), ("train", 8))]
     assert len({*files, *shapes}) == 5

@@ -90,6 +90,8 @@ def test_whatever_slurm_leaves_out_no_task_becomes_a_run_by_itself(launch, monke
     [
         ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is not set: set both, or neither to train with one"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: set both, or neither to train with one"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', not a number: unset it, or start with torchrun or"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 processes: count the ranks from 0"),
         (
             {"RANK": "0", "WORLD_SIZE": "2"},

@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -64,6 +66,35 @@ def test_a_lock_from_another_machine_holds_as_long_as_it_changes(tmp_path, capsy
     try:
         with pytest.raises(UserError, match="another run writes to this folder: process 1 on"):
             FolderLock(path, beat=2).acquire()
+    finally:
+        process.kill(), process.wait()
+
+
+def test_who_comes_second_waits_for_the_name_of_the_first(tmp_path):
+    process = holder(tmp_path / "lock")
+    try:
+        path = tmp_path / "new"
+        path.touch()  # the first process has just made it
+        threading.Timer(0.1, shutil.copy, [tmp_path / "lock", path]).start()
+        with pytest.raises(UserError, match=f"another run writes to this folder: process {process.pid} on"):
+            FolderLock(path).acquire()
+    finally:
+        process.kill(), process.wait()
+    path.write_text("")  # and has died at once
+    lock = FolderLock(path, beat=0.1)
+    lock.acquire()
+    lock.release()
+    assert not path.exists()
+
+
+def test_a_copy_of_a_folder_in_use_is_free(tmp_path):
+    (tmp_path / "one").mkdir()
+    process = holder(tmp_path / "one" / "lock")
+    try:
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        lock = FolderLock(tmp_path / "two" / "lock", beat=0.1)
+        lock.acquire()
+        lock.release()
     finally:
         process.kill(), process.wait()
 

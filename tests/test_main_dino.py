@@ -213,6 +213,7 @@ def test_the_recipes_flags_reach_the_views():
         ("--precision fp32 --use_fp16 false", ["use_fp16"]),
         ("--download", ["download"]),
         ("--knn_data x --knn_share 0.5", ["knn_data", "knn_share"]),
+        ("--dist_url tcp://localhost:9999", ["dist_url"]),
     ],
 )
 def test_what_has_no_effect_in_a_recipe_is_said(flags, named, capsys):
@@ -356,8 +357,10 @@ def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys
     text = file.read_text()
     assert "--max_steps 2\n" in text and "--seed 3\n" in text and "--grad_checkpointing\n" in text
     assert "--allow_changed_args" not in text  # for one restart
-    file.write_text("# my own\n--seed 5\n")
     train(*flags, "--seed", 3, "--max_steps", 3)
+    assert "# Changed at step 1: seed 0 -> 3\n" in file.read_text()
+    file.write_text("# my own\n--seed 5\n")
+    train(*flags, "--seed", 3, "--max_steps", 4)
     assert file.read_text() == "# my own\n--seed 5\n"
     assert f"warning: {file} is kept" in capsys.readouterr().out
     file.unlink()
@@ -657,11 +660,10 @@ def test_the_demos_own_values_are_not_named_as_without_effect(capsys):
 
 
 def test_the_student_of_the_last_epoch_and_of_the_last_step_as_teacher(images, tmp_path):
-    flags = "--data_path", images, "--output_dir", tmp_path, "--teacher_update"
-
     def networks(update, steps):
-        train(*flags, update, "--max_steps", steps)
-        checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+        out = tmp_path / update
+        train("--data_path", images, "--output_dir", out, "--teacher_update", update, "--max_steps", steps)
+        checkpoint = load_checkpoint(out / "checkpoint.pth")
         return [{n: w for n, w in checkpoint[key].items() if "mlp" in n} for key in ("student", "teacher")]
 
     student, teacher = networks("epoch", 5)  # an epoch
@@ -669,8 +671,6 @@ def test_the_student_of_the_last_epoch_and_of_the_last_step_as_teacher(images, t
     later, kept = networks("epoch", 7)
     torch.testing.assert_close(kept, teacher, rtol=0, atol=0)
     assert any(not torch.equal(later[name], weight) for name, weight in kept.items())
-    (tmp_path / "checkpoint.pth").unlink()
-    (tmp_path / "checkpoint_prev.pth").unlink()
     torch.testing.assert_close(*networks("copy", 3), rtol=0, atol=0)
 
 

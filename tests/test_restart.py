@@ -212,6 +212,19 @@ def test_a_line_takes_the_place_of_those_from_before_a_restart(tmp_path):
     assert path.read_text() == 'a note\n{"epoch": 0, "x": 1}\n{"epoch": 1, "x": 3}\n'
 
 
+@pytest.mark.parametrize("left", ["checkpoint0020.pth", "log.txt"])
+def test_what_a_run_without_checkpoint_left_is_not_overwritten(tmp_path, left):
+    run, identity = Run(tmp_path, required=()), {"lr": 1}
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n')  # killed while it saved its first epoch
+    (tmp_path / "checkpoint0000.pth").touch()
+    assert run.resume({}, identity) == {}
+    with (tmp_path / left).open("a") as file:
+        file.write('{"epoch": 1}\n')
+    with pytest.raises(UserError, match=rf"an earlier run left {left}, but no checkpoint.pth .*: move them"):
+        run.resume({}, identity)
+    run.lock.release()
+
+
 def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
     run = Run(tmp_path, required=())
     assert run.newest_whole() is None and not run.exists()
