@@ -24,7 +24,7 @@ from extract_features import read_features
 from support import cli
 from support.checks import check_on_first_rank
 from support.cli import bool_flag
-from support.data import Images, Source, match_classes, on_all_ranks, open_train_and_val
+from support.data import SAME, Images, Source, match_classes, on_all_ranks, open_train_and_val
 from support.distributed import (
     all_gather_object,
     fix_random_seeds,
@@ -259,6 +259,8 @@ def load_features(folder: str, device: torch.device) -> Data:
         raise UserError(what, f"--load_features {folder}", "save (N, D), (N,), (M, D) and (M,)")
     rows = list(zip(tensors, (f"{folder}/{name}" for name in names), strict=True))
     features = [_unit_rows(x, where) for x, where in rows[::2]]
+    if torch.equal(*features):
+        log(f"warning: {SAME}")
     labels = [_class_numbers(y, where) for y, where in rows[1::2]]
     unknown = int((~torch.isin(labels[1], labels[0])).sum())
     if unknown:

@@ -2,6 +2,7 @@
 
 import random
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from support.data import ImageFiles, Images, sample_bits, sample_name
 from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, reason
 from support.files import ARRAYS
-from support.formats import extension, open_file, range_words
+from support.formats import extension, is_reduced, open_file, range_words
 from support.logger import log
 from support.pixels import to_pixels
 from support.shapes import Shapes
@@ -32,10 +33,10 @@ def check_on_first_rank(images: Images, **kwargs) -> None:
 def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: bool = True) -> None:
     """Read up to `most` images, evenly spread, for about `seconds`; log a warning for each kind of fault.
 
-    The faults: images that cannot be read, 16-bit values that use few bits, bands or transparency that are
-    dropped, images that are nearly constant, and, if `alike`, images that are nearly identical. Raises
-    WrongFormat for an image of another format, UserError if no image has a value within the range that its
-    format states.
+    The faults: images that cannot be read, 16-bit values that use few bits or different numbers of bits,
+    bands or transparency that are dropped, images that are nearly constant, and, if `alike`, images that are
+    nearly identical. Raises WrongFormat for an image of another format, UserError if no image has a value
+    within the range that its format states.
     """
     if isinstance(images, Shapes):
         return
@@ -43,6 +44,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
     random.Random(0).shuffle(spread)  # so that the images read in time are evenly spread too
     faults: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
+    bits: dict[int, list[int]] = {}  # images by the bits that their 16-bit values use, as TIFFs state
     thumbnails, deepest, begun, checked = {}, 0, time.monotonic(), 0
     reached = torch.zeros(1, dtype=torch.bool)  # for each channel, whether an image has values in the range
     for index in spread:
@@ -50,19 +52,21 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
             break
         checked += 1
         try:
-            file, image = _stored_and_read(images, index)
+            stored, image = _stored_and_read(images, index)
         except WrongFormat:
             raise
         except Exception as error:  # a broken file can raise nearly anything
             faults.setdefault("cannot be read", []).append(index)
             reasons[index] = f" ({reason(error)})"
             continue
-        dropped, value = (_dropped(file), _largest(file)) if file else ("", None)
-        if dropped:
-            faults.setdefault(f"lose {dropped}: the network sees red, green and blue", []).append(index)
-        if value is not None:
-            faults.setdefault(DEEP, []).append(index)
-            deepest = max(deepest, value)
+        if stored.dropped:
+            words = f"lose {stored.dropped}: the network sees red, green and blue"
+            faults.setdefault(words, []).append(index)
+        if stored.largest is not None:
+            bits.setdefault(stored.bits, []).append(index)
+            if stored.bits == 16:
+                faults.setdefault(DEEP, []).append(index)
+                deepest = max(deepest, stored.largest)
         reached = reached | ((image > 0) & (image < 255)).any(dim=-1).any(dim=-1)
         if image.float().std(dim=(1, 2), correction=0).max() < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
@@ -70,6 +74,11 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
             thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
     _check_range(images, reached, checked - len(reasons))
     _warn_of_bits(faults, deepest)
+    if len(bits) > 1:
+        words = (
+            f"have 16 bits and state that they use {' or '.join(map(str, sorted(bits)))} of them, so equal "
+        )
+        faults[words + "values become different levels: give --value_range"] = sum(bits.values(), [])
     if alike and (same := _identical(thumbnails)):
         faults["are nearly identical to another one: training learns from differences between images"] = same
     for words, indices in faults.items():
@@ -104,25 +113,35 @@ def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
         faults[words + f"dark: give --value_range 0 {2**bits - 1}"] = deep
 
 
-def _stored_and_read(images: Images, index: int) -> tuple[Image.Image | None, Tensor]:
+class Stored(NamedTuple):
+    """What Pillow reads of an image before it is converted."""
+
+    dropped: str = ""  # what the conversion to RGB drops
+    largest: int | None = None  # value of a 16-bit image
+    bits: int = 16  # that its values use, as a TIFF may state
+
+
+def _stored_and_read(images: Images, index: int) -> tuple[Stored, Tensor]:
     """Read an image as it is stored, if Pillow converts it, and as training sees it, uint8 (C, H, W)."""
     if isinstance(images, ImageFiles):
         path, content = images.paths.file(index)
         pixels = images.pixels(index)
         if not images.form.by_pillow or extension(path) in ARRAYS:
-            return None, pixels
-        with open_file(path, content) as stored, Image.open(stored) as file:
-            file.load()
-        return file, pixels
+            return Stored(), pixels
+        with open_file(path, content) as opened, Image.open(opened) as file:
+            return _stored(file), pixels
     image = images[index][0]
-    return None if isinstance(image, Tensor) else image, to_pixels(image)
+    return Stored() if isinstance(image, Tensor) else _stored(image), to_pixels(image)
 
 
-def _largest(file: Image.Image) -> int | None:
-    """The largest value of a 16-bit image; None for other images and for a TIFF that states fewer bits."""
-    if not file.mode.startswith("I") or sample_bits(file) < 16:
-        return None
-    return int(np.asarray(file).max())
+def _stored(file: Image.Image) -> Stored:
+    reduced, bits = is_reduced(file), sample_bits(file)  # before it is loaded
+    largest = None
+    if reduced:  # to the upper 8 bits
+        largest, bits = 256 * int(np.asarray(file).max()) + 255, 16
+    elif file.mode.startswith("I"):
+        largest = int(np.asarray(file).max())
+    return Stored(_dropped(file), largest, bits)
 
 
 def _dropped(file: Image.Image) -> str:

@@ -471,6 +471,9 @@ def open_labelled_images(source: Source, split: str) -> Images:
     return _join(sets, f"{split} images")
 
 
+SAME = "train and val are the same images: the accuracy says nothing about other images"
+
+
 def open_train_and_val(source: Source) -> tuple[Images, Images]:
     """Open both parts of a labelled dataset, with the same class numbers. Raises UserError.
 
@@ -479,7 +482,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
     known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
     if digest(train) == digest(val):
-        log("warning: train and val are the same images: the accuracy says nothing about other images")
+        log(f"warning: {SAME}")
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}, so all answers are right: are the class folders deeper?")
     if known == seen:
@@ -497,8 +500,6 @@ def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
 
     Raises UserError if val has others.
     """
-    if known == seen:  # also where two classes have one name
-        return list(range(len(known)))
     numbers = {name: number for number, name in enumerate(known)}
     unknown = [str(name) for name in seen if name not in numbers]
     if unknown:

@@ -192,6 +192,11 @@ def _tifffile(path: str) -> Any:
     return tifffile
 
 
+def is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow reads only the upper 8 of the 16 bits of an image that is not loaded yet."""
+    return len(image.getbands()) > 1 and any("16" in str(part[-1]) for part in getattr(image, "tile", ()))
+
+
 # Pillow's modes whose values are taken as they are; images of other modes become RGB.
 MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
@@ -199,8 +204,7 @@ MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "I", "I;16", "I;16B", "I;16L", "I;16N
 def _pillow_values(file: IO[bytes], path: str) -> tuple[np.ndarray, bool]:
     """The values in an image that Pillow reads, (C, H, W), and whether they are RGB. Raises WrongFormat."""
     with Image.open(file) as image:
-        stored = [str(part[-1]) for part in image.tile]
-        if len(image.getbands()) > 1 and any("16" in words for words in stored):
+        if is_reduced(image):
             what = "Pillow reads only the upper 8 of its 16 bits"
             raise WrongFormat(what, path, "save it as a TIFF or as .npy")
         values = np.asarray(image if image.mode in MODES else image.convert("RGB"))

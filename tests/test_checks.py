@@ -37,9 +37,30 @@ def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_pat
 
 def test_sixteen_bit_files_that_use_all_or_say_how_many_are_not_mentioned(tmp_path, capsys):
     Image.fromarray(noise(0, 32, 32, most=65_535).astype(np.uint16)).save(tmp_path / "all.png")
+    assert warnings(tmp_path, capsys) == []
+    (tmp_path / "all.png").unlink()
     twelve = Image.fromarray(noise(1, 32, 32, most=4095).astype(np.uint16))
     twelve.save(tmp_path / "said.tif", tiffinfo={281: 4095})
     assert warnings(tmp_path, capsys) == []
+
+
+def test_colour_files_of_sixteen_bits_that_use_twelve_are_named_too(tmp_path, capsys):
+    tifffile = pytest.importorskip("tifffile")
+    values = noise(0, 32, 32, 3, most=4095).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "0.tif", values, photometric="rgb")
+    found = warnings(tmp_path, capsys)
+    assert len(found) == 1 and "use 12 of them (largest value 4095)" in found[0]
+    tifffile.imwrite(tmp_path / "0.tif", values * 16, photometric="rgb")
+    assert warnings(tmp_path, capsys) == []
+
+
+def test_files_that_state_different_bits_are_named(tmp_path, capsys):
+    """Some programs state the largest value of the very image, others that of the camera."""
+    for i, most in enumerate((1023, 4095, 4095)):
+        image = Image.fromarray(noise(i, 32, 32, most=most).astype(np.uint16))
+        image.save(tmp_path / f"{i}.tif", tiffinfo={281: most})
+    found = warnings(tmp_path, capsys)
+    assert len(found) == 1 and "state that they use 10 or 12 of them" in found[0]
 
 
 def test_bands_that_training_drops_are_named(tmp_path, capsys):

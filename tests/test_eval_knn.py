@@ -102,12 +102,19 @@ def test_classes_of_train_and_val_must_agree(tmp_path):
         pixels(tmp_path)
 
 
-def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch):
+def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ after = to us
     first = pixels(labelled, "--nb_knn", "3", "--dump_features=~/features")
     names = sorted(path.name for path in (tmp_path / "features").iterdir())
     assert names == ["testfeat.pth", "testlabels.pth", "trainfeat.pth", "trainlabels.pth"]
     assert evaluate("--load_features=~/features", "--nb_knn", "3") == first
+    assert "the same images" not in capsys.readouterr().out
+    for part in ("feat", "labels"):
+        train = (tmp_path / "features" / f"train{part}.pth").read_bytes()
+        for split in ("train", "test"):
+            (tmp_path / f"{split}{part}.pth").write_bytes(train)
+    evaluate("--load_features", str(tmp_path), "--nb_knn", "3")
+    assert "warning: train and val are the same images" in capsys.readouterr().out
     for name in ("trainfeat", "testfeat"):
         lengths = torch.load(tmp_path / "features" / f"{name}.pth").norm(dim=1)
         torch.testing.assert_close(lengths, torch.ones_like(lengths))

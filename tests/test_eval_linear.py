@@ -15,7 +15,6 @@ from torchvision import transforms
 import eval_linear
 from eval_linear import LinearClassifiers, frozen_features, validate_network
 from support import backbones, data, logistic, restart, subsets
-from support.data import match_classes
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.loading import EpochBatches
@@ -567,7 +566,6 @@ def test_classes_of_one_name_stay_apart():
 
     labels, images = torch.tensor([0, 1, 2]), Named()
     assert eval_linear.to_classes(labels, images, Named.classes, 3).tolist() == [0, 1, 2]
-    assert match_classes(Named.classes, Named.classes, "") == [0, 1, 2]
 
 
 def test_classes_that_the_dataset_does_not_name_have_to_be_given():
