@@ -482,9 +482,12 @@ def load_pretrained_weights(model: nn.Module, weights: Weights) -> tuple[dict[st
     state, head, prefix = select_weights(model, weights)
     check_finite(state, weights.source)
     if isinstance(model, VisionTransformer):
-        if f".{prefix}".endswith((".base_encoder.", ".momentum_encoder.")) and model.embed_dim == 384:
+        if model.embed_dim == 384:
             what = "MoCo v3's vit_small has 12 heads, ours 6, and shapes do not show it"
-            raise UserError(what, weights.source, "use another file")
+            if f".{prefix}".endswith((".base_encoder.", ".momentum_encoder.")):
+                raise UserError(what, weights.source, "use another file")
+            if "pos_embed" in state and not state["pos_embed"].flatten()[:384].any():
+                log(f"warning: {weights.source}: the CLS token has the position zero, as in MoCo v3: {what}")
         for part, words in NOT_OURS.items():
             if any(part in name for name in state):
                 fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"

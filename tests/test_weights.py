@@ -709,12 +709,16 @@ def test_timm_does_not_interpolate_what_does_not_fit(tmp_path):
         load_backbone(path, arch="vit_tiny_patch16_224")
 
 
-def test_moco_v3s_small_vit_is_not_ours(tmp_path):
-    state = prefixed(
-        backbones.build_backbone("vit_small", 16, 32)[0].state_dict(), "module.momentum_encoder."
-    )
+def test_moco_v3s_small_vit_is_not_ours(tmp_path, capsys):
+    weights = backbones.build_backbone("vit_small", 16, 32)[0].state_dict()
+    state = prefixed(weights, "module.momentum_encoder.")
     with pytest.raises(UserError, match="12 heads, ours 6"):
         load_backbone(write({"state_dict": state}, tmp_path / "moco.pth"))
+    load_backbone(write(weights, tmp_path / "ours.pth"))
+    assert "12 heads" not in capsys.readouterr().out
+    weights["pos_embed"][:, 0] = 0  # as in its files of linear classification
+    load_backbone(write(weights, tmp_path / "linear.pth"))
+    assert "warning: " in (said := capsys.readouterr().out) and "12 heads, ours 6" in said
 
 
 # ---- pixels and what is known of a network
