@@ -411,7 +411,11 @@ def visualize(images: ImageFiles, show: Show, output_dir: Path) -> None:
             save_picture(picture, folder / f"{file}.png", inputs)
         if i - len(broken) < ON_SHEET:
             shown.append(sheet_rows(pictures))
-        log(f"{paths[i]}: {len(pictures)} pictures in {folder}")
+        earlier = [
+            path for path in folder.glob("*.png") if path.stem not in {*pictures, "sheet"} and is_own(path)
+        ]
+        stay = f"; {len(earlier)} of an earlier run stay, e.g. {min(earlier).name}" if earlier else ""
+        log(f"{paths[i]}: {len(pictures)} pictures in {folder}{stay}")
     save_picture(contact_sheet(arrange(shown)), output_dir / "sheet.png", inputs)
     drawn = len(images) - len(broken)
     only = f", the first {ON_SHEET} of {drawn} images" if drawn > ON_SHEET else ""

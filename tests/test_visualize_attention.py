@@ -94,6 +94,16 @@ def test_a_second_run_on_a_folder_gives_the_same(tmp_path, capsys, out):
     assert f"left out {len(first) - 2} pictures of an earlier run" in capsys.readouterr().out
 
 
+def test_pictures_of_an_earlier_run_that_stay_are_named(tmp_path, capsys):
+    save_images(tmp_path, 1)
+    flags = *RANDOM_VIT, "--image_path", tmp_path / "000.png", "--image_size", 32
+    look(*flags, "--output_dir", tmp_path / "out", "--threshold", 0.6)
+    look(*flags, "--output_dir", tmp_path / "out", "--threshold", 0.6)
+    assert "earlier run" not in capsys.readouterr().out
+    look(*flags, "--output_dir", tmp_path / "out")
+    assert "; 5 of an earlier run stay, e.g. mask_th0.6_head0.png" in capsys.readouterr().out
+
+
 def test_photos_are_shown_as_a_viewer_shows_them(tmp_path):
     photo = Image.new("RGB", (64, 32))
     photo.paste((255, 255, 255), (0, 0, 32, 32))  # stored: white on the left
