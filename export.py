@@ -136,7 +136,10 @@ def timm_arguments(network: VisionTransformer, image_size: Size) -> tuple[str, d
 
 
 def to_hf(frozen: Frozen, path: Path) -> Exported:
-    """A folder with a Hugging Face ViTModel and an image processor that gives our transform's pixels."""
+    """A folder with a Hugging Face ViTModel and an image processor that gives our transform's pixels.
+
+    Except where half the margin around the crop ends in .5: Hugging Face always rounds down, we to even.
+    """
     transformers, safetensors = need("transformers", "hf"), need("safetensors.torch", "hf")
     vit, (height, width) = frozen.network, height_and_width(frozen.image_size)
     if not isinstance(vit, VisionTransformer):
