@@ -35,9 +35,9 @@ def few_shot(text: str) -> str:
 def labels_of(images: Images) -> np.ndarray:
     """The labels of all images, (N,). Reads the images if the set does not have its labels as a list."""
     for name in ("labels", "targets", "_labels"):
-        labels = getattr(images, name, None)
-        if labels is not None and len(labels) == len(images):
-            return np.asarray(labels, dtype=np.int64)
+        labels = np.asarray(getattr(images, name, None))
+        if labels.shape == (len(images),) and labels.dtype.kind in "iu":  # QMNIST's have more columns
+            return labels.astype(np.int64)
     log(f"reading the labels of {len(images):,} images")
     return np.array([read_labelled(images, index)[1] for index in range(len(images))])
 

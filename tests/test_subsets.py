@@ -2,8 +2,10 @@ import argparse
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from support.data import Source, digest, open_labelled_images, sample_name
 from support.errors import UserError
@@ -64,3 +66,13 @@ def test_labels_of_a_set_without_a_list_are_read(capsys):
     few = FewImages(shapes, range(5))
     assert labels_of(few).tolist() == [shapes[i][1] for i in range(5)]
     assert "reading the labels of 5 images" in capsys.readouterr().out
+
+
+def test_labels_of_several_columns_are_read_from_the_images(capsys):
+    """QMNIST's `targets` also hold the writer, and so on; its items have the digit."""
+
+    class Columns(list):
+        targets = torch.tensor([[3, 40], [1, 50]])
+
+    images = Columns([(Image.new("RGB", (2, 2)), 3), (Image.new("RGB", (2, 2)), 1)])
+    assert labels_of(images).tolist() == [3, 1] and "reading the labels of 2" in capsys.readouterr().out
