@@ -37,7 +37,7 @@ from support.distributed import (
 )
 from support.errors import UserError
 from support.features import cls_and_patches, extract_features, load_by_flags
-from support.files import class_folders
+from support.files import Folder
 from support.logger import log
 from support.pixels import normalize
 
@@ -102,7 +102,7 @@ def open_blocks(data_path: str) -> dict[str, ImageFiles]:
     for family in ("jpegqual", "crops"):
         if not (root / family).is_dir():
             continue
-        found = class_folders(root / family)
+        found = Folder(root / family).class_folders()
         if not found:
             raise UserError(f"no folders in {family}/", f"--data_path {root}", "add one for each degree")
         names += [f"{family}/{name}" for name in sorted(found, key=_as_number)]

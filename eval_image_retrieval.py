@@ -283,7 +283,7 @@ def load_network(args: argparse.Namespace) -> Frozen:
             check_takes_any_size(frozen.network, args.imsize, args.multiscale)
     log(f"weights: {frozen.description}")
     size = f"longer side at most {args.imsize} pixels" + ", three scales" * args.multiscale
-    log(f"preprocessing: {size}, {frozen.values}")
+    log(f"preprocessing: {size}, {frozen.value_words}")
     return frozen
 
 

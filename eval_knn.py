@@ -34,8 +34,9 @@ from support.distributed import (
 )
 from support.errors import UserError
 from support.features import extract_features, load_by_flags
+from support.files import replacing
 from support.logger import log
-from support.weights import load_file, replacing
+from support.weights import load_file
 from utils import MultiCropWrapper
 
 
@@ -114,15 +115,14 @@ def knn_votes(
     T: float,
     num_classes: int,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the votes for the classes, (rows, num_classes), of part after part of the test set, for each k.
+    """Yield (first row, k, votes) for one part of the test set after the other, and for each k.
 
-    They come with the part's first row and k. Arguments as in `knn_accuracies`; the nearest neighbour's
-    vote is 1.
+    Votes are (rows of the part, num_classes); the nearest neighbour's vote is 1. Arguments as in
+    `knn_accuracies`.
     """
     rows = max(1, min(CHUNK // len(train_features), len(test_features)))
-    room = train_features.new_empty(
-        rows, len(train_features)
-    )  # allocated once: fresh memory is slow on a CPU
+    # Allocated once, because fresh memory is slow on a CPU.
+    room = train_features.new_empty(rows, len(train_features))
     for first in range(0, len(test_features), rows):
         chunk = test_features[first : first + rows]
         similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])
@@ -155,13 +155,12 @@ def knn_top1(
     transform: Callable[[Image.Image | Tensor], Tensor],
     device: torch.device,
     num_workers: int = 0,
-    k: int = 20,
 ) -> float:
-    """Top-1 accuracy in percent, on every rank; `model` as in `extract_features`."""
+    """Top-1 accuracy in percent of 20 neighbours, on every rank; `model` as in `extract_features`."""
     x, y = extract_features(model, train, transform, device, num_workers=num_workers)
     test_x, test_y = extract_features(model, val, transform, device, num_workers=num_workers)
     data = F.normalize(x, dim=1), y, F.normalize(test_x, dim=1), test_y
-    return knn_classifier(*data, min(k, len(train)), T=0.07, num_classes=count_classes(y, test_y))[0]
+    return knn_classifier(*data, min(20, len(train)), T=0.07, num_classes=count_classes(y, test_y))[0]
 
 
 def count_classes(*labels: Tensor) -> int:

@@ -65,12 +65,12 @@ from support.weights import (
     PUBLISHED,
     Frozen,
     check_finite,
+    digest_weights,
     download,
     is_state,
     load_checkpoint,
     load_strictly,
 )
-from support.weights import digest as digest_weights
 from vision_transformer import VisionTransformer
 
 
@@ -147,6 +147,7 @@ FREE_FLAGS = {
     "num_labels", "logistic", "few_shot_seeds",
 }  # fmt: skip
 
+# Flags that only training uses, and flags that only our ViTs have.
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
 OF_VITS = ("n_last_blocks", "avgpool_patchtokens")
 

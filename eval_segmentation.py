@@ -41,7 +41,7 @@ from torchvision import transforms
 
 from eval_knn import knn_votes
 from support import cli, logistic
-from support.attention import cls_attention, keep_mass
+from support.attention import attention_map, keep_mass
 from support.data import RGB, ImageFiles, Images, extensions_of, in_format
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import UserError, WrongFormat, reason, reason_of
@@ -309,10 +309,10 @@ def score_attention(attention: Tensor, truth: Tensor, threshold: float) -> Atten
 def measure_attention(
     network: nn.Module, images: Masked, batches: Batches, threshold: float
 ) -> AttentionScores:
-    """Score the attention in all images that have objects. Raises UserError as `cls_attention` does."""
+    """Score the attention in all images that have objects. Raises UserError as `attention_map` does."""
     scores = []
     for indices, batch in batches:
-        for index, attention in zip(indices, cls_attention(network, batch), strict=True):
+        for index, attention in zip(indices, attention_map(network, batch), strict=True):
             truth = images.class_mask(index).to(batch.device)
             if ((truth > 0) & (truth != VOID)).any():
                 scores.append(score_attention(attention, truth, threshold))
@@ -448,7 +448,7 @@ def has_attention(frozen: Frozen, device: torch.device) -> bool:
     image = frozen.zeros(1).to(device)
     patch_tokens(frozen.network, image)
     try:
-        cls_attention(frozen.network, image)
+        attention_map(frozen.network, image)
     except UserError as error:
         log(f"note: no attention is measured: {str(error).partition(' (')[0]}")
         return False

@@ -451,7 +451,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Frozen:
     if frozen.std == IMAGENET_STD:
         frozen = frozen._replace(std=STD)
     log(f"weights: {frozen.description}")
-    log(f"preprocessing: shorter side 480 pixels, {frozen.values}")
+    log(f"preprocessing: shorter side 480 pixels, {frozen.value_words}")
     return frozen
 
 

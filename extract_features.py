@@ -64,13 +64,13 @@ from support.features import (
     patch_tokens,
     with_mean,
 )
+from support.files import replacing
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
 from support.pixels import copy_to
 from support.restart import comparable
-from support.weights import Frozen, load_file, replacing
-from support.weights import digest as digest_weights
+from support.weights import Frozen, digest_weights, load_file
 
 
 def get_args_parser() -> argparse.ArgumentParser:

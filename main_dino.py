@@ -14,7 +14,6 @@ import contextlib
 import copy
 import importlib.util
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import eval_knn
 import utils
 from eval_segmentation import MaskedShapes, measure_attention, resized_batches
 from support import backbones, cli
-from support.attention import cls_attention
+from support.attention import attention_map
 from support.checks import check_on_first_rank
 from support.cli import bool_flag, number
 from support.curves import Curves
@@ -60,8 +59,8 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError, reason_of
-from support.estimates import IMAGES as SAMPLE
-from support.estimates import estimate_normalization, estimate_range, sample_values
+from support.estimates import SAMPLE, estimate_normalization, estimate_range, sample_values
+from support.files import replacing
 from support.formats import ImageFormat, pairs
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
@@ -78,7 +77,7 @@ from support.pixels import (
 )
 from support.restart import Run
 from support.shapes import USUAL, Shapes
-from support.weights import init_from, load_backbone, replacing
+from support.weights import init_from, load_backbone
 from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
 from vision_transformer import VITS
 from visualize_attention import check_free, save_picture
@@ -329,8 +328,9 @@ FREE_FLAGS = {
 
 
 def only_local_differs(args: argparse.Namespace, name: str) -> bool:
-    """Whether a flag for G1, G2 and LOCAL differs from the paper's in LOCAL alone, without local views."""
-    return not args.local_crops_number and tuple(getattr(args, name)[:2]) == getattr(PAPER, name)[:2]
+    """Whether a flag for G1, G2 and LOCAL differs from its default in LOCAL alone, without local views."""
+    usual = (demo_defaults() if args.demo else {}).get(name, getattr(PAPER, name))
+    return not args.local_crops_number and tuple(getattr(args, name)[:2]) == usual[:2]
 
 
 # A flag, when it has no effect, and why.
@@ -501,11 +501,8 @@ def find_format(args: argparse.Namespace, images: Images, run: Run | None, names
 
 def crop_sizes(args: argparse.Namespace) -> list[Size]:
     """Size of the global views and, if there are any, of the local views."""
-    return (
-        [args.global_crops_size, args.local_crops_size]
-        if args.local_crops_number
-        else [args.global_crops_size]
-    )
+    sizes = [args.global_crops_size, args.local_crops_size]
+    return sizes if args.local_crops_number else sizes[:1]
 
 
 def build_augmentation(args: argparse.Namespace) -> DataAugmentationDINO:
@@ -537,9 +534,9 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
     if num_images < batch:
         what = f"a batch of {batch} over all processes is larger than the dataset of {num_images}"
         raise UserError(what, "--batch_size_per_gpu", "lower it")
-    per_epoch = math.ceil(num_images / get_world_size()) // per_rank
-    last = args.epochs * per_epoch
-    last = min(args.max_steps or last, last)
+    per_epoch = EpochBatches(num_images, per_rank, args.seed).steps_per_epoch
+    whole = args.epochs * per_epoch
+    last = min(args.max_steps or whole, whole)
     if last <= args.freeze_last_layer * per_epoch:
         log(f"warning: --max_steps {last}: the prototypes stay frozen for all of it (--freeze_last_layer)")
     if args.save_every_steps >= min(per_epoch, last):
@@ -568,10 +565,10 @@ def build_loader(
 
 
 def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher with random weights; the teacher has no gradient, and drop path only where the
-    name decides it (torchvision).
-    """
+    """Build student and teacher with random weights; the teacher has no gradients and no drop path.
 
+    Only torchvision's networks keep the drop path of their name, in the teacher too.
+    """
     head = partial(
         DINOHead,
         out_dim=args.out_dim,
@@ -692,7 +689,7 @@ def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) 
 
 @dataclass
 class Training:
-    """What is trained, and the settings of a step; it has no behaviour."""
+    """What is trained, and the settings of a step."""
 
     student: nn.Module  # inside DistributedDataParallel if there are several processes
     student_without_ddp: MultiCropWrapper
@@ -840,17 +837,17 @@ def train_dino(args: argparse.Namespace) -> None:
     logger = MetricLogger(images_per_step=steps.batch)
     knn = build_knn(args, training, monitor) if args.knn_every else None
 
-    pieces = training.pieces() | {"guard": monitor, "metrics": logger}
+    pieces = training.pieces() | {"guard": monitor, "metrics": logger}  # keys keep their first names
     identity = run_identity(args, images, training.dtype)
     found = run.resume(
         pieces, identity, args.allow_changed_args, added=vars(get_args_parser().parse_args([]))
     )
     step = first_step(found, steps)
     record_args(args, run, step)
-    if step == 0:
-        check_on_first_rank(images)
     if step:  # a loss that is not finite now comes from the weights that were saved
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
+    else:
+        check_on_first_rank(images)
     anew = step + (step % steps.per_epoch == 0)  # a record in the middle of an epoch is written anew
     curves = Curves(run.folder, PANELS, args.tensorboard, anew) if is_main_process() else None
     log(
@@ -944,14 +941,9 @@ def save(
             "value_range": pairs(args.value_range),
         },
     }
-    keep_as = ""
-    if (
-        record
-        and step % steps.per_epoch == 0
-        and args.saveckp_freq
-        and record["epoch"] % args.saveckp_freq == 0
-    ):
-        keep_as = f"checkpoint{record['epoch']:04}.pth"
+    ended = step // steps.per_epoch - 1  # the epoch that ends with this step, if one does
+    due = record and step % steps.per_epoch == 0 and args.saveckp_freq and ended % args.saveckp_freq == 0
+    keep_as = f"checkpoint{ended:04}.pth" if due else ""
     run.save(values, [record] if record else [], keep_as, last)
 
 
@@ -1138,7 +1130,7 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
         share = scores[name].on_objects.mean().item()
         log(f"  {name:22} {100 * share:5.1f} %")
         _, pixels = next(batches[name](shown))
-        maps = cls_attention(frozen.network, pixels).mean(dim=1)
+        maps = attention_map(frozen.network, pixels).mean(dim=1)
         overlays = [glow(image, each) for image, each in zip(tiles, maps, strict=True)]
         rows.append((f"attention {when} training: {100 * share:.0f} % on the object", overlays))
     accuracies = [knn[name] for name in ("raw pixels", *networks)]

@@ -74,7 +74,7 @@ def draw_view(width: int, height: int, kind: Kind, rng=random, recipe: Recipe = 
     """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
     quarters = rng.randrange(4) if recipe.quarter_turns else 0
     high, wide = kind.size[::-1] if quarters % 2 else kind.size  # before the turn
-    return View(  # then drawn in the order in which it is written; the paper's draws stay the same
+    return View(  # drawn in the order of the arguments; what is off draws nothing, so the paper's draws stay
         size=kind.size,
         box=draw_box(width, height, kind.scale, rng, [wide / high * aspect for aspect in recipe.crop_aspect]),
         flip=happens(recipe.hflip_p, rng),
@@ -358,7 +358,7 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp: float,
         teacher_temp: float,
         warmup_teacher_temp_epochs: int,
-        nepochs: int,
+        nepochs: int,  # has no effect; the published signature has it
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         accum_steps: int = 1,

@@ -190,17 +190,10 @@ class VisionTransformer(nn.Module):
         """Attention of the last block: (B, h, N, N)."""
         return self.get_attention(x)
 
-    def get_last_cls_attention(self, x: Tensor) -> Tensor:
-        """Attention of the last block's CLS token over all tokens: (B, h, N).
-
-        The first row of `get_last_selfattention`, without the memory for the other rows.
-        """
-        return self.get_attention(x, token=0)[:, :, 0]
-
     def get_attention(self, x: Tensor, layer: int = 1, token: int | None = None) -> Tensor:
         """Attention in a block, counted from the end: (B, h, N, N); of one token over all: (B, h, 1, N).
 
-        Raises IndexError for a block that is not there.
+        One token needs no memory for the rows of the others. Raises IndexError for a block that is not there.
         """
         x = self.prepare_tokens(x)
         block: Any = self.blocks[-layer]  # a Block

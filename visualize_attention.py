@@ -34,7 +34,7 @@ from torchvision.transforms.functional import crop, get_dimensions, resize
 from support import cli
 from support.attention import attention_map, keep_mass
 from support.backbones import check_divides
-from support.data import ImageFiles, Images, describe, read_labelled, sample_name
+from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds, launched_as
 from support.errors import ImageError, TrainingError, UserError
 from support.features import patch_size_of, patch_tokens
@@ -199,7 +199,7 @@ MARK = {"Software": "DINO visualize_attention.py"}  # text in each PNG and video
 
 
 def is_own(path: str | Path, mark: dict[str, str] = MARK) -> bool:
-    """Whether this script wrote the file, or the one that leaves this mark."""
+    """Whether the file carries a script's mark, by default ours; a video carries it as a comment."""
     if Path(path).suffix[1:] in ENCODERS:
         return comment_of(path) == mark["Software"]
     return has_mark(path, mark)
@@ -216,7 +216,7 @@ def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
             raise UserError("no such file", f"--image_path {path}", "check the path")
     images = ImageFiles(*paths, form=form)
     log(f"images: {describe(images)}")
-    found = [sample_name(images, i) for i in range(len(images))]
+    found = list(images.paths)
     kept = [path for path in found if path in paths or not is_own(path)]
     if len(kept) < len(found):
         log(f"left out {len(found) - len(kept)} pictures of an earlier run")
@@ -246,7 +246,7 @@ def check_free(
 
 
 def save_picture(picture: Image.Image, path: Path, inputs: set[Path], mark: dict[str, str] = MARK) -> None:
-    """Save a PNG with our mark. Raises UserError as `check_free` does."""
+    """Save a PNG with a script's mark. Raises UserError as `check_free` does."""
     check_free(path, inputs, mark)
     text = PngInfo()
     for name, value in mark.items():
@@ -379,7 +379,7 @@ def readable(images: Images) -> Iterator[Image.Image | Tensor]:
     broken = 0
     for i in range(len(images)):
         try:
-            yield read_labelled(images, i)[0]
+            yield read_image(images, i)[0]
         except ImageError:
             broken += 1
             if broken == len(images):
@@ -392,13 +392,13 @@ def visualize(images: ImageFiles, show: Show, output_dir: Path) -> None:
     Logs and skips an image that cannot be read. Raises TrainingError at the end if there was any,
     ImageError if no image could be read, UserError if it would overwrite a file of another program.
     """
-    paths = [sample_name(images, i) for i in range(len(images))]
+    paths = list(images.paths)
     inputs = {Path(path).resolve() for path in paths}
     check_free(output_dir / "sheet.png", inputs)  # at the start, not after all the work
     shown, broken = [], []
     for i, name in enumerate(folder_names(paths)):
         try:
-            image = read_labelled(images, i)[0]
+            image = read_image(images, i)[0]
         except ImageError as error:
             broken.append(error)
             if len(broken) == len(images):
@@ -491,7 +491,7 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
     for size in args.image_size if args.demo else ():  # cropped images would not match the true masks
         check_divides("image_size", size, patch_size_of(frozen.network))
     log(f"weights: {frozen.description}")
-    log(f"preprocessing: {frozen.values}")
+    log(f"preprocessing: {frozen.value_words}")
     frozen.network.to(device)
     return Viewer(frozen, device, args.image_size, args.layer, args.query)
 

@@ -11,7 +11,6 @@ import os
 import posixpath
 import struct
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from support.errors import UserError, reason_of
-from support.files import Folder, Found, Paths, all_extensions, select_images
+from support.files import Folder, Found, Paths, all_extensions, appearing, select_images
 from support.logger import log
 
 ARCHIVES = (".tar", ".zip")
@@ -98,7 +97,7 @@ class Archive(Folder):
         root = os.path.join(self.root, name)
         return Archive(root, self.files, self.index, self.tree, f"{self.inside}{name}/")
 
-    def find_images(self, readable: Set[str] | None = None) -> Found:
+    def find_images(self, readable: Set[str]) -> Found:
         """Find all images, except hidden ones; `readable` are their extensions."""
         contents = ((folder, *self.tree.contents[folder]) for folder in self._below())
         skip = len(self.inside)
@@ -181,9 +180,7 @@ class Tree(NamedTuple):
     """The folders of an archive, except hidden ones. Their names end with "/"; the root is ""."""
 
     folders: list[str]  # sorted
-    contents: dict[
-        str, tuple[list[str], set[str]]
-    ]  # of each folder: the names of its files, and hidden names
+    contents: dict[str, tuple[list[str], set[str]]]  # by folder: the names of its files, and hidden names
 
 
 def _is_hidden(name: str) -> bool:
@@ -236,8 +233,9 @@ def _without_own_folder(index: Index, stem: str) -> Index:
 
 
 def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
-    """Unpack several archives into one folder, or each into a folder of its name if one has images at its
-    top level: ImageNet's training set is one archive a class. Raises UserError for a name that occurs twice.
+    """The index of several archives, as if all were unpacked into one folder; or, if one has images at its
+    top level, each into a folder of its name (ImageNet's training set is one archive a class). Raises
+    UserError for a name that occurs twice.
     """
     readable = tuple(all_extensions())
     top = (name for _, index in parts for name in index.names if "/" not in name)
@@ -285,17 +283,11 @@ def _cache_folder() -> Path:
 
 
 def _keep(index: Index, cache: Path) -> None:
-    """Write an index; other processes see no file or the complete one. Raises OSError."""
+    """Write an index. Raises OSError."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     names = np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in index.names), np.uint8)
-    with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=".", delete=False) as part:
-        try:
-            np.savez(part, names=names, places=index.places)
-            part.close()
-            os.replace(part.name, cache)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+    with appearing(cache) as file:
+        np.savez(file, names=names, places=index.places)
 
 
 def _index(file: IO[bytes], path: str, size: int) -> Index:
@@ -361,10 +353,8 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
 def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
     """Index a zip. Raises UserError."""
     places: Places = {}
-    readable, methods = (
-        tuple(all_extensions()),
-        {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED},
-    )
+    readable = tuple(all_extensions())
+    methods = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
     try:
         members = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:

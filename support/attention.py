@@ -13,16 +13,11 @@ from support.features import patch_size_of
 from vision_transformer import VisionTransformer
 
 
-def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Attention of the last block's CLS token over the patches, as `attention_map` gives it."""
-    return attention_map(backbone, images)
-
-
 @torch.inference_mode()
 def attention_map(
     backbone: nn.Module, images: Tensor, layer: int = 1, patch: tuple[int, int] | None = None
 ) -> Tensor:
-    """Attention over the patches in a block, counted from the end: (B, 3, H, W) -> (B, h, R, C).
+    """Attention over the patches in a block, counted from the end: (B, channels, H, W) -> (B, h, R, C).
 
     It is the CLS token's, or that of a patch (row, column). Works for our ViTs and for timm's, including
     XCiT, whose last two blocks have such attention. Raises UserError for networks and blocks without it, and

@@ -39,8 +39,7 @@ def build_backbone(
     arch = canonical(arch)
     model: Any  # of timm's models, few attributes are declared
     if arch in VITS:
-        size = {"img_size": img_size, "in_chans": in_chans}
-        model = VITS[arch](patch_size, drop_path_rate=drop_path_rate, **size)
+        model = VITS[arch](patch_size, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
         model.dropped_classifiers = ("head",)
         return model, model.embed_dim
     if arch in torchvision.models.list_models(module=torchvision.models):
@@ -80,7 +79,7 @@ def _torchvision_backbone(arch: str, in_chans: int) -> tuple[nn.Module, int]:
     model = torchvision.models.get_model(arch, weights=None, **auxiliary)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise UserError("architecture has no linear classifier to drop", f"--arch {arch}")
+        raise UserError("architecture has no linear classifier to drop", f"--arch {arch}", "use another")
     parent, _, name = linear[-1].rpartition(".")
     embed_dim = model.get_submodule(linear[-1]).in_features
     setattr(model.get_submodule(parent), name, nn.Identity())

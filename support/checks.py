@@ -44,7 +44,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
     random.Random(0).shuffle(spread)  # so that the images read in time are evenly spread too
     faults: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
-    bits: dict[int, list[int]] = {}  # images by the bits that their 16-bit values use, as TIFFs state
+    depths: dict[int, list[int]] = {}  # images by the bits that their 16-bit values use, as TIFFs state
     thumbnails, deepest, begun, checked = {}, 0, time.monotonic(), 0
     reached = torch.zeros(1, dtype=torch.bool)  # for each channel, whether an image has values in the range
     for index in spread:
@@ -63,9 +63,8 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
             words = f"lose {stored.dropped}: the network sees red, green and blue"
             faults.setdefault(words, []).append(index)
         if stored.largest is not None:
-            bits.setdefault(stored.bits, []).append(index)
+            depths.setdefault(stored.bits, []).append(index)
             if stored.bits == 16:
-                faults.setdefault(DEEP, []).append(index)
                 deepest = max(deepest, stored.largest)
         reached = reached | ((image > 0) & (image < 255)).any(dim=-1).any(dim=-1)
         if image.float().std(dim=(1, 2), correction=0).max() < CONSTANT:
@@ -73,12 +72,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
         else:
             thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
     _check_range(images, reached, checked - len(reasons))
-    _warn_of_bits(faults, deepest)
-    if len(bits) > 1:
-        words = (
-            f"have 16 bits and state that they use {' or '.join(map(str, sorted(bits)))} of them, so equal "
-        )
-        faults[words + "values become different levels: give --value_range"] = sum(bits.values(), [])
+    faults |= _faults_of_depth(depths, deepest)
     if alike and (same := _identical(thumbnails)):
         faults["are nearly identical to another one: training learns from differences between images"] = same
     for words, indices in faults.items():
@@ -102,15 +96,16 @@ def _check_range(images: Images, reached: Tensor, read: int) -> None:
     log(f"warning: no value of {read} checked images lies within {where} in channel {outside}")
 
 
-DEEP = "16 bits"
-
-
-def _warn_of_bits(faults: dict[str, list[int]], deepest: int) -> None:
-    """Turn the count of 16-bit images into a warning if they use few of their bits."""
-    deep, bits = faults.pop(DEEP, []), deepest.bit_length()
-    if deep and bits <= 14:
-        words = f"have 16 bits but use {bits} of them (largest value {deepest}), so the network sees them "
-        faults[words + f"dark: give --value_range 0 {2**bits - 1}"] = deep
+def _faults_of_depth(depths: dict[int, list[int]], deepest: int) -> dict[str, list[int]]:
+    """The faults of 16-bit images, given by the bits that they state: few, or different numbers, are used."""
+    faults, used = {}, deepest.bit_length()
+    if 16 in depths and 0 < used <= 14:
+        words = f"have 16 bits but use {used} of them (largest value {deepest}), so the network sees them "
+        faults[words + f"dark: give --value_range 0 {2**used - 1}"] = depths[16]
+    if len(depths) > 1:
+        words = f"have 16 bits and state that they use {' or '.join(map(str, sorted(depths)))} of them, so "
+        faults[words + "equal values become different levels: give --value_range"] = sum(depths.values(), [])
+    return faults
 
 
 class Stored(NamedTuple):

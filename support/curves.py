@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from support.errors import reason_of
+from support.files import replacing
 from support.logger import log
 from support.pictures import has_mark
 from support.restart import read_log, try_to_write
-from support.weights import replacing
 
 MARK = {"Software": "DINO curves of a run"}  # text in the PNG, which identifies our pictures
 

@@ -14,7 +14,6 @@ import io
 import operator
 import os
 import shutil
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from support.files import (
     JoinedPaths,
     Paths,
     all_extensions,
+    appearing,
     readable_extensions,
     select_images,
 )
@@ -47,6 +47,7 @@ from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
 from support.shapes import Shapes
 
 RGB = ImageFormat()
+LABELS = ("labels", "targets", "_labels")  # the attributes in which datasets keep all labels
 
 
 def load_image(path: str, content: bytes | None = None, channels: int = 3) -> Image.Image:
@@ -95,13 +96,9 @@ def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             # The header only; refuses decompression bombs.
             in_colour = image.format == "JPEG" and image.mode == "RGB"
-        file = np.empty(0, np.uint8)
-        if in_colour:
-            file = (
-                np.fromfile(path, np.uint8) if content is None else np.array(np.frombuffer(content, np.uint8))
-            )
-        if file[-2:].tobytes() == b"\xff\xd9":
-            return decode(torch.from_numpy(file))
+        file = b"" if not in_colour else Path(path).read_bytes() if content is None else content
+        if file.endswith(b"\xff\xd9"):
+            return decode(torch.frombuffer(bytearray(file), dtype=torch.uint8))
     return to_pixels(load_image(path, content))
 
 
@@ -184,8 +181,7 @@ class LabelledFiles(ImageFiles):
     labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
 
     def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
-        self.form = form
-        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        super().__init__(form=form)
         folder = _folder(root)
         self.classes = folder.class_folders()
         if not self.classes:
@@ -234,8 +230,7 @@ class ListedFiles(LabelledFiles):
     """
 
     def __init__(self, path: str | Path, labelled: bool = False, form: ImageFormat = RGB):
-        self.form = form
-        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        ImageFiles.__init__(self, form=form)
         root, names, classes, lacking = os.path.dirname(path), [], [], []
         for number, line in _lines(path):
             name, label = _path_and_class(line, root)
@@ -292,8 +287,7 @@ class JoinedFiles(LabelledFiles):
     """
 
     def __init__(self, sets: list[ImageFiles]):
-        self.form = sets[0].form
-        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        ImageFiles.__init__(self, form=sets[0].form)
         self.paths = JoinedPaths([images.paths for images in sets])
         self.classes, self.labels = [], np.zeros(0, int)
         named = [images for images in sets if isinstance(images, LabelledFiles) and images.classes]
@@ -309,7 +303,7 @@ class Grey(Dataset[tuple[Tensor, Any]]):
 
     def __init__(self, images: Images):
         self.images = images
-        for name in ("classes", "split", "train", "labels", "targets", "_labels"):
+        for name in ("classes", "split", "train", *LABELS):
             if hasattr(images, name):
                 setattr(self, name, getattr(images, name))
 
@@ -426,7 +420,7 @@ def _open_place(root: Path) -> Folder | Path:
 
 def _listed(path: Path, form: ImageFormat) -> ImageFiles:
     """The images that a list names; one image, if the file is none."""
-    is_image = path.suffix.lower() in readable_extensions() | set(ARRAYS)
+    is_image = path.suffix.lower() in all_extensions()
     return ImageFiles(path, form=form) if is_image else ListedFiles(path, form=form)
 
 
@@ -579,7 +573,7 @@ def digest(images: Images) -> str:
         summary.update(Paths(names, str(images.root)).digest)
     if isinstance(images, Subset):
         summary.update(repr((digest(images.dataset), images.indices)).encode())  # type: ignore[arg-type]
-    for name in ("labels", "targets", "_labels"):
+    for name in LABELS:
         labels = getattr(images, name, None)
         if isinstance(labels, np.ndarray | Tensor | list):
             with contextlib.suppress(ValueError, TypeError):  # labels that are not numbers
@@ -625,18 +619,11 @@ def _torchvision_names() -> list[str]:
 
 
 def _unpack(archive: Path) -> None:
-    """Decompress a .gz file into its folder; other processes see no file or the complete one."""
+    """Decompress a .gz file into its folder."""
     try:
-        with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=".unpacking", delete=False) as part:
-            try:
-                with gzip.open(archive) as packed:
-                    shutil.copyfileobj(packed, part)
-                part.close()
-                shutil.copymode(archive, part.name)
-                os.replace(part.name, archive.with_suffix(""))
-            except BaseException:
-                os.unlink(part.name)
-                raise
+        with appearing(archive.with_suffix("")) as file, gzip.open(archive) as packed:
+            shutil.copyfileobj(packed, file)
+            shutil.copymode(archive, file.name)
     except (OSError, EOFError, zlib.error) as error:
         fix = "download it again, and leave its folder writable"
         raise UserError(f"cannot unpack: {error}", str(archive), fix) from None
@@ -720,13 +707,15 @@ def short_name(dataset: Images, index: int) -> str:
     return sample_name(dataset, index)
 
 
+def pixels_of(images: Images, index: int) -> Tensor:
+    """The pixels of a sample as training sees them, uint8 (C, H, W), without its label."""
+    return images.pixels(index) if isinstance(images, ImageFiles) else to_pixels(images[index][0])
+
+
 def why_unreadable(images: Images, index: int) -> str:
     """Read a sample once more, to find out why it cannot be read."""
     try:
-        if isinstance(images, ImageFiles):
-            images.pixels(index)
-        else:
-            to_pixels(images[index][0])
+        pixels_of(images, index)
     except Exception as error:  # a broken file can raise nearly anything
         return reason(error)
     return "it can be read now"

@@ -53,11 +53,8 @@ def _number(name: str) -> int:
     try:
         return int(os.environ.get(name) or 0)
     except ValueError:
-        what, fix = (
-            f"{name} is {os.environ[name]!r}, not a number",
-            "unset it, or start with torchrun or srun",
-        )
-        raise UserError(what, "", fix, alone=True) from None
+        what = f"{name} is {os.environ[name]!r}, not a number"
+        raise UserError(what, "", "unset it, or start with torchrun or srun", alone=True) from None
 
 
 def check_launch() -> None:

@@ -5,12 +5,11 @@ Shapes: C channels, H x W pixels, P sampled pixels.
 
 import numpy as np
 
-from support.data import ImageFiles, Images, machine_lacks, sample_name
+from support.data import ImageFiles, Images, machine_lacks, pixels_of, sample_name
 from support.errors import UserError, WrongFormat
 from support.formats import load_values, range_words, to_levels
-from support.pixels import to_pixels
 
-IMAGES, SIDE = 256, 64  # images of a sample, and rows and columns of each of them, at most
+SAMPLE, SIDE = 256, 64  # images of a sample, and rows and columns of each of them, at most
 PERCENTILES = (0.1, 99.9)
 
 
@@ -21,7 +20,7 @@ def sample_values(images: Images, channels: int) -> np.ndarray:
     number of channels.
     """
     parts = []
-    for index in np.unique(np.linspace(0, len(images) - 1, IMAGES).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int)).tolist():
         try:
             values = _values(images, index, channels)
         except Exception as error:  # a broken file can raise nearly anything
@@ -41,8 +40,7 @@ def _values(images: Images, index: int, channels: int) -> np.ndarray:
     """The values of an image before they become grey levels, if they still have to: (C, H, W)."""
     if isinstance(images, ImageFiles) and images.form.value_range is not None:
         return load_values(*images.paths.file(index), channels)
-    pixels = images.pixels(index) if isinstance(images, ImageFiles) else to_pixels(images[index][0])
-    return pixels.numpy()
+    return pixels_of(images, index).numpy()
 
 
 def estimate_range(values: np.ndarray) -> list[float]:

@@ -39,7 +39,7 @@ def load_by_flags(args: argparse.Namespace) -> Frozen:
             args.value_range,
         )
     log(f"weights: {frozen.description}")
-    log(f"preprocessing: {size_words(frozen.image_size)} pixels, {frozen.values}")
+    log(f"preprocessing: {size_words(frozen.image_size)} pixels, {frozen.value_words}")
     return frozen
 
 
@@ -127,7 +127,7 @@ def cls_and_patches(network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
-    """Normed patch tokens after a block, counted from the end: (B, C, H, W) -> (B, R, C, D).
+    """Normed patch tokens after a block, counted from the end: (B, channels, H, W) -> (B, R, C, D).
 
     Works for our ViTs and for timm's networks. Raises UserError for other networks, for a layer that is
     not there, and for an image size that the network does not take.

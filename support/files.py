@@ -1,19 +1,23 @@
-"""Finds image files below folders, and keeps their paths in memory that data-loading workers share."""
+"""Finds image files below folders, keeps their paths in memory that workers share; writes files whole."""
 
 import array
+import contextlib
+import errno
 import functools
 import hashlib
 import heapq
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from support.errors import UserError, reason_of
+from support.logger import log
 
 
 class Paths:
@@ -98,19 +102,11 @@ class Found(NamedTuple):
     hidden: int  # names that begin with a dot, of files and folders
 
 
-def find_images(root: str | Path, readable: Set[str] | None = None) -> Found:
-    """Find all image files below a folder, except hidden ones; `readable` are the extensions of images.
-
-    Raises UserError.
-    """
-    return select_images(_folders(str(root)), readable)
-
-
-def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[str] | None = None) -> Found:
+def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[str]) -> Found:
     """Sort and count the images in folders; for each its path, its files, and the number of hidden names."""
     taken: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
-    folders, hidden, readable = [], 0, readable or readable_extensions()
+    folders, hidden = [], 0
     for folder, names, skipped in contents:
         images = []
         for name in names:
@@ -205,13 +201,18 @@ class Folder:
         """A folder in it."""
         return Folder(os.path.join(self.root, name))
 
-    def find_images(self, readable: Set[str] | None = None) -> Found:
+    def find_images(self, readable: Set[str]) -> Found:
         """Find all images, except hidden ones; `readable` are their extensions. Raises UserError."""
-        return find_images(self.root, readable)
+        return select_images(_folders(self.root), readable)
 
     def class_folders(self) -> list[str]:
         """List the names of its folders, sorted, except hidden ones. Raises UserError."""
-        return class_folders(self.root)
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        except OSError as error:
+            fix = "make it readable, or give another folder"
+            raise UserError(reason_of(error), self.root, fix) from None
 
     def file_names(self) -> list[str]:
         """List the names of the files in the folder itself, except hidden ones."""
@@ -223,10 +224,62 @@ class Folder:
         return Paths(names, self.root)
 
 
-def class_folders(root: str | Path) -> list[str]:
-    """List the names of the folders in a folder, sorted, except hidden ones. Raises UserError."""
+# ---------------------------------------------------------------------------------------------
+# Files that are written whole
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that replaces `path` when the block ends without an error.
+
+    At any moment, also after a power cut, `path` is either the old file or the complete new one. Creates
+    the folder again if it has been removed. Raises OSError; the old file is then unchanged.
+    """
+    if not path.parent.is_dir():
+        log(f"warning: {path.parent} was removed: creating it again")
+        path.parent.mkdir(parents=True)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.scandir(root) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # it would take room on a full disk
+        if isinstance(error.__context__, OSError):  # torch raises another error over it
+            raise error.__context__ from None
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the folder's list of names to the disk, because a power cut could undo a rename."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     except OSError as error:
-        raise UserError(reason_of(error), str(root), "make it readable, or give another folder") from None
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that becomes `path` when the block ends; other processes see no file or the complete one.
+
+    Any number of processes may write it at once. Raises OSError.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as part:
+        try:
+            yield part
+            part.close()
+            os.replace(part.name, path)
+        except BaseException:
+            os.unlink(part.name)
+            raise

@@ -4,6 +4,7 @@ Everything here works on names and shapes; it neither reads files nor builds net
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TypeGuard
 
@@ -127,10 +128,7 @@ def select_network(state: Iterable[str], own: Iterable[str], key: str | None, so
 
 def groups(names: Iterable[str]) -> str:
     """Group names by their first part and count them: "projector (4 tensors), queue"."""
-    counts: dict[str, int] = {}
-    for name in names:
-        first = name.partition(".")[0]
-        counts[first] = counts.get(first, 0) + 1
+    counts = Counter(name.partition(".")[0] for name in names)
     return ", ".join(name if count == 1 else f"{name} ({count} tensors)" for name, count in counts.items())
 
 

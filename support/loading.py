@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from support.data import ImageFiles, Images, machine_lacks, read_labelled, sample_name, why_unreadable
+from support.data import Images, machine_lacks, pixels_of, read_labelled, sample_name, why_unreadable
 from support.distributed import get_rank, get_world_size
 from support.errors import ImageError, Interrupted, WrongFormat
 from support.monitor import ignore_signals
-from support.pixels import copy_to, to_pixels
+from support.pixels import copy_to
 
 
 class TrainingViews(Dataset):
@@ -51,17 +51,12 @@ class TrainingViews(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def _pixels(self, index: int) -> Tensor:
-        if isinstance(self.images, ImageFiles):
-            return self.images.pixels(index)
-        return to_pixels(self.images[index][0])
-
     def readable(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """Read an image: its pixels and -1; if that fails, the pixels of a random other one and `index`."""
         others = random.Random(f"{self.seed} {epoch} {index} instead")
         for candidate in [index] + [others.randrange(len(self)) for _ in range(self.TRIES)]:
             try:
-                return self._pixels(candidate), -1 if candidate == index else index
+                return pixels_of(self.images, candidate), -1 if candidate == index else index
             except WrongFormat:  # the images are not what the flags say
                 raise
             except Exception as error:  # a broken file can raise nearly anything
@@ -289,11 +284,8 @@ def to_device(batches: Iterable[tuple], device: torch.device) -> Generator[tuple
     def copy(batch: tuple) -> tuple:
         views, *rest = batch
         with torch.cuda.stream(stream):  # None: no stream, no effect
-            return (
-                [copy_to(view, device) for view in views],
-                rest,
-                stream and stream.record_event(),
-            )
+            copies = [copy_to(view, device) for view in views]
+            return copies, rest, stream and stream.record_event()
 
     def hand_over(views: list[Tensor], rest: list, copied) -> tuple:
         if copied:

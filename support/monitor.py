@@ -14,7 +14,7 @@ from tqdm import tqdm
 from support.distributed import all_reduce_mean, get_world_size
 from support.errors import Interrupted, TrainingError, UserError
 
-# Schedulers send one of the first three, Ctrl-C sends SIGINT.
+# Windows lacks some of them. Ctrl-C sends SIGINT.
 SCHEDULERS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
 SIGNALS = [*SCHEDULERS, signal.SIGINT]
 
@@ -53,12 +53,8 @@ class Monitor:
 
         `watch` gets the numbers of each step; `advice` is what to try when the loss is not finite.
         """
-        self.unreadable_limit, self.name_of, self.watch, self.advice = (
-            unreadable_limit,
-            name_of,
-            watch,
-            advice,
-        )
+        self.unreadable_limit, self.name_of = unreadable_limit, name_of
+        self.watch, self.advice = watch, advice
         self.advice_at_first = ""  # for the first step that is checked, if other than `advice`
         self.received: signal.Signals | None = None
         self.stopping = False

@@ -65,10 +65,10 @@ class Moments:
 class PatchColours:
     """Colours of patch tokens (R, C, D); equal tokens have equal colours in every image.
 
-    `tokens()` yields the tokens of each image; it is called once for each of the two fits. `side` of the
-    first component is the foreground, one of `SIDES`; its sign is such that the mean of the patches at the
-    images' borders is on the negative side. `share` of all patches is in the foreground. Raises UserError if
-    there are too few patches.
+    `tokens()` yields the tokens of each image; it is called once for each fit: two, or one if `side` is
+    "all". `side` of the first component is the foreground, one of `SIDES`; its sign is such that the mean of
+    the patches at the images' borders is on the negative side. `share` of all patches is in the foreground.
+    Raises UserError if there are too few patches.
     """
 
     def __init__(self, tokens: Callable[[], Iterable[Tensor]], side: str = "positive"):

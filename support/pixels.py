@@ -66,7 +66,7 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 def to_pixels(image: Image.Image | Tensor) -> Tensor:
     """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize.
 
-    Pixels stay as they are, with any number of channels.
+    A tensor is returned unchanged, whatever its number of channels.
     """
     if isinstance(image, Tensor):
         return image
@@ -74,14 +74,14 @@ def to_pixels(image: Image.Image | Tensor) -> Tensor:
 
 
 def as_tensor(image: Image.Image | Tensor) -> Tensor:
-    """A PIL image -> uint8 (C, H, W); pixels stay as they are."""
+    """A PIL image -> uint8 (C, H, W); a tensor is returned unchanged."""
     return image if isinstance(image, Tensor) else pil_to_tensor(image)
 
 
 def in_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Tensor:
-    """An image of any mode as RGB, or as grey for one channel; pixels (C, H, W) stay as they are.
+    """An image of any mode as RGB, or as grey for one channel; a uint8 tensor (C, H, W) unchanged.
 
-    Raises ValueError for another number of channels or type.
+    Raises ValueError for a tensor of another type or number of channels.
     """
     if isinstance(image, Tensor) and len(image) == channels and image.dtype == torch.uint8:
         return image

@@ -21,16 +21,17 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import TrainingError, UserError, reason_of
+from support.files import replacing
 from support.lock import FolderLock
 from support.logger import log
-from support.weights import load_checkpoint, load_strictly, replacing, save_checkpoint
+from support.weights import load_checkpoint, load_strictly, save_checkpoint
 
 
 class Run:
     """A run's folder: resumes from it and saves to it.
 
     `required` names the pieces that a checkpoint has to hold; a warning names others that it lacks. `advice`
-    is what to try when the weights are not finite; with None, they are saved nevertheless.
+    is what to try when the weights are not finite; with None, weights are saved without that check.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Subset
 
-from support.data import Images, read_labelled
+from support.data import LABELS, Images, read_labelled
 from support.errors import UserError
 from support.logger import log
 
@@ -34,7 +34,7 @@ def few_shot(text: str) -> str:
 
 def labels_of(images: Images) -> np.ndarray:
     """The labels of all images, (N,). Reads the images if the set does not have its labels as a list."""
-    for name in ("labels", "targets", "_labels"):
+    for name in LABELS:
         labels = np.asarray(getattr(images, name, None))
         if labels.shape == (len(images),) and labels.dtype.kind in "iu":  # QMNIST's have more columns
             return labels.astype(np.int64)

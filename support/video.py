@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from support.data import ImageFiles, describe, read_labelled
+from support.data import ImageFiles, describe, read_image
 from support.errors import UserError
+from support.files import replacing
 from support.logger import log
-from support.weights import replacing
 
 # Encoders by the file's extension, the best first; FFmpeg may have been built without libx264.
 ENCODERS = {"mp4": ("libx264", "mpeg4"), "avi": ("mpeg4",)}
@@ -68,7 +68,7 @@ class Frames:
             yield from self._decoded()
             return
         for index in range(len(self.images)):
-            image = read_labelled(self.images, index)[0]
+            image = read_image(self.images, index)[0]
             yield ImageOps.exif_transpose(image)  # type: ignore[arg-type]  # of RGB files
 
     def _decoded(self) -> Iterator[Image.Image]:

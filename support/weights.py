@@ -6,9 +6,7 @@ in a file is ever executed.
 """
 
 import argparse
-import contextlib
 import datetime
-import errno
 import hashlib
 import http.client
 import math
@@ -18,9 +16,9 @@ import re
 import sys
 import types
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides
 from support.distributed import main_process_first
 from support.errors import UserError, nearest
+from support.files import replacing
 from support.formats import ImageFormat, Range, pairs, range_words
 from support.layouts import (
     BESIDE,
@@ -66,46 +65,6 @@ PUBLISHED = {
     "dino_xcit_medium_24_p8": ("dino_xcit_medium_24_p8", "xcit_medium_24_p8", 8),
     "dino_resnet50": ("dino_resnet50", "resnet50", 16),
 }
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file that replaces `path` when the block ends without an error.
-
-    At any moment, also after a power cut, `path` is either the old file or the complete new one. Creates
-    the folder again if it has been removed. Raises OSError; the old file is then unchanged.
-    """
-    if not path.parent.is_dir():
-        log(f"warning: {path.parent} was removed: creating it again")
-        path.parent.mkdir(parents=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # it would take room on a full disk
-        if isinstance(error.__context__, OSError):  # torch raises another error over it
-            raise error.__context__ from None
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Write the folder's list of names to the disk, because a power cut could undo a rename."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None = None) -> None:
@@ -295,7 +254,7 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
         raise UserError(what, source, "use another file")
 
 
-def digest(module: nn.Module) -> str:
+def digest_weights(module: nn.Module) -> str:
     """12 hexadecimal digits that identify a network's weights."""
     sha = hashlib.sha256()
     for name, value in module.state_dict().items():
@@ -521,7 +480,7 @@ class Frozen(NamedTuple):
         return eval_transform(self.image_size, self.mean, self.std)
 
     @property
-    def values(self) -> str:
+    def value_words(self) -> str:
         """How the values of an image become inputs, for a message."""
         limits = f"values {range_words(self.value_range)}, " if self.value_range else ""
         return f"{limits}mean {self.mean}, deviation {self.std}"

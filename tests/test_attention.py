@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import backbones
-from support.attention import attention_map, cls_attention, keep_mass
+from support.attention import attention_map, keep_mass
 from support.errors import UserError
 
 
@@ -15,7 +15,7 @@ def test_rows_of_patches_come_out_as_rows_of_the_image():
     images = torch.randn(2, 3, 16, 40)
     with torch.no_grad():
         whole = vit.get_last_selfattention(images)
-    attention = cls_attention(vit, images)
+    attention = attention_map(vit, images)
     assert attention.shape == (2, 4, 2, 5)
     from_cls = whole[1, 2, 0, 1 + 5 + 3]  # to row 1, column 3
     torch.testing.assert_close(attention[1, 2, 1, 3], from_cls, rtol=1e-5, atol=0)
@@ -32,7 +32,7 @@ def test_ours_and_timms_give_the_same_map(fused):
             module.fused_attn = fused
     images = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(
-        cls_attention(theirs, images), cls_attention(ours, images), rtol=1e-3, atol=1e-5
+        attention_map(theirs, images), attention_map(ours, images), rtol=1e-3, atol=1e-5
     )
 
 
@@ -41,7 +41,7 @@ def test_other_vits_of_timm(arch):
     patch = 14 if "14" in arch else 16
     size = timm.get_pretrained_cfg(arch).input_size[-1]
     backbone = backbones.build_backbone(arch)[0].eval()
-    attention = cls_attention(backbone, torch.randn(1, 3, size, size))
+    attention = attention_map(backbone, torch.randn(1, 3, size, size))
     assert attention.shape[-2:] == (size // patch, size // patch)
     assert (attention >= 0).all() and (attention.sum((-2, -1)) <= 1.0001).all()
 
@@ -54,11 +54,11 @@ def test_hooks_of_timms_networks_are_removed_again(arch):
         return [(len(m._forward_hooks), getattr(m, "fused_attn", None)) for m in backbone.modules()]
 
     before = state()
-    first, second = (cls_attention(backbone, torch.ones(1, 3, 224, 224)) for _ in range(2))
+    first, second = (attention_map(backbone, torch.ones(1, 3, 224, 224)) for _ in range(2))
     assert state() == before and torch.equal(first, second)
     if arch.startswith("cait"):
         with pytest.raises(UserError):
-            cls_attention(backbone, torch.ones(1, 3, 256, 256))
+            attention_map(backbone, torch.ones(1, 3, 256, 256))
         assert state() == before
 
 
@@ -66,13 +66,13 @@ def test_hooks_of_timms_networks_are_removed_again(arch):
 def test_networks_without_such_attention_are_named(arch):
     backbone = backbones.build_backbone(arch)[0].eval()
     with pytest.raises(UserError, match="has no CLS attention over patches"):
-        cls_attention(backbone, torch.randn(1, 3, 224, 224))
+        attention_map(backbone, torch.randn(1, 3, 224, 224))
 
 
 def test_a_size_that_a_network_cannot_take_is_named():
     backbone = backbones.build_backbone("cait_xxs24_224")[0].eval()
     with pytest.raises(UserError, match=r"Cait: .*\(--image_size\): try 224 224"):
-        cls_attention(backbone, torch.randn(1, 3, 256, 256))
+        attention_map(backbone, torch.randn(1, 3, 256, 256))
 
 
 def test_all_of_the_mass_is_all_of_the_patches():

@@ -39,6 +39,9 @@ def test_sixteen_bit_files_that_use_all_or_say_how_many_are_not_mentioned(tmp_pa
     Image.fromarray(noise(0, 32, 32, most=65_535).astype(np.uint16)).save(tmp_path / "all.png")
     assert warnings(tmp_path, capsys) == []
     (tmp_path / "all.png").unlink()
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "black.png")
+    assert len(found := warnings(tmp_path, capsys)) == 1 and "nearly constant" in found[0]
+    (tmp_path / "black.png").unlink()
     twelve = Image.fromarray(noise(1, 32, 32, most=4095).astype(np.uint16))
     twelve.save(tmp_path / "said.tif", tiffinfo={281: 4095})
     assert warnings(tmp_path, capsys) == []

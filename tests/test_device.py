@@ -17,7 +17,7 @@ import eval_knn
 import eval_linear
 import main_dino
 import utils
-from support.attention import cls_attention, keep_mass
+from support.attention import attention_map, keep_mass
 from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, open_training_images
 from support.errors import UserError
@@ -179,5 +179,5 @@ def test_linear_probe_waits_once_for_a_validation(waits):
 def test_attention_and_patch_tokens_do_not_wait(waits, arch):
     network = build_backbone(arch, 16, 64)[0].eval().to(META)
     images = torch.zeros(2, 3, 64, 96, device=META)
-    assert keep_mass(cls_attention(network, images), 0.6).shape[-2:] == (4, 6)
+    assert keep_mass(attention_map(network, images), 0.6).shape[-2:] == (4, 6)
     assert patch_tokens(network, images).shape[1:3] == (4, 6) and not waits

@@ -213,6 +213,7 @@ def test_the_recipes_flags_reach_the_views():
         ("--precision fp32 --use_fp16 false", ["use_fp16"]),
         ("--download", ["download"]),
         ("--knn_data x --knn_share 0.5", ["knn_data", "knn_share"]),
+        ("--demo --local_crops_number 0 --solarize_p 0 0.2 0", []),
         ("--dist_url tcp://localhost:9999", ["dist_url"]),
     ],
 )

@@ -171,7 +171,7 @@ def test_the_cls_row_of_the_last_attention(training):
     model = vit_nano(8, img_size=32).train(training)
     x = torch.randn(2, 3, 40, 24)
     with torch.no_grad():
-        whole, row = model.get_last_selfattention(x), model.get_last_cls_attention(x)
+        whole, row = model.get_last_selfattention(x), model.get_attention(x, token=0)[:, :, 0]
     assert row.shape == (2, 4, 16)
     torch.testing.assert_close(row, whole[:, :, 0])
 
@@ -179,14 +179,11 @@ def test_the_cls_row_of_the_last_attention(training):
 def test_the_cls_row_needs_no_map_of_all_tokens():
     model = vit_nano(8, img_size=32).eval()
     x, maps = torch.randn(1, 3, 160, 160), {}  # 401 tokens
-    for name in ("get_last_selfattention", "get_last_cls_attention"):
+    for token in (None, 0):
         with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
-            getattr(model, name)(x)
-        maps[name] = [event.input_shapes[0] for event in profile.events() if event.name == "aten::softmax"]
-    assert maps == {
-        "get_last_selfattention": [[1, 4, 401, 401]],
-        "get_last_cls_attention": [[1, 4, 1, 401]],
-    }
+            model.get_attention(x, token=token)
+        maps[token] = [event.input_shapes[0] for event in profile.events() if event.name == "aten::softmax"]
+    assert maps == {None: [[1, 4, 401, 401]], 0: [[1, 4, 1, 401]]}
 
 
 def test_intermediate_layers_of_none_few_and_all_blocks():

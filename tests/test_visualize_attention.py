@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import visualize_attention
-from support.attention import attention_map, cls_attention
+from support.attention import attention_map
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.pictures import enlarge, heat_map
@@ -287,7 +287,7 @@ def bright_and_dark(path, count: int = 6) -> None:
 def mean_attention(frame: Image.Image):
     fix_random_seeds(0)
     frozen = load_backbone("random", None, "vit_nano", 8)
-    return cls_attention(frozen.network, normalize(pil_to_tensor(frame)[None]))[0].mean(dim=0)
+    return attention_map(frozen.network, normalize(pil_to_tensor(frame)[None]))[0].mean(dim=0)
 
 
 def test_a_video_of_the_attention_has_one_scale(tmp_path, capsys):

@@ -209,9 +209,9 @@ def test_a_digest_tells_weights_apart(vits):
     a, b = (backbones.build_backbone("vit_nano", 8, 32)[0] for _ in range(2))
     a.load_state_dict(vits[0])
     b.load_state_dict(vits[0])
-    assert weights.digest(a) == weights.digest(b)
+    assert weights.digest_weights(a) == weights.digest_weights(b)
     b.norm.bias.data[3] += 1e-6
-    assert weights.digest(a) != weights.digest(b)
+    assert weights.digest_weights(a) != weights.digest_weights(b)
 
 
 def test_flags_that_contradict_the_checkpoint_are_an_error(vits, tmp_path):
@@ -728,7 +728,7 @@ def test_timms_weights_get_timms_normalization_and_ours_keep_ours(vits, tmp_path
     state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
     path = write(state, tmp_path / "timm.pth")
     frozen = load_backbone(path, arch="vit_tiny_patch16_224")
-    assert frozen.mean == frozen.std == (0.5, 0.5, 0.5) and "mean (0.5, 0.5, 0.5), " in frozen.values
+    assert frozen.mean == frozen.std == (0.5, 0.5, 0.5) and "mean (0.5, 0.5, 0.5), " in frozen.value_words
     white = Image.new("RGB", (300, 300), "white")
     torch.testing.assert_close(frozen.transform(white), torch.ones(3, 224, 224))
     trained = {"teacher": prefixed(state, "backbone."), "args": {"arch": "vit_tiny_patch16_224"}}
