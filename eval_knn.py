@@ -246,7 +246,11 @@ def load_features(folder: str, device: torch.device) -> Data:
     """
     names: Sequence[str] = FEATURE_FILES
     root = Path(folder).expanduser()
-    if (root / "train").is_dir():
+    is_extracted = (root / "train").is_dir()
+    if is_extracted and any((root / name).exists() for name in FEATURE_FILES):
+        what = f"has both train/ of extract_features.py and {FEATURE_FILES[0]} of --dump_features"
+        raise UserError(what, f"--load_features {folder}", "keep one of them")
+    if is_extracted:
         names, tensors = ("train/features", "train/labels", "val/features", "val/labels"), _extracted(root)
     else:
         tensors = [load_file(root / name) for name in names]

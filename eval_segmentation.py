@@ -43,7 +43,7 @@ from eval_knn import knn_votes
 from support import cli, logistic
 from support.attention import attention_map, keep_mass
 from support.data import RGB, ImageFiles, Images, extensions_of, in_format
-from support.distributed import choose_device, fix_random_seeds, launched_as
+from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, WrongFormat, reason, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
@@ -457,7 +457,7 @@ def has_attention(frozen: Frozen, device: torch.device) -> bool:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Measure and print; returns the Jaccard indices and the means over classes, in percent."""
-    if launched_as()[0]:  # one process does all the work
+    if cli.leaves_work_to_another():
         return {}
     device = choose_device()
     fix_random_seeds(args.seed)

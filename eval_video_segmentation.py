@@ -25,7 +25,7 @@ from torch import Tensor
 
 from support import cli
 from support.data import ImageFiles, read_labelled
-from support.distributed import choose_device, fix_random_seeds, launched_as
+from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, UserError, reason
 from support.features import patch_size_of, patch_tokens
 from support.logger import log
@@ -457,7 +457,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Frozen:
 
 def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Segment all clips; print and return J and F of each object, CLIP_NUMBER, and their mean."""
-    if launched_as()[0]:  # one process does all the work
+    if cli.leaves_work_to_another():
         return {}
     device = choose_device()
     cli.warn_no_effect(args, get_args_parser(), [("bs", lambda args: True, "frames are read one by one")])

@@ -19,6 +19,7 @@ Shapes: B images of H x W pixels, D features.
 
 import argparse
 import importlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from support import cli
-from support.distributed import fix_random_seeds, launched_as
+from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.features import load_by_flags
 from support.logger import log
@@ -80,14 +81,19 @@ def need(module: str, to: str) -> Any:
 # ---------------------------------------------------------------------------------------------
 
 
+def records(frozen: Frozen) -> dict[str, dict]:
+    """What the network's images are, as a checkpoint records it."""
+    normalization = {"mean": frozen.mean, "std": frozen.std, "value_range": frozen.value_range}
+    return {"args": {"global_crops_size": frozen.image_size}, "normalization": normalization}
+
+
 def to_backbone(frozen: Frozen, path: Path) -> Exported:
     """The state dict, with the records that `load_backbone` reads."""
-    args: dict[str, str | Size] = {"arch": frozen.arch, "global_crops_size": frozen.image_size}
+    known = records(frozen)
+    known["args"] |= {"arch": frozen.arch}
     if isinstance(frozen.network, VisionTransformer):
-        args["patch_size"] = frozen.network.patch_embed.patch_size
-    normalization = {"mean": frozen.mean, "std": frozen.std, "value_range": frozen.value_range}
-    state = frozen.network.state_dict()
-    torch.save({"state_dict": state, "args": args, "normalization": normalization}, path)
+        known["args"] |= {"patch_size": frozen.network.patch_embed.patch_size}
+    torch.save({"state_dict": frozen.network.state_dict(), **known}, path)
     again = load_backbone(str(path))
     said, meant = ((x.image_size, x.mean, x.std, x.form) for x in (again, frozen))
     if said != meant:
@@ -108,13 +114,14 @@ def to_timm(frozen: Frozen, path: Path) -> Exported:
         kwargs["in_chans"] = frozen.form.channels
     if not timm.is_model(name):
         raise UserError(f"timm has no {name}", "--to timm", "export it to another format")
-    record = {"architecture": name, "mean": str(frozen.mean), "std": str(frozen.std)}
+    metadata = {"architecture": name, "dino": json.dumps(records(frozen))}
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    path.write_bytes(safetensors.save(state, metadata=record))  # `save_file` makes it private to the user
+    path.write_bytes(safetensors.save(state, metadata=metadata))  # `save_file` makes it private to the user
     model = timm.create_model(name, num_classes=0, **kwargs)
     load_strictly(model, safetensors.load_file(path), f"--to timm: {name}", "export it to another format")
     words = "".join(f", {key}={value}" for key, value in kwargs.items())
     log(f'timm.create_model("{name}", num_classes=0{words}, checkpoint_path="{path.name}")')
+    log(f"its images: {size_words(frozen.image_size)} pixels, {frozen.value_words}")
     return model.eval()
 
 
@@ -160,7 +167,9 @@ def to_hf(frozen: Frozen, path: Path) -> Exported:
     )
     config.save_pretrained(path)
     state = {name: value.contiguous() for name, value in hugging_face_names(vit.state_dict()).items()}
-    (path / "model.safetensors").write_bytes(safetensors.save(state, metadata={"format": "pt"}))
+    (path / "model.safetensors").write_bytes(
+        safetensors.save(state, metadata={"format": "pt", "dino": json.dumps(records(frozen))})
+    )
     if height != width:
         needed = size_words([round(side * 256 / 224) for side in (height, width)])
         log(f"note: the image processor only crops the centre: resize images to cover {needed} pixels before")
@@ -281,9 +290,9 @@ TOLERANCE = 1e-4  # of the largest feature
 
 
 def export(frozen: Frozen, to: str, folder: Path) -> float:
-    """Write one format, in place of an earlier export; returns the largest difference of a feature.
+    """Write one format; returns the largest difference of a feature.
 
-    Raises UserError or TrainingError; an earlier export is then unchanged.
+    Raises UserError or TrainingError, and then leaves no file.
     """
     name, write = EXPORTS[to]
     final = folder / name
@@ -293,8 +302,6 @@ def export(frozen: Frozen, to: str, folder: Path) -> float:
         if not difference <= TOLERANCE * size:
             what = f"features differ by {difference:.1e}; the largest is {size:.1e}"
             raise TrainingError(what, f"--to {to}", "use other versions of the packages")
-        if final.is_dir():  # a folder cannot replace a folder
-            os.replace(final, Path(temporary, "earlier"))
         os.replace(path, final)
     log(f"{to}: {final}: largest difference {difference:.1e} of features up to {size:.3g}")
     return difference
@@ -314,15 +321,17 @@ def fit_to_size(frozen: Frozen) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Write the formats; returns the largest difference of a feature for each."""
-    if launched_as()[0]:  # one process does all the work
+    if cli.leaves_work_to_another():
         return {}
     if args.pretrained_weights == "pixels":
         raise UserError("there is no network", "--pretrained_weights pixels", "give a file of weights")
     fix_random_seeds(args.seed)
     folder = cli.make_folder(args.output_dir)
-    other = folder / EXPORTS["hf"][0]
-    if "hf" in args.to and other.exists() and not (other / "config.json").exists():
-        raise UserError("is not an earlier export", str(other), "give another --output_dir")
+    for name, _ in (EXPORTS[to] for to in args.to):
+        if (folder / name).exists():
+            raise UserError(
+                "is there already", str(folder / name), "move it away, or give another --output_dir"
+            )
     frozen = load_by_flags(args)
     fit_to_size(frozen)
     return {to: export(frozen, to, folder) for to in dict.fromkeys(args.to)}

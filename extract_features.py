@@ -259,8 +259,11 @@ class Store:
         """Write the final files; the features appear last."""
         with replacing(self.folder / "names.txt") as file:
             file.writelines(os.fsencode(name) + b"\n" for name in names)
+        labels = self.folder / f"labels{self.suffix}"
         if (self.labels >= 0).any():
-            self._save(self.folder / f"labels{self.suffix}", self.labels)
+            self._save(labels, self.labels)
+        else:  # of earlier features
+            labels.unlink(missing_ok=True)
         self.record(classes=classes)
         if self.suffix == ".npy":
             os.replace(self.partial, self.final)

@@ -323,7 +323,7 @@ FREE_FLAGS = {
     "data_path", "download", "num_workers", "output_dir", "saveckp_freq", "save_every_steps", "max_steps",
     "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision",
     "init_from", "augment_on", "compile", "grad_checkpointing", "knn_every", "knn_data", "knn_share",
-    "tensorboard", "preview",
+    "tensorboard", "preview", "split",
 }  # fmt: skip
 
 
@@ -414,6 +414,10 @@ def check_args(args: argparse.Namespace) -> None:
             backbones.check_divides(name, size, args.patch_size)
     if args.knn_every and not (args.knn_data or args.dataset or args.demo):
         raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
+    if args.demo and args.init_from:
+        raise UserError(
+            "the demo starts from random weights", f"--init_from {args.init_from}", "leave it out"
+        )
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
     check_format(args)
@@ -843,7 +847,8 @@ def train_dino(args: argparse.Namespace) -> None:
         pieces, identity, args.allow_changed_args, added=vars(get_args_parser().parse_args([]))
     )
     step = first_step(found, steps)
-    record_args(args, run, step)
+    keep_origin(args, found)
+    record_args(args, run, step, steps.last)
     if step:  # a loss that is not finite now comes from the weights that were saved
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
     else:
@@ -852,7 +857,8 @@ def train_dino(args: argparse.Namespace) -> None:
     curves = Curves(run.folder, PANELS, args.tensorboard, anew) if is_main_process() else None
     log(
         f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "
-        f"{training.dtype or torch.float32}, from step {step} to {steps.last}"
+        f"{training.dtype or torch.float32}, "
+        + (f"from step {step} to {steps.last}" if step < steps.last else f"has all of its {step} steps")
     )
     batches = to_device(iter(build_loader(args, images, steps, step, device, monitor.stop_asked)), device)
     stopped = False
@@ -885,13 +891,13 @@ ARGS_TITLE = "# The settings of a run of main_dino.py, written by it"  # identif
 CHANGED_AT = "# Changed at step "
 
 
-def record_args(args: argparse.Namespace, run: Run, step: int) -> None:
+def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> None:
     """Write the settings to args.txt, from which `main_dino.py @args.txt` repeats the run. Rank 0 writes.
 
     Comments say what changed when the run resumed. Leaves out the permission to do so. Does not overwrite a
-    file of others.
+    file of others, nor the settings of a run that has no step left.
     """
-    if not is_main_process():
+    if not is_main_process() or step >= last:
         return
     settings = argparse.Namespace(**vars(args) | {"allow_changed_args": False})
     path = run.folder / "args.txt"
@@ -908,6 +914,19 @@ def record_args(args: argparse.Namespace, run: Run, step: int) -> None:
             file.write(text.encode(errors="surrogateescape"))
     except OSError as error:
         log(f"warning: cannot write the settings: {reason_of(error)} ({path})")
+
+
+def keep_origin(args: argparse.Namespace, found: dict) -> None:
+    """Set `--init_from` to what the run to resume began with, so that its records still say it.
+
+    Logs that another value has no effect.
+    """
+    if not found:
+        return
+    origin = (found.get("args") or {}).get("init_from") or ""
+    if args.init_from not in ("", origin):
+        log(f"warning: --init_from {args.init_from} has no effect: the run resumes")
+    args.init_from = origin
 
 
 def first_step(found: dict, steps: Steps) -> int:
@@ -1143,7 +1162,7 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
 def main(args: argparse.Namespace) -> None:
     """Train, or draw what the training would see; under `--demo`, also evaluate what was learned."""
     if args.preview:
-        if launched_as()[0] == 0:  # one process does all the work
+        if not cli.leaves_work_to_another():
             draw_preview(args)
         return
     train_dino(args)

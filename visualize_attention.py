@@ -35,7 +35,7 @@ from support import cli
 from support.attention import attention_map, keep_mass
 from support.backbones import check_divides
 from support.data import ImageFiles, Images, describe, read_image
-from support.distributed import choose_device, fix_random_seeds, launched_as
+from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
 from support.features import patch_size_of, patch_tokens
 from support.formats import ImageFormat
@@ -499,7 +499,7 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
 def main(args: argparse.Namespace) -> None:
     """Write the pictures, or the video."""
     check_args(args)
-    if launched_as()[0]:  # one process does all the work
+    if cli.leaves_work_to_another():
         return
     device = choose_device()
     fix_random_seeds(args.seed)

@@ -260,7 +260,7 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may set the first as it was
-        key = f"2\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        key = f"3\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:
@@ -350,6 +350,14 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
     return places
 
 
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's name. Linux's zip writes UTF-8 without the flag for it, so that Python reads cp437."""
+    if not member.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            return member.filename.encode("cp437").decode()
+    return member.filename
+
+
 def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
     """Index a zip. Raises UserError."""
     places: Places = {}
@@ -361,7 +369,7 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
         what = f"archive is cut short or damaged: {error}"
         raise UserError(what, path, "download or pack it again") from None
     for member in members:
-        name = _clean(member.filename)
+        name = _clean(_zip_name(member))
         if member.is_dir() and name:
             places[f"{name}/"] = (0, 0, 0, STORED)
             continue

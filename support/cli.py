@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -50,6 +49,8 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("epilog", "@FILE stands for the flags in a file; flags after it override them")
         super().__init__(prog, allow_abbrev=False, **kwargs)
         self.places: dict[str, list[str]] = {}  # where each word was read
+        # argparse takes other negative numbers for flags (https://github.com/python/cpython/issues/59317)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, with the words of files for each `@FILE`."""
@@ -132,18 +133,12 @@ def argument_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         if action.nargs == 0:  # a switch
             lines += [flag] if value else []
         elif isinstance(value, list | tuple):
-            lines += [shlex.join([flag, *map(_plain, value)])] if value else []
+            lines += [shlex.join([flag, *map(str, value)])] if value else []
         elif value is not None:
             value = str(value).lower() if isinstance(value, bool) else str(value)
             # By itself, a word that begins with - would be taken for a flag.
             lines.append(shlex.join([f"{flag}={value}"] if value.startswith("-") else [flag, value]))
     return "".join(f"{line}\n" for line in lines)
-
-
-def _plain(value) -> str:
-    """A value as a word; a number without an exponent, which argparse would take for a flag after a minus."""
-    is_small = isinstance(value, float) and value < 0
-    return np.format_float_positional(value, trim="0") if is_small else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,9 +296,24 @@ def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
     return folder
 
 
+def leaves_work_to_another() -> bool:
+    """Whether this process is not the first of several, of which one does all the work; says so."""
+    rank, world_size, _ = launched_as()
+    if rank:
+        what = f"process {rank} of {world_size} has nothing to do: the first one does all the work"
+        print(
+            f"note: {what}; if this is the only one, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True
+        )
+    return rank > 0
+
+
 def say(error: UserError) -> None:
     """Print the error in one line, from the first rank or, if only one rank knows of it, from that one."""
-    if error.alone or launched_as()[0] == 0:
+    try:
+        is_first = launched_as()[0] == 0
+    except UserError:  # this process does not know which it is
+        is_first = True
+    if is_first or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)

@@ -398,14 +398,19 @@ def _one_part(source: Source) -> Folder | Path:
     place = _split_of(root, source.split) if source.split else _open_place(root)
     if isinstance(place, Folder):
         archives = {Path(file).stem for file in place.files} if isinstance(place, Archive) else set()
-        parts = ("train", "val", "validation", "valid", "test")
-        there = [name for name in parts if place.has(name) or name in archives]
-        if "train" in there and len(there) > 1:
+        spelt = [word for part in PARTS for word in (part, part.capitalize(), part.upper())]
+        there = [name for name in spelt if place.has(name) or name in archives]
+        train = next((name for name in there if name.lower().startswith("train")), "")
+        if train and len({name.lower() for name in there}) > 1:
             what = f"folder has {'/ and '.join(there)}/"
             in_archive = isinstance(place, Archive)
-            fix = "add --split train" if in_archive else f"give --data_path {place.below('train')}"
+            fix = f"add --split {train}" if in_archive else f"give --data_path {place.below(train)}"
             raise UserError(what, f"--data_path {place}", fix)
     return place
+
+
+# Names of folders that hold the parts of a dataset.
+PARTS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 
 
 def _open_place(root: Path) -> Folder | Path:

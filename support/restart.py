@@ -85,6 +85,7 @@ class Run:
         self.pieces, self.identity = pieces, comparable(identity)
         with same_error_on_all_ranks(), main_process_first():
             if is_main_process():
+                self._check_output()
                 self.lock.acquire()
             found = self.newest_whole()
             if found is None:
@@ -114,6 +115,10 @@ class Run:
         """
         damaged: UserError | None = None
         for path in (self.checkpoint, self.previous):
+            if path.is_symlink() and not path.exists():
+                raise UserError(
+                    "links to a file that is not there", str(path), "restore that file, or remove the link"
+                )
             if not path.exists():
                 continue
             if not os.access(path, os.R_OK):  # not damaged, so do not fall back to the one before
@@ -132,6 +137,14 @@ class Run:
         if damaged:
             raise damaged
         return None
+
+    def _check_output(self) -> None:
+        """Raise UserError if a shell writes what we print to our log, whose replacement it would not see."""
+        for stream in (1, 2):
+            with contextlib.suppress(OSError):  # no log yet, or no output
+                if os.path.samestat(os.fstat(stream), os.stat(self.log_file)):
+                    what, fix = "the output goes to the run's log, which is replaced", "give it another name"
+                    raise UserError(what, str(self.log_file), fix)
 
     def _check_unused(self) -> None:
         """Raise UserError if a new run would overwrite what an earlier one left, other than its first epoch.
@@ -268,12 +281,12 @@ def add_records(records: Sequence[dict], path: Path) -> None:
     kept = [line for line, old in _lines(path) if not old or old["epoch"] < records[0]["epoch"]]
     with replacing(path) as file:
         for line in [*kept, *map(json.dumps, records)]:
-            file.write(f"{line}\n".encode())
+            file.write(f"{line}\n".encode(errors="surrogateescape"))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
     """Yield the lines of the log and their records, None for a line that we did not write."""
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(errors="surrogateescape").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
             yield line, record if isinstance(record["epoch"], int) else None

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import hashlib
 import http.client
+import json
 import math
 import numbers
 import os
@@ -155,9 +156,12 @@ def load_file(name: str | Path):
             raise UserError(f"file {what}", str(name), fix)
     try:
         if begin[8:9] == b"{":  # after the length of the header: safetensors, whatever the file's name
-            from safetensors.torch import load_file as load_safetensors  # comes with timm
+            import safetensors.torch  # comes with timm
 
-            return load_safetensors(path)
+            with safetensors.safe_open(path, "pt") as file:
+                known = (file.metadata() or {}).get("dino")  # records of `export.py`
+            state = safetensors.torch.load_file(path)
+            return {"state_dict": state, **json.loads(known)} if known else state
         if begin.startswith(b"PK"):  # older formats of torch are no archives and have no sums
             _check_archive(path)
         with torch.serialization.safe_globals(_data_types()):
@@ -553,7 +557,8 @@ def load_backbone(
 
 def timm_config(weights: Weights, model: nn.Module) -> dict | None:
     """timm's record of its own weights for its architecture; None for other weights, as from DINO."""
-    return None if "arch" in weights.trained else getattr(model, "default_cfg", None)
+    is_ours = "arch" in weights.trained or weights.normalization
+    return None if is_ours else getattr(model, "default_cfg", None)
 
 
 def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> tuple:

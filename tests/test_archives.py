@@ -437,3 +437,20 @@ def test_a_run_goes_on_with_the_archive_bit_by_bit(own, tmp_path):
     assert moved["step"] == whole["step"] > 2
     for name, value in whole["teacher"].items():
         assert torch.equal(value, moved["teacher"][name]), name
+
+
+class Unflagged(zipfile.ZipInfo):
+    """A member whose name is UTF-8 without the flag that says so, as Linux's zip writes it."""
+
+    def _encodeFilenameFlags(self):
+        return self.filename.encode(), self.flag_bits
+
+
+def test_names_in_a_zip_are_those_in_the_folder(tmp_path):
+    save_images(tmp_path / "in" / "ünï code", 2)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for path in sorted((tmp_path / "in").rglob("*.png")):
+            archive.writestr(Unflagged(path.relative_to(tmp_path / "in").as_posix()), path.read_bytes())
+    folder, zipped = (open_training_images(Source(str(tmp_path / name))) for name in ("in", "x.zip"))
+    assert list(zipped.paths.names()) == list(folder.paths.names())
+    assert data.digest(zipped) == data.digest(folder)

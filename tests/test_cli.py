@@ -264,10 +264,13 @@ def every_kind_of_flag() -> cli.ArgumentParser:
 TEXT = st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"]))
 
 
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     text=TEXT, path=st.none() | TEXT, number=st.integers(-(2**31), 2**31 - 1),
-    share=st.floats(allow_nan=False, allow_infinity=False), pair=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    share=NUMBERS, pair=st.tuples(NUMBERS, NUMBERS),
     paths=st.lists(TEXT.filter(lambda text: text[:1] != "-")), decided=st.booleans(), switch=st.booleans(),
 )  # fmt: skip
 def test_arguments_written_to_a_file_are_read_as_they_were(tmp_path_factory, **values):

@@ -43,6 +43,15 @@ def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path
         open_training_images(Source(str(tmp_path)))
 
 
+@pytest.mark.parametrize("parts", [("Train", "Val"), ("training", "testing"), ("train", "test")])
+def test_a_folder_of_two_parts_is_not_trained_on_as_one(tmp_path, parts):
+    for part in parts:
+        save_images(tmp_path / part / "a", 2)
+    with pytest.raises(UserError, match=f"folder has {parts[0]}/ and {parts[1]}/ .*/{parts[0]}$"):
+        open_training_images(Source(str(tmp_path)))
+    assert len(open_training_images(Source(str(tmp_path / parts[0])))) == 2
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

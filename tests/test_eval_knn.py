@@ -114,6 +114,9 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, caps
         for split in ("train", "test"):
             (tmp_path / f"{split}{part}.pth").write_bytes(train)
     evaluate("--load_features", str(tmp_path), "--nb_knn", "3")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="has both train/ of extract_features.py and trainfeat.pth"):
+        evaluate("--load_features", str(tmp_path))
     assert "warning: train and val are the same images" in capsys.readouterr().out
     for name in ("trainfeat", "testfeat"):
         lengths = torch.load(tmp_path / "features" / f"{name}.pth").norm(dim=1)

@@ -45,6 +45,11 @@ def test_a_backbone_file_keeps_all_that_is_known(checkpoint, tmp_path, capsys):
     assert torch.equal(again.network(images), expected)
     assert "largest difference 0.0e+00 of features up to" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
+    before = (tmp_path / "backbone.pth").read_bytes()
+    with pytest.raises(UserError, match="is there already .*backbone.pth.: move it away, or give another"):
+        write(tmp_path, tmp_path / "backbone.pth", "--to", "timm", "backbone", "--image_size", "16")
+    assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
+    assert (tmp_path / "backbone.pth").read_bytes() == before
 
 
 @pytest.mark.parametrize("size", [None, 48])
@@ -60,6 +65,9 @@ def test_timm_loads_what_the_printed_call_says(checkpoint, tmp_path, capsys, mon
     model = eval(call, {"timm": timm}).eval()
     images, expected = features(checkpoint, size)
     assert (model(images) - expected).abs().max() < 1e-4 and difference < 1e-4
+    again = load_backbone("timm.safetensors", arch="vit_nano")
+    assert again[1:4] == (size or 32, MEAN, STD) and torch.equal(again.network(images), expected)
+    assert f"its images: {size or 32} pixels, mean" in said
 
 
 def test_timms_own_names_are_used_where_the_sizes_are_the_same(tmp_path, capsys):
@@ -147,8 +155,7 @@ def test_onnx_takes_any_number_of_images(shallow, tmp_path):
 
 def test_hugging_face_reads_the_network_and_the_images(checkpoint, tmp_path):
     transformers = pytest.importorskip("transformers")
-    for _ in range(2):  # the second replaces the first
-        difference = write(tmp_path, checkpoint, "--to", "hf")["hf"]
+    difference = write(tmp_path, checkpoint, "--to", "hf")["hf"]
     model = transformers.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
     assert type(model).__name__ == "ViTModel"
     images, expected = features(checkpoint)
@@ -157,15 +164,15 @@ def test_hugging_face_reads_the_network_and_the_images(checkpoint, tmp_path):
     pixels = processor(picture(), return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(pixels, eval_transform(32, MEAN, STD)(picture()), rtol=0, atol=1e-5)
     again = load_backbone(str(tmp_path / "hf" / "model.safetensors"), arch="vit_nano")
-    assert torch.equal(again.network(images), expected)
+    assert torch.equal(again.network(images), expected) and again[1:4] == (32, MEAN, STD)
     with pytest.raises(UserError, match="resnet18 is not one of our ViTs .--to hf"):
-        write(tmp_path, "random", "--arch", "resnet18", "--image_size", "64", "--to", "hf")
+        write(tmp_path / "other", "random", "--arch", "resnet18", "--image_size", "64", "--to", "hf")
 
 
 def test_a_folder_of_others_is_not_replaced(checkpoint, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is not an earlier export"):
+    with pytest.raises(UserError, match="is there already"):
         write(tmp_path, checkpoint, "--to", "hf")
     assert (tmp_path / "hf" / "thesis.tex").exists()
 
@@ -182,9 +189,7 @@ def test_a_missing_package_is_one_clear_line(checkpoint, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_export_leaves_the_earlier_file(checkpoint, tmp_path, monkeypatch):
-    write(tmp_path, checkpoint, "--to", "timm")
-    before = (tmp_path / "timm.safetensors").read_bytes()
+def test_a_wrong_export_leaves_no_file(checkpoint, tmp_path, monkeypatch):
     images = export.random_images
 
     def other_weights(frozen, count):  # the network changes between the writing and the comparison
@@ -194,5 +199,4 @@ def test_a_wrong_export_leaves_the_earlier_file(checkpoint, tmp_path, monkeypatc
     monkeypatch.setattr(export, "random_images", other_weights)
     with pytest.raises(TrainingError, match="features differ by"):
         write(tmp_path, checkpoint, "--to", "timm")
-    assert [path.name for path in tmp_path.iterdir()] == ["timm.safetensors"]
-    assert (tmp_path / "timm.safetensors").read_bytes() == before
+    assert not list(tmp_path.iterdir())

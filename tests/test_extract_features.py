@@ -68,6 +68,11 @@ def test_images_beside_folders_have_no_classes(images, tmp_path):
     extract(tmp_path, "--data_path", str(images))
     found = read_features(tmp_path)
     assert found.labels is None and found.classes == [] and not (tmp_path / "labels.npy").exists()
+    for name in ("features.npy", "features.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "labels.npy").touch()  # of earlier features
+    extract(tmp_path, "--data_path", str(images))
+    assert not (tmp_path / "labels.npy").exists()
     assert names(tmp_path) == [f"{i:03}.png" for i in range(8)] + [f"nested/{i:03}.png" for i in range(12)]
 
 

@@ -348,6 +348,22 @@ def test_a_run_writes_its_settings_as_a_file_that_repeats_it(tmp_path, monkeypat
     assert first["identity"] == again["identity"]
 
 
+def test_a_resumed_run_still_says_what_it_began_with(images, tmp_path, capsys):
+    train("--data_path", images, "--output_dir", tmp_path / "first", "--max_steps", 1)
+    weights, out = tmp_path / "first" / "checkpoint.pth", tmp_path / "out"
+    flags = ["--data_path", images, "--output_dir", out]
+    train(*flags, "--init_from", weights, "--max_steps", 1)
+    train(*flags, "--max_steps", 2)
+    assert "no effect: the run resumes" not in capsys.readouterr().out
+    train(*flags, "--max_steps", 3, "--init_from", "others.pth")
+    assert "warning: --init_from others.pth has no effect: the run resumes" in capsys.readouterr().out
+    assert load_checkpoint(out / "checkpoint.pth")["args"]["init_from"] == str(weights)
+    text = (out / "args.txt").read_text()
+    assert f"--init_from {weights}\n" in text and "--max_steps 3\n" in text
+    train(*flags, "--max_steps", 1)  # nothing is left to do
+    assert "has all of its 3 steps" in capsys.readouterr().out and (out / "args.txt").read_text() == text
+
+
 def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys):
     flags, file = ["--data_path", images, "--output_dir", tmp_path], tmp_path / "args.txt"
     train(*flags, "--max_steps", 1)
@@ -366,7 +382,7 @@ def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys
     assert f"warning: {file} is kept" in capsys.readouterr().out
     file.unlink()
     file.mkdir()
-    train(*flags, "--seed", 3, "--max_steps", 4)
+    train(*flags, "--seed", 3, "--max_steps", 5)
     assert f"warning: cannot write the settings: Is a directory ({file})" in capsys.readouterr().out
 
 

@@ -225,6 +225,31 @@ def test_what_a_run_without_checkpoint_left_is_not_overwritten(tmp_path, left):
     run.lock.release()
 
 
+def test_a_link_to_a_checkpoint_that_is_away_is_not_a_new_run(tmp_path):
+    (tmp_path / "checkpoint.pth").symlink_to("/nowhere/checkpoint.pth")
+    with pytest.raises(UserError, match="links to a file that is not there"):
+        Run(tmp_path, required=()).resume({}, {})
+
+
+def test_the_log_keeps_lines_of_any_bytes(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"Versuch f\xfcr\n")
+    add_records([{"epoch": 0}], path)
+    assert path.read_bytes() == b'Versuch f\xfcr\n{"epoch": 0}\n'
+
+
+def test_output_that_goes_to_the_log_is_refused(tmp_path):
+    code = (
+        "import pathlib, sys; from support.restart import Run; from support.errors import UserError\n"
+        "try: Run(pathlib.Path(sys.argv[1]), required=()).resume({}, {})\n"
+        "except UserError as error: print(error, file=sys.stderr)"
+    )
+    with (tmp_path / "log.txt").open("w") as output:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        said = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True).stderr
+    assert "the output goes to the run's log, which is replaced" in said and "give it another name" in said
+
+
 def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
     run = Run(tmp_path, required=())
     assert run.newest_whole() is None and not run.exists()
@@ -308,6 +333,6 @@ def test_flags_that_change_the_maths_are_not_free():
         "batch_size_per_gpu accum_steps epochs freeze_last_layer lr warmup_epochs min_lr optimizer "
         "drop_path_rate global_crops_scale local_crops_number local_crops_scale global_crops_size "
         "local_crops_size jitter jitter_p gray_p blur_p blur_sigma solarize_p hflip_p vflip_p quarter_turns "
-        "crop_aspect in_chans value_range mean std dataset split seed"
+        "crop_aspect in_chans value_range mean std dataset seed"
     )
     assert flags - FREE_FLAGS == set(maths.split()) and flags >= FREE_FLAGS
