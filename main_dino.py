@@ -886,8 +886,6 @@ def train_dino(args: argparse.Namespace) -> None:
 
 
 ARGS_TITLE = "# The settings of a run of main_dino.py, written by it"  # identifies our file
-
-
 CHANGED_AT = "# Changed at step "
 
 
