@@ -814,7 +814,7 @@ def weight_files() -> list[tuple[str, object, list[str], int, str]]:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5\nsize 86728949\n"
     key = ["--checkpoint_key", "momentum_backbone"]
     chosen = "state_dict.momentum_backbone, vit_nano, patch 8"
-    read = "vit_nano, patch 8; 32 pixels"
+    read = "vit_nano, patch 8"
     return [
         ("two networks in a file", both, [], 2, "error: 2 networks in file: backbone.*, momentum_backbone.*"),
         ("the same, with the choice", both, key, 0, chosen),
