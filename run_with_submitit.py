@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import submitit
@@ -46,8 +47,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--mem_gb", default=None, type=cli.number(float, at_least=0),
         help="memory per node; by default 40 per GPU, and for a CPU job the cluster's default")
     group.add_argument("--slurm_extra", default=[], nargs="+", metavar="OPTION",
-        help="further options of sbatch without the leading dashes, e.g. reservation=dino gres=gpu:a100:8 "
-             "exclude=node7 exclusive; they override the job's own")
+        help="further options of sbatch without the leading dashes, e.g. reservation=dino "
+             "gpus-per-node=a100:8 exclude=node7 exclusive; they override the job's own")
     group.add_argument("--slurm_setup", default=[], nargs="+", metavar="COMMAND",
         help="shell commands that the job runs first, e.g. 'module load cuda'")
     group.add_argument("--shared_dir", default="",
@@ -106,15 +107,19 @@ class Trainer:
 
 
 def still_wanted() -> bool:
-    """Whether the job should continue, i.e. was not cancelled.
+    """Whether the job should continue, i.e. was not cancelled, as far as SLURM can tell.
 
     A preempted and a cancelled job may get the same signals, but SLURM shows only the first as running.
     """
     if "SLURM_JOB_ID" not in os.environ:
         return True
     command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
-    shown = subprocess.run(command, capture_output=True, text=True).stdout
-    return "JobState=RUNNING" in shown
+    for _ in range(5):
+        shown = subprocess.run(command, capture_output=True, text=True)
+        if not shown.returncode:
+            return "JobState=RUNNING" in shown.stdout
+        time.sleep(2)  # SLURM's controller may be restarting
+    return True
 
 
 def python_command() -> str:
@@ -170,8 +175,13 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
 
 
 def sbatch_options(words: list[str]) -> dict[str, str | bool]:
-    """Parse `--slurm_extra`: `key=value`, or `key` for a switch; returns them as submitit's parameters."""
-    pairs = (word.partition("=") for word in words)
+    """Parse `--slurm_extra`: `key=value`, or `key` for a switch; returns them as submitit's parameters.
+
+    Raises UserError.
+    """
+    pairs = [word.partition("=") for word in words]
+    if any(key == "array" for key, _, _ in pairs):
+        raise UserError("a run is one job", "--slurm_extra array", "submit one job for each run")
     return {key.replace("-", "_"): value if equals else True for key, equals, value in pairs}
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from support.distributed import in_group, launched_as, leave_group
-from support.errors import Interrupted, TrainingError, UserError, reason_of
+from support.errors import Interrupted, TrainingError, UserError, lacks_memory, reason_of
 from support.loading import kill_workers
 from support.logger import log
 from support.monitor import SCHEDULERS
@@ -340,8 +340,7 @@ def from_outside(error: Exception, args: object = None) -> UserError | None:
     `args` are the script's flags, for advice.
     """
     message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    lacks_memory = re.search("out of memory|can't allocate memory", message)  # MPS has no class for it
-    if lacks_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if lacks_memory(error):
         fix = " or ".join(words for name, words in MEMORY_ADVICE.items() if hasattr(args, name))
         fix = fix or "close other programs"
         return TrainingError(f"out of memory: {message}", "", fix, alone=True)
@@ -352,6 +351,8 @@ def from_outside(error: Exception, args: object = None) -> UserError | None:
         return UserError("several processes use one GPU", "", "start one process per GPU")
     if (dist.is_available() and isinstance(error, dist.DistError)) or "/gloo/" in message:
         message = re.sub(r"^\[\S+\] ", "", message).split(". ")[0]  # without gloo's place in its source
+        if cause := re.search(r"Last error:\s*(\S.*)", str(error)):  # NCCL's words
+            message += f": {cause[1].strip()}"
         return Interrupted(f"lost another process: {message}", "", "run the same command to resume")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return UserError(f"cannot compile the network: {message}", "--compile", "leave it out")

@@ -115,7 +115,8 @@ def _set_slurm_address() -> None:
         if not env.get("MASTER_PORT"):
             attempt = _number("SLURM_STEP_ID") + 10 * _number("SLURM_RESTART_COUNT")
             # Jobs on one machine, and attempts at one job, need different ports.
-            env["MASTER_PORT"] = str(20000 + (97 * int(env["SLURM_JOB_ID"]) + attempt) % 20000)
+            # From 32768 on, Linux gives ports to programs that ask for any.
+            env["MASTER_PORT"] = str(20000 + (97 * int(env["SLURM_JOB_ID"]) + attempt) % 12000)
     except KeyError as error:
         reason = f"{error.args[0]} is not set"
     except (OSError, subprocess.CalledProcessError) as error:
@@ -171,6 +172,16 @@ def _listens(address: tuple[str, int]) -> bool:
     return False
 
 
+def _name(address: tuple[str, int]) -> str:
+    """The address in words, with the reason if its host is unknown."""
+    place = ":".join(map(str, address))
+    try:
+        socket.getaddrinfo(*address)
+    except OSError as error:
+        return f"{place}: {error.strerror}"
+    return place
+
+
 def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     """Connect to the store that all processes at this address share.
 
@@ -181,7 +192,7 @@ def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     address = _address(dist_url)
     place = ":".join(map(str, address)) if address else dist_url
     if rank and address:
-        _wait_until(lambda: _listens(address), lambda: f"rank 0 of {world_size} processes ({place})")
+        _wait_until(lambda: _listens(address), lambda: f"rank 0 of {world_size} processes ({_name(address)})")
     try:
         # World size 1, because torch would wait here for the others without a message.
         store, *_ = next(dist.rendezvous(dist_url, rank, 1 if address else world_size))
@@ -254,6 +265,7 @@ def init_distributed_mode(dist_url: str | argparse.Namespace = "env://") -> torc
             _store, _first_blocks = meet(url, rank, world_size), 0
         except TimeoutError as error:
             raise Interrupted(str(error), "", "start all processes together") from error
+        check_same_device(_store, rank, device.type)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=_store,
@@ -263,6 +275,15 @@ def init_distributed_mode(dist_url: str | argparse.Namespace = "env://") -> torc
             timeout=timedelta(minutes=15),  # longer than a loader waits for images: NCCL would take 10
         )
     return device
+
+
+def check_same_device(store: dist.Store, rank: int, kind: str) -> None:
+    """Raise UserError unless this process's kind of device is rank 0's; they could not form a group."""
+    if rank == 0:
+        store.set("device of rank 0", kind)
+    elif (first := store.get("device of rank 0").decode()) != kind:
+        what = f"rank {rank} on {socket.gethostname()} would compute on {kind}, rank 0 on {first}"
+        raise UserError(what, "", "check the GPUs and the torch of each machine", alone=True)
 
 
 def in_group() -> bool:

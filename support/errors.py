@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+import torch
+
 
 class UserError(Exception):
     """Something the user can correct. Printed as `error: <what> (<where>): <fix>`, exit code 2.
@@ -40,6 +42,12 @@ class Interrupted(UserError):
     """The run was stopped from outside; the same command resumes it. Exit code 75, EX_TEMPFAIL."""
 
     label, exit_code = "stopped", 75
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether the machine or the device has too little memory."""
+    words = re.search("out of memory|can't allocate memory", str(error))  # MPS has no class for it
+    return bool(words) or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ Shapes: B images, V views, H x W pixels.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -131,11 +132,14 @@ class EpochBatches:
 class Loader(DataLoader):
     """A DataLoader that does not wait forever for a batch, and whose workers end with each pass.
 
-    A pass raises Interrupted if a worker or a batch was lost, if no batch arrives for `patience` seconds,
-    and if `stop_asked()` becomes true during a wait. In a single process, a stop only ends the pass.
+    A pass raises Interrupted if a worker or a batch was lost, and if no batch arrives for `patience` seconds.
+    If `stop_asked()` during a wait, a single process ends the pass after `grace` seconds. One of several
+    waits for the batch, because all of them have to finish the step before they can save; if it does not
+    arrive for `last_wait` seconds, the pass raises Interrupted.
     """
 
-    patience, warn_every, grace, poll = 600.0, 60.0, 5.0, 1.0  # seconds
+    # Seconds; torchrun kills 30 s after SIGTERM, as SLURM usually does.
+    patience, warn_every, grace, last_wait, poll = 600.0, 60.0, 5.0, 25.0, 1.0
 
     def __init__(self, dataset: Dataset, stop_asked: Callable[[], bool], **kwargs):
         super().__init__(dataset, collate_fn=collate, **kwargs)
@@ -157,7 +161,7 @@ class Loader(DataLoader):
 
     def _next(self, batches: Iterator, workers: set[BaseProcess]):
         """Return the next batch; None at the end, and if this process is asked to stop while it waits."""
-        begun, warned = time.monotonic(), 0
+        begun, warned, asked = time.monotonic(), 0, math.inf
         while True:
             try:
                 with _explained():
@@ -171,13 +175,19 @@ class Loader(DataLoader):
                 what = "the thread that pins memory died, as its error above says"
                 fix = "raise ulimit -n, give /dev/shm more room, or lower --num_workers"
                 raise Interrupted(what, "", fix, alone=True)
-            waited = time.monotonic() - begun
-            if self.stop_asked() and waited > self.grace:
+            now = time.monotonic()
+            waited = now - begun
+            if self.stop_asked():
+                asked = min(asked, now)
+            if self.stop_asked() and get_world_size() == 1 and waited > self.grace:
                 kill_workers(workers)
-                if get_world_size() == 1:
-                    return None
-                what = "asked to stop while waiting for images"
-                raise Interrupted(what, "", "run the same command to resume", alone=True)
+                return None
+            if now - asked > self.last_wait:
+                kill_workers(workers)
+                what = f"asked to stop, and no batch of images for {waited:.0f} s, so nothing was saved"
+                raise Interrupted(
+                    what, "", "run the same command to resume from the last checkpoint", alone=True
+                )
             if waited > self.patience:
                 kill_workers(workers)
                 raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW, alone=True)

@@ -129,9 +129,22 @@ class FolderLock:
         deadline = time.monotonic() + 2 * self.beat
         while time.monotonic() < deadline:
             time.sleep(self.beat / 10)
-            if (now := self._read()) != holder:
-                return now is None
+            now = self._read()
+            if now is None and self._is_gone():
+                return True
+            if now and now != holder:
+                return False
         return True
+
+    def _is_gone(self) -> bool:
+        """Whether there is no file; over a network, it may only be unreadable for a moment."""
+        try:
+            self.path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return False
 
 
 def _name(holder: dict) -> str:

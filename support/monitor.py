@@ -14,8 +14,10 @@ from tqdm import tqdm
 from support.distributed import all_reduce_mean, get_world_size
 from support.errors import Interrupted, TrainingError, UserError
 
-# Windows lacks some of them. Ctrl-C sends SIGINT.
-SCHEDULERS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, n)]
+# Windows lacks some of them. A closed terminal sends SIGHUP, Ctrl-C SIGINT.
+SCHEDULERS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, n)]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+    SCHEDULERS.remove(signal.SIGHUP)
 SIGNALS = [*SCHEDULERS, signal.SIGINT]
 
 

@@ -205,12 +205,15 @@ class Run:
 
         First writes the epoch's `records` to the log and a numbered copy `keep_as`, if given. In this order,
         a run killed in between rewrites what is missing when it resumes. A disk error is a warning; at the
-        `last` save it is a TrainingError.
+        `last` save it is a TrainingError, on all ranks, which call this together.
         """
         if self.advice and (ruined := self._ruined()):  # on all ranks, whose weights are the same
             raise TrainingError(f"{ruined}: not saved", str(self.folder), self.advice)
-        if not is_main_process():
-            return
+        with same_error_on_all_ranks():
+            if is_main_process():
+                self._write(values, records, keep_as, last)
+
+    def _write(self, values: dict, records: Sequence[dict], keep_as: str, last: bool) -> None:
         self.lock.check()
         self.log(records, last)
         state = {name: piece.state_dict() for name, piece in self.pieces.items()}

@@ -7,6 +7,7 @@ in a file is ever executed.
 
 import argparse
 import datetime
+import errno
 import hashlib
 import http.client
 import json
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides
 from support.distributed import main_process_first
-from support.errors import UserError, nearest
+from support.errors import UserError, lacks_memory, nearest
 from support.files import replacing
 from support.formats import ImageFormat, Range, pairs, range_words
 from support.layouts import (
@@ -167,6 +168,8 @@ def load_file(name: str | Path):
         with torch.serialization.safe_globals(_data_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
+        if lacks_memory(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+            raise  # the file may be sound
         if refused := _refused(error):
             what, fix = f"file contains {refused}, and was not loaded", f"save weights only, with {SAVE}"
             raise UserError(what, str(name), fix) from None

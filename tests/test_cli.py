@@ -3,6 +3,7 @@ import importlib
 import os
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,11 @@ from tests.conftest import ROOT
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): correct"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
         (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
+        (
+            torch.distributed.DistBackendError("NCCL error in: /a/b.cpp:94, unhandled system error\n"
+                                               "Last error:\nsocket: No route to host"),
+            75, "stopped: lost another process: NCCL error in: /a/b.cpp:94, unhandled system error: socket",
+        ),
         (
             RuntimeError("NCCL error in: /a/b.cpp:94, invalid usage\nncclInvalidUsage: This usually\n"
                          "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 5000"),

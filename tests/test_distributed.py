@@ -111,6 +111,19 @@ def test_half_a_launch_is_one_line(launch, monkeypatch, env, message):
         distributed.init_distributed_mode()
 
 
+def test_processes_on_different_kinds_of_devices_form_no_group():
+    store = torch.distributed.HashStore()
+    for rank in (0, 1):
+        distributed.check_same_device(store, rank, "cuda")
+    with pytest.raises(UserError, match="rank 1 on .* would compute on cpu, rank 0 on cuda: check the GPUs"):
+        distributed.check_same_device(store, 1, "cpu")
+
+
+def test_an_unknown_host_is_named_while_waiting():
+    assert distributed._name(("127.0.0.1", 1)) == "127.0.0.1:1"
+    assert re.fullmatch(r"no-such-node.invalid:1: \S.*", distributed._name(("no-such-node.invalid", 1)))
+
+
 @pytest.mark.parametrize("dist_url", ["tcp//host:1", "tcp://host", "tcp://host:port"])
 def test_an_address_that_is_none_is_named(launch, dist_url):
     launch({"RANK": "0", "WORLD_SIZE": "2"})

@@ -17,7 +17,8 @@ SCRIPTS = [
     importlib.import_module(path.stem) for path in ROOT.glob("*.py") if "get_args_parser" in path.read_text()
 ]
 OTHER_FLAGS = {
-    "torchrun": "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max_restarts --signals-to-handle",
+    "torchrun": "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max_restarts "
+    "--signals-to-handle --shutdown-timeout",
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
     "--open-mode --me",
     "pytest": "--dist --gpu-device",

@@ -206,6 +206,18 @@ def test_a_stop_signal_ends_a_wait_for_a_batch_that_never_comes(monkeypatch, num
     assert taken == [0, 1, 2] and multiprocessing.active_children() == []
 
 
+def test_one_of_several_processes_waits_for_a_slow_batch_when_asked_to_stop(monkeypatch):
+    """Else it could not finish the step with the others, and nothing would be saved."""
+    monkeypatch.setattr(loading, "get_world_size", lambda: 2)
+    wait_patiently(monkeypatch, grace=0.1, poll=0.1)
+    loader = make_loader(Slow(), [[i] for i in range(3)], 1, torch.device("cpu"), lambda: True)
+    assert [int(batch) for batch in loader] == [0, 1, 2]
+    wait_patiently(monkeypatch, last_wait=0.3)
+    loader = make_loader(Waiting(8, never=0), [[0]], 1, torch.device("cpu"), lambda: True)
+    with pytest.raises(Interrupted, match="asked to stop, and no batch of images for"):
+        next(iter(loader))
+
+
 def test_slow_batches_are_waited_for_and_a_stop_does_not_cut_them_off(monkeypatch):
     """`stop_asked` alone ends nothing: the training ends after a step, on all ranks together."""
     wait_patiently(monkeypatch, poll=0.05)
@@ -305,7 +317,7 @@ def load(path, *content):
         time.sleep(0.1)
     return load_pixels(path, *content)
 
-data.load_pixels, loading.Loader.warn_every = load, 1
+data.load_pixels, loading.Loader.warn_every, loading.Loader.last_wait = load, 1, 3
 cli.run_script(main_dino.main, main_dino.parse_args())
 """
 
@@ -328,7 +340,7 @@ def test_a_training_that_waits_for_a_stalled_file_stops_when_asked(tmp_path, pro
     process.send_signal(signal.SIGTERM)
     code = process.wait(timeout=200)
     if processes == 2:
-        assert "stopped: asked to stop while waiting for images" in said.read_text(), said.read_text()
+        assert "stopped: asked to stop, and no batch of images for" in said.read_text(), said.read_text()
     else:
         assert code == 75, said.read_text()
         assert re.search(r"stopped: by SIGTERM, saved step \d+ of 30", said.read_text())

@@ -81,9 +81,11 @@ def test_saving_every_few_steps_keeps_the_one_before(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_says_resume(images, tmp_path, number):
     """To all processes of the job, as from a scheduler or a terminal, data-loading workers too."""
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("nohup ignores this signal, also for what the tests start")
     flags = ["--data_path", images, "--epochs", 40, "--num_workers", 2, "--output_dir", tmp_path / "out"]
     run = Ranks(1, tmp_path, *flags)
     run.wait_for("epoch 1 ")
@@ -267,6 +269,22 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
     with pytest.raises(UserError, match="damaged"):
         run.newest_whole()
     assert path.read_bytes() == b"y"
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, error):
+    run = Run(tmp_path, required=())
+    for step in (1, 2):
+        run.save({"step": step})
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        with pytest.raises(type(error)):
+            run.newest_whole()
+    assert run.newest_whole()[1]["step"] == 2 and not run.damaged.exists()
 
 
 def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):

@@ -14,6 +14,7 @@ import torch
 
 import run_with_submitit
 from support import cli
+from support.errors import UserError
 from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun, wait_for
 
@@ -206,15 +207,14 @@ def uninterrupted(many_images, tmp_path_factory) -> Path:
 @needs_slurm
 def test_dry_run_prints_the_script(tmp_path):
     flags = "--dry_run --nodes 3 --ngpus 4 --account me --qos fast --constraint a|b --use_volta32".split()
-    flags += (
-        "--slurm_extra reservation=r gres=gpu:a100:8 exclude=n1,n2 mail-type=END exclusive time=6".split()
-    )
+    options = "reservation=r gpus-per-node=a100:4 exclude=n1,n2 mail-type=END exclusive time=6"
+    flags += ["--slurm_extra", *options.split()]
     setup = ["--slurm_setup", "module load cuda", "ulimit -n 4096"]
     out = run("run_with_submitit.py", *flags, *setup, "--output_dir", str(tmp_path / "%j")).stdout
     for line in (
-        "#SBATCH --nodes=3", "#SBATCH --gpus-per-node=4", "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --nodes=3", "#SBATCH --gpus-per-node=a100:4", "#SBATCH --ntasks-per-node=4",
         "#SBATCH --mem=163840MB", "#SBATCH --account=me", "#SBATCH --qos=fast",
-        "#SBATCH --constraint='(a|b)&volta32'", "#SBATCH --reservation=r", "#SBATCH --gres=gpu:a100:8",
+        "#SBATCH --constraint='(a|b)&volta32'", "#SBATCH --reservation=r",
         "#SBATCH --exclude=n1,n2", "#SBATCH --mail-type=END", "#SBATCH --exclusive", "#SBATCH --requeue",
         "#SBATCH --time=6",
         "#SBATCH --cpus-per-task=10", "module load cuda", "ulimit -n 4096",
@@ -309,3 +309,25 @@ def test_srun_torchrun(many_images, uninterrupted, tmp_path):
     job.wait_until("COMPLETED")
     assert "2 process(es)" in text_of(job.out)
     assert differences(tmp_path, uninterrupted) == 0
+
+
+def test_an_array_is_refused():
+    with pytest.raises(
+        UserError, match="a run is one job .--slurm_extra array.: submit one job for each run"
+    ):
+        run_with_submitit.sbatch_options(["array=1-3"])
+
+
+def test_a_job_is_requeued_while_slurm_does_not_answer(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(run_with_submitit.time, "sleep", lambda seconds: None)
+    for script, wanted in (
+        ("exit 1", True),
+        ("echo JobState=CANCELLED", False),
+        ("echo JobState=RUNNING", True),
+    ):
+        scontrol.write_text(f"#!/bin/sh\n{script}\n")
+        scontrol.chmod(0o755)
+        assert run_with_submitit.still_wanted() == wanted
