@@ -114,8 +114,8 @@ def _set_slurm_address() -> None:
             env["MASTER_ADDR"] = address[1] if address else first
         if not env.get("MASTER_PORT"):
             attempt = _number("SLURM_STEP_ID") + 10 * _number("SLURM_RESTART_COUNT")
-            # Jobs on one machine, and attempts at one job, need different ports.
-            # From 32768 on, Linux gives ports to programs that ask for any.
+            # Jobs on one machine, and attempts at one job, need different ports, below those that Linux
+            # gives to programs which ask for any (from 32768 on).
             env["MASTER_PORT"] = str(20000 + (97 * int(env["SLURM_JOB_ID"]) + attempt) % 12000)
     except KeyError as error:
         reason = f"{error.args[0]} is not set"

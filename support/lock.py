@@ -140,10 +140,8 @@ class FolderLock:
         """Whether there is no file; over a network, it may only be unreadable for a moment."""
         try:
             self.path.stat()
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
         return False
 
 
