@@ -90,9 +90,9 @@ def records(frozen: Frozen) -> dict[str, dict]:
 def to_backbone(frozen: Frozen, path: Path) -> Exported:
     """The state dict, with the records that `load_backbone` reads."""
     known = records(frozen)
-    known["args"] |= {"arch": frozen.arch}
+    known["args"]["arch"] = frozen.arch
     if isinstance(frozen.network, VisionTransformer):
-        known["args"] |= {"patch_size": frozen.network.patch_embed.patch_size}
+        known["args"]["patch_size"] = frozen.network.patch_embed.patch_size
     torch.save({"state_dict": frozen.network.state_dict(), **known}, path)
     again = load_backbone(str(path))
     said, meant = ((x.image_size, x.mean, x.std, x.form) for x in (again, frozen))

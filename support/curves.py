@@ -29,11 +29,10 @@ class Curves:
         except ImportError as error:
             log(f"note: no curves.png without matplotlib ({error}): pip install matplotlib")
             self.can_draw = False
-        picture = folder / "curves.png"
-        if picture.is_file() and not has_mark(picture, MARK):
-            log(
-                f"warning: {picture} is kept, since no run of this version drew it: move it to see the curves"
-            )
+        self.picture = folder / "curves.png"
+        if self.picture.is_file() and not has_mark(self.picture, MARK):
+            cause = "since no run of this version drew it"
+            log(f"warning: {self.picture} is kept, {cause}: move it to see the curves")
             self.can_draw = False
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -43,8 +42,8 @@ class Curves:
     def update(self, record: dict) -> None:
         """Redraw the curves, after `record` was added to log.txt."""
         if self.can_draw:
-            picture, log_file = self.folder / "curves.png", self.folder / "log.txt"
-            try_to_write(picture, lambda path: draw_curves(log_file, path, self.panels))
+            log_file = self.folder / "log.txt"
+            try_to_write(self.picture, lambda path: draw_curves(log_file, path, self.panels))
         if self.writer:
             try:
                 for name, value in record.items():

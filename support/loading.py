@@ -179,9 +179,9 @@ class Loader(DataLoader):
             waited = now - begun
             if self.stop_asked():
                 asked = min(asked, now)
-            if self.stop_asked() and get_world_size() == 1 and waited > self.grace:
-                kill_workers(workers)
-                return None
+                if get_world_size() == 1 and waited > self.grace:
+                    kill_workers(workers)
+                    return None
             if now - asked > self.last_wait:
                 kill_workers(workers)
                 what = f"asked to stop, and no batch of images for {waited:.0f} s, so nothing was saved"

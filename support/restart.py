@@ -115,11 +115,10 @@ class Run:
         """
         damaged: UserError | None = None
         for path in (self.checkpoint, self.previous):
-            if path.is_symlink() and not path.exists():
-                raise UserError(
-                    "links to a file that is not there", str(path), "restore that file, or remove the link"
-                )
             if not path.exists():
+                if path.is_symlink():
+                    fix = "restore that file, or remove the link"
+                    raise UserError("links to a file that is not there", str(path), fix)
                 continue
             if not os.access(path, os.R_OK):  # not damaged, so do not fall back to the one before
                 raise UserError("no permission to read", str(path), "change its permissions")
