@@ -34,9 +34,9 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
     """Read up to `most` images, evenly spread, for about `seconds`; log a warning for each kind of fault.
 
     The faults: images that cannot be read, 16-bit values that use few bits or different numbers of bits,
-    bands or transparency that are dropped, images that are nearly constant, and, if `alike`, images that are
-    nearly identical. Raises WrongFormat for an image of another format, UserError if no image has a value
-    within the range that its format states.
+    bands, transparency or pages that are dropped, images that are nearly constant, and, if `alike`, images
+    that are nearly identical. Raises WrongFormat for an image of another format, UserError if no image has a
+    value within the range that its format states.
     """
     if isinstance(images, Shapes):
         return
@@ -62,6 +62,8 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
         if stored.dropped:
             words = f"lose {stored.dropped}: the network sees red, green and blue"
             faults.setdefault(words, []).append(index)
+        if stored.pages:
+            faults.setdefault("have several pages or frames: only the first is read", []).append(index)
         if stored.largest is not None:
             depths.setdefault(stored.bits, []).append(index)
             if stored.bits == 16:
@@ -114,6 +116,7 @@ class Stored(NamedTuple):
     dropped: str = ""  # what the conversion to RGB drops
     largest: int | None = None  # value of a 16-bit image
     bits: int = 16  # that its values use, as a TIFF may state
+    pages: bool = False  # whether there are several, or several frames
 
 
 def _stored_and_read(images: Images, index: int) -> tuple[Stored, Tensor]:
@@ -131,12 +134,13 @@ def _stored_and_read(images: Images, index: int) -> tuple[Stored, Tensor]:
 
 def _stored(file: Image.Image) -> Stored:
     reduced, bits = is_reduced(file), sample_bits(file)  # before it is loaded
+    pages = getattr(file, "is_animated", False) and file.format != "MPO"  # a photograph and its previews
     largest = None
     if reduced:  # to the upper 8 bits
         largest, bits = 256 * int(np.asarray(file).max()) + 255, 16
     elif file.mode.startswith("I"):
         largest = int(np.asarray(file).max())
-    return Stored(_dropped(file), largest, bits)
+    return Stored(_dropped(file), largest, bits, pages)
 
 
 def _dropped(file: Image.Image) -> str:

@@ -78,6 +78,15 @@ def test_bands_that_training_drops_are_named(tmp_path, capsys):
     assert any("lose transparency" in line and "alpha.png" in line for line in found)
 
 
+def test_pages_that_training_does_not_read_are_named(tmp_path, capsys):
+    pages = [Image.fromarray(noise(i, 32, 32, 3).astype(np.uint8)) for i in range(3)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "photograph and preview.jpg", "MPO", save_all=True, append_images=pages[1:])
+    found = warnings(tmp_path, capsys, alike=False)
+    assert len(found) == 1 and "1 of 2 checked images have several pages or frames" in found[0]
+    assert found[0].endswith("stack.tif")
+
+
 def test_constant_and_repeated_images_are_named_and_so_are_unreadable_ones(tmp_path, capsys):
     save_images(tmp_path, 4)
     Image.new("RGB", (30, 30), (9, 9, 9)).save(tmp_path / "black.png")
