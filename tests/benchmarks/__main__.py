@@ -204,6 +204,9 @@ def compare_steps(arch: str, images: int, rounds: int) -> None:
     if cpu_has_bf16():
         ours = our_step("bf16")
         compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
+        halved = textbook.Trainer(arch, device.PROTOTYPES, dtype=torch.bfloat16)
+        both = f"step {arch}/16, both bf16"
+        compare(both, ours, functools.partial(halved.step, views), rounds, images, "img/s")
     else:
         print_row(f"step {arch}/16 bf16", "this CPU has no bfloat16")
     ours = our_step("fp32", "--compile")
