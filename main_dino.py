@@ -94,7 +94,7 @@ def demo_defaults() -> dict:
         head_bottleneck_dim=128,
         momentum_teacher=0.96,
         centering="sinkhorn",
-        warmup_teacher_temp=0.01,
+        warmup_teacher_temp=0.01,  # with the paper's 0.04, so small a network collapses
         teacher_temp=0.01,
         precision="fp32",
         weight_decay=0.04,
