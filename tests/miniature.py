@@ -120,7 +120,8 @@ class Budget(NamedTuple):
     demo_epochs: int
 
 
-FULL = Budget(3, 1024, 512, 20, 2, {"crops_0": 26, "crops_6": 16, "crops_10": 12}, 5)
+DEMO_EPOCHS = main_dino.demo_defaults()["epochs"]
+FULL = Budget(3, 1024, 512, 20, 2, {"crops_0": 26, "crops_6": 16, "crops_10": 12}, DEMO_EPOCHS)
 QUICK = Budget(1, 1024, 256, 4, 1, {"crops_0": 5, "crops_6": 3, "crops_10": 2}, 2)
 TINY = Budget(2, 64, 16, 2, 1, {"crops_0": 3, "crops_6": 2, "crops_10": 1}, 1)  # to try this program
 
