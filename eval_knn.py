@@ -159,7 +159,7 @@ def knn_top1(
     """Top-1 accuracy in percent of 20 neighbours, on every rank; `model` as in `extract_features`."""
     x, y = extract_features(model, train, transform, device, num_workers=num_workers)
     test_x, test_y = extract_features(model, val, transform, device, num_workers=num_workers)
-    data = F.normalize(x, dim=1), y, F.normalize(test_x, dim=1), test_y
+    data = F.normalize(x, dim=1, out=x), y, F.normalize(test_x, dim=1, out=test_x), test_y
     return knn_classifier(*data, min(20, len(train)), T=0.07, num_classes=count_classes(y, test_y))[0]
 
 
@@ -329,7 +329,7 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)
     test_x, test_y = extract_features(model, val, frozen.transform, device, *flags, keep_on)
-    return F.normalize(x, dim=1), y, F.normalize(test_x, dim=1), test_y
+    return F.normalize(x, dim=1, out=x), y, F.normalize(test_x, dim=1, out=test_x), test_y
 
 
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:

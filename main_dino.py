@@ -458,6 +458,8 @@ def check_format(args: argparse.Namespace) -> None:
             raise UserError(f"{len(values)} numbers for {count} channels", where, "give one a channel")
         elif name == "std" and min(values) <= 0:
             raise UserError("a deviation is above 0", where, "give other numbers")
+        elif not (0 <= min(values) and max(values) <= 1):
+            raise UserError("levels are from 0 to 1", where, "divide numbers for levels up to 255 by 255")
     if count != 3:
         log(f"images of {count} channel{'s' * (count > 1)}: hue, saturation and grey views are left out")
 
@@ -635,6 +637,10 @@ def check_device(args: argparse.Namespace, device: torch.device) -> None:
         # The recomputed blocks would drop other paths (https://github.com/pytorch/pytorch/issues/127676).
         what = "on MPS, PyTorch recomputes activations with other random numbers"
         raise UserError(what, "--grad_checkpointing", "add --drop_path_rate 0, or leave it out")
+    if args.precision == "fp16" and device.type == "mps":
+        # The fused AdamW takes steps of infinite gradients (https://github.com/pytorch/pytorch/pull/186360).
+        what = "on MPS, some releases of PyTorch train on gradients that overflow float16"
+        raise UserError(what, "--precision fp16", "use bf16 or fp32")
 
 
 def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: torch.device) -> None:

@@ -87,7 +87,8 @@ def keep_mass(attention: Tensor, share: float) -> Tensor:
     """Mark the fewest patches that hold this share of each map's sum: (..., R, C) -> bool (..., R, C)."""
     if share >= 1:  # rounding could make the sum reach 1 before the last patch
         return torch.ones_like(attention, dtype=torch.bool)
-    values, order = attention.flatten(-2).sort(dim=-1, descending=True)
+    # MPS sorts a slice wrongly (https://github.com/pytorch/pytorch/issues/175187).
+    values, order = attention.flatten(-2).contiguous().sort(dim=-1, descending=True)
     values = values / values.sum(dim=-1, keepdim=True)
     before = values.cumsum(dim=-1) - values
     kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < share)

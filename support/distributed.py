@@ -78,7 +78,10 @@ def check_launch() -> None:
 
 
 def choose_device() -> torch.device:
-    """Choose this process's GPU; without CUDA, MPS for a single process, else the CPU. Raises UserError."""
+    """Choose this process's GPU; without CUDA, MPS for a single process, else the CPU. Raises UserError.
+
+    An empty CUDA_VISIBLE_DEVICES hides all GPUs, a Mac's too.
+    """
     _, world_size, local_rank = launched_as()
     if torch.cuda.is_available():
         processes, gpus = _number("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
@@ -89,8 +92,9 @@ def choose_device() -> torch.device:
         device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)
         return device
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     alone_on_a_mac = world_size == 1 and torch.backends.mps.is_available()
-    return torch.device("mps" if alone_on_a_mac else "cpu")
+    return torch.device("mps" if alone_on_a_mac and not hidden else "cpu")
 
 
 # ---------------------------------------------------------------------------------------------

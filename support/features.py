@@ -56,7 +56,7 @@ def extract_features(
 
     `transform` maps an image to a tensor (C, H, W), e.g. `pixels.eval_transform()`; `model`, on the
     device, maps a batch (B, C, H, W) to features (B, D). The results are kept on `keep_on`, by default the
-    device. Raises UserError if an image cannot be read.
+    device. Raises UserError if an image cannot be read, and for features that are not finite.
     """
     keep_on = keep_on or device
     dataset = EvalImages(images, transform)
@@ -71,9 +71,11 @@ def extract_features(
             if len(features) < len(dataset):
                 features = torch.zeros(len(dataset), feature.shape[1], device=keep_on)
             # The sampler repeats images to fill the last batch; these are written twice.
-            index = all_gather(index.to(device)).to(keep_on)
+            index = all_gather(copy_to(index, device)).to(keep_on)
             features[index] = all_gather(feature).to(keep_on)
-            labels[index] = all_gather(label.to(device)).to(keep_on)
+            labels[index] = all_gather(copy_to(label, device)).to(keep_on)
+    if (~features.isfinite()).any().tolist():  # they are the same on all ranks
+        raise UserError("the network's features are not finite", "", "give weights that did not diverge")
     return features, labels
 
 

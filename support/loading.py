@@ -293,7 +293,8 @@ def to_device(batches: Iterable[tuple], device: torch.device) -> Generator[tuple
 
     def copy(batch: tuple) -> tuple:
         views, *rest = batch
-        with torch.cuda.stream(stream):  # None: no stream, no effect
+        # `torch.cuda.stream(None)` fails on a Mac (https://github.com/pytorch/pytorch/issues/150091).
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             copies = [copy_to(view, device) for view in views]
             return copies, rest, stream and stream.record_event()
 

@@ -20,6 +20,7 @@ import utils
 from support.attention import attention_map, keep_mass
 from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, open_training_images
+from support.distributed import choose_device
 from support.errors import UserError
 from support.features import extract_features, patch_tokens
 from support.loading import to_device
@@ -113,6 +114,23 @@ def test_recomputed_blocks_and_drop_path_are_refused_where_torch_draws_other_num
     main_dino.check_device(args, torch.device("mps"))
 
 
+def test_fp16_is_refused_where_torch_takes_steps_that_overflow():
+    args = main_dino.parse_args(["--data_path", "x", "--precision", "fp16"])
+    with pytest.raises(UserError, match="--precision fp16.*bf16"):
+        main_dino.check_device(args, torch.device("mps"))
+    main_dino.check_device(args, torch.device("cuda"))
+
+
+def test_a_mac_trains_on_the_cpu_when_its_gpu_is_hidden(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    cpu = torch.device("cpu")
+    assert choose_device() == cpu  # as conftest.py hides all GPUs
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert choose_device().type == ("cuda" if torch.cuda.is_available() else "mps")
+    views = [torch.zeros(2, 3, 4, 4)]
+    assert [batch[0][0].device for batch in to_device([(views, 1), (views, 2)], cpu)] == [cpu, cpu]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_waits_once_for_the_device(images, waits, recipe):
     """Once, in `Monitor.check`, for four statistics, or five, and two counts."""
@@ -157,11 +175,11 @@ def test_knn_waits_once_for_each_k(waits):
     assert waits == ["(2,)", "(2,)"]
 
 
-def test_features_of_images_do_not_wait(labelled, waits):
+def test_features_of_images_wait_once_at_the_end(labelled, waits):
     network = build_backbone("vit_nano", 8, 32)[0].eval().to(META)
     data = open_labelled_images(Source(str(labelled)), "val")
     x, y = extract_features(network, data, eval_transform(32), META, batch_size=4)
-    assert x.shape == (9, 128) and y.shape == (9,) and x.is_meta and not waits
+    assert x.shape == (9, 128) and y.shape == (9,) and x.is_meta and waits == ["()"]
 
 
 def test_linear_probe_waits_once_for_a_validation(waits):
