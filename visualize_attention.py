@@ -520,6 +520,9 @@ def main(args: argparse.Namespace) -> None:
             what = f"a query is a place in one image, not in {len(images)}"
             raise UserError(what, "--query", "give one image, or --video for frames of one size")
         cli.make_folder(output_dir)
+        folders = {output_dir.resolve(), *output_dir.resolve().parents}
+        if folders & {Path(path).resolve() for path in args.image_path}:
+            log(f"warning: other scripts would take the pictures in {output_dir}/ for images of --image_path")
         show: Show = functools.partial(show_attention, viewer, args.threshold)
         if args.pca:
             colours = fit_components(viewer, lambda: readable(images), args.foreground)

@@ -260,7 +260,8 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may set the first as it was
-        key = f"3\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        # The stem, since the index lacks a folder of that name, and a link may have another.
+        key = f"4\0{os.path.realpath(path)}\0{Path(path).stem}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:

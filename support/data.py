@@ -171,6 +171,9 @@ class ImageFiles(Dataset):
         return load_pixels(*self.paths.file(index), self.form)
 
 
+CLASS_FILES = ".cls"  # extension of WebDataset's files, each with the class of the image of the same name
+
+
 class LabelledFiles(ImageFiles):
     """Image files below class folders; the classes are the names of the folders, sorted.
 
@@ -189,6 +192,11 @@ class LabelledFiles(ImageFiles):
         found = [self._found(folder.below(name)) for name in self.classes]
         beside = select_images([("", folder.file_names(), 0)], extensions_of(form))
         self.left_out += beside.left_out + Counter({"images beside class folders": len(beside.names)})
+        if self.left_out[CLASS_FILES]:
+            what = (
+                f"classes in {CLASS_FILES} files beside the images, as in WebDataset's shards, are not read"
+            )
+            raise UserError(what, str(root), "unpack the images into class folders")
         if empty := [name for name, names in zip(self.classes, found, strict=True) if not names]:
             few = ", ".join(empty[:5])
             raise UserError(f"no images in class folders {few}", str(root), "give each class images")
@@ -208,14 +216,16 @@ class LabelledFiles(ImageFiles):
 class FolderFiles(LabelledFiles):
     """All image files below a folder. If all of them lie in folders of it, these folders are the classes.
 
-    `classes` is empty, and labels are 0, if there are images beside the folders.
+    `classes` is empty, and labels are 0, if there are images beside the folders, or files of classes
+    beside the images.
     """
 
     def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
         ImageFiles.__init__(self, root, form=form)
         folders = [name.partition(os.sep) for name in self.paths.names()]
         self.classes, self.labels = [], np.zeros(len(self), int)
-        if folders and all(separator for _, separator, _ in folders):
+        in_folders = folders and all(separator for _, separator, _ in folders)
+        if in_folders and not self.left_out[CLASS_FILES]:
             names, self.labels = np.unique([first for first, _, _ in folders], return_inverse=True)
             self.classes = names.tolist()
 
@@ -516,10 +526,12 @@ PART_FILES = (".tar", ".zip", ".txt", ".tsv", ".csv")
 
 def _split_of(root: Path, split: str) -> Folder | Path:
     """One part of a dataset: a folder, or a file named as the part. Raises UserError."""
-    if os.path.isdir(root / split):
-        return _open_place(root / split)
     files = [root / f"{split}{extension}" for extension in PART_FILES]
     files = [path for path in files if os.path.isfile(path)]
+    if os.path.isdir(root / split):
+        if files:
+            log(f"note: {root}: took {split}/, not {' and '.join(path.name for path in files)} beside it")
+        return _open_place(root / split)
     if len(files) > 1:
         what = f"both {files[0].name} and {files[1].name}"
         raise UserError(what, f"--data_path {root}", "keep one of them")

@@ -301,6 +301,14 @@ def test_workers_read_at_the_same_time(own, tmp_path):
     assert torch.equal(again.pixels(3), expected[3])
 
 
+def test_a_link_of_another_name_does_not_share_the_index_of_an_archive(own, tmp_path, cache):
+    store = pack(tmp_path / "store" / "flowers.zip", own, only="train")
+    link = tmp_path / "train.zip"
+    link.symlink_to(store)
+    assert open_any_images(Source(str(store))).classes == ["train"]
+    assert len(open_any_images(Source(str(link))).classes) == 3
+
+
 def test_links_and_hidden_names_in_archives(own, tmp_path, capsys):
     folder = own / "train"
     (folder / "a" / "link.png").symlink_to("../b/000.png")

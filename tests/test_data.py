@@ -20,6 +20,7 @@ from support.data import (
     ImageFiles,
     Source,
     load_image,
+    open_any_images,
     open_labelled_images,
     open_train_and_val,
     open_training_images,
@@ -312,6 +313,22 @@ def test_val_may_lack_classes_of_train_but_not_the_other_way_round(tmp_path, cap
     (tmp_path / "train" / "d").mkdir()
     with pytest.raises(UserError, match="no images in class folders d "):
         open_train_and_val(Source(str(tmp_path)))
+
+
+def test_a_split_that_is_a_folder_and_a_file_is_named(tmp_path, capsys):
+    save_images(tmp_path / "train" / "a", 2)
+    (tmp_path / "train.csv").write_text("train/a/000.png,b\n")
+    images = open_labelled_images(Source(str(tmp_path)), "train")
+    assert images.classes == ["a"] and "took train/, not train.csv" in capsys.readouterr().out
+
+
+def test_a_folder_of_webdatasets_is_not_taken_for_a_class(tmp_path):
+    for shard in ("00000", "00001"):
+        save_images(tmp_path / "train" / shard, 2)
+        (tmp_path / "train" / shard / "000.cls").write_text("3")
+    with pytest.raises(UserError, match=r"\.cls files beside the images"):
+        open_labelled_images(Source(str(tmp_path)), "train")
+    assert open_any_images(Source(str(tmp_path / "train"))).classes == []
 
 
 def test_the_digest_is_the_same_for_a_moved_folder_only(tmp_path):

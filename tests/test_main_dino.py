@@ -133,6 +133,8 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--data_path {images} --local_crops_number -1", "must be at least 0, not -1"),
         ("--data_path {images} --teacher_temp 0", "must be above 0, not 0"),
         ("--data_path {images} --arch vit_smal", "did you mean vit_small"),
+        ("--data_path {images} --mean 124 116 104", r"levels are from 0 to 1 \(--mean 124.*by 255"),
+        ("--data_path {images} --std 58 57 57", r"levels are from 0 to 1 \(--std 58"),
     ],
 )
 def test_bad_usage_is_one_clear_line(images, tmp_path, capsys, flags, message):
