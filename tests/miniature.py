@@ -8,7 +8,8 @@ Each run has a folder below `--output_dir`; the same command started again does 
 table is `results.md`, the figures are beside it. A claim that does not show stands there like the rest.
 
 Variants see equally many images, but for those with other numbers of local crops, which get as many
-epochs as take about the same time. k-NN (20 neighbours) looks up held-out images among the training's.
+epochs as take about the same time, and for the long run, which shows what the short ones are too short
+for. k-NN (20 neighbours) looks up held-out images among the training's.
 """
 
 import argparse
@@ -58,8 +59,8 @@ COMMON = (
 ).split()
 SHAPES = (
     "--patch_size 16 --global_crops_size 64 --local_crops_size 32 --local_crops_scale 0.15 0.4 --out_dim 64 "
-    "--momentum_teacher 0.96 --centering sinkhorn --adapt_teacher_temp 2 --batch_size_per_gpu 32 "
-    "--lr 0.008 --min_lr 1e-5"
+    "--momentum_teacher 0.96 --centering sinkhorn --warmup_teacher_temp 0.01 --teacher_temp 0.01 "
+    "--batch_size_per_gpu 32 --lr 0.008 --min_lr 1e-5"
 ).split()
 DEMO = "--demo --num_workers 0 --cpu_threads 1".split()
 FASHION = (
@@ -71,10 +72,11 @@ FASHION = (
 # What a variant on shapes has other than the recipe.
 VARIANTS = {
     "base": "",
+    "long": "--momentum_teacher 0.98",
     "last_epoch": "--teacher_update epoch",
     "copy": "--teacher_update copy",
     # the student's temperature: no sharpening
-    "centering": "--warmup_teacher_temp 0.1 --teacher_temp 0.1 --adapt_teacher_temp 0",
+    "centering": "--warmup_teacher_temp 0.1 --teacher_temp 0.1",
     "sharpening": "--centering none",
     "crops_0": "--local_crops_number 0 --global_crops_scale 0.14 1",  # the published scale without multi-crop
     "crops_6": "--local_crops_number 6",
@@ -85,9 +87,9 @@ VARIANTS = {
 SWEEPS = {
     "batch": ("--batch_size_per_gpu {0}", (8, 16, 32, 64), "batch size, at equal images (Table 9)"),
     "temperature": (
-        "--warmup_teacher_temp {0} --teacher_temp {0} --adapt_teacher_temp 0",
+        "--warmup_teacher_temp {0} --teacher_temp {0}",
         (0.01, 0.02, 0.04, 0.07),
-        "teacher temperature (Appendix D), not adapted",
+        "teacher temperature (Appendix D)",
     ),
     "prototypes": ("--out_dim {0}", (16, 64, 256, 1024), "prototypes (Appendix C)"),
     "start": (
@@ -116,14 +118,15 @@ class Budget(NamedTuple):
     held_out: int
     epochs: int
     knn_every: int  # divides all numbers of epochs, so that the end is measured
-    other_epochs: dict[str, int]  # an image costs 0.8, 1.3 and 1.65 times that of the base
+    other_epochs: dict[str, int]  # with local crops: an image costs 0.8, 1.3 and 1.65 times the base's
     demo_epochs: int
 
 
 DEMO_EPOCHS = main_dino.demo_defaults()["epochs"]
-FULL = Budget(3, 1024, 512, 20, 2, {"crops_0": 26, "crops_6": 16, "crops_10": 12}, DEMO_EPOCHS)
-QUICK = Budget(1, 1024, 256, 4, 1, {"crops_0": 5, "crops_6": 3, "crops_10": 2}, 2)
-TINY = Budget(2, 64, 16, 2, 1, {"crops_0": 3, "crops_6": 2, "crops_10": 1}, 1)  # to try this program
+FULL = Budget(3, 1024, 512, 20, 2, {"long": 60, "crops_0": 26, "crops_6": 16, "crops_10": 12}, DEMO_EPOCHS)
+QUICK = Budget(1, 1024, 256, 4, 1, {"long": 12, "crops_0": 5, "crops_6": 3, "crops_10": 2}, 2)
+# To try this program.
+TINY = Budget(2, 64, 16, 2, 1, {"long": 4, "crops_0": 3, "crops_6": 2, "crops_10": 1}, 1)
 
 
 def draw_shapes(folder: Path, counts: dict[str, int]) -> None:
@@ -263,9 +266,9 @@ def shapes_jobs(out: Path, budget: Budget) -> Jobs:
             folder, epochs = out / f"{name}_seed{seed}", budget.other_epochs.get(name, budget.epochs)
             own = [*flags, *watch, *lasting(epochs), *changes.split()]
             trainings.append(functools.partial(train_dino, folder, own))
-        folder, flags = out / f"supervised_seed{seed}", [*flags, *lasting(budget.epochs)]
+        folder, flags = out / f"supervised_seed{seed}", [*flags, *lasting(budget.other_epochs["long"])]
         trainings.append(functools.partial(train_supervised, folder, flags, Source(str(data))))
-        for _, folder, weights in networks(out, "", seed):
+        for _, folder, weights in networks(out, "", seed, "long"):
             look_up = [*weights, "--image_size", "64", "--patch_size", "16", "--data_path", str(data)]
             evaluations.append(functools.partial(evaluate_knn, folder, look_up))
     return trainings, evaluations
@@ -330,7 +333,7 @@ def watching(data: Path, every: int) -> list[str]:
 
 def lasting(epochs: int) -> list[str]:
     """Flags. A long warm-up: networks that see few images collapse easily at the start."""
-    return ["--epochs", str(epochs), "--warmup_epochs", str(max(1, round(epochs / 4)))]
+    return ["--epochs", str(epochs), "--warmup_epochs", str(min(5, max(1, round(epochs / 4))))]
 
 
 def fashion_jobs(out: Path, data_path: str, seeds: int) -> Jobs:
@@ -350,9 +353,11 @@ def fashion_jobs(out: Path, data_path: str, seeds: int) -> Jobs:
     return trainings, evaluations
 
 
-def networks(out: Path, prefix: str, seed: int) -> Iterator[tuple[str, Path, list[str]]]:
+def networks(
+    out: Path, prefix: str, seed: int, trained: str = "base"
+) -> Iterator[tuple[str, Path, list[str]]]:
     """Name, folder and flags of what is evaluated of one seed; pixels have but one."""
-    for name in ("base", "supervised", "random", "pixels")[: 3 if seed else 4]:
+    for name in (trained, "supervised", "random", "pixels")[: 3 if seed else 4]:
         folder = out / f"{prefix}{name}_seed{seed}"
         weights = name if name in ("random", "pixels") else str(folder / "checkpoint.pth")
         yield name, folder, ["--pretrained_weights", weights, "--arch", "vit_nano", "--seed", str(seed)]
@@ -454,20 +459,22 @@ def shapes_rows(runs: Runs) -> list[Row]:
         "untrained": runs.kept("random", "knn"),
     }
     works = ("momentum", "untrained"), ("last epoch", "untrained"), ("momentum's student", "last epoch")
-    fails = ("untrained", "copy"), ("last epoch", "copy")
-    both = {who: runs.curves("base", "step", f"knn_{who}")[1] for who in ("teacher", "student")}
+    fails = ("momentum", "copy"), ("last epoch", "copy")
+    most = math.log(main_dino.parse_args(SHAPES).out_dim)
+    copied = 100 * runs.last("copy", "train_entropy") / most
+    both = {who: runs.curves("long", "step", f"knn_{who}")[1] for who in ("teacher", "student")}
     ahead = both["teacher"] > both["student"]
     rows = [
         Row("A momentum teacher works best, the student of the last epoch works (Fig. 6)",
             "teacher's k-NN at the end, %; the last epoch's is its student", teachers,
             compare(teachers, *works)),
-        Row("copying the student fails (Fig. 6)", "the same", {}, compare(teachers, *fails)),
-        Row("Teacher is better than the student throughout (Fig. 6)", "k-NN, %, mean over the training",
+        Row("copying the student fails (Fig. 6)", "teacher's entropy at the end, % of ln K; k-NN as above",
+            {"copy": copied}, f"uniform collapse: {in_seeds(copied > 95)}; {compare(teachers, *fails)}"),
+        Row("Teacher is better than the student throughout (Fig. 6)", "k-NN, %, long: mean over the training",
             means := {who: values.mean(axis=1) for who, values in both.items()},
             f"{compare(means, ('teacher', 'student'))}; in {ahead.sum()} of {ahead.size} evaluations"),
     ]  # fmt: skip
 
-    most = math.log(main_dino.parse_args(SHAPES).out_dim)
     for name, claim in {
         "centering": "Centering alone (here Sinkhorn-Knopp): uniform collapse (Fig. 7)",
         "sharpening": "sharpening alone: one-dimension collapse (Fig. 7)",
@@ -506,15 +513,15 @@ def shapes_rows(runs: Runs) -> list[Row]:
         *rows,
         feature_row(
             runs, "", "knn", "k-NN of DINO rivals supervised features (Table 2: 5.3 less for ViT-S)",
-            "shapes: k-NN, %; supervised: same epochs, one view an image",
+            "shapes: k-NN, %, long; supervised: same epochs, one view an image", "long",
         ),
         feature_row(runs, "demo_", "knn", "", "demo: k-NN, %"),
     ]  # fmt: skip
 
 
-def feature_row(runs: Runs, prefix: str, kind: str, claim: str, measured: str) -> Row:
+def feature_row(runs: Runs, prefix: str, kind: str, claim: str, measured: str, trained: str = "base") -> Row:
     """DINO's features against others."""
-    names = {"pixels": "pixels", "untrained": "random", "supervised": "supervised", "DINO": "base"}
+    names = {"pixels": "pixels", "untrained": "random", "supervised": "supervised", "DINO": trained}
     values = {label: runs.kept(prefix + name, kind) for label, name in names.items()}
     rival = f"DINO - supervised: {spread(values['DINO'] - values['supervised'], '+')}"
     better = compare(values, ("DINO", "untrained"), ("DINO", "pixels"))
@@ -614,7 +621,8 @@ def save_figures(runs: Runs) -> None:
     both = [(f"{label}: {who}", f"C{i}{style}", name, f"knn_{who}")
             for i, (name, label) in enumerate(teachers.items())
             for who, style in (("teacher", "-"), ("student", "--"))]  # fmt: skip
-    figure("teachers.png", ("step", "k-NN, %", both))
+    long = [(who, f"C0{style}", "long", f"knn_{who}") for who, style in (("teacher", "-"), ("student", "--"))]
+    figure("teachers.png", ("step", "k-NN, %", both), ("step", "k-NN of the long run, %", long))
     figure("collapse.png", ("step", "teacher entropy, nats", lines(COLLAPSES, "train_entropy")),
            ("step", "KL(teacher || student), nats", lines(COLLAPSES, "train_kl")))  # fmt: skip
     crops = {name: f"{number} local crops" for number, name in CROPS.items()}
