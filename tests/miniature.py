@@ -1,6 +1,6 @@
 """The paper's claims in miniature: train the variants, evaluate them, write a table and figures.
 
-    python -m tests.miniature                     # shapes, three seeds: two hours on two cores
+    python -m tests.miniature                     # shapes, three seeds: 1.5 hours on two cores
     python -m tests.miniature --data_path data    # and data/FashionMNIST: hours
     python -m tests.miniature --quick             # one seed, less of everything: minutes
 
