@@ -29,6 +29,17 @@ def test_features_do_not_move_the_global_random_stream(labelled):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(labelled, value):
+    images = open_labelled_images(Source(str(labelled)), "val")
+
+    def diverged(batch):
+        return batch.flatten(1).index_fill(1, torch.tensor(3), value)
+
+    with pytest.raises(UserError, match="not finite"):
+        extract_features(diverged, images, eval_transform(8), torch.device("cpu"))
+
+
 def test_no_worker_outlives_an_error_of_the_network(labelled):
     """Workers ignore SIGTERM, by which Python would end them at its exit."""
     images = open_labelled_images(Source(str(labelled)), "train")

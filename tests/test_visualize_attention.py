@@ -87,8 +87,8 @@ def test_a_second_run_on_a_folder_gives_the_same(tmp_path, capsys, out):
     save_images(tmp_path, 2)
     flags = *RANDOM_VIT, "--image_path", tmp_path, "--image_size", 32, "--output_dir", tmp_path / out
     look(*flags)
-    first = contents(tmp_path)
-    assert "left out" not in capsys.readouterr().out
+    first, said = contents(tmp_path), capsys.readouterr().out
+    assert "left out" not in said and said.count("would take the pictures") == 1
     look(*flags)
     assert contents(tmp_path) == first
     assert f"left out {len(first) - 2} pictures of an earlier run" in capsys.readouterr().out
