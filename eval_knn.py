@@ -280,6 +280,9 @@ def _extracted(folder: Path) -> list[Tensor]:
         split = "train" if train.labels is None else "val"
         fix = "extract features of class folders"
         raise UserError("features without labels", f"--load_features {folder}: {split}/", fix)
+    if bool(train.classes) != bool(val.classes):
+        what, fix = "only one of train/ and val/ has names of classes", "extract both from class folders"
+        raise UserError(what, f"--load_features {folder}", fix)
     differ = [name for name in OF_NETWORK if train.identity.get(name) != val.identity.get(name)]
     if differ:
         fix = "extract both with the same weights and flags"

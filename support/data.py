@@ -13,6 +13,7 @@ import inspect
 import io
 import operator
 import os
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -407,9 +408,9 @@ def _one_part(source: Source) -> Folder | Path:
         raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
     place = _split_of(root, source.split) if source.split else _open_place(root)
     if isinstance(place, Folder):
-        archives = {Path(file).stem for file in place.files} if isinstance(place, Archive) else set()
-        spelt = [word for part in PARTS for word in (part, part.capitalize(), part.upper())]
-        there = [name for name in spelt if place.has(name) or name in archives]
+        archives = [Path(file).stem for file in place.files] if isinstance(place, Archive) else []
+        named = dict.fromkeys([*place.class_folders(), *archives])
+        there = sorted(filter(PART.fullmatch, named), key=lambda name: not name.lower().startswith("train"))
         train = next((name for name in there if name.lower().startswith("train")), "")
         if train and len({name.lower() for name in there}) > 1:
             what = f"folder has {'/ and '.join(there)}/"
@@ -419,8 +420,8 @@ def _one_part(source: Source) -> Folder | Path:
     return place
 
 
-# Names of folders that hold the parts of a dataset.
-PARTS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
+# Names of folders that hold the parts of a dataset; COCO's have a year.
+PART = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|eval|test(ing)?)(\d{4})?", re.IGNORECASE)
 
 
 def _open_place(root: Path) -> Folder | Path:

@@ -44,7 +44,8 @@ def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path
         open_training_images(Source(str(tmp_path)))
 
 
-@pytest.mark.parametrize("parts", [("Train", "Val"), ("training", "testing"), ("train", "test")])
+@pytest.mark.parametrize("parts", [("Train", "Val"), ("training", "testing"), ("train", "test"),
+                                   ("train2017", "val2017")])  # fmt: skip
 def test_a_folder_of_two_parts_is_not_trained_on_as_one(tmp_path, parts):
     for part in parts:
         save_images(tmp_path / part / "a", 2)

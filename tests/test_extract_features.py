@@ -360,6 +360,10 @@ def test_classes_are_matched_by_name(tmp_path, capsys):
     extract(folder / "val", "--data_path", str(tmp_path / "data" / "val"))
     with pytest.raises(UserError, match="val has classes that train lacks: d "):
         knn("--load_features", str(folder))
+    record = json.loads((folder / "val" / "features.json").read_text())
+    (folder / "val" / "features.json").write_text(json.dumps(record | {"classes": []}))
+    with pytest.raises(UserError, match="only one of train/ and val/ has names of classes"):
+        knn("--load_features", str(folder))
 
 
 def test_features_that_do_not_belong_together_are_refused(labelled, images, tmp_path):
