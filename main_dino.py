@@ -65,7 +65,7 @@ from support.formats import ImageFormat, pairs
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
-from support.pictures import as_picture, contact_sheet, glow, titled_rows
+from support.pictures import as_picture, contact_sheet, glow, lies_below, titled_rows
 from support.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -1063,8 +1063,7 @@ def lies_among_images(path: Path, args: argparse.Namespace) -> bool:
     if args.dataset or args.demo:
         return False
     parts = Source.of(args, image_format(args)).each()
-    folders = {Path(part.data_path, part.split).expanduser().resolve() for part in parts if part.data_path}
-    return bool(folders & set(path.expanduser().resolve().parents))
+    return lies_below(path, [Path(part.data_path, part.split) for part in parts if part.data_path])
 
 
 def make_run_folder(args: argparse.Namespace) -> Path:

@@ -48,6 +48,7 @@ from support.pictures import (
     enlarge,
     has_mark,
     heat_map,
+    lies_below,
     mark_patch,
     side_by_side,
 )
@@ -520,8 +521,7 @@ def main(args: argparse.Namespace) -> None:
             what = f"a query is a place in one image, not in {len(images)}"
             raise UserError(what, "--query", "give one image, or --video for frames of one size")
         cli.make_folder(output_dir)
-        folders = {output_dir.resolve(), *output_dir.resolve().parents}
-        if folders & {Path(path).resolve() for path in args.image_path}:
+        if lies_below(output_dir / "sheet.png", args.image_path):
             log(f"warning: other scripts would take the pictures in {output_dir}/ for images of --image_path")
         show: Show = functools.partial(show_attention, viewer, args.threshold)
         if args.pca:

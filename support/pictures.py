@@ -5,7 +5,7 @@ Shapes: H x W pixels, R x C patches.
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,13 @@ def has_mark(path: str | Path, mark: dict[str, str]) -> bool:
     with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
         return mark.items() <= image.info.items()
     return False
+
+
+def lies_below(path: Path, folders: Iterable[str | Path]) -> bool:
+    """Whether a picture at this path would be found among the images of one of these folders."""
+    return any(
+        Path(folder).expanduser().resolve() in path.expanduser().resolve().parents for folder in folders
+    )
 
 
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -618,10 +618,10 @@ def save_figures(runs: Runs) -> None:
         return [(label, f"C{i}-", name, y) for i, (name, label) in enumerate(names.items())]
 
     teachers = {"base": "momentum", "last_epoch": "last epoch", "copy": "copy"}
+    styles = {"teacher": "-", "student": "--"}
     both = [(f"{label}: {who}", f"C{i}{style}", name, f"knn_{who}")
-            for i, (name, label) in enumerate(teachers.items())
-            for who, style in (("teacher", "-"), ("student", "--"))]  # fmt: skip
-    long = [(who, f"C0{style}", "long", f"knn_{who}") for who, style in (("teacher", "-"), ("student", "--"))]
+            for i, (name, label) in enumerate(teachers.items()) for who, style in styles.items()]  # fmt: skip
+    long = [(who, f"C0{style}", "long", f"knn_{who}") for who, style in styles.items()]
     figure("teachers.png", ("step", "k-NN, %", both), ("step", "k-NN of the long run, %", long))
     figure("collapse.png", ("step", "teacher entropy, nats", lines(COLLAPSES, "train_entropy")),
            ("step", "KL(teacher || student), nats", lines(COLLAPSES, "train_kl")))  # fmt: skip
