@@ -159,13 +159,17 @@ def knn_top1(
     """Top-1 accuracy in percent of 20 neighbours, on every rank; `model` as in `extract_features`."""
     x, y = extract_features(model, train, transform, device, num_workers=num_workers)
     test_x, test_y = extract_features(model, val, transform, device, num_workers=num_workers)
+    y, test_y, num_classes = number_classes(y, test_y)
     data = F.normalize(x, dim=1, out=x), y, F.normalize(test_x, dim=1, out=test_x), test_y
-    return knn_classifier(*data, min(20, len(train)), T=0.07, num_classes=count_classes(y, test_y))[0]
+    return knn_classifier(*data, min(20, len(train)), T=0.07, num_classes=num_classes)[0]
 
 
-def count_classes(*labels: Tensor) -> int:
-    """The number of classes, numbered from 0, that the labels imply."""
-    return int(torch.cat(labels).max()) + 1
+def number_classes(y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Labels (N,) and (M,) numbered from 0 without gaps, since each number takes memory for votes; and the
+    number of classes.
+    """
+    classes, numbers = torch.cat([y, test_y]).unique(return_inverse=True)
+    return numbers[: len(y)], numbers[len(y) :], len(classes)
 
 
 class PeriodicKNN:
@@ -357,11 +361,13 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         return {}
     if folder:
         dump_features(folder, tensors)
-    most = len(tensors[0])
+    x, y, test_x, test_y = tensors
+    y, test_y, num_classes = number_classes(y, test_y)
+    most = len(x)
     ks = list(dict.fromkeys(min(k, most) for k in args.nb_knn))
     if max(args.nb_knn) > most:
         log(f"note: --nb_knn limited to the {most} training images")
-    accuracies = knn_accuracies(*tensors, ks, args.temperature, count_classes(tensors[1], tensors[3]))
+    accuracies = knn_accuracies(x, y, test_x, test_y, ks, args.temperature, num_classes)
     for k, (top1, top5) in accuracies.items():
         log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
     return accuracies

@@ -20,6 +20,7 @@ from support.pixels import to_pixels
 from support.shapes import Shapes
 
 CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows nothing
+CLIPPED = 0.05  # share of values within the range, below which it is likely to be another image's
 IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
@@ -46,7 +47,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
     reasons: dict[int, str] = {}
     depths: dict[int, list[int]] = {}  # images by the bits that their 16-bit values use, as TIFFs state
     thumbnails, deepest, begun, checked = {}, 0, time.monotonic(), 0
-    reached = torch.zeros(1, dtype=torch.bool)  # for each channel, whether an image has values in the range
+    within = torch.zeros(1)  # for each channel, the sum over images of the share of values within the range
     for index in spread:
         if time.monotonic() - begun > seconds:
             break
@@ -68,12 +69,13 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
             depths.setdefault(stored.bits, []).append(index)
             if stored.bits == 16:
                 deepest = max(deepest, stored.largest)
-        reached = reached | ((image > 0) & (image < 255)).any(dim=-1).any(dim=-1)
+        within = within + ((image > 0) & (image < 255)).float().mean(dim=(-2, -1))
         if image.float().std(dim=(1, 2), correction=0).max() < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
         else:
             thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
-    _check_range(images, reached, checked - len(reasons))
+    read = checked - len(reasons)
+    _check_range(images, within / max(read, 1), read)
     faults |= _faults_of_depth(depths, deepest)
     if alike and (same := _identical(thumbnails)):
         faults["are nearly identical to another one: training learns from differences between images"] = same
@@ -82,20 +84,22 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
         log(f"warning: {len(indices)} of {checked} checked images {words}; e.g. {example}")
 
 
-def _check_range(images: Images, reached: Tensor, read: int) -> None:
-    """Check that the values of the images that were read lie in the range which the format states.
+def _check_range(images: Images, within: Tensor, read: int) -> None:
+    """Check how much of the values of the images that were read lies within the range of the format: a share
+    for each channel.
 
-    Raises UserError if no channel has one, and warns of some.
+    Raises UserError if nothing does, and warns of channels of which hardly anything does.
     """
     limits = images.form.value_range if isinstance(images, ImageFiles) else None
-    if not limits or not read or reached.all():
+    if not limits or not read or within.min() >= CLIPPED:
         return
     where = f"--value_range {range_words(limits)}"
-    if not reached.any():
+    if not within.any():
         what = f"no value of {read} checked images lies within the range"
         raise UserError(what, where, "give another range, or auto")
-    outside = ", ".join(str(channel + 1) for channel in (~reached).nonzero().flatten().tolist())
-    log(f"warning: no value of {read} checked images lies within {where} in channel {outside}")
+    few = [(channel, share) for channel, share in enumerate(within.tolist(), 1) if share < CLIPPED]
+    shares = ", ".join(f"{100 * share:.2g} % in channel {channel}" for channel, share in few)
+    log(f"warning: few values of {read} checked images lie within {where}: {shares}; others are clipped")
 
 
 def _faults_of_depth(depths: dict[int, list[int]], deepest: int) -> dict[str, list[int]]:

@@ -93,7 +93,7 @@ def read_words(path: Path) -> list[tuple[str, str]]:
     """Read an argument file: its words, each with the file and the line as words for a message.
 
     A line has any number of words, separated and quoted as in a shell; `#` begins a comment. A word `@FILE`
-    in it stands for itself. Raises UserError.
+    in it stands for itself. Raises UserError, also for a variable, unless it is quoted.
     """
     if path.exists() and not path.is_file():  # a pipe could be read only once
         raise UserError("not a file", f"@{path}", "name a file of flags")
@@ -110,6 +110,11 @@ def read_words(path: Path) -> list[tuple[str, str]]:
             found = split_line(line)
         except ValueError as error:
             raise UserError(str(error), place, "quote as in a shell") from None
+        unquoted = re.sub(r"'[^']*'", "", line)
+        for word in found:
+            variable = re.search(r"\$(\w+|\{\w+\})", word)  # $HOME/runs would be a folder of that name
+            if variable and variable[0] in unquoted:
+                raise UserError(f"variables are not replaced in a file: {word}", place, "write the value")
         words += [(word, place) for word in found]
     return words
 

@@ -131,10 +131,11 @@ class ImageFiles(Dataset):
 
     taken: Counter[str]
     left_out: Counter[str]
+    folders: list[str]  # that hold images, relative to the root
 
     def __init__(self, *roots: str | Path | Folder, form: ImageFormat = RGB):
         self.form = form
-        self.taken, self.left_out, self.hidden = Counter(), Counter(), 0
+        self.taken, self.left_out, self.hidden, self.folders = Counter(), Counter(), 0, []
         if len(roots) == 1 and (isinstance(roots[0], Folder) or not os.path.isfile(roots[0])):
             folder = _folder(roots[0])
             self.paths = folder.paths(self._found(folder))
@@ -151,6 +152,7 @@ class ImageFiles(Dataset):
         found = folder.find_images(extensions_of(self.form))
         self.taken, self.left_out = self.taken + found.taken, self.left_out + found.left_out
         self.hidden += found.hidden
+        self.folders += found.folders
         return found.names
 
     def __len__(self) -> int:
@@ -388,6 +390,7 @@ def _open_part(source: Source, files: Callable[..., ImageFiles], called: str) ->
     place = _one_part(source)
     images = _listed(place, source.form) if isinstance(place, Path) else files(place, form=source.form)
     _check_not_empty(images, place)
+    _check_one_part(images, place)
     log(f"{called}: {place}: {_selection(images)}")
     return images
 
@@ -402,26 +405,35 @@ def _join(sets: list[ImageFiles], called: str) -> ImageFiles:
 
 
 def _one_part(source: Source) -> Folder | Path:
-    """Where the images of `source`, or of its split, are. Raises UserError for a folder of several splits."""
+    """Where the images of `source`, or of its split, are. Raises UserError."""
     root = _existing_path(source.data_path)
     if source.split and os.path.isfile(root) and not is_archive(root):
         raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
-    place = _split_of(root, source.split) if source.split else _open_place(root)
-    if isinstance(place, Folder):
-        archives = [Path(file).stem for file in place.files] if isinstance(place, Archive) else []
-        named = dict.fromkeys([*place.class_folders(), *archives])
-        there = sorted(filter(PART.fullmatch, named), key=lambda name: not name.lower().startswith("train"))
-        train = next((name for name in there if name.lower().startswith("train")), "")
-        if train and len({name.lower() for name in there}) > 1:
-            what = f"folder has {'/ and '.join(there)}/"
-            in_archive = isinstance(place, Archive)
-            fix = f"add --split {train}" if in_archive else f"give --data_path {place.below(train)}"
-            raise UserError(what, f"--data_path {place}", fix)
-    return place
+    return _split_of(root, source.split) if source.split else _open_place(root)
 
 
 # Names of folders that hold the parts of a dataset; COCO's have a year.
 PART = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|eval|test(ing)?)(\d{4})?", re.IGNORECASE)
+
+
+def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
+    """Raise UserError for images of train/ and of another part of a dataset beside it, at any depth."""
+    parts: dict[str, set[str]] = {}
+    if isinstance(place, Archive):
+        parts[""] = {stem for file in place.files if PART.fullmatch(stem := Path(file).stem)}
+    for folder in images.folders:
+        levels = folder.split("/")
+        for depth, name in enumerate(levels):
+            if PART.fullmatch(name):
+                parts.setdefault("/".join(levels[:depth]), set()).add(name)
+    for parent, names in sorted(parts.items()):
+        there = sorted(names, key=lambda name: (not name.lower().startswith("train"), name))
+        if len({name.lower() for name in there}) > 1 and there[0].lower().startswith("train"):
+            what = f"{parent or 'folder'} has {'/ and '.join(there)}/"
+            train = os.path.join(parent, there[0])
+            in_archive = isinstance(place, Archive)
+            fix = f"add --split {train}" if in_archive else f"give --data_path {place}/{train}"
+            raise UserError(what, f"--data_path {place}", fix)
 
 
 def _open_place(root: Path) -> Folder | Path:
@@ -576,9 +588,9 @@ def _selection(images: "ImageFiles") -> str:
 def digest(images: Images) -> str:
     """12 hex digits that identify a set of images; moving its folder does not change them.
 
-    For files, also those of torchvision's ImageFolder, they depend on names relative to the folder, sizes (of
-    at most 10,000 files) and classes; for other datasets on the kind, the split, the length, the classes and,
-    where the dataset has them as an array, the labels; for a subset also on its indices.
+    For files, also those of torchvision's ImageFolder, they depend on names relative to the folder, sizes, a
+    sample of the contents (see `Paths.digest`) and classes; for other datasets on the kind, the split, the
+    length, the classes and, where the dataset has them as an array, the labels; for a subset on its indices.
     """
     kind = getattr(images, "kind", type(images).__name__)
     facts = [kind, len(images), getattr(images, "split", getattr(images, "train", None))]

@@ -6,8 +6,10 @@ import errno
 import functools
 import hashlib
 import heapq
+import io
 import os
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
@@ -64,13 +66,31 @@ class Paths:
         """The path of a file, and its content if it does not lie at that path; see `data.load_image`."""
         return self[index], None
 
-    @functools.cached_property  # ranks compare it and the checkpoint records it: read the sizes once
+    def middle(self, index: int, most: int) -> bytes:
+        """At most so many bytes from the middle of a file; none if it cannot be read."""
+        try:
+            path, content = self.file(index)
+            with open(path, "rb") if content is None else io.BytesIO(content) as file:
+                file.seek(max(0, self.size(index) - most) // 2)
+                return file.read(most)
+        except (OSError, zlib.error):
+            return b""
+
+    @functools.cached_property  # ranks compare it and the checkpoint records it: read the files once
     def digest(self) -> bytes:
-        """Hash of the names, and of the sizes in bytes of at most 10,000 files, evenly spread."""
-        spread = np.unique(np.linspace(0, len(self) - 1, min(len(self), 10_000)).astype(int))
-        sizes = np.array([self.size(i) for i in spread.tolist()], np.int64)
-        parts = (self.buffer, self.ends, sizes)
-        return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).digest()
+        """Hash of the names, of the sizes in bytes of at most 10,000 files, and of 4 KB from the middle of at
+        most 256 files; the files are evenly spread.
+
+        The sizes alone do not tell arrays or uncompressed images of one shape apart.
+        """
+        sizes = np.array([self.size(index) for index in self._spread(10_000)], np.int64)
+        contents = [hashlib.sha256(self.middle(index, 4096)).digest() for index in self._spread(256)]
+        parts = (self.buffer.tobytes(), self.ends.tobytes(), sizes.tobytes(), b"".join(contents))
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+
+    def _spread(self, most: int) -> list[int]:
+        """At most so many numbers of files, evenly spread."""
+        return np.unique(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)).tolist()
 
 
 ARRAYS = (".npy",)  # extensions of NumPy's files, which are images only where a run says so
@@ -97,6 +117,7 @@ class Found(NamedTuple):
     """Files below a folder."""
 
     names: list[str]  # of the images, relative to the folder, sorted by folder, then by name
+    folders: list[str]  # that hold images, relative to the folder
     taken: Counter[str]  # images by extension
     left_out: Counter[str]  # other files by extension
     hidden: int  # names that begin with a dot, of files and folders
@@ -120,7 +141,7 @@ def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[
         hidden += skipped
     prefixed = ((os.path.join(folder, ""), names) for folder, names in sorted(folders))
     found = [prefix + name for prefix, names in prefixed for name in names]
-    return Found(found, taken, left_out, hidden)
+    return Found(found, [folder for folder, names in folders if names], taken, left_out, hidden)
 
 
 def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:

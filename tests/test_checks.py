@@ -4,6 +4,7 @@ from PIL import Image
 
 from support.checks import check_images
 from support.data import ImageFiles
+from support.formats import ImageFormat
 from support.shapes import Shapes
 from tests.conftest import save_images
 
@@ -33,6 +34,14 @@ def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_pat
     assert len(found) == 1 and "3 of 3 checked images" in found[0]
     assert "use 12 of them (largest value 4095)" in found[0] and "give --value_range 0 4095" in found[0]
     assert found[0].endswith(f"e.g. {tmp_path / f'0.{extension}'}")
+
+
+def test_a_range_that_nearly_all_values_lie_outside_is_named(tmp_path, capsys):
+    Image.fromarray(noise(0, 64, 64, most=4600).astype(np.uint16)).save(tmp_path / "0.png")
+    for high, named in ((255, True), (4600, False)):
+        check_images(ImageFiles(tmp_path, form=ImageFormat(1, ((0, high),))))
+        said = capsys.readouterr().out
+        assert ("few values of 1 checked images lie within --value_range 0 255: " in said) == named
 
 
 def test_sixteen_bit_files_that_use_all_or_say_how_many_are_not_mentioned(tmp_path, capsys):

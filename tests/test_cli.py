@@ -208,6 +208,10 @@ def test_every_script_takes_argument_files(name, tmp_path, capsys):
         ("--lr=fast", "argument --lr: 'fast' is not a number ({file}, line 1): see --help"),
         ("--lr\n--seed 1", "argument --lr: expected one argument ({file}, line 1): see --help"),
         ("--seed 1\n--arch 'vit", "No closing quotation ({file}, line 2): quote as in a shell"),
+        (
+            "--output_dir=$HOME/a",
+            "variables are not replaced in a file: --output_dir=$HOME/a ({file}, line 1): write the value",
+        ),
         ("@other", "unrecognized arguments: @other ({file}, line 1): see --help"),
         ("\x89PNG\0", "not a text file (@{file}): name a file of flags"),
     ],

@@ -54,6 +54,21 @@ def test_a_folder_of_two_parts_is_not_trained_on_as_one(tmp_path, parts):
     assert len(open_training_images(Source(str(tmp_path / parts[0])))) == 2
 
 
+def test_parts_of_a_dataset_are_found_at_any_depth(tmp_path):
+    """The folders of YOLO: images/train/ and images/val/, and labels beside them."""
+    for part in ("train", "val"):
+        save_images(tmp_path / "images" / part, 2)
+        (tmp_path / "labels" / part).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"images has train/ and val/ .*: give --data_path .*/images/train$"):
+        open_training_images(Source(str(tmp_path)))
+    both = [str(tmp_path / "images" / part) for part in ("train", "val")]
+    assert len(open_training_images(Source(both[0], more=(both[1],)))) == 4
+    assert len(open_training_images(Source(str(tmp_path), split="images/train"))) == 2
+    for path in (tmp_path / "images" / "val").iterdir():
+        path.unlink()
+    assert len(open_training_images(Source(str(tmp_path)))) == 2
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -364,6 +379,18 @@ def test_the_digest_is_the_same_for_a_moved_folder_only(tmp_path):
     fashion = Source(str(tmp_path / "f"), "FashionMNIST")
     parts = [data.digest(open_labelled_images(fashion, split)) for split in ("train", "val")]
     assert len(set(parts)) == 2
+
+
+def test_the_digest_tells_files_of_the_same_names_and_sizes_apart(tmp_path):
+    """Arrays and bitmaps of one shape have one size, whatever their pixels."""
+    for name, level in (("one", 10), ("other", 11)):
+        (tmp_path / name).mkdir()
+        for number in range(300):
+            Image.new("L", (8, 8), level).save(tmp_path / name / f"{number:03}.bmp")
+    one, other = (ImageFiles(tmp_path / name) for name in ("one", "other"))
+    assert [one.paths.size(0)] == [other.paths.size(0)] and data.digest(one) != data.digest(other)
+    (tmp_path / "one" / "299.bmp").unlink()
+    assert data.digest(one) != data.digest(ImageFiles(tmp_path / "one"))
 
 
 @pytest.mark.parametrize("label", [0.73, torch.tensor([0, 1, 1]), torch.tensor(2.5), "cat", -1, None, (1, 2)])

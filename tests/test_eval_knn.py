@@ -171,6 +171,15 @@ def test_rows_of_any_length_give_the_same_accuracy(tmp_path, capsys):
     assert saved_features(tmp_path, trainlabels=lambda labels: labels.float()) == unit
 
 
+def test_class_numbers_may_have_gaps(tmp_path):
+    """Votes for each number up to the largest would need more memory than any machine has."""
+    first = saved_features(tmp_path)
+    apart = {name: lambda labels: labels * 10**11 for name in ("trainlabels", "testlabels")}
+    assert saved_features(tmp_path, **apart) == first
+    evaluate("--load_features", str(tmp_path), "--dump_features", str(tmp_path / "copy"))
+    assert torch.load(tmp_path / "copy" / "trainlabels.pth").max() == 2 * 10**11
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
