@@ -244,6 +244,9 @@ def open_masked(data_path: str, demo: bool, form: ImageFormat = RGB) -> tuple[Ma
     train, val = (MaskedFiles(root, split, form) for split in ("train", "val"))
     if is_voc12(val):
         train.names = val.names = VOC_CLASSES
+    if both := set(train.stems) & set(val.stems):
+        what = "the accuracy says nothing about other images"
+        log(f"warning: {len(both)} of {len(val)} validation images are training images too: {what}")
     if unknown := sorted(val.present - train.present):
         what = f"val has classes that train lacks: {', '.join(map(str, unknown[:5]))}"
         raise UserError(what, f"--data_path {root}", "name training images of these classes in train.txt")

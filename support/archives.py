@@ -69,7 +69,8 @@ def open_archives(root: str | Path, files: list[str]) -> "Archive":
     parts = [(Path(file).stem, _cached_index(file)) for file in files]
     for number, (_, index) in enumerate(parts):
         index.places[:, 0] = number
-    index = parts[0][1] if len(parts) == 1 else _merge(parts, str(root))
+    (stem, first), *others = parts
+    index = _merge(parts, str(root)) if others else _without_own_folder(first, stem)
     return Archive(str(root), files, index, _tree(index.names))
 
 
@@ -97,7 +98,7 @@ class Archive(Folder):
         root = os.path.join(self.root, name)
         return Archive(root, self.files, self.index, self.tree, f"{self.inside}{name}/")
 
-    def find_images(self, readable: Set[str]) -> Found:
+    def find_images(self, readable: Set[str], entered: set | None = None) -> Found:
         """Find all images, except hidden ones; `readable` are their extensions."""
         contents = ((folder, *self.tree.contents[folder]) for folder in self._below())
         skip = len(self.inside)
@@ -108,6 +109,10 @@ class Archive(Folder):
         """List the names of its folders, sorted, except hidden ones."""
         names = (folder[len(self.inside) : -1] for folder in self._below())
         return sorted(name for name in names if name and "/" not in name)
+
+    def entered(self) -> set[tuple[int, int]]:
+        """Nothing, since an archive has no links to folders."""
+        return set()
 
     def file_names(self) -> list[str]:
         """List the names of the files in the folder itself, except hidden ones."""
@@ -232,22 +237,30 @@ def _without_own_folder(index: Index, stem: str) -> Index:
     return Index([names[row] for row in kept], index.places[kept])
 
 
+def _has_images(index: Index) -> bool:
+    """Whether an archive has images at its top level."""
+    readable = tuple(all_extensions())
+    return any("/" not in x and x.lower().endswith(readable) and not _is_hidden(x) for x in index.names)
+
+
 def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
     """The index of several archives, as if all were unpacked into one folder; or, if one has images at its
     top level, each into a folder of its name (ImageNet's training set is one archive a class). Raises
     UserError for a name that occurs twice.
     """
-    readable = tuple(all_extensions())
-    top = (name for _, index in parts for name in index.names if "/" not in name)
-    own_folders = any(name.lower().endswith(readable) and not _is_hidden(name) for name in top)
-    names = [f"{stem}/{name}" if own_folders else name for stem, index in parts for name in index.names]
-    if own_folders:  # a class without images has a folder too
-        parts = [*parts, ("", Index([f"{stem}/" for stem, _ in parts], np.zeros((len(parts), 5), np.int64)))]
-        names += parts[-1][1].names
+    own_folders = any(_has_images(index) for _, index in parts)
+    parts = [(stem, _without_own_folder(index, stem)) for stem, index in parts]
+    # Images that lay in their archive's own folder lie there again.
+    prefixes = [f"{stem}/" if own_folders or _has_images(index) else "" for stem, index in parts]
+    names = [
+        prefix + name for prefix, (_, index) in zip(prefixes, parts, strict=True) for name in index.names
+    ]
     files = [name for name in names if not name.endswith("/")]
     if twice := [name for name, count in Counter(files).items() if count > 1]:
         raise UserError(f"two archives contain {twice[0]}", where, "remove one of them")
-    return Index(names, np.concatenate([index.places for _, index in parts]))
+    folders = list(filter(None, prefixes))  # a class without images has a folder too
+    places = [*(index.places for _, index in parts), np.zeros((len(folders), 5), np.int64)]
+    return Index(names + folders, np.concatenate(places))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,8 +273,7 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may set the first as it was
-        # The stem, since the index lacks a folder of that name, and a link may have another.
-        key = f"4\0{os.path.realpath(path)}\0{Path(path).stem}\0{status.st_size}\0{times}"
+        key = f"5\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:
@@ -272,7 +284,6 @@ def _cached_index(path: str) -> Index:
             index = _index(file, path, status.st_size)
     except OSError as error:
         raise UserError(reason_of(error), path, "make it readable") from None
-    index = _without_own_folder(index, Path(path).stem)
     with contextlib.suppress(OSError):  # without a cache, the next run builds the index again
         _keep(index, cache)
     log(f"{path}: built the index of {len(index.names):,} members")
@@ -301,7 +312,7 @@ def _index(file: IO[bytes], path: str, size: int) -> Index:
     for name in [name for name in places if name.lower().endswith(".tar") and places[name][3] == TAR]:
         start, stored, *_ = places.pop(name)
         stem, inner = Path(name).stem, _tar_places(file, f"{path}, {name}", start + stored, start)
-        parts.append((stem, _without_own_folder(_as_index(inner), stem)))
+        parts.append((stem, _as_index(inner)))
     if not parts:
         return _as_index(places)
     inner_index, own = _merge(parts, path), _as_index(places)

@@ -5,7 +5,6 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -14,13 +13,13 @@ from support.data import ImageFiles, Images, sample_bits, sample_name
 from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, reason
 from support.files import ARRAYS
-from support.formats import extension, is_reduced, open_file, range_words
+from support.formats import extension, is_reduced, load_values, open_file, range_words, share_within
 from support.logger import log
 from support.pixels import to_pixels
 from support.shapes import Shapes
 
 CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows nothing
-CLIPPED = 0.05  # share of values within the range, below which it is likely to be another image's
+CLIPPED = 0.1  # share of values within the stated range, below which that is likely to be wrong
 IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
@@ -47,7 +46,8 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
     reasons: dict[int, str] = {}
     depths: dict[int, list[int]] = {}  # images by the bits that their 16-bit values use, as TIFFs state
     thumbnails, deepest, begun, checked = {}, 0, time.monotonic(), 0
-    within = torch.zeros(1)  # for each channel, the sum over images of the share of values within the range
+    within = np.zeros(1)  # for each channel, the sum over images of the share of values within the range
+    levels: set[int] = set()  # the lowest and the highest ones of the images
     for index in spread:
         if time.monotonic() - begun > seconds:
             break
@@ -69,13 +69,14 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
             depths.setdefault(stored.bits, []).append(index)
             if stored.bits == 16:
                 deepest = max(deepest, stored.largest)
-        within = within + ((image > 0) & (image < 255)).float().mean(dim=(-2, -1))
+        within = within + stored.within
+        levels |= {int(image.min()), int(image.max())}
         if image.float().std(dim=(1, 2), correction=0).max() < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
         else:
             thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
     read = checked - len(reasons)
-    _check_range(images, within / max(read, 1), read)
+    _check_range(images, within / max(read, 1), levels, read)
     faults |= _faults_of_depth(depths, deepest)
     if alike and (same := _identical(thumbnails)):
         faults["are nearly identical to another one: training learns from differences between images"] = same
@@ -84,20 +85,22 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
         log(f"warning: {len(indices)} of {checked} checked images {words}; e.g. {example}")
 
 
-def _check_range(images: Images, within: Tensor, read: int) -> None:
+def _check_range(images: Images, within: np.ndarray, levels: set[int], read: int) -> None:
     """Check how much of the values of the images that were read lies within the range of the format: a share
     for each channel.
 
-    Raises UserError if nothing does, and warns of channels of which hardly anything does.
+    Raises UserError if all values become one level, and warns of channels of which hardly anything is within.
     """
     limits = images.form.value_range if isinstance(images, ImageFiles) else None
-    if not limits or not read or within.min() >= CLIPPED:
+    if not limits or not read:
         return
     where = f"--value_range {range_words(limits)}"
-    if not within.any():
+    if len(levels) == 1:
         what = f"no value of {read} checked images lies within the range"
         raise UserError(what, where, "give another range, or auto")
     few = [(channel, share) for channel, share in enumerate(within.tolist(), 1) if share < CLIPPED]
+    if not few:
+        return
     shares = ", ".join(f"{100 * share:.2g} % in channel {channel}" for channel, share in few)
     log(f"warning: few values of {read} checked images lie within {where}: {shares}; others are clipped")
 
@@ -121,13 +124,17 @@ class Stored(NamedTuple):
     largest: int | None = None  # value of a 16-bit image
     bits: int = 16  # that its values use, as a TIFF may state
     pages: bool = False  # whether there are several, or several frames
+    within: np.ndarray = np.ones(1)  # for each channel, the share of values within the format's range
 
 
 def _stored_and_read(images: Images, index: int) -> tuple[Stored, Tensor]:
     """Read an image as it is stored, if Pillow converts it, and as training sees it, uint8 (C, H, W)."""
     if isinstance(images, ImageFiles):
         path, content = images.paths.file(index)
-        pixels = images.pixels(index)
+        pixels, limits = images.pixels(index), images.form.value_range
+        if limits:
+            values = load_values(path, content, images.form.channels)
+            return Stored(within=share_within(values, limits)), pixels
         if not images.form.by_pillow or extension(path) in ARRAYS:
             return Stored(), pixels
         with open_file(path, content) as opened, Image.open(opened) as file:

@@ -60,6 +60,11 @@ class ArgumentParser(argparse.ArgumentParser):
                 words.append(word)
                 for name in {word, word.partition("=")[0]}:
                     self.places.setdefault(name, []).append(place)
+        for action in self._actions:  # argparse has no public list of them
+            given = [self.places.get(flag, []).count(COMMAND_LINE) for flag in action.option_strings]
+            is_list = action.nargs == "+" and not isinstance(action, ImageSize)
+            if is_list and sum(given) > 1:
+                self.error(f"argument {action.option_strings[0]}: given twice, write all values after one")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
@@ -89,11 +94,15 @@ def expand(given: str) -> list[tuple[str, str]]:
         exit_with(error)
 
 
+# What a shell takes as it stands, namely quotes, escapes and comments; or a variable or a command.
+SHELL = re.compile(r"""'[^']*'|"(?:[^"\\$`]|\\.|\$(?![\w{(]))*"|\\.|(?<!\S)\#.*|(\$[\w{(]\S*|`\S*)""")
+
+
 def read_words(path: Path) -> list[tuple[str, str]]:
     """Read an argument file: its words, each with the file and the line as words for a message.
 
     A line has any number of words, separated and quoted as in a shell; `#` begins a comment. A word `@FILE`
-    in it stands for itself. Raises UserError, also for a variable, unless it is quoted.
+    in it stands for itself. Raises UserError, also for what a shell would replace.
     """
     if path.exists() and not path.is_file():  # a pipe could be read only once
         raise UserError("not a file", f"@{path}", "name a file of flags")
@@ -110,11 +119,9 @@ def read_words(path: Path) -> list[tuple[str, str]]:
             found = split_line(line)
         except ValueError as error:
             raise UserError(str(error), place, "quote as in a shell") from None
-        unquoted = re.sub(r"'[^']*'", "", line)
-        for word in found:
-            variable = re.search(r"\$(\w+|\{\w+\})", word)  # $HOME/runs would be a folder of that name
-            if variable and variable[0] in unquoted:
-                raise UserError(f"variables are not replaced in a file: {word}", place, "write the value")
+        for expansion in filter(None, (match[1] for match in SHELL.finditer(line))):
+            what = f"variables and commands are not replaced in a file: {expansion}"
+            raise UserError(what, place, "write the value")  # else $HOME/runs would be a folder's name
         words += [(word, place) for word in found]
     return words
 

@@ -147,9 +147,9 @@ class ImageFiles(Dataset):
             return [root]
         return [os.path.join(root, name) for name in self._found(Folder(root))]
 
-    def _found(self, folder: Folder) -> list[str]:
+    def _found(self, folder: Folder, entered: set[tuple[int, int]] | None = None) -> list[str]:
         """Find and count the image files below a folder; paths relative to it. Raises UserError."""
-        found = folder.find_images(extensions_of(self.form))
+        found = folder.find_images(extensions_of(self.form), entered)
         self.taken, self.left_out = self.taken + found.taken, self.left_out + found.left_out
         self.hidden += found.hidden
         self.folders += found.folders
@@ -192,7 +192,8 @@ class LabelledFiles(ImageFiles):
         self.classes = folder.class_folders()
         if not self.classes:
             raise UserError("no class folders", str(root), "put the images of each class into a folder")
-        found = [self._found(folder.below(name)) for name in self.classes]
+        entered = folder.entered()  # a link to it would give all images another class
+        found = [self._found(folder.below(name), entered) for name in self.classes]
         beside = select_images([("", folder.file_names(), 0)], extensions_of(form))
         self.left_out += beside.left_out + Counter({"images beside class folders": len(beside.names)})
         if self.left_out[CLASS_FILES]:
@@ -412,28 +413,37 @@ def _one_part(source: Source) -> Folder | Path:
     return _split_of(root, source.split) if source.split else _open_place(root)
 
 
-# Names of folders that hold the parts of a dataset; COCO's have a year.
-PART = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|eval|test(ing)?)(\d{4})?", re.IGNORECASE)
+# A word in the names of folders that hold the parts of a dataset; COCO's have a year.
+PART = re.compile(
+    r"(?<![^\W_])(train(ing)?|val(id(ation)?)?|dev|eval|test(ing)?)(\d{4})?(?![^\W_])", re.IGNORECASE
+)
 
 
 def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
-    """Raise UserError for images of train/ and of another part of a dataset beside it, at any depth."""
-    parts: dict[str, set[str]] = {}
-    if isinstance(place, Archive):
-        parts[""] = {stem for file in place.files if PART.fullmatch(stem := Path(file).stem)}
-    for folder in images.folders:
-        levels = folder.split("/")
-        for depth, name in enumerate(levels):
-            if PART.fullmatch(name):
-                parts.setdefault("/".join(levels[:depth]), set()).add(name)
-    for parent, names in sorted(parts.items()):
-        there = sorted(names, key=lambda name: (not name.lower().startswith("train"), name))
-        if len({name.lower() for name in there}) > 1 and there[0].lower().startswith("train"):
-            what = f"{parent or 'folder'} has {'/ and '.join(there)}/"
-            train = os.path.join(parent, there[0])
-            in_archive = isinstance(place, Archive)
-            fix = f"add --split {train}" if in_archive else f"give --data_path {place}/{train}"
-            raise UserError(what, f"--data_path {place}", fix)
+    """Raise UserError for images of train/ and of another part of a dataset beside it.
+
+    Training looks at any depth. Where features are computed, only the folders at the top would be classes.
+    """
+    top, in_archive = isinstance(images, FolderFiles), isinstance(place, Archive)
+    folders = [folder.split("/") for folder in images.folders]
+    folders += [[Path(file).stem] for file in place.files] if isinstance(place, Archive) else []
+    parts: dict[tuple[str, str], set[str]] = {}  # by the folder around them and the rest of their name
+    for levels in folders:
+        for depth, name in enumerate(levels[:1] if top else levels):
+            if PART.search(name):
+                key = "/".join(levels[:depth]), PART.sub("", name).lower()
+                parts.setdefault(key, set()).add(name)
+    mixed: dict[str, str] = {}  # by the path of the training part: what is there
+    for (around, _), names in sorted(parts.items()):
+        train = sorted(name for name in names if "train" in name.lower())
+        if train and len({name.lower() for name in names}) > 1:
+            there = "/ and ".join([*train, *sorted(names - set(train))])
+            mixed[os.path.join(around, train[0])] = f"{around or 'folder'} has {there}/"
+    if mixed:
+        what = next(iter(mixed.values())) + f", and so on, {len(mixed)} times" * (len(mixed) > 1)
+        paths = "give --data_path " + " ".join(f"{place}/{path}" for path in mixed)
+        fix = f"add --split {next(iter(mixed))}" if in_archive else paths
+        raise UserError(what, f"--data_path {place}", fix)
 
 
 def _open_place(root: Path) -> Folder | Path:

@@ -59,7 +59,7 @@ def estimate_normalization(
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel in [0, 1], of values (C, P) as grey levels. Raises UserError."""
     levels = to_levels(values[:, None], value_range, "the sample")[:, 0]
-    if value_range and not ((levels > 0) & (levels < 255)).any():
+    if value_range and levels.min() == levels.max():
         where = f"--value_range {range_words(value_range)}"
         raise UserError("no value of the sample lies within the range", where, "give another range, or auto")
     levels = levels / 255

@@ -70,6 +70,8 @@ class Paths:
         """At most so many bytes from the middle of a file; none if it cannot be read."""
         try:
             path, content = self.file(index)
+            if content is None and not os.path.isfile(path):  # reading a pipe could block forever
+                return b""
             with open(path, "rb") if content is None else io.BytesIO(content) as file:
                 file.seek(max(0, self.size(index) - most) // 2)
                 return file.read(most)
@@ -79,12 +81,12 @@ class Paths:
     @functools.cached_property  # ranks compare it and the checkpoint records it: read the files once
     def digest(self) -> bytes:
         """Hash of the names, of the sizes in bytes of at most 10,000 files, and of 4 KB from the middle of at
-        most 256 files; the files are evenly spread.
+        most 64 files; the files are evenly spread.
 
         The sizes alone do not tell arrays or uncompressed images of one shape apart.
         """
         sizes = np.array([self.size(index) for index in self._spread(10_000)], np.int64)
-        contents = [hashlib.sha256(self.middle(index, 4096)).digest() for index in self._spread(256)]
+        contents = [hashlib.sha256(self.middle(index, 4096)).digest() for index in self._spread(64)]
         parts = (self.buffer.tobytes(), self.ends.tobytes(), sizes.tobytes(), b"".join(contents))
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
@@ -144,13 +146,13 @@ def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[
     return Found(found, [folder for folder, names in folders if names], taken, left_out, hidden)
 
 
-def _folders(root: str) -> Iterator[tuple[str, list[str], int]]:
+def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, list[str], int]]:
     """Yield `root` and each folder below it, following links: the path relative to `root`, the names of the
     files, and the number of hidden names.
 
-    A folder that several links lead to is entered once, by its own path if that is below `root`.
+    A folder that several links lead to is entered once, by its own path if that is below `root`. `entered`
+    holds the folders that are left out, and then also those that were entered.
     """
-    entered: set[tuple[int, int]] = set()
     waiting: list[str] = [""]
     links: list[str] = []
     while waiting or links:
@@ -222,9 +224,12 @@ class Folder:
         """A folder in it."""
         return Folder(os.path.join(self.root, name))
 
-    def find_images(self, readable: Set[str]) -> Found:
-        """Find all images, except hidden ones; `readable` are their extensions. Raises UserError."""
-        return select_images(_folders(self.root), readable)
+    def find_images(self, readable: Set[str], entered: set[tuple[int, int]] | None = None) -> Found:
+        """Find all images, except hidden ones; `readable` are their extensions. Raises UserError.
+
+        `entered` as in `_folders`, for searches of several folders that links may lead to.
+        """
+        return select_images(_folders(self.root, set() if entered is None else entered), readable)
 
     def class_folders(self) -> list[str]:
         """List the names of its folders, sorted, except hidden ones. Raises UserError."""
@@ -234,6 +239,11 @@ class Folder:
         except OSError as error:
             fix = "make it readable, or give another folder"
             raise UserError(reason_of(error), self.root, fix) from None
+
+    def entered(self) -> set[tuple[int, int]]:
+        """The folder itself as `find_images` notes it: links to it in its own folders are left out then."""
+        status = os.stat(self.root)
+        return {(status.st_dev, status.st_ino)}
 
     def file_names(self) -> list[str]:
         """List the names of the files in the folder itself, except hidden ones."""

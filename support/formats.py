@@ -107,6 +107,13 @@ def to_levels(values: np.ndarray, value_range: Range | None, path: str) -> np.nd
     return np.rint(((values - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
 
 
+def share_within(values: np.ndarray, value_range: Range) -> np.ndarray:
+    """The share of values (C, ...) that lie within the range, for each channel (C,)."""
+    low, high = (np.array(limits)[:, None] for limits in zip(*value_range, strict=True))  # (1 or C, 1)
+    flat = values.reshape(len(values), -1)
+    return ((flat >= low) & (flat <= high)).mean(axis=1)
+
+
 def load_values(path: str, content: bytes | None, channels: int) -> np.ndarray:
     """The values in an image file, (C, H, W); three channels instead of one for RGB.
 

@@ -235,6 +235,16 @@ def test_containers_give_what_the_folder_gives(own, tmp_path, kind, capsys):
     assert knn(tmp_path / "in") == knn(own)
 
 
+def test_an_archive_with_its_own_folder_beside_one_with_several(own, tmp_path):
+    """a.zip with a/... and others.zip with b/... and c/... are unpacked into three folders."""
+    folder = own / "train"
+    (tmp_path / "in").mkdir()
+    pack(tmp_path / "in" / "a.zip", folder, only="a")
+    shutil.copytree(folder, tmp_path / "rest", ignore=shutil.ignore_patterns("a"))
+    pack(tmp_path / "in" / "others.zip", tmp_path / "rest")
+    assert same(open_any_images(Source(str(tmp_path / "in"))), open_any_images(Source(str(folder))))
+
+
 def test_archives_of_train_and_val_are_not_mixed(own, tmp_path):
     for split in ("train", "val"):
         pack(tmp_path / "in" / f"{split}.tar", own / split, only={"train": "a", "val": "b"}[split])

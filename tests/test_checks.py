@@ -44,6 +44,14 @@ def test_a_range_that_nearly_all_values_lie_outside_is_named(tmp_path, capsys):
         assert ("few values of 1 checked images lie within --value_range 0 255: " in said) == named
 
 
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_values_at_the_ends_of_a_range_lie_within_it(tmp_path, capsys, share):
+    values = np.random.default_rng(0).random((64, 64))
+    np.save(tmp_path / "0.npy", np.where(values < share, 1.0, 0.0))
+    check_images(ImageFiles(tmp_path, form=ImageFormat(1, ((0, 1),))))
+    assert "within" not in capsys.readouterr().out
+
+
 def test_sixteen_bit_files_that_use_all_or_say_how_many_are_not_mentioned(tmp_path, capsys):
     Image.fromarray(noise(0, 32, 32, most=65_535).astype(np.uint16)).save(tmp_path / "all.png")
     assert warnings(tmp_path, capsys) == []

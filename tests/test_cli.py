@@ -1,6 +1,7 @@
 import argparse
 import importlib
 import os
+import shlex
 
 import pytest
 import torch
@@ -210,7 +211,11 @@ def test_every_script_takes_argument_files(name, tmp_path, capsys):
         ("--seed 1\n--arch 'vit", "No closing quotation ({file}, line 2): quote as in a shell"),
         (
             "--output_dir=$HOME/a",
-            "variables are not replaced in a file: --output_dir=$HOME/a ({file}, line 1): write the value",
+            "variables and commands are not replaced in a file: $HOME/a ({file}, line 1): write the value",
+        ),
+        (
+            "--seed 1 # not $x\n--min_lr '$1' --output_dir `hostname`",
+            "variables and commands are not replaced in a file: `hostname` ({file}, line 2): write the value",
         ),
         ("@other", "unrecognized arguments: @other ({file}, line 1): see --help"),
         ("\x89PNG\0", "not a text file (@{file}): name a file of flags"),
@@ -223,6 +228,24 @@ def test_an_error_in_a_file_is_one_line_that_names_the_place(text, message, tmp_
         main_dino.parse_args(["--epochs", "2", f"@{file}", "--min_lr", "0"])
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {message.format(file=file)}\n"
+
+
+@pytest.mark.parametrize("path", ["bob's $x", "$x", 'a "$HOME" `b`', "#$x", "\\$x'"])
+def test_signs_of_a_shell_in_a_path_are_read_back_from_a_file(path, tmp_path):
+    file = tmp_path / "args.txt"
+    file.write_text(shlex.join(["--data_path", path]) + "  # not $x\n")
+    assert main_dino.parse_args([f"@{file}"]).data_path == path
+
+
+def test_a_list_given_twice_is_refused_since_the_last_would_count(tmp_path, capsys):
+    file = tmp_path / "recipe.txt"
+    file.write_text("--data_path a --global_crops_size 64")
+    again = ["--data_path", "b", "--global_crops_size", "32", "--global_crops_size", "96"]
+    args = main_dino.parse_args([f"@{file}", *again])
+    assert args.data_path == "b" and args.global_crops_size == 96
+    with pytest.raises(SystemExit):
+        main_dino.parse_args([*again, "--data_path=a"])
+    assert "error: argument --data_path: given twice, write all values after one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path
 
 
 @pytest.mark.parametrize("parts", [("Train", "Val"), ("training", "testing"), ("train", "test"),
-                                   ("train2017", "val2017")])  # fmt: skip
+                                   ("train2017", "val2017"), ("img_train", "img_val")])  # fmt: skip
 def test_a_folder_of_two_parts_is_not_trained_on_as_one(tmp_path, parts):
     for part in parts:
         save_images(tmp_path / part / "a", 2)
@@ -64,9 +64,38 @@ def test_parts_of_a_dataset_are_found_at_any_depth(tmp_path):
     both = [str(tmp_path / "images" / part) for part in ("train", "val")]
     assert len(open_training_images(Source(both[0], more=(both[1],)))) == 4
     assert len(open_training_images(Source(str(tmp_path), split="images/train"))) == 2
+    assert len(open_any_images(Source(str(tmp_path)))) == 4  # features of all may be wanted
     for path in (tmp_path / "images" / "val").iterdir():
         path.unlink()
     assert len(open_training_images(Source(str(tmp_path)))) == 2
+
+
+def test_parts_of_several_datasets_are_all_named(tmp_path):
+    """The folders of MVTec AD."""
+    for folder in ("bottle/train", "bottle/test", "cable/train", "cable/test", "bullet_train", "test_tube"):
+        save_images(tmp_path / folder, 1)
+    train = f"--data_path {tmp_path}/bottle/train {tmp_path}/cable/train"
+    with pytest.raises(UserError, match=f"bottle has train/ and test/, and so on, 2 times .*: give {train}"):
+        open_training_images(Source(str(tmp_path)))
+
+
+def test_files_that_are_pipes_do_not_block(tmp_path):
+    save_images(tmp_path, 2)
+    os.mkfifo(tmp_path / "zz.png")
+    assert data.digest(open_training_images(Source(str(tmp_path))))
+
+
+@pytest.mark.parametrize("link", ["again", "a/again"])
+def test_a_link_to_the_folder_of_the_classes_adds_no_images(tmp_path, link):
+    for name in "ab":
+        save_images(tmp_path / "train" / name, 2)
+    (tmp_path / "train" / link).symlink_to(tmp_path / "train")
+    if link == "again":
+        with pytest.raises(UserError, match="no images in class folders again"):
+            open_labelled_images(Source(str(tmp_path)), "train")
+    else:
+        images = open_labelled_images(Source(str(tmp_path)), "train")
+        assert images.labels.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,17 @@ def test_the_paper_s_data_are_recognised(tmp_path):
     assert is_voc12(val) and train.names == val.names == VOC_CLASSES and len(VOC_CLASSES) == 21
 
 
+def test_validation_images_that_are_training_images_are_named(tmp_path, capsys):
+    write_voc(tmp_path)
+    lists = tmp_path / "ImageSets/Segmentation"
+    names = (lists / "train.txt").read_text().splitlines()
+    eval_segmentation.open_masked(str(tmp_path), demo=False)
+    assert "warning" not in capsys.readouterr().out
+    (lists / "val.txt").write_text("\n".join(names[:2]) + "\n" + (lists / "val.txt").read_text())
+    eval_segmentation.open_masked(str(tmp_path), demo=False)
+    assert "warning: 2 of 6 validation images are training images too" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "convnext_atto"])
 def test_timms_networks(voc, capsys, arch):
     found = evaluate("--pretrained_weights", "random", "--arch", arch, "--image_size", 64, "--data_path", voc)
