@@ -272,7 +272,10 @@ def load_features(folder: str, device: torch.device) -> Data:
     unknown = int((~torch.isin(labels[1], labels[0])).sum())
     if unknown:
         log(f"warning: {unknown} of {M} test labels are not among the training labels: counted as wrong")
-    log(f"features: {N} training and {M} test rows of {D} from {folder}, {len(labels[0].unique())} classes")
+    num_classes = len(labels[0].unique())
+    log(f"features: {N} training and {M} test rows of {D} from {folder}, {num_classes} classes")
+    if num_classes == 1:
+        log("warning: only one class, so all answers are right")
     (x, test_x), (y, test_y) = ([tensor.to(device) for tensor in pair] for pair in (features, labels))
     return x, y, test_x, test_y
 

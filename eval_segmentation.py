@@ -153,6 +153,7 @@ class MaskedFiles(ImageFiles):
         self.masks = [found["masks"][stem] for stem in self.stems]
         self.present = self._check()
         log(f"{split} images: {root}: {len(self):,} images, {len(self.present)} classes")
+        self._compare_palettes()
 
     def class_mask(self, index: int) -> Tensor:
         """Class of each pixel, (H, W) uint8. Raises UserError if the mask cannot be read."""
@@ -195,6 +196,22 @@ class MaskedFiles(ImageFiles):
             folder = str(Path(self.masks[0]).parent)
             raise UserError(what, folder, "give masks of class numbers; 0 is the background, 255 void")
         return present - {VOID}
+
+    def _compare_palettes(self) -> None:
+        """Warn if a number has another colour in another of about 200 masks: programs that reduce colours
+        number them anew for each image.
+        """
+        first: dict[int, tuple[list[int], str]] = {}
+        for path in self.masks[:: 1 + len(self) // 200]:
+            with Image.open(path) as mask:
+                palette, numbers = mask.getpalette() or [], np.unique(np.asarray(mask)).tolist()
+            for number in numbers:
+                colour = palette[3 * number : 3 * number + 3]
+                before, where = first.setdefault(number, (colour, path))
+                if colour != before:
+                    what = f"{number} has the colour {before} in {where} and {colour} in {path}"
+                    log(f"warning: masks have several palettes, of which only the numbers count: {what}")
+                    return
 
 
 FOLDERS = {"images": "JPEGImages", "masks": "SegmentationClass"}

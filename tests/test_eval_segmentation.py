@@ -227,12 +227,22 @@ def test_the_paper_s_data_are_recognised(tmp_path):
     assert is_voc12(val) and train.names == val.names == VOC_CLASSES and len(VOC_CLASSES) == 21
 
 
-def test_validation_images_that_are_training_images_are_named(tmp_path, capsys):
+def test_likely_faults_of_lists_and_masks_are_named(tmp_path, capsys):
     write_voc(tmp_path)
     lists = tmp_path / "ImageSets/Segmentation"
     names = (lists / "train.txt").read_text().splitlines()
     eval_segmentation.open_masked(str(tmp_path), demo=False)
-    assert "warning" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training images too" not in said
+    assert (
+        "warning: masks have several palettes, of which only the numbers count: 0 has the colour [" in said
+    )  # random ones
+    for path in (tmp_path / "SegmentationClass").iterdir():
+        mask = Image.open(path)
+        mask.putpalette(range(256))
+        mask.save(path)
+    eval_segmentation.open_masked(str(tmp_path), demo=False)
+    assert "palettes" not in capsys.readouterr().out
     (lists / "val.txt").write_text("\n".join(names[:2]) + "\n" + (lists / "val.txt").read_text())
     eval_segmentation.open_masked(str(tmp_path), demo=False)
     assert "warning: 2 of 6 validation images are training images too" in capsys.readouterr().out
