@@ -24,6 +24,15 @@ def canonical(arch: str) -> str:
     return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
 
 
+def is_known(arch: object) -> bool:
+    """Whether this is the name of a network that `build_backbone` builds."""
+    if not isinstance(arch, str) or canonical(arch) in VITS:
+        return isinstance(arch, str)
+    import timm
+
+    return arch in torchvision.models.list_models(module=torchvision.models) or timm.is_model(canonical(arch))
+
+
 def build_backbone(
     arch: str, patch_size: int = 16, img_size: Size = 224, drop_path_rate: float = 0.0, in_chans: int = 3
 ) -> tuple[nn.Module, int]:

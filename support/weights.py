@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides
+from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides, is_known
 from support.distributed import main_process_first
 from support.errors import UserError, lacks_memory, nearest
 from support.files import replacing
@@ -282,6 +282,7 @@ class Weights(NamedTuple):
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and deviation
     center: Tensor | None  # of the loss, (1, K); belongs to the teacher's head
     value_range: Range | None = None  # of the images' values, which became grey levels
+    named: str | None = None  # the architecture that a file of another program names
 
 
 def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "") -> Weights:
@@ -314,6 +315,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
         normalization,
         loss.get("center") if is_state(loss) and entry == "teacher" else None,
         value_range,
+        _recorded(checkpoint, "arch") if is_known(checkpoint.get("arch")) else None,
     )
 
 
@@ -678,13 +680,14 @@ def settle_architecture(
 ) -> tuple[str, int, Size]:
     """Determine architecture, patch size and image size of the training that made the weights.
 
-    Each is the argument, else what the file records, else what a ViT's shapes say, else the fallback.
-    Raises UserError where an argument contradicts the file.
+    Each is the argument, else what the training recorded, else the architecture that the file names, as
+    timm's do, else what a ViT's shapes say, else the fallback. Raises UserError where an argument contradicts
+    the record.
     """
     shapes = vit_shapes(weights.state)
     with torch.device("meta"):
         names = [name for name, make in VITS.items() if make().embed_dim == shapes.get("width")]
-    arch = _settle("arch", arch, weights.trained, names[0] if names else None)
+    arch = _settle("arch", arch, weights.trained, weights.named or (names[0] if names else None))
     recorded = _recorded(weights.trained, "global_crops_size")
     if canonical(arch) not in VITS:  # the name determines the patches
         if patch_size not in (None, FALLBACK["patch_size"]):

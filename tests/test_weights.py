@@ -731,6 +731,11 @@ def test_timms_weights_get_timms_normalization_and_ours_keep_ours(vits, tmp_path
     assert frozen.mean == frozen.std == (0.5, 0.5, 0.5) and "mean (0.5, 0.5, 0.5), " in frozen.value_words
     white = Image.new("RGB", (300, 300), "white")
     torch.testing.assert_close(frozen.transform(white), torch.ones(3, 224, 224))
+    named = {"arch": "vit_tiny_patch16_224", "args": argparse.Namespace(lr=0.1), "state_dict": state}
+    frozen = load_backbone(write(named, tmp_path / "by_timms_training.pth"))
+    assert frozen.mean == (0.5, 0.5, 0.5) and frozen.arch == "vit_tiny_patch16_224"
+    frozen = load_backbone(write(named | {"arch": "visiontransformer"}, tmp_path / "class.pth"))
+    assert frozen.mean == IMAGENET_MEAN and frozen.arch == "vit_tiny"
     trained = {"teacher": prefixed(state, "backbone."), "args": {"arch": "vit_tiny_patch16_224"}}
     path = write(trained, tmp_path / "ours.pth")
     assert load_backbone(path).mean == IMAGENET_MEAN
