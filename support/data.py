@@ -402,6 +402,8 @@ def _join(sets: list[ImageFiles], called: str) -> ImageFiles:
         return sets[0]
     images = JoinedFiles(sets)
     log(f"{called}: {len(sets)} sets: {describe(images)}")
+    if not images.classes and any(getattr(each, "classes", None) for each in sets):
+        log("note: some of the sets have no classes, so none has")
     return images
 
 
