@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import math
 import multiprocessing
@@ -61,10 +62,10 @@ class ArgumentParser(argparse.ArgumentParser):
                 for name in {word, word.partition("=")[0]}:
                     self.places.setdefault(name, []).append(place)
         for action in self._actions:  # argparse has no public list of them
-            given = [self.places.get(flag, []).count(COMMAND_LINE) for flag in action.option_strings]
-            is_list = action.nargs == "+" and not isinstance(action, ImageSize)
-            if is_list and sum(given) > 1:
-                self.error(f"argument {action.option_strings[0]}: given twice, write all values after one")
+            given = sum(self.places.get(flag, []).count(COMMAND_LINE) for flag in action.option_strings)
+            if action.nargs == "+" and given > 1 and os.environ.get("RANK", "0") == "0":
+                name = action.option_strings[0]
+                say_once(f"warning: {name} is given {given} times: only the last counts")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
@@ -329,6 +330,12 @@ def say(error: UserError) -> None:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line that is not an error, once in a process: some scripts parse their flags twice."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def exit_with(error: UserError) -> NoReturn:

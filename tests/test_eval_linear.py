@@ -497,12 +497,16 @@ def test_a_rate_that_runs_away_leaves_the_others(labelled, tmp_path):
         probe(labelled, tmp_path / "all", "--lr", 1e40, 1e39, "--cache_features")
 
 
-def test_a_run_that_is_over_is_reported_without_the_images(labelled, tmp_path):
+def test_a_run_that_is_over_is_reported_without_decoding_the_images(labelled, tmp_path, monkeypatch):
     shutil.copytree(labelled, tmp_path / "data")
     best = probe(tmp_path / "data", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.ImageFiles, "image", lambda images, index: pytest.fail("decodes an image"))
+        assert probe(tmp_path / "data", tmp_path / "out") == best
     for path in (tmp_path / "data").rglob("*.png"):
         path.write_bytes(bytes(path.stat().st_size))  # as many bytes, and no image
-    assert probe(tmp_path / "data", tmp_path / "out") == best
+    with pytest.raises(UserError, match="differs from the run to resume: training images"):
+        probe(tmp_path / "data", tmp_path / "out")
 
 
 def test_validation_every_so_many_epochs_and_at_the_end(labelled, tmp_path):
