@@ -63,7 +63,8 @@ class ArgumentParser(argparse.ArgumentParser):
                     self.places.setdefault(name, []).append(place)
         for action in self._actions:  # argparse has no public list of them
             given = sum(self.places.get(flag, []).count(COMMAND_LINE) for flag in action.option_strings)
-            if action.nargs == "+" and given > 1 and os.environ.get("RANK", "0") == "0":
+            is_list = action.nargs == "+" and not isinstance(action, ImageSize)
+            if is_list and given > 1 and os.environ.get("RANK", "0") == "0":
                 name = action.option_strings[0]
                 say_once(f"warning: {name} is given {given} times: only the last counts")
         return super().parse_known_args(words, namespace)

@@ -242,6 +242,7 @@ def test_a_list_given_twice_is_named_since_only_the_last_counts(tmp_path, capsys
     file.write_text("--data_path a --seed 1")
     assert main_dino.parse_args([f"@{file}", "--data_path", "b", "--seed", "2"]).data_path == "b"
     assert capsys.readouterr().err == ""
+    cli.say_once.cache_clear()  # another test may have said it
     assert main_dino.parse_args(["--data_path", "a", "--data_path=b"]).data_path == "b"
     assert capsys.readouterr().err == "warning: --data_path is given 2 times: only the last counts\n"
 
