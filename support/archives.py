@@ -229,10 +229,16 @@ def _clean(name: str) -> str:
 
 def _without_own_folder(index: Index, stem: str) -> Index:
     """Leave out a folder that is called as the archive and holds everything, as in x.zip with x/..."""
-    shown = [name for name in index.names if not any(map(_is_hidden, name.split("/")))]
-    if not shown or not all(name.startswith(f"{stem}/") for name in shown):
+    own = f"{stem}/"
+
+    def shown(name: str) -> bool:
+        return not any(map(_is_hidden, name.split("/")))
+
+    # The cheap test first, since an archive may have millions of names.
+    holds_everything = all(name.startswith(own) or not shown(name) for name in index.names)
+    if not holds_everything or not any(map(shown, index.names)):
         return index
-    names = [name.removeprefix(f"{stem}/") for name in index.names]
+    names = [name.removeprefix(own) for name in index.names]
     kept = [row for row, name in enumerate(names) if name]
     return Index([names[row] for row in kept], index.places[kept])
 

@@ -24,13 +24,17 @@ def canonical(arch: str) -> str:
     return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
 
 
-def is_known(arch: object) -> bool:
+def is_known(arch: str) -> bool:
     """Whether this is the name of a network that `build_backbone` builds."""
-    if not isinstance(arch, str) or canonical(arch) in VITS:
-        return isinstance(arch, str)
-    import timm
+    import timm  # half a second, so only when it is needed
 
-    return arch in torchvision.models.list_models(module=torchvision.models) or timm.is_model(canonical(arch))
+    arch = canonical(arch)
+    return arch in VITS or arch in torchvision_names() or timm.is_model(arch)
+
+
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classifiers."""
+    return torchvision.models.list_models(module=torchvision.models)
 
 
 def build_backbone(
@@ -51,14 +55,14 @@ def build_backbone(
         model = VITS[arch](patch_size, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
         model.dropped_classifiers = ("head",)
         return model, model.embed_dim
-    if arch in torchvision.models.list_models(module=torchvision.models):
+    if arch in torchvision_names():
         if drop_path_rate:
             log(f"note: --drop_path_rate has no effect on torchvision's {arch}")
         return _torchvision_backbone(arch, in_chans)
-    import timm  # half a second, so only when it is needed
+    import timm
 
-    if not timm.is_model(arch):
-        known = [*VITS, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+    if not is_known(arch):
+        known = [*VITS, *torchvision_names(), *timm.list_models()]
         longer = sorted((name for name in known if arch and name.startswith(arch)), key=len)[:4]
         fix = f"did you mean {', '.join(longer)}?" if longer else nearest(arch, known)
         raise UserError("unknown architecture", f"--arch {arch}", fix)

@@ -12,8 +12,8 @@ from torch import Tensor
 from support.data import ImageFiles, Images, sample_bits, sample_name
 from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, reason
-from support.files import ARRAYS
-from support.formats import extension, is_reduced, load_values, open_file, range_words, share_within
+from support.files import ARRAYS, evenly_spread, open_file
+from support.formats import extension, is_reduced, levels_of, load_values, range_words, share_within
 from support.logger import log
 from support.pixels import to_pixels
 from support.shapes import Shapes
@@ -40,7 +40,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
     """
     if isinstance(images, Shapes):
         return
-    spread = np.unique(np.linspace(0, len(images) - 1, most).astype(int)).tolist()
+    spread = evenly_spread(len(images), most)
     random.Random(0).shuffle(spread)  # so that the images read in time are evenly spread too
     faults: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
@@ -99,10 +99,9 @@ def _check_range(images: Images, within: np.ndarray, levels: set[int], read: int
         what = f"no value of {read} checked images lies within the range"
         raise UserError(what, where, "give another range, or auto")
     few = [(channel, share) for channel, share in enumerate(within.tolist(), 1) if share < CLIPPED]
-    if not few:
-        return
-    shares = ", ".join(f"{100 * share:.2g} % in channel {channel}" for channel, share in few)
-    log(f"warning: few values of {read} checked images lie within {where}: {shares}; others are clipped")
+    if few:
+        shares = ", ".join(f"{100 * share:.2g} % in channel {channel}" for channel, share in few)
+        log(f"warning: few values of {read} checked images lie within {where}: {shares}; others are clipped")
 
 
 def _faults_of_depth(depths: dict[int, list[int]], deepest: int) -> dict[str, list[int]]:
@@ -131,10 +130,11 @@ def _stored_and_read(images: Images, index: int) -> tuple[Stored, Tensor]:
     """Read an image as it is stored, if Pillow converts it, and as training sees it, uint8 (C, H, W)."""
     if isinstance(images, ImageFiles):
         path, content = images.paths.file(index)
-        pixels, limits = images.pixels(index), images.form.value_range
-        if limits:
+        if limits := images.form.value_range:
             values = load_values(path, content, images.form.channels)
-            return Stored(within=share_within(values, limits)), pixels
+            levels = levels_of(values, images.form, path)
+            return Stored(within=share_within(values, limits)), levels
+        pixels = images.pixels(index)
         if not images.form.by_pillow or extension(path) in ARRAYS:
             return Stored(), pixels
         with open_file(path, content) as opened, Image.open(opened) as file:

@@ -64,9 +64,9 @@ class ArgumentParser(argparse.ArgumentParser):
         for action in self._actions:  # argparse has no public list of them
             given = sum(self.places.get(flag, []).count(COMMAND_LINE) for flag in action.option_strings)
             is_list = action.nargs == "+" and not isinstance(action, ImageSize)
-            if is_list and given > 1 and os.environ.get("RANK", "0") == "0":
-                name = action.option_strings[0]
-                say_once(f"warning: {name} is given {given} times: only the last counts")
+            if is_list and given > 1:
+                flag = action.option_strings[0]
+                say_once(f"warning: {flag} is given {given} times: only the last counts")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
@@ -323,11 +323,7 @@ def leaves_work_to_another() -> bool:
 
 def say(error: UserError) -> None:
     """Print the error in one line, from the first rank or, if only one rank knows of it, from that one."""
-    try:
-        is_first = launched_as()[0] == 0
-    except UserError:  # this process does not know which it is
-        is_first = True
-    if is_first or error.alone:
+    if _is_first() or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         print(f"{error.label}: {line}", file=sys.stderr, flush=True)
@@ -335,8 +331,17 @@ def say(error: UserError) -> None:
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Print a line that is not an error, once in a process: some scripts parse their flags twice."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line that is not an error, from the first rank, once: some scripts parse their flags twice."""
+    if _is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    """Whether this is the first rank, or does not know which it is."""
+    try:
+        return launched_as()[0] == 0
+    except UserError:
+        return True
 
 
 def exit_with(error: UserError) -> NoReturn:

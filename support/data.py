@@ -39,10 +39,11 @@ from support.files import (
     Paths,
     all_extensions,
     appearing,
+    open_file,
     readable_extensions,
     select_images,
 )
-from support.formats import TIFFS, ImageFormat, extension, load_levels, load_values, open_file
+from support.formats import TIFFS, ImageFormat, extension, load_levels, load_values
 from support.logger import log
 from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
 from support.shapes import Shapes
@@ -426,11 +427,10 @@ def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
 
     Training looks at any depth. Where features are computed, only the folders at the top would be classes.
     """
-    top, in_archive = isinstance(images, FolderFiles), isinstance(place, Archive)
-    folders = [folder.split("/") for folder in images.folders]
-    folders += [[Path(file).stem] for file in place.files] if isinstance(place, Archive) else []
+    top = isinstance(images, FolderFiles)
+    archives = [[Path(file).stem] for file in place.files] if isinstance(place, Archive) else []
     parts: dict[tuple[str, str], set[str]] = {}  # by the folder around them and the rest of their name
-    for levels in folders:
+    for levels in [*(folder.split("/") for folder in images.folders), *archives]:
         for depth, name in enumerate(levels[:1] if top else levels):
             if PART.search(name):
                 key = "/".join(levels[:depth]), PART.sub("", name).lower()
@@ -442,10 +442,10 @@ def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
             there = "/ and ".join([*train, *sorted(names - set(train))])
             mixed[os.path.join(around, train[0])] = f"{around or 'folder'} has {there}/"
     if mixed:
-        what = next(iter(mixed.values())) + f", and so on, {len(mixed)} times" * (len(mixed) > 1)
+        first, what = next(iter(mixed.items()))
+        what += f", and so on, {len(mixed)} times" * (len(mixed) > 1)
         paths = "give --data_path " + " ".join(f"{place}/{path}" for path in mixed)
-        fix = f"add --split {next(iter(mixed))}" if in_archive else paths
-        raise UserError(what, f"--data_path {place}", fix)
+        raise UserError(what, f"--data_path {place}", f"add --split {first}" if archives else paths)
 
 
 def _open_place(root: Path) -> Folder | Path:

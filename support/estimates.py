@@ -7,6 +7,7 @@ import numpy as np
 
 from support.data import ImageFiles, Images, machine_lacks, pixels_of, sample_name
 from support.errors import UserError, WrongFormat
+from support.files import evenly_spread
 from support.formats import load_values, range_words, to_levels
 
 SAMPLE, SIDE = 256, 64  # images of a sample, and rows and columns of each of them, at most
@@ -20,7 +21,7 @@ def sample_values(images: Images, channels: int) -> np.ndarray:
     number of channels.
     """
     parts = []
-    for index in np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int)).tolist():
+    for index in evenly_spread(len(images), SAMPLE):
         try:
             values = _values(images, index, channels)
         except Exception as error:  # a broken file can raise nearly anything

@@ -22,6 +22,20 @@ from support.errors import UserError, reason_of
 from support.logger import log
 
 
+def evenly_spread(count: int, most: int) -> list[int]:
+    """At most so many of the numbers below `count`, evenly spread, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+
+
+def open_file(path: str, content: bytes | None) -> IO[bytes]:
+    """A file to read, or its content. Raises OSError."""
+    if content is not None:
+        return io.BytesIO(content)
+    if not os.path.isfile(path):  # reading a pipe could block forever
+        raise OSError("not a file")
+    return open(path, "rb")
+
+
 class Paths:
     """Paths of files below `root`, in one buffer.
 
@@ -69,10 +83,7 @@ class Paths:
     def middle(self, index: int, most: int) -> bytes:
         """At most so many bytes from the middle of a file; none if it cannot be read."""
         try:
-            path, content = self.file(index)
-            if content is None and not os.path.isfile(path):  # reading a pipe could block forever
-                return b""
-            with open(path, "rb") if content is None else io.BytesIO(content) as file:
+            with open_file(*self.file(index)) as file:
                 file.seek(max(0, self.size(index) - most) // 2)
                 return file.read(most)
         except (OSError, zlib.error):
@@ -85,14 +96,11 @@ class Paths:
 
         The sizes alone do not tell arrays or uncompressed images of one shape apart.
         """
-        sizes = np.array([self.size(index) for index in self._spread(10_000)], np.int64)
-        contents = [hashlib.sha256(self.middle(index, 4096)).digest() for index in self._spread(64)]
+        sizes = np.array([self.size(index) for index in evenly_spread(len(self), 10_000)], np.int64)
+        middles = (self.middle(index, 4096) for index in evenly_spread(len(self), 64))
+        contents = [hashlib.sha256(middle).digest() for middle in middles]
         parts = (self.buffer.tobytes(), self.ends.tobytes(), sizes.tobytes(), b"".join(contents))
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
-
-    def _spread(self, most: int) -> list[int]:
-        """At most so many numbers of files, evenly spread."""
-        return np.unique(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)).tolist()
 
 
 ARRAYS = (".npy",)  # extensions of NumPy's files, which are images only where a run says so

@@ -6,7 +6,6 @@ uint8 (C, H, W). tifffile reads TIFFs; it is optional, and RGB and grey images o
 Shapes: C channels, H x W pixels.
 """
 
-import io
 import os
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from support.errors import UserError, WrongFormat
-from support.files import ARRAYS
+from support.files import ARRAYS, open_file
 
 TIFFS = (".tif", ".tiff")
 
@@ -60,15 +59,6 @@ def range_words(value_range: Range | None) -> str:
     return " ".join(f"{number:g}" for pair in value_range or () for number in pair)
 
 
-def open_file(path: str, content: bytes | None) -> IO[bytes]:
-    """A file to read, or its content. Raises OSError."""
-    if content is not None:
-        return io.BytesIO(content)
-    if not os.path.isfile(path):  # reading a pipe could block forever
-        raise OSError("not a file")
-    return open(path, "rb")
-
-
 def extension(path: str) -> str:
     """The extension of a file's name, in lower case."""
     return os.path.splitext(path)[1].lower()
@@ -80,7 +70,12 @@ def load_levels(path: str, content: bytes | None, form: ImageFormat) -> Tensor:
     `content` is what the file contains, if it lies in an archive. A file that cannot be read may raise any
     exception.
     """
-    levels = to_levels(load_values(path, content, form.channels), form.value_range, path)
+    return levels_of(load_values(path, content, form.channels), form, path)
+
+
+def levels_of(values: np.ndarray, form: ImageFormat, path: str) -> Tensor:
+    """The values of `load_values` as `load_levels` gives them."""
+    levels = to_levels(values, form.value_range, path)
     if len(levels) != form.channels:  # RGB
         levels = np.asarray(Image.fromarray(levels.transpose(1, 2, 0)).convert("L"))[None]
     return torch.from_numpy(np.array(levels, order="C"))  # a copy: Pillow's arrays cannot be written to

@@ -305,6 +305,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
         trained = dict(zip(("arch", "patch_size"), PUBLISHED[weights][1:], strict=True))
     loss, epoch = checkpoint.get("dino_loss"), checkpoint.get("epoch")
     normalization, value_range = _recorded_normalization(checkpoint, weights)
+    named = _recorded(checkpoint, "arch")
     return Weights(
         to_timm_names(state),
         weights,
@@ -315,7 +316,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
         normalization,
         loss.get("center") if is_state(loss) and entry == "teacher" else None,
         value_range,
-        _recorded(checkpoint, "arch") if is_known(checkpoint.get("arch")) else None,
+        named if named and is_known(named) else None,
     )
 
 

@@ -234,9 +234,8 @@ def test_likely_faults_of_lists_and_masks_are_named(tmp_path, capsys):
     eval_segmentation.open_masked(str(tmp_path), demo=False)
     said = capsys.readouterr().out
     assert "training images too" not in said
-    assert (
-        "warning: masks have several palettes, of which only the numbers count: 0 has the colour [" in said
-    )  # random ones
+    # The palettes of `write_voc` are random.
+    assert "warning: masks have several palettes, of which only the numbers count: 0 has the colour [" in said
     for path in (tmp_path / "SegmentationClass").iterdir():
         mask = Image.open(path)
         mask.putpalette(range(256))
