@@ -10,6 +10,7 @@ Shapes: N training images, M test images, D features, k neighbours.
 """
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError
-from support.features import extract_features, load_by_flags
+from support.features import concat_patches, extract_features, load_by_flags
 from support.files import replacing
 from support.logger import log
 from support.weights import load_file
@@ -53,6 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_weights_flags(parser)
     cli.add_size_flag(parser, "--image_size", None,
         "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
+    cli.add_concat_flag(parser, "the CLS token")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
         help="keep the features on the GPU, if there is one; turn off if they do not fit into its memory")
     parser.add_argument("--dump_features", default=None, help="folder to save the features in")
@@ -79,7 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Flags that determine the features.
 OF_FEATURES = (
     "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "in_chans", "value_range",
-    "data_path", "dataset", "download", "demo", "batch_size_per_gpu", "num_workers", "seed",
+    "concat_patchtokens", "data_path", "dataset", "download", "demo", "batch_size_per_gpu", "num_workers",
+    "seed",
 )  # fmt: skip
 
 
@@ -335,7 +338,10 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
     frozen = load_by_flags(args)
     train, val = on_all_ranks(open_train_and_val, Source.of(args, frozen.form))
     check_on_first_rank(train, alike=False)
-    model = frozen.network.to(device)
+    network = frozen.network.to(device)
+    model = functools.partial(concat_patches, network) if args.concat_patchtokens else network
+    if args.concat_patchtokens:
+        log(f"features: patch tokens, {model(frozen.zeros(1).to(device)).shape[1]} wide")
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)
     test_x, test_y = extract_features(model, val, frozen.transform, device, *flags, keep_on)

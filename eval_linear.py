@@ -55,7 +55,7 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import TrainingError, UserError
-from support.features import extract_features, frozen_features, load_by_flags
+from support.features import concat_patches, extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize
@@ -88,6 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "for our ViTs only: other networks give their pooled output")
     group.add_argument("--avgpool_patchtokens", default=False, type=bool_flag,
         help="add the mean of the last block's patch tokens; the paper does so for ViT-B, not for ViT-S")
+    cli.add_concat_flag(group, "the CLS tokens")
     group.add_argument("--precision", default="fp32", choices=cli.PRECISIONS,
         help="precision of the backbone's forward pass; the classifiers are trained in fp32")
     group.add_argument("--cache_features", action="store_true",
@@ -147,9 +148,10 @@ FREE_FLAGS = {
     "num_labels", "logistic", "few_shot_seeds",
 }  # fmt: skip
 
-# Flags that only training uses, and flags that only our ViTs have.
+# Flags that only training uses, flags that only our ViTs have, and flags that determine the features.
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
 OF_VITS = ("n_last_blocks", "avgpool_patchtokens")
+OF_FEATURES = (*OF_VITS, "concat_patchtokens")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -357,17 +359,17 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
     if isinstance(network, VisionTransformer) and args.n_last_blocks > len(network.blocks):
         what = f"the network has {len(network.blocks)} blocks"
         raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
-    rules = [(name, lambda args: not is_vit, "it is for our ViTs only") for name in OF_VITS]
+    if args.concat_patchtokens:
+        kind, why = "patch tokens", "it is not for --concat_patchtokens"
+        of = functools.partial(concat_patches, network)
+    else:
+        kind, why = "CLS tokens" if is_vit else "the network's output", "it is for our ViTs only"
+        n, mean = args.n_last_blocks, args.avgpool_patchtokens
+        of = functools.partial(frozen_features, network, n_last_blocks=n, avgpool_patchtokens=mean)
+    rules = [(name, lambda args: args.concat_patchtokens or not is_vit, why) for name in OF_VITS]
     cli.warn_no_effect(args, get_args_parser(), rules)
-    of = functools.partial(
-        frozen_features,
-        network,
-        n_last_blocks=args.n_last_blocks,
-        avgpool_patchtokens=args.avgpool_patchtokens,
-        dtype=cli.PRECISIONS[args.precision],
-    )
+    of = functools.partial(of, dtype=cli.PRECISIONS[args.precision])
     width = of(frozen.zeros(1).to(device)).shape[1]
-    kind = "CLS tokens" if is_vit else "the network's output"
     log(f"features: {kind}, {width} wide")
     return Features(of, width, frozen, digest_weights(network))
 
@@ -381,16 +383,16 @@ def extract(
 
 
 def load_classifier(
-    weights: str, features: Features, n_last_blocks: int, avgpool_patchtokens: bool
+    weights: str, features: Features, flags: dict[str, int | bool]
 ) -> tuple[LinearClassifiers, list[str] | None]:
     """Load a trained classifier, ours or published, by file or name; also its class names if recorded.
 
-    Raises UserError, also if the file records that it was trained on other features.
+    `flags` are those of the features. Raises UserError, also if the file records that it was trained on
+    other features.
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
     trained = checkpoint.get("identity") or checkpoint.get("args") or {}
-    flags = {"n_last_blocks": n_last_blocks, "avgpool_patchtokens": avgpool_patchtokens}
     for name, flag in flags.items():
         value = trained.get(name, flag)
         if value != flag:
@@ -414,7 +416,7 @@ def load_classifier(
     num_labels = len(state["linear.bias"]) if "linear.bias" in state else 1000
     classifiers = LinearClassifiers(1, features.width, num_labels)
     source = f"{weights}, for {features.width} features and {num_labels} classes"
-    load_strictly(classifiers[0], state, source, "check --n_last_blocks and --avgpool_patchtokens")
+    load_strictly(classifiers[0], state, source, f"check --{', --'.join(flags)}")
     return classifiers, checkpoint.get("classes")
 
 
@@ -427,8 +429,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
         classifier, classes = load_classifier(
             args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
             features,
-            args.n_last_blocks,
-            args.avgpool_patchtokens,
+            {name: getattr(args, name) for name in OF_FEATURES},
         )
     num_labels = classifier.num_labels
     if args.num_labels not in (None, num_labels):
@@ -468,7 +469,7 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
     of each classifier, and the best classifier's `state_dict`. Raises UserError.
     """
     state = {"epoch": 0, "best": [{"acc1": -1.0}] * num_rates, "state_dict": {}}
-    saved = run.resume(pieces, identity)
+    saved = run.resume(pieces, identity, added={"concat_patchtokens": False})
     if not saved:
         return state
     for name, value in state.items():

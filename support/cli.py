@@ -239,6 +239,15 @@ def add_weights_flags(
     # fmt: on
 
 
+def add_concat_flag(group, instead_of: str) -> None:
+    """Add `--concat_patchtokens`, whose features stand `instead_of` others."""
+    # fmt: off
+    group.add_argument("--concat_patchtokens", default=False, type=bool_flag,
+        help=f"use all patch tokens of the last block, one after another, instead of {instead_of}: they keep "
+             "what is where, so they suit small images that are aligned; for ViTs, and for timm's models")
+    # fmt: on
+
+
 def add_launch_flags(group) -> None:
     """Add the flags of the process group."""
     # fmt: off

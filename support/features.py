@@ -102,6 +102,16 @@ def frozen_features(
     return torch.cat(classes, dim=-1)
 
 
+@torch.inference_mode()
+def concat_patches(network: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Normalised images (B, C, H, W) -> the last block's normed patch tokens, one after another: (B, R C D).
+
+    float32; `dtype` is the type for autocast, if any. Raises UserError as `patch_tokens` does.
+    """
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return patch_tokens(network, images).flatten(1).float()
+
+
 def with_mean(cls: Tensor, patches: Tensor) -> Tensor:
     """The CLS token (B, D) and the mean of the patches (B, ..., D), float32: (B, 2 D), interleaved.
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import eval_knn
+from support.distributed import fix_random_seeds
 from support.errors import UserError
+from support.weights import load_backbone
 from tests.conftest import run, save_images, torchrun
 
 
@@ -84,6 +86,30 @@ def test_prints_the_published_line_and_limits_k(labelled, capsys):
     assert "note: --nb_knn limited to the 15 training images" in out
     top1, top5 = result[3]
     assert f"3-NN classifier result: Top1: {top1}, Top5: {top5}" in out
+
+
+def test_features_are_the_cls_token_or_all_patch_tokens(labelled, tmp_path, capsys):
+    flags = "--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32"
+    for value, width in (("false", 128), ("true", 16 * 128)):
+        folder = tmp_path / value
+        evaluate(
+            *flags,
+            "--data_path",
+            str(labelled),
+            "--concat_patchtokens",
+            value,
+            "--dump_features",
+            str(folder),
+        )
+        assert torch.load(folder / "trainfeat.pth").shape == (15, width)
+    assert "features: patch tokens, 2048 wide" in capsys.readouterr().out
+    fix_random_seeds(0)
+    frozen = load_backbone("random", None, "vit_nano", 8, 32)
+    image = frozen.transform(Image.open(labelled / "val" / "a" / "000.png"))[None]
+    with torch.no_grad():
+        tokens = frozen.network.get_intermediate_layers(image, 1)[0][:, 1:].flatten(1)
+    found = torch.load(folder / "testfeat.pth")[:1]
+    torch.testing.assert_close(found, F.normalize(tokens, dim=1))
 
 
 def test_one_validation_image_will_do(tmp_path):

@@ -17,6 +17,7 @@ from eval_linear import LinearClassifiers, frozen_features, validate_network
 from support import backbones, data, logistic, restart, subsets
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
+from support.features import concat_patches
 from support.loading import EpochBatches
 from support.pixels import to_pixels
 from support.weights import load_backbone, load_checkpoint, save_checkpoint
@@ -85,6 +86,33 @@ def test_other_networks_give_their_output():
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(frozen_features(resnet, images, 4, True), resnet(images))
+
+
+def test_all_patch_tokens_one_after_another(vit):
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = vit.get_intermediate_layers(images, 1)[0]
+    exact, half = (concat_patches(vit, images, dtype) for dtype in (None, torch.bfloat16))
+    assert torch.equal(exact, tokens[:, 1:].reshape(2, 16 * 128))
+    assert half.dtype == torch.float32 and not torch.equal(exact, half)
+    torch.testing.assert_close(exact, half, rtol=0.1, atol=0.1)
+
+
+def test_a_probe_of_patch_tokens(labelled, tmp_path, capsys):
+    flags = "--concat_patchtokens", "true"
+    probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
+    said = capsys.readouterr().out
+    assert "features: patch tokens, 2048 wide" in said
+    assert "--n_last_blocks has no effect: it is not for --concat_patchtokens" in said
+    with pytest.raises(UserError, match="trained with True .*give --concat_patchtokens True"):
+        probe(labelled, tmp_path, "--evaluate", "--n_last_blocks", 1)
+    saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=False)
+    del saved["identity"]["concat_patchtokens"]  # as a probe of before this flag
+    torch.save(saved, tmp_path / "checkpoint.pth.tar")
+    with pytest.raises(UserError, match="concat_patchtokens False -> True"):
+        probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
+    with pytest.raises(UserError, match="Flatten has no patch tokens"):
+        probe(labelled, tmp_path / "pixels", *flags, "--pretrained_weights", "pixels")
 
 
 def test_precision_is_that_of_the_forward_pass(vit):
