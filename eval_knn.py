@@ -345,7 +345,22 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)
     test_x, test_y = extract_features(model, val, frozen.transform, device, *flags, keep_on)
-    return F.normalize(x, dim=1, out=x), y, F.normalize(test_x, dim=1, out=test_x), test_y
+    return normalized(x, "training"), y, normalized(test_x, "test"), test_y
+
+
+def normalized(features: Tensor, which: str) -> Tensor:
+    """Features (N, D) divided by their lengths, in place; zeros, which are like nothing, are named.
+
+    Raises UserError if all are zeros.
+    """
+    zeros = len(features) - int(features.any(dim=1).sum())
+    if zeros == len(features):
+        raise UserError(
+            f"the {which} images' features are all zero", "--pretrained_weights", "give other weights"
+        )
+    if zeros:
+        log(f"warning: the features of {zeros} of {len(features)} {which} images are zero")
+    return F.normalize(features, dim=1, out=features)
 
 
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:

@@ -1,9 +1,11 @@
 """Why small networks collapse at the start: what the teacher's outputs do in the first steps.
 
-    python -m tests.collapse     # ten minutes on one core
+    python -m tests.collapse                    # ten minutes on one core
+    python -m tests.collapse --arch vit_tiny    # half an hour
 
-Trains the miniature's network on shapes for 250 steps with several settings, and writes, for some steps, a
-table of means over the nine steps around each (five at the first), over 32 images a step, so they are noisy:
+Trains the miniature's network, or another, on shapes for 250 steps with several settings, and writes, for
+some steps, a table of means over the nine steps around each (five at the first), over 32 images a step, so
+they are noisy:
 
 - deviation: of the teacher's outputs over images and views, in temperatures;
 - agreement: the correlation of an image's two outputs, over the images. 0: they have nothing in common;
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import main_dino
 import utils
+import vision_transformer
 from tests.miniature import FULL, SWEEPS, draw_shapes, lasting, on_shapes
 
 STEPS = 1, 50, 100, 150, 200, 246
@@ -92,22 +95,24 @@ def table(noted: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Train with each of `SETTINGS`; write the tables to results.md and the numbers to results.json."""
+    """Train with each of `SETTINGS`; write the tables and the numbers of all steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="collapse", help="for the images, the runs and the results")
+    parser.add_argument("--arch", choices=vision_transformer.VITS, default="vit_nano")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     out = Path(args.output_dir).absolute()
     draw_shapes(out / "shapes", {"train": FULL.images, "val": FULL.held_out})
-    noted = {}
+    noted, name = {}, f"{args.arch}_seed{args.seed}"
     for i, setting in enumerate(SETTINGS):
-        run = out / f"{i}_seed{args.seed}"
+        run = out / f"{i}_{name}"
         flags = [*on_shapes(out / "shapes", args.seed), *lasting(FULL.epochs), *setting.split()]
+        flags += ["--arch", args.arch]
         with open(out / f"{run.name}.txt", "w") as said, contextlib.redirect_stdout(said):
             noted[setting] = watch([*flags, "--max_steps", "250", "--output_dir", str(run)])
         print(f"`{setting}`\n\n{table(noted[setting])}\n", flush=True)
-    (out / "results.json").write_text(json.dumps(noted))
-    (out / "results.md").write_text("\n\n".join(f"`{s}`\n\n{table(n)}" for s, n in noted.items()) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(noted))
+    (out / f"{name}.md").write_text("\n\n".join(f"`{s}`\n\n{table(n)}" for s, n in noted.items()) + "\n")
 
 
 if __name__ == "__main__":

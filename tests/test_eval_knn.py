@@ -112,6 +112,14 @@ def test_features_are_the_cls_token_or_all_patch_tokens(labelled, tmp_path, caps
     torch.testing.assert_close(found, F.normalize(tokens, dim=1))
 
 
+def test_features_of_zeros_are_named(capsys):
+    found = eval_knn.normalized(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), "test")
+    assert found.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
+    assert "warning: the features of 1 of 2 test images are zero" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the training images' features are all zero"):
+        eval_knn.normalized(torch.zeros(2, 3), "training")
+
+
 def test_one_validation_image_will_do(tmp_path):
     for name in "ab":
         save_images(tmp_path / "train" / name, 3)
