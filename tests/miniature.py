@@ -121,8 +121,8 @@ class Budget(NamedTuple):
     held_out: int
     epochs: int
     knn_every: int  # divides all numbers of epochs, so that the end is measured
-    long_epochs: dict[int, int]  # by the number of local crops: with 0, 6 and 10, an image costs 0.8, 1.45
-    # and 1.85 times what it costs with 2
+    long_epochs: dict[int, int]  # by the number of local crops: with 0, 6 and 10, an image costs 0.7, 1.4
+    # and 1.7 times what it costs with 2
     demo_epochs: int
 
 
