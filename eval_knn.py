@@ -338,9 +338,9 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
     frozen = load_by_flags(args)
     train, val = on_all_ranks(open_train_and_val, Source.of(args, frozen.form))
     check_on_first_rank(train, alike=False)
-    network = frozen.network.to(device)
-    model = functools.partial(concat_patches, network) if args.concat_patchtokens else network
+    model: Callable[[Tensor], Tensor] = frozen.network.to(device)
     if args.concat_patchtokens:
+        model = functools.partial(concat_patches, frozen.network)
         log(f"features: patch tokens, {model(frozen.zeros(1).to(device)).shape[1]} wide")
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)

@@ -106,8 +106,8 @@ def main() -> None:
     noted, name = {}, f"{args.arch}_seed{args.seed}"
     for i, setting in enumerate(SETTINGS):
         run = out / f"{i}_{name}"
-        flags = [*on_shapes(out / "shapes", args.seed), *lasting(FULL.epochs), *setting.split()]
-        flags += ["--arch", args.arch]
+        recipe = [*on_shapes(out / "shapes", args.seed), *lasting(FULL.epochs)]
+        flags = [*recipe, *setting.split(), "--arch", args.arch]
         with open(out / f"{run.name}.txt", "w") as said, contextlib.redirect_stdout(said):
             noted[setting] = watch([*flags, "--max_steps", "250", "--output_dir", str(run)])
         print(f"`{setting}`\n\n{table(noted[setting])}\n", flush=True)

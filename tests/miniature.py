@@ -65,10 +65,7 @@ SHAPES = (
 DEMO = "--demo --num_workers 0 --cpu_threads 1".split()
 FASHION = [
     f"@{ROOT / 'recipes' / 'small_images.txt'}",
-    "--dataset",
-    "FashionMNIST",
-    "--save_every_steps",
-    "200",
+    *"--dataset FashionMNIST --save_every_steps 200".split(),
 ]
 LONG = "--momentum_teacher 0.98"
 # What a variant on shapes has other than the recipe.
@@ -264,9 +261,9 @@ def shapes_jobs(out: Path, budget: Budget) -> Jobs:
     """Trainings, and the evaluations that come after them."""
     trainings, evaluations, data = [], [], out / "shapes"
     watch = watching(data, budget.knn_every)
+    long = {name: budget.long_epochs[number] for number, name in CROPS.items()}
     for seed in range(budget.seeds):
         flags = on_shapes(data, seed)
-        long = {name: budget.long_epochs[number] for number, name in CROPS.items()}
         for name, changes in VARIANTS.items():
             folder, epochs = out / f"{name}_seed{seed}", long.get(name, budget.epochs)
             own = [*flags, *watch, *lasting(epochs), *changes.split()]
