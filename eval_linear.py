@@ -148,10 +148,9 @@ FREE_FLAGS = {
     "num_labels", "logistic", "few_shot_seeds",
 }  # fmt: skip
 
-# Flags that only training uses, flags that only our ViTs have, and flags that determine the features.
+# Flags that only training uses, and flags of the CLS tokens, which only our ViTs have.
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
 OF_VITS = ("n_last_blocks", "avgpool_patchtokens")
-OF_FEATURES = (*OF_VITS, "concat_patchtokens")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -349,6 +348,7 @@ class Features(NamedTuple):
     width: int  # F
     frozen: Frozen
     digest: str  # of the network's weights
+    flags: dict[str, int | bool]  # those that chose the features
 
 
 def build_features(args: argparse.Namespace, device: torch.device) -> Features:
@@ -356,22 +356,23 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
     frozen = load_by_flags(args)
     network = frozen.network.to(device)
     is_vit = isinstance(network, VisionTransformer)
-    if isinstance(network, VisionTransformer) and args.n_last_blocks > len(network.blocks):
-        what = f"the network has {len(network.blocks)} blocks"
-        raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
     if args.concat_patchtokens:
         kind, why = "patch tokens", "it is not for --concat_patchtokens"
         of = functools.partial(concat_patches, network)
+    elif isinstance(network, VisionTransformer) and args.n_last_blocks > len(network.blocks):
+        what = f"the network has {len(network.blocks)} blocks"
+        raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
     else:
         kind, why = "CLS tokens" if is_vit else "the network's output", "it is for our ViTs only"
         n, mean = args.n_last_blocks, args.avgpool_patchtokens
         of = functools.partial(frozen_features, network, n_last_blocks=n, avgpool_patchtokens=mean)
-    rules = [(name, lambda args: args.concat_patchtokens or not is_vit, why) for name in OF_VITS]
-    cli.warn_no_effect(args, get_args_parser(), rules)
+    unused = OF_VITS if args.concat_patchtokens or not is_vit else ()
+    cli.warn_no_effect(args, get_args_parser(), [(name, lambda args: True, why) for name in unused])
+    flags = {name: getattr(args, name) for name in ("concat_patchtokens", *OF_VITS) if name not in unused}
     of = functools.partial(of, dtype=cli.PRECISIONS[args.precision])
     width = of(frozen.zeros(1).to(device)).shape[1]
     log(f"features: {kind}, {width} wide")
-    return Features(of, width, frozen, digest_weights(network))
+    return Features(of, width, frozen, digest_weights(network), flags)
 
 
 def extract(
@@ -382,18 +383,15 @@ def extract(
     return extract_features(features.of, images, features.frozen.transform, device, batch_size, workers)
 
 
-def load_classifier(
-    weights: str, features: Features, flags: dict[str, int | bool]
-) -> tuple[LinearClassifiers, list[str] | None]:
+def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers, list[str] | None]:
     """Load a trained classifier, ours or published, by file or name; also its class names if recorded.
 
-    `flags` are those of the features. Raises UserError, also if the file records that it was trained on
-    other features.
+    Raises UserError, also if the file records that it was trained on other features.
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
     trained = checkpoint.get("identity") or checkpoint.get("args") or {}
-    for name, flag in flags.items():
+    for name, flag in features.flags.items():
         value = trained.get(name, flag)
         if value != flag:
             what = f"classifier was trained with {value}"
@@ -416,7 +414,7 @@ def load_classifier(
     num_labels = len(state["linear.bias"]) if "linear.bias" in state else 1000
     classifiers = LinearClassifiers(1, features.width, num_labels)
     source = f"{weights}, for {features.width} features and {num_labels} classes"
-    load_strictly(classifiers[0], state, source, f"check --{', --'.join(flags)}")
+    load_strictly(classifiers[0], state, source, f"check --{', --'.join(features.flags)}")
     return classifiers, checkpoint.get("classes")
 
 
@@ -427,9 +425,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
     check_on_first_rank(images, alike=False)
     with same_error_on_all_ranks():
         classifier, classes = load_classifier(
-            args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")),
-            features,
-            {name: getattr(args, name) for name in OF_FEATURES},
+            args.linear_weights or str(Path(args.output_dir, "checkpoint.pth.tar")), features
         )
     num_labels = classifier.num_labels
     if args.num_labels not in (None, num_labels):

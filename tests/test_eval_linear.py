@@ -100,17 +100,18 @@ def test_all_patch_tokens_one_after_another(vit):
 
 def test_a_probe_of_patch_tokens(labelled, tmp_path, capsys):
     flags = "--concat_patchtokens", "true"
-    probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
+    probe(labelled, tmp_path, *flags, "--n_last_blocks", 99)  # more blocks than the network has
     said = capsys.readouterr().out
     assert "features: patch tokens, 2048 wide" in said
     assert "--n_last_blocks has no effect: it is not for --concat_patchtokens" in said
     with pytest.raises(UserError, match="trained with True .*give --concat_patchtokens True"):
         probe(labelled, tmp_path, "--evaluate", "--n_last_blocks", 1)
+    probe(labelled, tmp_path, *flags, "--evaluate", "--n_last_blocks", 1)
     saved = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=False)
     del saved["identity"]["concat_patchtokens"]  # as a probe of before this flag
     torch.save(saved, tmp_path / "checkpoint.pth.tar")
     with pytest.raises(UserError, match="concat_patchtokens False -> True"):
-        probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
+        probe(labelled, tmp_path, *flags, "--n_last_blocks", 99)
     with pytest.raises(UserError, match="Flatten has no patch tokens"):
         probe(labelled, tmp_path / "pixels", *flags, "--pretrained_weights", "pixels")
 
