@@ -130,7 +130,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         sides = (img_size,) if isinstance(img_size, int) else img_size
         self.grid = sides[0] // patch_size, sides[-1] // patch_size  # rows and columns of the embedding
-        self.embed_dim = embed_dim
+        self.embed_dim, self.num_heads = embed_dim, num_heads
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), embed_dim))

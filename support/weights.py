@@ -539,6 +539,7 @@ def load_backbone(
         known = read_weights(weights, checkpoint_key)
     in_chans = settle_channels(known, in_chans)
     limits = settle_range(known, pairs(value_range, in_chans))
+    is_guessed = weights != "random" and not (arch or known.named or known.trained.get("arch"))
     arch, patch_size, trained_size = settle_architecture(known, arch, patch_size, image_size)
     is_ours = canonical(arch) in VITS
     model, embed_dim = build_backbone(arch, patch_size, trained_size, in_chans=in_chans)
@@ -550,6 +551,8 @@ def load_backbone(
         if part := ".".join(filter(None, (known.entry, part.removesuffix(".backbone")))):
             words.insert(0, part)
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
+        if is_guessed and isinstance(model, VisionTransformer):  # shapes do not show it
+            words.append(f"{model.num_heads} heads assumed")
         normalization = normalization_of(known, model, in_chans)
         if config := timm_config(known, model):
             trained_size = config["input_size"][-1]

@@ -756,7 +756,7 @@ def test_the_description_says_what_was_taken(vits, tmp_path):
     )
     path = write({"state_dict": two_networks(vits, "backbone.", "momentum_backbone.")}, tmp_path / "two.pth")
     description = load_backbone(path, "momentum_backbone").description
-    assert description == f"{path}: state_dict.momentum_backbone, vit_nano, patch 8"
+    assert description == f"{path}: state_dict.momentum_backbone, vit_nano, patch 8, 4 heads assumed"
     random = load_backbone("random", None, "vit_nano", 8, 32).description
     assert random == "random: vit_nano, patch 8"
     assert load_backbone("pixels", image_size=32).description == "pixels: no network"
