@@ -114,7 +114,7 @@ def made_up(tmp_path) -> Runs:
                 folder = tmp_path / f"{prefix}{name}_seed{seed}"
                 folder.mkdir(exist_ok=True)
                 (folder / "knn.json").write_text(json.dumps({"top1": top1}))
-            (folder / "attention.json").write_text(json.dumps(found))
+            (folder / "segmentation.json").write_text(json.dumps(found))
     return Runs(tmp_path, 2)
 
 
