@@ -517,6 +517,8 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
     if digest(train) == digest(val):
         log(f"warning: {SAME}")
+    elif shared := shared_files(train, val):
+        log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {min(shared)}")
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}, so all answers are right: are the class folders deeper?")
     if known == seen:
@@ -527,6 +529,13 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
         raise UserError("train and val number their classes differently", where, "use a folder instead")
     val.renumber(known)
     return train, val
+
+
+def shared_files(train: Images, val: Images) -> set[str]:
+    """The paths that two lists share, which folders beside each other cannot."""
+    if not (isinstance(train, ListedFiles) and isinstance(val, ListedFiles)):
+        return set()
+    return set(map(os.path.normpath, train.paths)).intersection(map(os.path.normpath, val.paths))
 
 
 def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:

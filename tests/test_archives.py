@@ -135,6 +135,22 @@ def test_a_list_is_one_part(own, tmp_path):
         open_training_images(Source(str(path), split="train"))
 
 
+def test_images_in_both_lists_are_counted(own, tmp_path, capsys):
+    train = write_list(tmp_path / "train.txt", own / "train", "\t").read_text().splitlines()
+    val = write_list(tmp_path / "val.txt", own / "val", "\t")
+    knn(tmp_path)
+    assert "in train too" not in capsys.readouterr().out
+    leaked = [f"../{tmp_path.name}/{train[3]}", train[1]]  # one of them by another path
+    val.write_text("\n".join([*leaked, *val.read_text().splitlines()]))
+    knn(tmp_path)
+    first = os.path.normpath(tmp_path / train[1].split("\t")[0])
+    said = capsys.readouterr().out
+    assert (
+        f"warning: 2 of {len(val.read_text().splitlines())} images of val are in train too, e.g. {first}"
+        in said
+    )
+
+
 def test_several_data_paths_are_one_set(own, tmp_path, capsys):
     """Of any kinds, in the order given, with the classes of all."""
     shutil.move(own / "train" / "a", tmp_path / "more" / "train" / "a")
