@@ -278,7 +278,7 @@ class Prototypes(NamedTuple):
     That output would be the largest tensor of the step; `DINOLoss` computes it in parts.
     """
 
-    features: Tensor  # (N, bottleneck)
+    features: Tensor  # (N, bottleneck), in the precision of the output
     weight: Tensor  # (K, bottleneck)
 
 
@@ -326,7 +326,7 @@ class DINOHead(nn.Module):
             return self.last_layer(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return Prototypes(x.to(dtype), self.last_layer.weight.to(dtype))
+        return Prototypes(x.to(dtype), self.last_layer.weight)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -469,6 +469,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def forward(ctx, features: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """(V*B, d), (K, d), (2, B, K) -> the mean over images and pairs of different views."""
         B, K = targets.shape[1:]
+        w = weight.to(features.dtype)
         views = features.unflatten(0, (-1, B))  # (V, B, d)
         half = features.dtype in (torch.float16, torch.bfloat16)
         exact = torch.float32 if half else features.dtype
@@ -477,15 +478,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
         count = torch.full((len(views), 1, 1), 2.0, dtype=exact, device=features.device)
         count[:2] = 1.0
         grad_views = torch.empty_like(views, dtype=exact)
-        grad_weight = torch.zeros_like(weight, dtype=exact)
+        grad_weight = torch.zeros_like(weight)
+        terms = 2 * B * (len(views) - 1)
+        divisor = scale * temperature * terms
         total = torch.zeros((), dtype=exact, device=features.device)
-        on_cpu = features.device.type == "cpu"
-        chunk = _FusedCrossEntropy.CHUNK if on_cpu else _FusedCrossEntropy.GPU_CHUNK
+        chunk = _FusedCrossEntropy.CHUNK if features.device.type == "cpu" else _FusedCrossEntropy.GPU_CHUNK
         images = max(1, chunk // (K * len(views)))
         for first in range(0, B, images):
             rows = slice(first, first + images)
             x = views[:, rows].flatten(0, 1)  # (V*b, d)
-            logits = (x @ weight.T).to(exact).div_(temperature).unflatten(0, (len(views), -1))  # (V, b, K)
+            logits = (x @ w.T).to(exact).div_(temperature).unflatten(0, (len(views), -1))  # (V, b, K)
             logits -= logits.amax(dim=-1, keepdim=True)
             both = targets[0, rows] + targets[1, rows]
             q = [targets[1, rows], targets[0, rows], *[both] * (len(views) - 2)]
@@ -498,22 +500,20 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for view_p, view_q in zip(p, q, strict=True):
                 view_p.sub_(view_q, alpha=scale)
             grad = p.flatten(0, 1).to(features.dtype)
-            grad_views[:, rows] = (grad @ weight).to(exact).unflatten(0, (len(views), -1))
+            grad_views[:, rows] = (grad @ w).to(exact).unflatten(0, (len(views), -1))
             if half:  # in float16 the sum over rows that are alike could overflow
                 room = 2.0 ** max(0, math.ceil(math.log2(len(x) * 2 * scale / 2**15)))
-                grad_weight.add_(grad.T @ (x / room), alpha=room)
+                grad_weight.add_(grad.T @ (x / room), alpha=room / divisor)
             else:
-                grad_weight.addmm_(grad.T, x)
-        terms = 2 * B * (len(views) - 1)
-        grads = [grad.div_(scale * temperature * terms) for grad in (grad_views.flatten(0, 1), grad_weight)]
-        ctx.save_for_backward(*grads)
+                grad_weight.addmm_(grad.T, x, alpha=1 / divisor)
+        ctx.save_for_backward(grad_views.flatten(0, 1).div_(divisor), grad_weight)
         return total / terms
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_features, grad_weight = ctx.saved_tensors
-        return grad_features * grad_loss, grad_weight * grad_loss, None, None
+        return grad_features * grad_loss, grad_weight.mul_(grad_loss), None, None
 
 
 def _entropy(p: Tensor, logits: Tensor) -> Tensor:

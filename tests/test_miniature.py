@@ -131,7 +131,7 @@ def test_the_table_says_what_shows_and_what_does_not(made_up):
     assert said("copying") == (
         "uniform collapse: no; momentum > copy: no, -3.0 ± 0.0; last epoch > copy: no, -1.0 ± 0.0"
     )
-    assert said("throughout") == "teacher > student: yes, +5.8 ± 0.4; in 2 of 4 evaluations"
+    assert said("throughout") == "teacher > student: yes, +10.2 ± 0.4; in 2 of 4 evaluations"
     gains = {"2": -5.0, "6": 1.0, "10": 2.0}  # the long run comes second, later 0, 6 and 10
     crops = [f"{n} local > 0 local: {'yes' if g > 0 else 'no'}, {g:+.1f} ± 0.0" for n, g in gains.items()]
     assert said("Multi-crop") == "; ".join(crops)
