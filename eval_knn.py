@@ -34,7 +34,7 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError
-from support.features import concat_patches, extract_features, load_by_flags
+from support.features import compute, concat_patches, extract_features, load_by_flags
 from support.files import replacing
 from support.logger import log
 from support.weights import load_file
@@ -340,7 +340,7 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
     check_on_first_rank(train, alike=False)
     model: Callable[[Tensor], Tensor] = frozen.network.to(device)
     if args.concat_patchtokens:
-        model = functools.partial(concat_patches, frozen.network)
+        model = functools.partial(compute, concat_patches, frozen.network)
         log(f"features: patch tokens, {model(frozen.zeros(1).to(device)).shape[1]} wide")
     flags = args.batch_size_per_gpu, args.num_workers
     x, y = extract_features(model, train, frozen.transform, device, *flags, keep_on)

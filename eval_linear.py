@@ -55,7 +55,7 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import TrainingError, UserError
-from support.features import concat_patches, extract_features, frozen_features, load_by_flags
+from support.features import compute, concat_patches, extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize
@@ -358,18 +358,18 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
     is_vit = isinstance(network, VisionTransformer)
     if args.concat_patchtokens:
         kind, why = "patch tokens", "it is not for --concat_patchtokens"
-        of = functools.partial(concat_patches, network)
+        features: Callable[[nn.Module, Tensor], Tensor] = concat_patches
     elif isinstance(network, VisionTransformer) and args.n_last_blocks > len(network.blocks):
         what = f"the network has {len(network.blocks)} blocks"
         raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
     else:
         kind, why = "CLS tokens" if is_vit else "the network's output", "it is for our ViTs only"
         n, mean = args.n_last_blocks, args.avgpool_patchtokens
-        of = functools.partial(frozen_features, network, n_last_blocks=n, avgpool_patchtokens=mean)
+        features = functools.partial(frozen_features, n_last_blocks=n, avgpool_patchtokens=mean)
     unused = OF_VITS if args.concat_patchtokens or not is_vit else ()
     cli.warn_no_effect(args, get_args_parser(), [(name, lambda args: True, why) for name in unused])
     flags = {name: getattr(args, name) for name in ("concat_patchtokens", *OF_VITS) if name not in unused}
-    of = functools.partial(of, dtype=cli.PRECISIONS[args.precision])
+    of = functools.partial(compute, features, network, dtype=cli.PRECISIONS[args.precision])
     width = of(frozen.zeros(1).to(device)).shape[1]
     log(f"features: {kind}, {width} wide")
     return Features(of, width, frozen, digest_weights(network), flags)

@@ -58,6 +58,7 @@ from support.distributed import (
 from support.errors import ImageError, UserError, reason_of
 from support.features import (
     cls_and_patches,
+    compute,
     last_cls_tokens,
     load_by_flags,
     patch_size_of,
@@ -137,13 +138,6 @@ KINDS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "last4": lambda network, images: torch.cat(last_cls_tokens(network, images, 4), dim=1),
     "avgpool": _output_and_mean,
 }
-
-
-@torch.inference_mode()
-def compute(kind: str, network: nn.Module, dtype: torch.dtype | None, images: Tensor) -> Tensor:
-    """Normalised images (B, C, H, W) -> features (B, ...), float32; `dtype` is that of autocast, if any."""
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        return KINDS[kind](network, images).float()
 
 
 class Rows(Dataset[tuple[Tensor, int, bool]]):
@@ -449,7 +443,7 @@ def main(args: argparse.Namespace) -> Path:
     check_on_first_rank(images, alike=False)
     names = names_of(images)
     network = frozen.network.to(device)
-    model = functools.partial(compute, args.kind, network, cli.PRECISIONS[args.precision])
+    model = functools.partial(compute, KINDS[args.kind], network, dtype=cli.PRECISIONS[args.precision])
     shape = len(images), *model(frozen.zeros(1).to(device)).shape[1:]
     flags = ("kind", "precision", "batch_size_per_gpu", "dtype", "format")
     identity = {name: getattr(args, name) for name in flags} | {

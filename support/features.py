@@ -80,36 +80,40 @@ def extract_features(
 
 
 @torch.inference_mode()
-def frozen_features(
-    backbone: nn.Module,
+def compute(
+    features: Callable[[nn.Module, Tensor], Tensor],
+    network: nn.Module,
     images: Tensor,
-    n_last_blocks: int,
-    avgpool_patchtokens: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Normalised images (B, C, H, W) -> features (B, F), float32; `dtype` is the type for autocast, if any.
+    """`features(network, images)` of normalised images (B, C, H, W), float32; `dtype` is for autocast."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return features(network, images).float()
+
+
+def frozen_features(
+    backbone: nn.Module, images: Tensor, n_last_blocks: int, avgpool_patchtokens: bool
+) -> Tensor:
+    """Features of the linear probe: normalised images (B, C, H, W) -> (B, F).
 
     For our ViTs, the CLS tokens of the last blocks, F = n D, and with `avgpool_patchtokens` also the mean
     of the last block's patches, F = (n + 1) D; for other networks, their output.
     """
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        if not isinstance(backbone, VisionTransformer):
-            return backbone(images).float()
-        layers = backbone.get_intermediate_layers(images, n_last_blocks)
+    if not isinstance(backbone, VisionTransformer):
+        return backbone(images)
+    layers = backbone.get_intermediate_layers(images, n_last_blocks)
     classes = [layer[:, 0].float() for layer in layers]
     if avgpool_patchtokens:
         classes[-1] = with_mean(classes[-1], layers[-1][:, 1:])
     return torch.cat(classes, dim=-1)
 
 
-@torch.inference_mode()
-def concat_patches(network: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Normalised images (B, C, H, W) -> the last block's normed patch tokens, one after another: (B, R C D).
+def concat_patches(network: nn.Module, images: Tensor) -> Tensor:
+    """The last block's normed patch tokens, one after another: (B, C, H, W) -> (B, R C D).
 
-    float32; `dtype` is the type for autocast, if any. Raises UserError as `patch_tokens` does.
+    Raises UserError as `patch_tokens` does.
     """
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        return patch_tokens(network, images).flatten(1).float()
+    return patch_tokens(network, images).flatten(1)
 
 
 def with_mean(cls: Tensor, patches: Tensor) -> Tensor:

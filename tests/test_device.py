@@ -22,7 +22,7 @@ from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, open_training_images
 from support.distributed import choose_device
 from support.errors import UserError
-from support.features import extract_features, patch_tokens
+from support.features import compute, extract_features, frozen_features, patch_tokens
 from support.loading import to_device
 from support.logger import MetricLogger
 from support.monitor import Monitor
@@ -185,7 +185,8 @@ def test_features_of_images_wait_once_at_the_end(labelled, waits):
 def test_linear_probe_waits_once_for_a_validation(waits):
     network = build_backbone("vit_nano", 8, 32)[0].eval().to(META)
     images, labels = torch.zeros(6, 3, 32, 32, device=META), torch.zeros(6, dtype=torch.long, device=META)
-    x = eval_linear.frozen_features(network, images, 4, True).clone()
+    features = functools.partial(frozen_features, n_last_blocks=4, avgpool_patchtokens=True)
+    x = compute(features, network, images).clone()
     classifiers = eval_linear.LinearClassifiers(2, x.shape[1], 6).to(META)
     optimizer = eval_linear.build_optimizer(classifiers, [0.1, 0.01])
     assert len(list(eval_linear.train(classifiers, optimizer, [(x, labels)] * 2))) == 2 and not waits

@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import random
 import shutil
@@ -13,11 +14,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision import transforms
 
 import eval_linear
-from eval_linear import LinearClassifiers, frozen_features, validate_network
+from eval_linear import LinearClassifiers, validate_network
 from support import backbones, data, logistic, restart, subsets
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
-from support.features import concat_patches
+from support.features import compute, concat_patches, frozen_features
 from support.loading import EpochBatches
 from support.pixels import to_pixels
 from support.weights import load_backbone, load_checkpoint, save_checkpoint
@@ -78,7 +79,7 @@ def test_features_are_those_of_the_published_evaluation(vit):
     torch.testing.assert_close(both[:, 0::2], layers[-1][:, 0])
     torch.testing.assert_close(both[:, 1::2], layers[-1][:, 1:].mean(dim=1))
     assert frozen_features(vit, images, 4, True).shape == (2, 5 * 128)
-    assert four.is_inference() and four.dtype == torch.float32
+    assert four.dtype == torch.float32
 
 
 def test_other_networks_give_their_output():
@@ -92,7 +93,7 @@ def test_all_patch_tokens_one_after_another(vit):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         tokens = vit.get_intermediate_layers(images, 1)[0]
-    exact, half = (concat_patches(vit, images, dtype) for dtype in (None, torch.bfloat16))
+    exact, half = (compute(concat_patches, vit, images, dtype) for dtype in (None, torch.bfloat16))
     assert torch.equal(exact, tokens[:, 1:].reshape(2, 16 * 128))
     assert half.dtype == torch.float32 and not torch.equal(exact, half)
     torch.testing.assert_close(exact, half, rtol=0.1, atol=0.1)
@@ -120,9 +121,10 @@ def test_precision_is_that_of_the_forward_pass(vit):
     seen = []
     handle = vit.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     images = torch.randn(2, 3, 32, 32)
-    exact, half = (frozen_features(vit, images, 4, False, dtype) for dtype in (None, torch.bfloat16))
+    features = functools.partial(frozen_features, n_last_blocks=4, avgpool_patchtokens=False)
+    exact, half = (compute(features, vit, images, dtype) for dtype in (None, torch.bfloat16))
     handle.remove()
-    assert seen == [torch.float32, torch.bfloat16] and half.dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16] and half.dtype == torch.float32 and half.is_inference()
     assert not torch.equal(exact, half)
     torch.testing.assert_close(exact, half, rtol=0.1, atol=0.1)
 
@@ -353,7 +355,7 @@ def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
     flags = "--evaluate", "--linear_weights", tmp_path / "linearweights.pth"
     result = probe(labelled, tmp_path, *flags)
     assert result[0]["acc1"] == pytest.approx(trained[0]["acc1"])
-    with pytest.raises(UserError, match=r"misshapen \(linear.weight\) .*128 features.*check --n_last_blocks"):
+    with pytest.raises(UserError, match=r"misshapen \(linear.weight\) .*128 features.*check --.*n_last_bl"):
         probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
 
 
@@ -547,7 +549,8 @@ def test_features_are_those_of_the_flags():
     flags = "--precision bf16 --avgpool_patchtokens true --n_last_blocks 2".split()
     args = eval_linear.parse_args([*FLAGS, *flags])
     built, images = eval_linear.build_features(args, torch.device("cpu")), torch.randn(2, 3, 32, 32)
-    expected = frozen_features(built.frozen.network, images, 2, True, torch.bfloat16)
+    features = functools.partial(frozen_features, n_last_blocks=2, avgpool_patchtokens=True)
+    expected = compute(features, built.frozen.network, images, torch.bfloat16)
     assert torch.equal(built.of(images), expected) and built.width == 3 * 128
 
 

@@ -29,9 +29,10 @@ from torchvision.io import decode_image
 
 import utils
 from eval_knn import knn_accuracies
-from eval_linear import LinearClassifiers, build_optimizer, frozen_features, train
+from eval_linear import LinearClassifiers, build_optimizer, train
 from support import backbones
 from support.data import ImageFiles, load_pixels
+from support.features import frozen_features
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.pixels import to_pixels
 from tests.benchmarks import containers, device, textbook
@@ -326,7 +327,8 @@ def linear(rounds: int) -> None:
 
     def probe(rates: list[float]) -> None:
         classifiers = LinearClassifiers(len(rates), 4 * 192, 10)
-        features = frozen_features(vit.eval(), images, 4, False).clone()
+        with torch.no_grad():
+            features = frozen_features(vit.eval(), images, 4, False)
         list(train(classifiers, build_optimizer(classifiers, rates), [(features, labels)]))
 
     compare(
