@@ -38,6 +38,7 @@ SETTINGS = [
     *STARTS,
     f"{PLAIN} --warmup_teacher_temp 0.02 --teacher_temp 0.02",
     f"{BATCH_NORM} --warmup_teacher_temp 0.02 --teacher_temp 0.02",
+    f"{BATCH_NORM} --warmup_teacher_temp 0.02 --teacher_temp 0.02 --momentum_teacher 0.98",
     f"{BATCH_NORM} --jitter_p 0",
 ]
 
