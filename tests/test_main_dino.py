@@ -248,7 +248,8 @@ RECTANGLES = "--global_crops_size", 32, 16, "--local_crops_size", 16, 8
 
 
 def test_rectangular_views_from_training_to_evaluation(labelled, tmp_path, capsys):
-    flags = [*RECTANGLES, "--data_path", labelled / "train", "--knn_every", 1, "--knn_data", labelled]
+    knn = "--knn_every", 1, "--knn_data", labelled, "--knn_share", 1
+    flags = [*RECTANGLES, "--data_path", labelled / "train", *knn]
     train(*flags, "--output_dir", tmp_path / "whole")
     train(*flags, "--output_dir", tmp_path / "parts", "--max_steps", 4)
     with pytest.raises(UserError, match=r"global_crops_size \[32, 16\] -> 32"):
