@@ -479,8 +479,6 @@ class _FusedCrossEntropy(torch.autograd.Function):
         count[:2] = 1.0
         grad_views = torch.empty_like(views, dtype=exact)
         grad_weight = torch.zeros_like(weight)
-        terms = 2 * B * (len(views) - 1)
-        divisor = scale * temperature * terms
         total = torch.zeros((), dtype=exact, device=features.device)
         chunk = _FusedCrossEntropy.CHUNK if features.device.type == "cpu" else _FusedCrossEntropy.GPU_CHUNK
         images = max(1, chunk // (K * len(views)))
@@ -503,10 +501,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
             grad_views[:, rows] = (grad @ w).to(exact).unflatten(0, (len(views), -1))
             if half:  # in float16 the sum over rows that are alike could overflow
                 room = 2.0 ** max(0, math.ceil(math.log2(len(x) * 2 * scale / 2**15)))
-                grad_weight.add_(grad.T @ (x / room), alpha=room / divisor)
+                grad_weight.add_(grad.T @ (x / room), alpha=room)
             else:
-                grad_weight.addmm_(grad.T, x, alpha=1 / divisor)
-        ctx.save_for_backward(grad_views.flatten(0, 1).div_(divisor), grad_weight)
+                grad_weight.addmm_(grad.T, x)
+        terms = 2 * B * (len(views) - 1)
+        grads = [grad.div_(scale * temperature * terms) for grad in (grad_views.flatten(0, 1), grad_weight)]
+        ctx.save_for_backward(*grads)
         return total / terms
 
     @staticmethod
