@@ -33,13 +33,14 @@ from tests.miniature import FULL, SWEEPS, draw_shapes, lasting, on_shapes
 STEPS = 1, 50, 100, 150, 200, 246
 FLAGS, WAYS, _ = SWEEPS["start"]  # under the temperature 0.04
 STARTS = [FLAGS.format(way) for way in WAYS]
-PLAIN, BATCH_NORM = STARTS[0], STARTS[2]
+PLAIN, BATCH_NORM, SINKHORN = STARTS[0], STARTS[2], STARTS[4]
 SETTINGS = [
     *STARTS,
     f"{PLAIN} --warmup_teacher_temp 0.02 --teacher_temp 0.02",
     f"{BATCH_NORM} --warmup_teacher_temp 0.02 --teacher_temp 0.02",
     f"{BATCH_NORM} --warmup_teacher_temp 0.02 --teacher_temp 0.02 --momentum_teacher 0.98",
     f"{BATCH_NORM} --jitter_p 0",
+    f"{SINKHORN} --warmup_teacher_temp 0.01 --teacher_temp 0.01",
 ]
 
 
