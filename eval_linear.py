@@ -151,6 +151,7 @@ FREE_FLAGS = {
 # Flags that only training uses, and flags of the CLS tokens, which only our ViTs have.
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
 OF_VITS = ("n_last_blocks", "avgpool_patchtokens")
+ADDED = {"concat_patchtokens": False}  # what it was before there was this flag
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -392,7 +393,7 @@ def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers
     checkpoint = load_checkpoint(path)
     trained = checkpoint.get("identity") or checkpoint.get("args") or {}
     for name, flag in features.flags.items():
-        value = trained.get(name, flag)
+        value = trained.get(name, ADDED.get(name, flag))
         if value != flag:
             what = f"classifier was trained with {value}"
             raise UserError(what, f"--{name} {flag}", f"give --{name} {value}")
@@ -465,7 +466,7 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
     of each classifier, and the best classifier's `state_dict`. Raises UserError.
     """
     state = {"epoch": 0, "best": [{"acc1": -1.0}] * num_rates, "state_dict": {}}
-    saved = run.resume(pieces, identity, added={"concat_patchtokens": False})
+    saved = run.resume(pieces, identity, added=ADDED)
     if not saved:
         return state
     for name, value in state.items():

@@ -84,13 +84,13 @@ def need(module: str, to: str) -> Any:
 def records(frozen: Frozen) -> dict[str, dict]:
     """What the network's images are, as a checkpoint records it."""
     normalization = {"mean": frozen.mean, "std": frozen.std, "value_range": frozen.value_range}
-    return {"args": {"global_crops_size": frozen.image_size}, "normalization": normalization}
+    args = {"global_crops_size": frozen.image_size, "arch": frozen.arch}
+    return {"args": args, "normalization": normalization}
 
 
 def to_backbone(frozen: Frozen, path: Path) -> Exported:
     """The state dict, with the records that `load_backbone` reads."""
     known = records(frozen)
-    known["args"]["arch"] = frozen.arch
     if isinstance(frozen.network, VisionTransformer):
         known["args"]["patch_size"] = frozen.network.patch_embed.patch_size
     torch.save({"state_dict": frozen.network.state_dict(), **known}, path)

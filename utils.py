@@ -478,7 +478,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         count = torch.full((len(views), 1, 1), 2.0, dtype=exact, device=features.device)
         count[:2] = 1.0
         grad_views = torch.empty_like(views, dtype=exact)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight, dtype=exact)
         total = torch.zeros((), dtype=exact, device=features.device)
         chunk = _FusedCrossEntropy.CHUNK if features.device.type == "cpu" else _FusedCrossEntropy.GPU_CHUNK
         images = max(1, chunk // (K * len(views)))

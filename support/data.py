@@ -518,7 +518,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     if digest(train) == digest(val):
         log(f"warning: {SAME}")
     elif shared := shared_files(train, val):
-        log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {min(shared)}")
+        log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {shared[0]}")
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}, so all answers are right: are the class folders deeper?")
     if known == seen:
@@ -531,11 +531,14 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     return train, val
 
 
-def shared_files(train: Images, val: Images) -> set[str]:
-    """The paths that two lists share, which folders beside each other cannot."""
-    if not (isinstance(train, ListedFiles) and isinstance(val, ListedFiles)):
-        return set()
-    return set(map(os.path.normpath, train.paths)).intersection(map(os.path.normpath, val.paths))
+def shared_files(train: Images, val: Images) -> list[str]:
+    """The paths of val's images that train has too; a list or several sets may have them, two folders not."""
+    if not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles)):
+        return []
+    if not any(isinstance(images, ListedFiles | JoinedFiles) for images in (train, val)):
+        return []
+    known = set(map(os.path.normpath, train.paths))
+    return [path for path in map(os.path.normpath, val.paths) if path in known]
 
 
 def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:

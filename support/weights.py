@@ -539,7 +539,6 @@ def load_backbone(
         known = read_weights(weights, checkpoint_key)
     in_chans = settle_channels(known, in_chans)
     limits = settle_range(known, pairs(value_range, in_chans))
-    is_guessed = weights != "random" and not (arch or known.named or known.trained.get("arch"))
     arch, patch_size, trained_size = settle_architecture(known, arch, patch_size, image_size)
     is_ours = canonical(arch) in VITS
     model, embed_dim = build_backbone(arch, patch_size, trained_size, in_chans=in_chans)
@@ -551,8 +550,7 @@ def load_backbone(
         if part := ".".join(filter(None, (known.entry, part.removesuffix(".backbone")))):
             words.insert(0, part)
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
-        if is_guessed and isinstance(model, VisionTransformer):  # shapes do not show it
-            words.append(f"{model.num_heads} heads assumed")
+        words += assumed_of(model, known)
         normalization = normalization_of(known, model, in_chans)
         if config := timm_config(known, model):
             trained_size = config["input_size"][-1]
@@ -562,6 +560,14 @@ def load_backbone(
     check_crop_sizes(model, arch, embed_dim, [size], in_chans)
     description = f"{weights}: {', '.join(words)}"
     return _frozen(model, size, normalization, description, canonical(arch), limits)
+
+
+def assumed_of(model: nn.Module, weights: Weights) -> list[str]:
+    """The number of heads of a ViT whose file does not record its architecture: shapes do not show it."""
+    is_known = weights.named or _recorded(weights.trained, "arch")
+    if is_known or not isinstance(model, VisionTransformer):
+        return []
+    return [f"{model.num_heads} heads assumed"]
 
 
 def timm_config(weights: Weights, model: nn.Module) -> dict | None:
@@ -645,7 +651,7 @@ def init_from(
         state["pos_embed"] = backbone.interpolate_pos_encoding(*height_and_width(image_size))
     load_strictly(own_backbone, state, weights)
     taken = "backbone" if not head else "backbone, head" if known.center is None else "backbone, head, centre"
-    log(f"starting from the weights of {weights}: {taken}")
+    log(f"starting from the weights of {weights}: {', '.join([taken, *assumed_of(backbone, known)])}")
     if not head:
         return None
     check_finite(head | ({} if known.center is None else {"center": known.center}), f"{weights}: head")

@@ -135,20 +135,23 @@ def test_a_list_is_one_part(own, tmp_path):
         open_training_images(Source(str(path), split="train"))
 
 
-def test_images_in_both_lists_are_counted(own, tmp_path, capsys):
+def test_images_in_train_and_val_are_counted(own, tmp_path, capsys):
     train = write_list(tmp_path / "train.txt", own / "train", "\t").read_text().splitlines()
     val = write_list(tmp_path / "val.txt", own / "val", "\t")
     knn(tmp_path)
     assert "in train too" not in capsys.readouterr().out
-    leaked = [f"../{tmp_path.name}/{train[3]}", train[1]]  # one of them by another path
+    leaked = [f"../{tmp_path.name}/{train[3]}", train[1], train[1]]  # one of them by another path
     val.write_text("\n".join([*leaked, *val.read_text().splitlines()]))
+    count = len(val.read_text().splitlines())
+    first = os.path.normpath(tmp_path / train[3].split("\t")[0])
     knn(tmp_path)
-    first = os.path.normpath(tmp_path / train[1].split("\t")[0])
-    said = capsys.readouterr().out
-    assert (
-        f"warning: 2 of {len(val.read_text().splitlines())} images of val are in train too, e.g. {first}"
-        in said
-    )
+    assert f"warning: 3 of {count} images of val are in train too, e.g. {first}" in capsys.readouterr().out
+    open_train_and_val(Source(str(tmp_path), more=(str(own),)))  # several sets
+    assert "warning: 3 of " in capsys.readouterr().out
+    write_list(own / "train.txt", own / "val", "\t")  # a list beside a folder
+    shutil.rmtree(own / "train")
+    open_train_and_val(Source(str(own)))
+    assert "images of val are in train too" in capsys.readouterr().out
 
 
 def test_several_data_paths_are_one_set(own, tmp_path, capsys):
