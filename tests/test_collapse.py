@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.collapse import STEPS, WatchedLoss, table
+from tests.collapse import STEPS, WatchedLoss, main, table
 from utils import DINOLoss
 
 
@@ -23,3 +23,11 @@ def test_table_holds_means_around_its_steps():
     lines = table([{"gain": float(i)} for i in range(250)]).splitlines()
     assert lines[:3] == ["| step | gain |", "|---|---|", "| 1 | 2.00 |"]  # of the first five
     assert lines[-1] == f"| {STEPS[-1]} | {STEPS[-1] - 1:.2f} |"
+
+
+def test_a_folder_with_runs_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "0_vit_nano_seed0").mkdir()
+    monkeypatch.setattr("sys.argv", ["collapse", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "give another --output_dir" in capsys.readouterr().err
