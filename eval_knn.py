@@ -220,8 +220,8 @@ class PeriodicKNN:
         def features(images: Tensor) -> Tensor:
             if any(all_gather_object(self.stop_asked())):
                 raise self.Stopped
-            with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-                return network.backbone.forward(images)  # without the compiled call, which is for training
+            # `forward`, because the compiled call is for training
+            return compute(lambda backbone, x: backbone.forward(x), network.backbone, images, self.dtype)
 
         training = network.training
         network.eval()

@@ -82,7 +82,7 @@ def need(module: str, to: str) -> Any:
 
 
 def records(frozen: Frozen) -> dict[str, dict]:
-    """What the network's images are, as a checkpoint records it."""
+    """What the network and its images are, as a checkpoint records it."""
     normalization = {"mean": frozen.mean, "std": frozen.std, "value_range": frozen.value_range}
     args = {"global_crops_size": frozen.image_size, "arch": frozen.arch}
     return {"args": args, "normalization": normalization}

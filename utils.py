@@ -513,7 +513,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_features, grad_weight = ctx.saved_tensors
-        return grad_features * grad_loss, grad_weight.mul_(grad_loss), None, None
+        return grad_features * grad_loss, grad_weight.mul_(grad_loss), None, None  # (K, d) is large: in place
 
 
 def _entropy(p: Tensor, logits: Tensor) -> Tensor:

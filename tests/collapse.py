@@ -103,11 +103,11 @@ def main() -> None:
     parser.add_argument("--arch", choices=vision_transformer.VITS, default="vit_nano")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    out = Path(args.output_dir).absolute()
-    if any(out.glob(f"*_{args.arch}_seed{args.seed}")):  # a run that resumes has no first steps to watch
+    out, name = Path(args.output_dir).absolute(), f"{args.arch}_seed{args.seed}"
+    if any(out.glob(f"*_{name}")):  # a run that resumes has no first steps to watch
         parser.error(f"{out} has runs of {args.arch} with this seed: give another --output_dir")
     draw_shapes(out / "shapes", {"train": FULL.images, "val": FULL.held_out})
-    noted, name = {}, f"{args.arch}_seed{args.seed}"
+    noted = {}
     for i, setting in enumerate(SETTINGS):
         run = out / f"{i}_{name}"
         recipe = [*on_shapes(out / "shapes", args.seed), *lasting(FULL.epochs)]

@@ -294,10 +294,8 @@ def shapes_jobs(out: Path, budget: Budget) -> Jobs:
             folder, epochs = out / f"{name}_seed{seed}", budget.long_epochs.get(name, budget.epochs)
             own = [*flags, *watch, *lasting(epochs), *changes.split()]
             trainings.append(functools.partial(train_dino, folder, own))
-        folder, flags = (
-            out / f"supervised_seed{seed}",
-            [*flags, *lasting(budget.long_epochs["constant_rate"])],
-        )
+        folder = out / f"supervised_seed{seed}"
+        flags += lasting(budget.long_epochs["constant_rate"])
         trainings.append(functools.partial(train_supervised, folder, flags, Source(str(data))))
         for _, folder, weights in networks(out, "", seed, "constant_rate"):
             look_up = [*weights, "--image_size", "64", "--patch_size", "16", "--data_path", str(data)]

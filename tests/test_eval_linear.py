@@ -355,7 +355,8 @@ def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
     flags = "--evaluate", "--linear_weights", tmp_path / "linearweights.pth"
     result = probe(labelled, tmp_path, *flags)
     assert result[0]["acc1"] == pytest.approx(trained[0]["acc1"])
-    with pytest.raises(UserError, match=r"misshapen \(linear.weight\) .*128 features.*check --.*n_last_bl"):
+    misfit = r"misshapen \(linear.weight\) .*128 features.*check --concat_patchtokens, --n_last_blocks"
+    with pytest.raises(UserError, match=misfit):
         probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
 
 

@@ -108,13 +108,8 @@ def made_up(tmp_path) -> Runs:
                 record |= {"train_entropy": entropy * math.log(64), "train_spread": more * math.log(64)}
                 record |= {"train_kl": 0.0, "knn_student": 40}
             (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in log))
-        for name, top1 in {
-            "base": 60,
-            "constant_rate": 60,
-            "supervised": 70,
-            "random": 25,
-            "pixels": 28,
-        }.items():
+        accuracies = {"base": 60, "constant_rate": 60, "supervised": 70, "random": 25, "pixels": 28}
+        for name, top1 in accuracies.items():
             found = {"jaccard60": 30 - top1 / 10, "jaccard90": top1, "on_object": top1, "object": 17}
             for prefix in ("", "demo_"):
                 folder = tmp_path / f"{prefix}{name}_seed{seed}"

@@ -548,10 +548,11 @@ def test_fused_loss_is_the_plain_loss(views, batch, k, norm_last_layer, dtype, s
         assert (a - b).norm() <= tolerance * b.norm() + 3 / 0.1 * torch.finfo(torch.float32).eps
 
 
-def test_half_precision_does_not_overflow_with_few_prototypes():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # of the weight; float32 in trainings
+def test_half_precision_does_not_overflow_with_few_prototypes(dtype):
     """Rows that are alike, as at the start, add up."""
     features = F.normalize(torch.randn(1, 128), dim=1).expand(4 * 768, -1).half().requires_grad_()
-    weight = F.normalize(torch.randn(64, 128), dim=1).requires_grad_()
+    weight = F.normalize(torch.randn(64, 128), dim=1).to(dtype).requires_grad_()
     targets = F.one_hot(torch.zeros(2, 768, dtype=torch.long), 64).float()
     utils._FusedCrossEntropy.apply(features, weight, targets, 0.1).backward()
     assert weight.grad.isfinite().all() and weight.grad.any()
