@@ -304,7 +304,7 @@ def _extracted(folder: Path) -> list[Tensor]:
     return [train.features, train.labels, val.features, labels]
 
 
-# What the identities of train and val features have to agree in.
+# Facts that must be equal for train and val features.
 OF_NETWORK = ("kind", "network", "pixels", "mean", "std", "value_range")
 
 
@@ -349,7 +349,7 @@ def compute_features(args: argparse.Namespace, device: torch.device, keep_on: to
 
 
 def normalized(features: Tensor, which: str) -> Tensor:
-    """Features (N, D) divided by their lengths, in place; zeros, which are like nothing, are named.
+    """Features (N, D) divided by their lengths, in place; logs the number of zero rows.
 
     Raises UserError if all are zeros.
     """

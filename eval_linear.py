@@ -110,8 +110,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="fit a logistic regression instead, by L-BFGS, and choose its regularisation on held-out fifths "
              "of the training images")
     group.add_argument("--few_shot_seeds", default=1, type=positive,
-        help="with --logistic, repeat with this many subsets, of the seeds --seed, --seed + 1, ...; prints "
-             "mean and deviation")
+        help="with --logistic: repeat for this many seeds (--seed, --seed + 1, ...); prints mean and "
+             "standard deviation")
 
     cli.add_data_flags(parser,
         "folder with train and val: folders of class folders, .tar, .zip or lists such as train.txt",
@@ -151,7 +151,7 @@ FREE_FLAGS = {
 # Flags that only training uses, and flags of the CLS tokens, which only our ViTs have.
 OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
 OF_VITS = ("n_last_blocks", "avgpool_patchtokens")
-ADDED = {"concat_patchtokens": False}  # what it was before there was this flag
+ADDED = {"concat_patchtokens": False}  # value in older checkpoints
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -163,7 +163,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.evaluate and args.logistic:
         raise UserError("does not save a classifier to evaluate", "--logistic", "leave out one of the two")
     rules = [(name, lambda args: args.evaluate, "--evaluate does not train") for name in OF_TRAINING]
-    rules += [(name, lambda args: args.logistic, "it is not for --logistic") for name in OF_TRAINING]
+    rules += [(name, lambda args: args.logistic, "--logistic ignores it") for name in OF_TRAINING]
     rules += [
         ("few_shot", lambda args: args.evaluate, "--evaluate does not train"),
         ("output_dir", lambda args: args.logistic, "--logistic writes no files"),

@@ -247,7 +247,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="probability that top and bottom change places; 0.5 for images from above or through a "
              "microscope")
     group.add_argument("--quarter_turns", default=PAPER.quarter_turns, type=bool_flag,
-        help="turn each view by 0, 90, 180 or 270 degrees, for images without an upright; together with "
+        help="turn each view by 0, 90, 180 or 270 degrees, for images without a top side; together with "
              "--hflip_p 0.5 all eight orientations are equally frequent")
     group.add_argument("--crop_aspect", default=PAPER.crop_aspect,
         type=number(float, at_least=1e-3, at_most=1e3), nargs=2, metavar=("MIN", "MAX"),
@@ -256,31 +256,31 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     cli.add_data_flags(parser,
         "folder, .tar or .zip of images, with or without class folders, or a text file that lists images",
-        "train a small network on drawn shapes, evaluate it and save pictures: no data, no GPU, minutes",
+        "train a small network on drawn shapes and evaluate it; takes minutes on a CPU, needs no data",
         "part of the images to train on: a split of --dataset (by default its unlabelled images, else its "
         "training split), or a folder, archive or list in --data_path, e.g. train for train.tar")
 
-    group = parser.add_argument_group("images", "what the values of a file mean, which the checkpoint "
-        "records for all scripts that load it")
+    group = parser.add_argument_group("images", "meaning of the pixel values; the checkpoint records it "
+        "for other scripts")
     group.add_argument("--in_chans", default=3, type=number(int, at_least=1, at_most=16),
-        help="number of channels of the images: of TIFFs (with tifffile), .npy files, and for one channel "
-             "also grey or RGB images; without three, hue, saturation and --gray_p have no effect")
+        help="number of channels of the images; 1 makes RGB images grey, other numbers need TIFF (with "
+             "tifffile), .npy or RGBA; unless 3, hue, saturation and --gray_p have no effect")
     group.add_argument("--value_range", default=None, type=cli.number_or_auto, nargs="+",
         metavar=("LOW", "HIGH"),
         help="values that become the grey levels 0 and 255, for 16-bit and floating-point images: one pair, "
              "or one for each channel; auto: percentiles 0.1 and 99.9 of each channel, from up to 256 images "
              "evenly spread over the data (default: 8-bit values as they are)")
     group.add_argument("--mean", default=IMAGENET_MEAN, type=cli.number_or_auto, nargs="+",
-        help="mean of each channel, of levels in [0, 1]; auto: from the same images, also if it is not given "
-             "for other than three channels")
+        help="mean of each channel, for levels in [0, 1]; auto: estimated from the same images, the default "
+             "unless --in_chans is 3")
     group.add_argument("--std", default=IMAGENET_STD, type=cli.number_or_auto, nargs="+",
-        help="deviation of each channel, as --mean")
+        help="standard deviation; see --mean")
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default=".",
         help="folder for checkpoints and log.txt; a run resumes from the checkpoint in it")
     group.add_argument("--preview", default="", metavar="FILE",
-        help="draw the views of a dozen images to this PNG as the training would see them, and end")
+        help="draw the training views of a dozen images to this PNG, then exit")
     group.add_argument("--init_from", default="",
         help="start a new run from the teacher's weights in a file, or from a published model by name; "
              "ignored when the run resumes")
@@ -311,7 +311,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--cpu_threads", default=0, type=number(int, at_least=0, below=2**10),
         help="threads for computing on a CPU; 0: torch decides; fewer leave cores to the workers")
     group.add_argument("--seed", default=0, type=cli.seed,
-        help="decides weights, order, views and drop path; change it to repeat the experiment")
+        help="decides weights, order, views and drop path; change it for an independent run")
     cli.add_launch_flags(group)
     # fmt: on
     return parser
@@ -329,7 +329,7 @@ FREE_FLAGS = {
 
 
 def only_local_differs(args: argparse.Namespace, name: str) -> bool:
-    """Whether a flag for G1, G2 and LOCAL differs from its default in LOCAL alone, without local views."""
+    """Whether only the LOCAL value of a flag was changed, although there are no local views."""
     usual = (demo_defaults() if args.demo else {}).get(name, getattr(PAPER, name))
     return not args.local_crops_number and tuple(getattr(args, name)[:2]) == usual[:2]
 
@@ -351,9 +351,9 @@ NO_EFFECT = [
     ("solarize_p", lambda a: only_local_differs(a, "solarize_p"), "--local_crops_number is 0"),
     ("vflip_p", lambda a: a.quarter_turns and a.hflip_p == 0.5,
      "--quarter_turns with --hflip_p 0.5 gives all orientations"),
-    ("gray_p", lambda a: a.in_chans != 3 and a.gray_p, "it is for three channels"),
+    ("gray_p", lambda a: a.in_chans != 3 and a.gray_p, "it needs three channels"),
     ("jitter", lambda a: a.in_chans != 3 and any(a.jitter[2:]) and tuple(a.jitter[2:]) != PAPER.jitter[2:],
-     "of S and H: they are for three channels"),
+     "S and H need three channels"),
     ("use_fp16", lambda a: a.precision, "--precision overrides it"),
     ("warmup_teacher_temp_epochs", lambda a: a.warmup_teacher_temp == a.teacher_temp,
      "--warmup_teacher_temp and --teacher_temp are equal"),
@@ -409,7 +409,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError("MIN is larger than MAX", f"--{name} {low} {high}", "give MIN <= MAX")
     if args.jitter[3] > 0.5:
         where = f"--jitter {' '.join(map(str, args.jitter))}"
-        raise UserError("a hue turns by at most half of the circle", where, "give H <= 0.5")
+        raise UserError("the hue changes by at most 0.5", where, "give H <= 0.5")
     if args.arch in VITS:
         for size, name in zip(crop_sizes(args), ("global_crops_size", "local_crops_size"), strict=False):
             backbones.check_divides(name, size, args.patch_size)
@@ -451,15 +451,15 @@ def check_format(args: argparse.Namespace) -> None:
             continue
         where = f"--{name} {' '.join(map(str, values))}"
         if "auto" in values:
-            raise UserError("numbers beside auto", where, "give one of the two")
+            raise UserError("mixes auto and numbers", where, "give one kind")
         if name == "value_range":
             pairs(values, count)
         elif len(values) != count:
-            raise UserError(f"{len(values)} numbers for {count} channels", where, "give one a channel")
+            raise UserError(f"{len(values)} numbers for {count} channels", where, "give one each")
         elif name == "std" and min(values) <= 0:
-            raise UserError("a deviation is above 0", where, "give other numbers")
+            raise UserError("deviations must be above 0", where, "give numbers above 0")
         elif not (0 <= min(values) and max(values) <= 1):
-            raise UserError("levels are from 0 to 1", where, "divide numbers for levels up to 255 by 255")
+            raise UserError("must be from 0 to 1", where, "divide 8-bit values by 255")
     if count != 3:
         log(f"images of {count} channel{'s' * (count > 1)}: hue, saturation and grey views are left out")
 
@@ -488,7 +488,7 @@ def find_format(args: argparse.Namespace, images: Images, run: Run | None, names
     """Numbers for these flags, as `settle_format` says; logs them. Raises UserError."""
     known = run.recorded_args() if run else {}
     if known.get("in_chans") == args.in_chans and all(known.get(name) for name in names):
-        found, origin = {name: known[name] for name in names}, "as in the run to resume"
+        found, origin = {name: known[name] for name in names}, "from the run to resume"
     else:
         values = sample_values(images, args.in_chans)
         limits = estimate_range(values) if "value_range" in names else args.value_range
@@ -545,7 +545,7 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
     whole = args.epochs * per_epoch
     last = min(args.max_steps or whole, whole)
     if last <= args.freeze_last_layer * per_epoch:
-        log(f"warning: --max_steps {last}: the prototypes stay frozen for all of it (--freeze_last_layer)")
+        log(f"warning: --freeze_last_layer keeps the prototypes frozen for all {last} steps")
     if args.save_every_steps >= min(per_epoch, last):
         log(f"warning: --save_every_steps has no effect: an epoch has {per_epoch} steps, the run {last}")
     return Steps(per_rank, batch, per_epoch, last)
@@ -677,7 +677,7 @@ def keep_fused(_: torch.optim.Optimizer, state: dict) -> dict:
 def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndarray]:
     """Learning rate, weight decay and teacher momentum, one value per global step.
 
-    Other teachers have other momenta: 0 copies the student, 1 keeps the teacher unchanged.
+    Other teachers are momenta too: 0 copies the student, 1 keeps the teacher.
     """
     cosine = partial(utils.cosine_scheduler, epochs=args.epochs, niter_per_ep=steps.per_epoch)
     step = np.arange(1, args.epochs * steps.per_epoch + 1)
@@ -745,7 +745,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
             center = init_from(backbone, head, args.init_from, *network, args.mean, args.std, limits)
         lengths = head.get_parameter("last_layer.weight_g")
         if args.norm_last_layer and (lengths != 1).any():
-            log("prototypes scaled to unit length: --norm_last_layer true keeps it")
+            log("prototypes scaled to unit length, as --norm_last_layer is true")
             nn.init.ones_(lengths)
     for model in (student_without_ddp, teacher):
         synchronize_batchnorms(model, device)
@@ -848,7 +848,7 @@ def train_dino(args: argparse.Namespace) -> None:
     logger = MetricLogger(images_per_step=steps.batch)
     knn = build_knn(args, training, monitor) if args.knn_every else None
 
-    pieces = training.pieces() | {"guard": monitor, "metrics": logger}  # keys keep their first names
+    pieces = training.pieces() | {"guard": monitor, "metrics": logger}  # keys of older checkpoints
     identity = run_identity(args, images, training.dtype)
     found = run.resume(
         pieces, identity, args.allow_changed_args, added=vars(get_args_parser().parse_args([]))
@@ -856,16 +856,16 @@ def train_dino(args: argparse.Namespace) -> None:
     step = first_step(found, steps)
     keep_origin(args, found)
     record_args(args, run, step, steps.last)
-    if step:  # a loss that is not finite now comes from the weights that were saved
+    if step:  # if the first loss is not finite, the saved weights are bad
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
     else:
         check_on_first_rank(images)
-    anew = step + (step % steps.per_epoch == 0)  # a record in the middle of an epoch is written anew
+    anew = step + (step % steps.per_epoch == 0)  # rewrites a record within an epoch
     curves = Curves(run.folder, PANELS, args.tensorboard, anew) if is_main_process() else None
     log(
         f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "
         f"{training.dtype or torch.float32}, "
-        + (f"from step {step} to {steps.last}" if step < steps.last else f"has all of its {step} steps")
+        + (f"from step {step} to {steps.last}" if step < steps.last else f"finished at step {step}")
     )
     batches = to_device(iter(build_loader(args, images, steps, step, device, monitor.stop_asked)), device)
     stopped = False
@@ -899,8 +899,8 @@ CHANGED_AT = "# Changed at step "
 def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> None:
     """Write the settings to args.txt, from which `main_dino.py @args.txt` repeats the run. Rank 0 writes.
 
-    Comments say what changed when the run resumed. Leaves out the permission to do so. Does not overwrite a
-    file of others, nor the settings of a run that has no step left.
+    Comments list what changed when the run resumed. Leaves out --allow_changed_args. Keeps a file that
+    this script did not write, and the settings of a finished run.
     """
     if not is_main_process() or step >= last:
         return
@@ -1091,7 +1091,7 @@ def draw_preview(args: argparse.Namespace) -> None:
     size = max(height_and_width(args.global_crops_size))
     side = size * max(1, 160 // size)  # a whole multiple: the picture has the views' own pixels
     save_picture(contact_sheet(rows, side), path, set(), PREVIEW_MARK)
-    log(f"{len(rows)} of {describe(images)} and the views that epoch 0 of the training makes of them: {path}")
+    log(f"{len(rows)} of {describe(images)}, each with its views in epoch 0: {path}")
 
 
 # ---------------------------------------------------------------------------------------------

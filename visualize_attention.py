@@ -123,7 +123,7 @@ def check_args(args: argparse.Namespace) -> None:
         where = "--image_path" if args.image_path else "--video"
         raise UserError("the demo draws its own images", where, "leave out one of the two")
     if args.image_path and args.video:
-        raise UserError("images and a video", "--image_path, --video", "leave out one of the two")
+        raise UserError("not both at once", "--image_path, --video", "leave out one of the two")
     if not (args.demo or args.image_path or args.video):
         raise UserError("no images given", "--image_path", "name images or folders, or try --demo")
     if args.pca and args.query:
@@ -131,7 +131,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(what, "--pca, --query", "leave out one of the two")
     rules = [
         ("threshold", lambda args: args.pca and not args.demo, "--pca draws no masks"),
-        ("foreground", lambda args: not args.pca, "it is for --pca"),
+        ("foreground", lambda args: not args.pca, "add --pca"),
         ("fps", lambda args: not args.video, "it is for --video"),
         ("video_format", lambda args: not args.video, "it is for --video"),
     ]
@@ -296,7 +296,7 @@ def patch_at(
 
 
 class Viewer(NamedTuple):
-    """A network, and what of it to look at."""
+    """A network and the attention to show."""
 
     frozen: Frozen  # on the device
     device: torch.device
@@ -331,7 +331,7 @@ class Viewer(NamedTuple):
         return prepared, patch_tokens(self.frozen.network, pixels, self.layer)[0]
 
 
-# What draws the pictures of one image, by file name.
+# Draws one image: {file name: picture}.
 Show = Callable[[Image.Image | Tensor], dict[str, Image.Image]]
 
 
@@ -522,7 +522,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(what, "--query", "give one image, or --video for frames of one size")
         cli.make_folder(output_dir)
         if lies_below(output_dir / "sheet.png", args.image_path):
-            log(f"warning: other scripts would take the pictures in {output_dir}/ for images of --image_path")
+            log(f"warning: {output_dir}/ lies in --image_path: other scripts would read its pictures")
         show: Show = functools.partial(show_attention, viewer, args.threshold)
         if args.pca:
             colours = fit_components(viewer, lambda: readable(images), args.foreground)

@@ -96,15 +96,15 @@ def expand(given: str) -> list[tuple[str, str]]:
         exit_with(error)
 
 
-# What a shell takes as it stands, namely quotes, escapes and comments; or a variable or a command.
+# Text that a shell keeps (quotes, escapes, comments); group 1: a variable or a command.
 SHELL = re.compile(r"""'[^']*'|"(?:[^"\\$`]|\\.|\$(?![\w{(]))*"|\\.|(?<!\S)\#.*|(\$[\w{(]\S*|`\S*)""")
 
 
 def read_words(path: Path) -> list[tuple[str, str]]:
-    """Read an argument file: its words, each with the file and the line as words for a message.
+    """Read an argument file: its words, each with "FILE, line N" for messages.
 
-    A line has any number of words, separated and quoted as in a shell; `#` begins a comment. A word `@FILE`
-    in it stands for itself. Raises UserError, also for what a shell would replace.
+    A line has any number of words, separated and quoted as in a shell; `#` begins a comment. `@FILE` is not
+    expanded in it. Raises UserError, also for what a shell would replace.
     """
     if path.exists() and not path.is_file():  # a pipe could be read only once
         raise UserError("not a file", f"@{path}", "name a file of flags")

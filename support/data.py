@@ -267,7 +267,7 @@ class ListedFiles(LabelledFiles):
 
     @property
     def kind(self) -> str:
-        """What `digest` takes the list for: the same files in a folder."""
+        """The type in `digest`: as for the same files in a folder."""
         return "LabelledFiles" if self.classes else "ImageFiles"
 
 
@@ -404,7 +404,7 @@ def _join(sets: list[ImageFiles], called: str) -> ImageFiles:
     images = JoinedFiles(sets)
     log(f"{called}: {len(sets)} sets: {describe(images)}")
     if not images.classes and any(getattr(each, "classes", None) for each in sets):
-        log("note: some of the sets have no classes, so none has")
+        log("note: some sets have no classes: labels ignored")
     return images
 
 
@@ -443,7 +443,7 @@ def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
             mixed[os.path.join(around, train[0])] = f"{around or 'folder'} has {there}/"
     if mixed:
         first, what = next(iter(mixed.items()))
-        what += f", and so on, {len(mixed)} times" * (len(mixed) > 1)
+        what += f"; {len(mixed) - 1} more like it" * (len(mixed) > 1)
         paths = "give --data_path " + " ".join(f"{place}/{path}" for path in mixed)
         raise UserError(what, f"--data_path {place}", f"add --split {first}" if archives else paths)
 
@@ -459,7 +459,7 @@ def _open_place(root: Path) -> Folder | Path:
 
 
 def _listed(path: Path, form: ImageFormat) -> ImageFiles:
-    """The images that a list names; one image, if the file is none."""
+    """The images in a list; for an image file, that image."""
     is_image = path.suffix.lower() in all_extensions()
     return ImageFiles(path, form=form) if is_image else ListedFiles(path, form=form)
 
@@ -520,7 +520,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     elif shared := shared_files(train, val):
         log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {shared[0]}")
     if len(known) == 1:
-        log(f"warning: only one class, {known[0]}, so all answers are right: are the class folders deeper?")
+        log(f"warning: only one class, {known[0]}: every prediction is right; check the class folders")
     if known == seen:
         return train, val
     where = f"--data_path {source.data_path}"
@@ -532,7 +532,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
 
 
 def shared_files(train: Images, val: Images) -> list[str]:
-    """The paths of val's images that train has too; a list or several sets may have them, two folders not."""
+    """The paths that are in both train and val; only lists and joined sets can share files."""
     if not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles)):
         return []
     if not any(isinstance(images, ListedFiles | JoinedFiles) for images in (train, val)):

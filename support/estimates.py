@@ -30,15 +30,15 @@ def sample_values(images: Images, channels: int) -> np.ndarray:
             continue
         rows, columns = (-(-side // SIDE) for side in values.shape[1:])
         part = values[:, ::rows, ::columns]
-        if np.isfinite(part).all():  # other images cannot be read either
-            parts.append(part.reshape(channels, -1))  # RGB counts as three times as many grey values
+        if np.isfinite(part).all():  # NaN counts as unreadable
+            parts.append(part.reshape(channels, -1))  # for one channel, RGB gives three values
     if not parts:
         raise UserError("no image of the sample can be read", sample_name(images, 0), "check the data")
     return np.concatenate(parts, axis=1)
 
 
 def _values(images: Images, index: int, channels: int) -> np.ndarray:
-    """The values of an image before they become grey levels, if they still have to: (C, H, W)."""
+    """The stored values if a range maps them to grey levels, else the levels: (C, H, W)."""
     if isinstance(images, ImageFiles) and images.form.value_range is not None:
         return load_values(*images.paths.file(index), channels)
     return pixels_of(images, index).numpy()

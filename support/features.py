@@ -119,7 +119,7 @@ def concat_patches(network: nn.Module, images: Tensor) -> Tensor:
 def with_mean(cls: Tensor, patches: Tensor) -> Tensor:
     """The CLS token (B, D) and the mean of the patches (B, ..., D), float32: (B, 2 D), interleaved.
 
-    In this order the published classifiers of ViT-B were trained.
+    The published ViT-B classifiers expect this order.
     """
     mean = patches.flatten(1, -2).float().mean(dim=1)
     return torch.stack([cls.float(), mean], dim=-1).flatten(1)

@@ -23,7 +23,7 @@ from support.logger import log
 
 
 def evenly_spread(count: int, most: int) -> list[int]:
-    """At most so many of the numbers below `count`, evenly spread, with the first and the last."""
+    """Up to `most` integers below `count`, evenly spread, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
@@ -249,7 +249,7 @@ class Folder:
             raise UserError(reason_of(error), self.root, fix) from None
 
     def entered(self) -> set[tuple[int, int]]:
-        """The folder itself as `find_images` notes it: links to it in its own folders are left out then."""
+        """The folder's entry in `entered`, so that `find_images` does not follow links back to it."""
         status = os.stat(self.root)
         return {(status.st_dev, status.st_ino)}
 

@@ -74,7 +74,7 @@ def load_levels(path: str, content: bytes | None, form: ImageFormat) -> Tensor:
 
 
 def levels_of(values: np.ndarray, form: ImageFormat, path: str) -> Tensor:
-    """The values of `load_values` as `load_levels` gives them."""
+    """Map the values of `load_values` to uint8 levels."""
     levels = to_levels(values, form.value_range, path)
     if len(levels) != form.channels:  # RGB
         levels = np.asarray(Image.fromarray(levels.transpose(1, 2, 0)).convert("L"))[None]
@@ -159,7 +159,7 @@ def _tiff_values(file: IO[bytes], channels: int, path: str) -> tuple[np.ndarray,
         colours, compression = series.keyframe.photometric.name, series.keyframe.compression.name
         is_rgb = colours in ("RGB", "YCBCR")
         if colours in NOT_VALUES or (colours == "YCBCR" and "JPEG" not in compression):
-            what = f"TIFF's numbers are no brightness: its colours are {colours}"
+            what = f"TIFF stores colours as {colours}, not as brightness"
             raise WrongFormat(what, path, "save it as grey values, 0 for black, or as RGB")
         try:
             values = series.asarray()

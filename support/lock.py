@@ -87,7 +87,7 @@ class FolderLock:
             return False
 
     def _read(self, patience: float = 0) -> dict | None:
-        """Read the file; None if there is none, or if we did not write it in `patience` seconds."""
+        """Read the lock; None if it is missing or incomplete for `patience` seconds."""
         deadline = time.monotonic() + patience
         while True:
             with contextlib.suppress(OSError, ValueError, TypeError):

@@ -43,7 +43,7 @@ def choose_l2(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0)
     held_out = [fifths == fifth for fifth in range(5 if len(labels) < MANY else 1)]
     held_out = [rows for rows in held_out if rows.any()]
     if not held_out:
-        log(f"note: one row of each class: regularisation {WITHOUT_CHOICE} is not chosen")
+        log(f"note: one image per class: regularisation fixed at {WITHOUT_CHOICE}")
         return WITHOUT_CHOICE
     scores = sum(_scores_held_out(features, labels, num_classes, rows) for rows in held_out)
     return max(zip(scores.tolist(), STRENGTHS, strict=True))[-1]  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from support.errors import UserError, reason, reason_of
 
 
 class Refused(Exception):
-    """A file contains what it must not; the text says what, after "file contains"."""
+    """A file contains something unsafe; the message completes "file contains"."""
 
     def __str__(self) -> str:
         return repr(super().__str__())[1:-1]  # in one line, whatever the names in a file are

@@ -42,7 +42,7 @@ def as_picture(pixels: Tensor) -> Image.Image:
     return to_pil_image(pixels[:3] if len(pixels) >= 3 else pixels[:1])
 
 
-# Inferno (matplotlib), as colours at equal distances, between which we interpolate: perceptually uniform.
+# Evenly spaced colours of inferno (matplotlib), which is perceptually uniform; we interpolate them.
 INFERNO = ((0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21),
            (250, 193, 39), (252, 255, 164))  # fmt: skip
 
@@ -65,8 +65,8 @@ def heat_map(values: Tensor, top: float | None = None) -> Image.Image:
 def glow(image: Image.Image, attention: Tensor, top: float = 8.0) -> Image.Image:
     """Lay attention (R, C) over an image, darkened and grey: smooth, and brighter where there is more of it.
 
-    Its colours reach from 0 to `top` times what each patch would have if all had the same. They follow the
-    square root, so that weak attention can be seen, too.
+    The colours reach from 0 to `top` times the mean attention. They follow the square root, so that weak
+    attention is visible.
     """
     shares = (attention / attention.mean() / top).float().clamp(0, 1).sqrt()[None, None]
     smooth = F.interpolate(shares, image.size[::-1], mode="bicubic")[0].clamp(0, 1)

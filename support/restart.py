@@ -79,8 +79,8 @@ class Run:
         From here to the end of the run's `with` block no other run can use the folder. `identity` holds
         everything that determines the run's maths, by name. Returns what the checkpoint holds besides the
         pieces, {} for a new run. Raises UserError for states that do not fit, and for a checkpoint with
-        another identity unless `allow_changed`, which is None for a script without such a flag. `added` is
-        what holds for a checkpoint from before these parts of the identity existed.
+        another identity unless `allow_changed`, which is None for a script without such a flag. `added`
+        gives the values for older checkpoints that lack a part of the identity.
         """
         self.pieces, self.identity = pieces, comparable(identity)
         with same_error_on_all_ranks(), main_process_first():
@@ -170,7 +170,7 @@ class Run:
             raise UserError(f"this differs from the run to resume: {listed}", str(path), fix)
         if changed:
             self.changed = listed
-            log(f"warning: resuming with {listed}: from here on the run differs from one started so")
+            log(f"warning: resuming with {listed}: a new run would give another result")
 
     def _load(self, checkpoint: dict, path: Path) -> None:
         fix = "give another --output_dir"

@@ -359,7 +359,7 @@ def _recorded_normalization(checkpoint: dict, source: str):
     except (TypeError, ValueError, KeyError, AttributeError):
         mean, std, value_range = (), (), None
     if not (0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0):
-        raise UserError(f"normalization is {record}", source, "give a mean and a deviation a channel")
+        raise UserError(f"normalization is {record}", source, "give both for each channel")
     limits = [number for pair in value_range or () for number in pair]
     if value_range is not None and (
         len(value_range) not in (1, len(mean))
@@ -416,7 +416,7 @@ def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor
     classifiers = tuple(f"{name}." for name in getattr(model, "dropped_classifiers", ()))
     extra = [n for n in backbone if n not in own and (n.startswith(classifiers) or WITHIN.match(n))]
     if rest or extra:
-        log(f"note: not used of {weights.source}: {groups([*extra, *rest])}")
+        log(f"note: {weights.source}: not used: {groups([*extra, *rest])}")
     return {name: value for name, value in backbone.items() if name not in extra}, head, prefix
 
 
@@ -563,7 +563,7 @@ def load_backbone(
 
 
 def assumed_of(model: nn.Module, weights: Weights) -> list[str]:
-    """The number of heads of a ViT whose file does not record its architecture: shapes do not show it."""
+    """["N heads assumed"] for a ViT whose file does not record its architecture; else []."""
     is_known = weights.named or _recorded(weights.trained, "arch")
     if is_known or not isinstance(model, VisionTransformer):
         return []
@@ -571,7 +571,7 @@ def assumed_of(model: nn.Module, weights: Weights) -> list[str]:
 
 
 def timm_config(weights: Weights, model: nn.Module) -> dict | None:
-    """timm's record of its own weights for its architecture; None for other weights, as from DINO."""
+    """timm's preprocessing of its own weights; None for weights that DINO trained."""
     is_ours = "arch" in weights.trained or weights.normalization
     return None if is_ours else getattr(model, "default_cfg", None)
 
@@ -738,7 +738,7 @@ def _settle(name: str, flag, record: dict, shape):
     """Return the flag, else the record, else the shape, else the fallback. Raises UserError."""
     recorded = _recorded(record, name)
     if flag is not None and recorded is not None and canonical(str(recorded)) != canonical(str(flag)):
-        what = f"weights were trained with {recorded}"
+        what = f"the weights have {name} {recorded}"
         raise UserError(what, f"--{name} {flag}", f"give --{name} {recorded}, or leave it out")
     return next(value for value in (flag, recorded, shape, FALLBACK[name]) if value is not None)
 

@@ -796,7 +796,7 @@ TRAINING_FOLDERS: list[tuple[str, Callable[[Path], None], int, str]] = [
 # Training flags, the exit code, and what is said.
 TRAINING_FLAGS = [
     ("a freeze beyond the training", "--freeze_last_layer 5", 2, "too long for --epochs 2"),
-    ("a freeze of all of a trial", "--max_steps 4", 0, "the prototypes stay frozen"),
+    ("a freeze of all of a trial", "--max_steps 4", 0, "keeps the prototypes frozen"),
     ("a warm-up of the temperature in 0 epochs", "--warmup_teacher_temp 0.02", 0, "has no effect"),
     ("`--knn_data` without `--knn_every`", "--knn_data x", 0, "--knn_data has no effect"),
     ("batch norm that gets one value per channel",

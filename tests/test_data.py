@@ -75,7 +75,7 @@ def test_parts_of_several_datasets_are_all_named(tmp_path):
     for folder in ("bottle/train", "bottle/test", "cable/train", "cable/test", "bullet_train", "test_tube"):
         save_images(tmp_path / folder, 1)
     train = f"--data_path {tmp_path}/bottle/train {tmp_path}/cable/train"
-    with pytest.raises(UserError, match=f"bottle has train/ and test/, and so on, 2 times .*: give {train}"):
+    with pytest.raises(UserError, match=f"bottle has train/ and test/; 1 more like it .*: give {train}"):
         open_training_images(Source(str(tmp_path)))
 
 
@@ -233,7 +233,7 @@ def test_one_class_and_equal_parts_do_not_pass_for_a_good_accuracy(tmp_path, cap
     for name in ("cat", "dog"):
         shutil.rmtree(tmp_path / "train" / name)
     open_train_and_val(Source(str(tmp_path)))
-    assert "warning: only one class, nested, so all answers are right" in capsys.readouterr().out
+    assert "warning: only one class, nested: every prediction is right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("packed", [False, True])

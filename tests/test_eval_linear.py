@@ -499,7 +499,7 @@ def test_a_classifier_without_names_needs_data_with_all_its_classes(tmp_path):
             "--avgpool_patchtokens has no effect",
         ),
         (("--evaluate", "--lr", 0.1), "--lr has no effect: --evaluate does not train"),
-        (("--logistic", "--lr", 0.1), "--lr has no effect: it is not for --logistic"),
+        (("--logistic", "--lr", 0.1), "--lr has no effect: --logistic ignores it"),
         (("--few_shot_seeds", 2), "--few_shot_seeds has no effect: it is for --logistic --few_shot"),
         ((), None),
     ],

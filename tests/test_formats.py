@@ -179,7 +179,7 @@ def test_tiffs_whose_numbers_are_no_brightness_are_refused(tmp_path, colours):
     more = {"colormap": np.zeros((3, 256), np.uint16)} if colours == "palette" else {}
     tifffile.imwrite(tmp_path / "x.tif", values, photometric=colours, **more)
     images = open_training_images(Source(str(tmp_path), form=ImageFormat(3, ((0.0, 255.0),))))
-    with pytest.raises(WrongFormat, match=f"its colours are {colours.upper()}"):
+    with pytest.raises(WrongFormat, match=f"stores colours as {colours.upper()}, not as brightness"):
         images.pixels(0)
 
 
@@ -357,7 +357,7 @@ def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, t
     finally:
         moved.rename(satellite / "train")
     assert weights_of(tmp_path)["normalization"]["mean"] == [0.25] * BANDS
-    assert "as in the run to resume: --value_range" in capsys.readouterr().out
+    assert "from the run to resume: --value_range" in capsys.readouterr().out
 
 
 def planted(run: Path, path: Path) -> str:
@@ -491,7 +491,7 @@ def test_what_is_beside_the_loop_normalises_by_the_flags(satellite):
         ("--value_range 5 1", "LOW is not below HIGH .*--value_range 5 1"),
         ("--value_range 0 1 2", "one pair for all channels, or one for each"),
         ("--value_range 0 1 0 1", "give LOW HIGH, or 13 pairs"),
-        ("--value_range 0 auto", "numbers beside auto"),
+        ("--value_range 0 auto", "mixes auto and numbers"),
         ("--mean 0.5 0.5 0.5", "3 numbers for 13 channels .*--mean"),
         ("--mean " + "0.5 " * 13 + "--std " + "0 " * 13, "above 0 .*--std"),
     ],
@@ -543,7 +543,7 @@ def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images
     ):
         again = [*flags, "--init_from", str(tmp_path / "13" / "checkpoint.pth")]
         main_dino.main(main_dino.parse_args([*again, "--output_dir", str(tmp_path / "no")]))
-    with pytest.raises(UserError, match="weights were trained with 13 .*--in_chans 3"):
+    with pytest.raises(UserError, match="the weights have in_chans 13 .*--in_chans 3"):
         load_backbone(str(tmp_path / "13" / "checkpoint.pth"), in_chans=3)
 
 
@@ -569,7 +569,7 @@ def test_the_log_and_warnings_name_what_has_no_effect(satellite, tmp_path, capsy
           "--gray_p", "0.3", "--jitter", "0.4", "0.4", "0.3", "0.1")  # fmt: skip
     said = capsys.readouterr().out
     assert "13 channels: hue, saturation and grey views are left out" in said
-    assert "--gray_p has no effect" in said and "--jitter has no effect: of S and H" in said
+    assert "--gray_p has no effect" in said and "--jitter has no effect: S and H need three channels" in said
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18", "vit_tiny_patch16_224", "convnext_tiny"])

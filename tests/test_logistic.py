@@ -92,7 +92,7 @@ def test_of_many_rows_one_fifth_is_enough(monkeypatch):
 def test_with_one_row_of_each_class_nothing_is_chosen(capsys):
     x, y = blobs(3)
     assert logistic.choose_l2(x, y, 3) == logistic.WITHOUT_CHOICE
-    assert "note: one row of each class" in capsys.readouterr().out
+    assert "note: one image per class" in capsys.readouterr().out
 
 
 def test_a_fit_that_does_not_converge_says_so(monkeypatch, capsys):

@@ -88,7 +88,7 @@ def test_a_second_run_on_a_folder_gives_the_same(tmp_path, capsys, out):
     flags = *RANDOM_VIT, "--image_path", tmp_path, "--image_size", 32, "--output_dir", tmp_path / out
     look(*flags)
     first, said = contents(tmp_path), capsys.readouterr().out
-    assert "left out" not in said and said.count("would take the pictures") == 1
+    assert "left out" not in said and said.count("would read its pictures") == 1
     look(*flags)
     assert contents(tmp_path) == first
     assert f"left out {len(first) - 2} pictures of an earlier run" in capsys.readouterr().out
@@ -364,7 +364,7 @@ def test_the_demo_draws_the_trained_network(tmp_path):
     out = run("visualize_attention.py", "--demo", "--pretrained_weights", str(tmp_path / "checkpoint.pth"),
               "--output_dir", str(tmp_path)).stdout  # fmt: skip
     demo = "--demo", "--pretrained_weights", tmp_path / "checkpoint.pth", "--output_dir", tmp_path
-    with pytest.raises(UserError, match="trained with vit_nano"):
+    with pytest.raises(UserError, match="have arch vit_nano"):
         look(*demo, "--arch", "vit_small")
     with pytest.raises(UserError, match="--image_size 60"):
         look(*demo, "--image_size", "60")

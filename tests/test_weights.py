@@ -216,9 +216,9 @@ def test_a_digest_tells_weights_apart(vits):
 
 def test_flags_that_contradict_the_checkpoint_are_an_error(vits, tmp_path):
     path = write(vit_files(*vits)["ours.pth"], tmp_path / "ours.pth")
-    with pytest.raises(UserError, match=r"trained with vit_nano \(--arch vit_small\): give --arch vit_nano"):
+    with pytest.raises(UserError, match=r"have arch vit_nano \(--arch vit_small\): give --arch vit_nano"):
         load_backbone(path, arch="vit_small")
-    with pytest.raises(UserError, match=r"trained with 8 \(--patch_size 16\)"):
+    with pytest.raises(UserError, match=r"have patch_size 8 \(--patch_size 16\)"):
         load_backbone(path, patch_size=16)
     with pytest.raises(UserError, match=r"--image_size 30\): try 24 or 32"):
         load_backbone(path, image_size=30)
@@ -266,7 +266,7 @@ def test_a_published_model_is_downloaded_by_name_once(server, vits):
     torch.testing.assert_close(model.state_dict(), vit_small.state_dict(), rtol=0, atol=0)
     shutil.rmtree(folder)
     load_backbone("dino_vits8", None, "vit_small", 8, 224)  # kept
-    with pytest.raises(UserError, match=r"trained with 8 \(--patch_size 16\)"):
+    with pytest.raises(UserError, match=r"have patch_size 8 \(--patch_size 16\)"):
         load_backbone("dino_vits8", None, "vit_small", 16, 224)
     with pytest.raises(UserError, match="no 'student' in file .*leave --checkpoint_key out"):
         load_backbone("dino_vits8", "student")
@@ -305,7 +305,7 @@ def test_a_run_begins_with_backbone_and_head(tmp_path):
     path = write({"teacher": old.state_dict(), "args": VIT_ARGS}, tmp_path / "old.pth")
     init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
     torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
-    with pytest.raises(UserError, match="trained with vit_nano .*give --arch vit_nano"):
+    with pytest.raises(UserError, match="have arch vit_nano .*give --arch vit_nano"):
         init_from(new.backbone, new.head, path, "vit_tiny", 8, 32)
     narrow = utils.MultiCropWrapper(
         students(32).backbone, utils.DINOHead(128, 32, hidden_dim=32, bottleneck_dim=16)
@@ -594,14 +594,14 @@ def test_leftovers_are_said_when_they_are_heads_and_else_an_error(vits, tmp_path
         {"state_dict": state | {"queue": torch.ones(3), "head.0.weight": torch.ones(1, 1)}}, tmp_path / "a"
     )
     load_backbone(path)
-    assert f"not used of {path}: queue" in capsys.readouterr().out
+    assert f"{path}: not used: queue" in capsys.readouterr().out
     path = write({"state_dict": state | {"gate.weight": torch.ones(3)}}, tmp_path / "b")
     with pytest.raises(UserError, match="unknown purpose in file: gate .*--checkpoint_key backbone"):
         load_backbone(path)
     torch.testing.assert_close(load_backbone(path, "backbone").network.state_dict(), vits[0])
     path = write(vits[0] | {"head.weight": torch.ones(9, 128)}, tmp_path / "c")
     load_backbone(path)
-    assert f"not used of {path}: head" in capsys.readouterr().out
+    assert f"{path}: not used: head" in capsys.readouterr().out
 
 
 def test_values_that_are_no_tensors_are_named(vits, tmp_path):
