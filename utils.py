@@ -74,7 +74,7 @@ def draw_view(width: int, height: int, kind: Kind, rng=random, recipe: Recipe = 
     """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
     quarters = rng.randrange(4) if recipe.quarter_turns else 0
     high, wide = kind.size[::-1] if quarters % 2 else kind.size  # before the turn
-    return View(  # drawn in the order of the arguments; what is off draws nothing, so the paper's draws stay
+    return View(  # drawn in this order; what is off draws nothing, so the defaults draw as the paper
         size=kind.size,
         box=draw_box(width, height, kind.scale, rng, [wide / high * aspect for aspect in recipe.crop_aspect]),
         flip=happens(recipe.hflip_p, rng),
@@ -151,7 +151,7 @@ class GaussianBlur:
 
 
 class Solarization:
-    """With probability `p`, invert the pixels of an image from a level of 128 on."""
+    """With probability `p`, invert the pixels of 128 and above."""
 
     def __init__(self, p: float):
         self.p = p
@@ -387,13 +387,13 @@ class DINOLoss(nn.Module):
         return first + (last - first) * epoch / self.warmup_epochs
 
     def adapted_temp(self, outputs: Tensor, epoch: float) -> Tensor:
-        """The teacher's temperature, lowered until outputs (2*B, K) deviate by `adapt_teacher_temp` times it.
+        """The teacher's temperature, at most the deviation of outputs (2*B, K) over `adapt_teacher_temp`.
 
-        That is their standard deviation over the batches of all ranks, the root mean square over prototypes.
+        The deviation is over the images of all ranks, as a root mean square over prototypes.
         """
         mean, square = all_reduce_mean(torch.stack([outputs.mean(dim=0), outputs.square().mean(dim=0)]))
         deviation = (square - mean.square()).mean().clamp(min=0).sqrt()
-        return (deviation / self.adapt_teacher_temp).clamp(1e-4, self.teacher_temp(epoch))  # less: rounding
+        return (deviation / self.adapt_teacher_temp).clamp(1e-4, self.teacher_temp(epoch))  # avoids 0
 
     def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: float) -> Tensor:
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
@@ -419,8 +419,8 @@ class DINOLoss(nn.Module):
                 loss = -(teacher_p * others).sum(dim=-1).mean() / (self.ncrops - 1)
 
             with torch.no_grad():
-                mean_p = teacher_p.mean(dim=(0, 1))
-                spread = _entropy(mean_p, mean_p.clamp(min=1e-30).log()) - entropy
+                mean_p = teacher_p.mean(dim=(0, 1))[None]  # (1, K): before torch 2.11, MPS lacks (K,) @ (K,)
+                spread = _entropy(mean_p, mean_p.clamp(min=1e-30).log())[0] - entropy
                 stats = {"loss": loss, "entropy": entropy, "spread": spread, "kl": loss - entropy}
                 stats |= {"temp": temp} if isinstance(temp, Tensor) else {}
                 self.parts.append((torch.stack([*stats.values()]), teacher_output.float().mean(dim=0)[None]))

@@ -48,8 +48,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         q, k, v = self.project(x, cls_only)
         # On the CPU, the fused kernel saves memory for many tokens, but it is slower for the few tokens of
-        # small crops, and in bfloat16 for any number of tokens.
-        if x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training):
+        # small crops, and in bfloat16 for any number of tokens. For a single query it saves nothing, and
+        # MPS of torch 2.8 to 2.11 computes it wrongly (https://github.com/pytorch/pytorch/issues/181133).
+        if not cls_only and (x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training)):
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             out = self.weights(q, k) @ v
