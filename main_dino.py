@@ -733,7 +733,10 @@ class Training:
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
     """Build networks, loss, optimizer and schedules. Raises UserError."""
     check_device(args, device)
-    torch.backends.cudnn.deterministic = True  # else the last bits of gradients change from run to run
+    # Else the last bits of gradients change from run to run: of convolutions, and of attention by cuDNN,
+    # whose sums have no fixed order (https://github.com/pytorch/pytorch/pull/182551).
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
     student_without_ddp, teacher = build_networks(args)
     center = None

@@ -224,9 +224,12 @@ class Run:
     def _ruined(self) -> str | None:
         """Describe weights that are not finite, or whose squares are not; None if there are none.
 
-        A step can ruin the weights after a finite loss.
+        A step can ruin the weights after a finite loss. In float16, a scaler skips such steps and lowers
+        its scale: if it vanishes, no step is left.
         """
         for name, piece in self.pieces.items():
+            if isinstance(piece, torch.amp.GradScaler) and piece.is_enabled() and piece.get_scale() < 1e-3:
+                return f"gradients were not finite at any scale ({name}: {piece.get_scale():.1e})"
             tensors = list(piece.state_dict().values()) if isinstance(piece, nn.Module) else []
             largest = [tensor.float().abs().max() for tensor in tensors if tensor.numel()]
             size = torch.stack(largest).max().item() if largest else 0.0  # NaN if one is

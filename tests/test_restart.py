@@ -342,6 +342,32 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path):
     run.lock.release()
 
 
+def test_a_float16_run_whose_steps_are_all_skipped_is_not_saved(tmp_path):
+    """Its loss stays finite, but the scaler skips each step and halves its scale, to 0 in the end."""
+    network, scaler = torch.nn.Linear(1, 1), torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    run = Run(tmp_path, required=("student",), advice="try a lower --lr")
+    assert run.resume({"student": network, "fp16_scaler": scaler}, {}) == {}
+
+    def step(gradient: float) -> None:
+        scaler.scale(network.weight.sum() * gradient).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    for _ in range(16):  # 65,536 becomes 1
+        step(torch.inf)
+    step(1.0)
+    run.save({"step": 17, "epoch": 0})
+    for _ in range(10):
+        step(torch.nan)
+    words = r"gradients were not finite at any scale \(fp16_scaler: 9.8e-04\): not saved.*try a lower --lr"
+    with pytest.raises(TrainingError, match=words):
+        run.save({"step": 27, "epoch": 0})
+    assert load_checkpoint(run.checkpoint)["step"] == 17
+    run.lock.release()
+
+
 def test_flags_that_change_the_maths_are_not_free():
     flags = {action.dest for action in main_dino.get_args_parser()._actions}
     maths = (
