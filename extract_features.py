@@ -186,6 +186,7 @@ class Store:
         self.dtype = np.dtype(identity["dtype"])
         self.suffix = f".{identity['format']}"
         self.final, self.record_file = folder / f"features{self.suffix}", folder / "features.json"
+        self.final_labels, self.names_file = folder / f"labels{self.suffix}", folder / "names.txt"
         self.partial = folder / "features.npy.partial"
         self.partial_labels = folder / "labels.npy.partial"
         row = math.prod(shape[1:]) * self.dtype.itemsize  # bytes
@@ -224,12 +225,13 @@ class Store:
             listed = ", ".join(f"{name} {known.get(name)} -> {self.identity[name]}" for name in changed)
             fix = "give the old values or another --output_dir"
             raise UserError(f"this differs from the features in it: {listed}", str(self.folder), fix)
+        for path in (self.final, self.final_labels, self.names_file) if not record else ():
+            if path.exists():
+                raise UserError("file is not ours", str(path), "give another --output_dir")
         self.done, self.unreadable = record.get("blocks", 0), record.get("unreadable", [])
-        if self.final.exists() and record:
+        if self.final.exists():
             self.done = self.blocks
             self._remove_partial()
-        elif self.final.exists():
-            raise UserError("file is not ours", str(self.final), "give another --output_dir")
         elif self.done and self.partial.exists() and self.partial_labels.exists():
             log(f"resuming {self.partial} at row {self.rows(self.done).start:,} of {self.shape[0]:,}")
         else:
@@ -251,13 +253,12 @@ class Store:
 
     def finish(self, names: list[str], classes: list[str]) -> None:
         """Write the final files; the features appear last."""
-        with replacing(self.folder / "names.txt") as file:
+        with replacing(self.names_file) as file:
             file.writelines(os.fsencode(name) + b"\n" for name in names)
-        labels = self.folder / f"labels{self.suffix}"
         if (self.labels >= 0).any():
-            self._save(labels, self.labels)
+            self._save(self.final_labels, self.labels)
         else:  # of earlier features
-            labels.unlink(missing_ok=True)
+            self.final_labels.unlink(missing_ok=True)
         self.record(classes=classes)
         if self.suffix == ".npy":
             os.replace(self.partial, self.final)

@@ -68,12 +68,23 @@ def test_images_beside_folders_have_no_classes(images, tmp_path):
     extract(tmp_path, "--data_path", str(images))
     found = read_features(tmp_path)
     assert found.labels is None and found.classes == [] and not (tmp_path / "labels.npy").exists()
-    for name in ("features.npy", "features.json"):
-        (tmp_path / name).unlink()
+    (tmp_path / "features.npy").unlink()
     (tmp_path / "labels.npy").touch()  # of earlier features
     extract(tmp_path, "--data_path", str(images))
     assert not (tmp_path / "labels.npy").exists()
     assert names(tmp_path) == [f"{i:03}.png" for i in range(8)] + [f"nested/{i:03}.png" for i in range(12)]
+
+
+@pytest.mark.parametrize("name", ["features", "labels", "names.txt"])
+@pytest.mark.parametrize("format", ["npy", "pt"])
+def test_no_file_of_the_user_is_overwritten(labelled, images, tmp_path, name, format):
+    path = tmp_path / (name if "." in name else f"{name}.{format}")
+    path.write_text("the user's")
+    for data in (labelled / "train", images):  # with classes and without
+        with pytest.raises(UserError, match=rf"^file is not ours .*{path.name}\): give another --output_dir"):
+            extract(tmp_path, "--data_path", str(data), "--format", format)
+    assert path.read_text() == "the user's"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_list_gives_its_order_and_its_names(images, labelled, tmp_path):
