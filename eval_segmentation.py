@@ -153,6 +153,8 @@ class MaskedFiles(ImageFiles):
         self.masks = [found["masks"][stem] for stem in self.stems]
         self.present = self._check()
         log(f"{split} images: {root}: {len(self):,} images, {len(self.present)} classes")
+        if 0 not in self.present:
+            log("warning: no mask has the background 0: all pixels count as objects")
         self._compare_palettes()
 
     def class_mask(self, index: int) -> Tensor:

@@ -215,6 +215,18 @@ def test_images_without_objects_are_left_out_of_the_attention(tmp_path, capsys):
     assert "3 images; left out 1 without objects" in capsys.readouterr().out
 
 
+def test_masks_without_background_are_named(tmp_path, capsys):
+    write_voc(tmp_path)
+    MaskedFiles(tmp_path, "val")
+    assert "no mask" not in capsys.readouterr().out
+    for path in (tmp_path / "SegmentationClass").glob("val*"):
+        numbers = np.array(Image.open(path))
+        Image.fromarray(np.where(numbers == 0, 2, numbers)).save(path)  # the background is a class
+    MaskedFiles(tmp_path, "val")
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "warning: no mask has the background 0: all pixels count as objects"
+
+
 def test_the_paper_s_data_are_recognised(tmp_path):
     write_voc(tmp_path, 1, 1, (48, 32))
     for folder in ("JPEGImages", "SegmentationClass"):
