@@ -10,8 +10,10 @@ Shapes: N training images, M test images, D features, k neighbours.
 """
 
 import argparse
+import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -238,10 +240,16 @@ FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels
 
 
 def dump_features(folder: Path, tensors: Sequence[Tensor]) -> None:
-    """Save train and test features and labels in the published code's files. Raises OSError."""
-    for name, tensor in zip(FEATURE_FILES, tensors, strict=True):
-        with replacing(folder / name) as file:
+    """Save train and test features and labels in the published code's files.
+
+    Writes all before it replaces the first, so that old and new ones do not mix. Raises OSError.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, tensor in zip(FEATURE_FILES, tensors, strict=True):
+            file = stack.enter_context(replacing(folder / name))
             torch.save(tensor.cpu(), file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def load_features(folder: str, device: torch.device) -> Data:
@@ -383,8 +391,6 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         tensors = compute_features(args, device, keep_on)
     if not is_main_process():
         return {}
-    if folder:
-        dump_features(folder, tensors)
     x, y, test_x, test_y = tensors
     y, test_y, num_classes = number_classes(y, test_y)
     most = len(x)
@@ -394,6 +400,8 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     accuracies = knn_accuracies(x, y, test_x, test_y, ks, args.temperature, num_classes)
     for k, (top1, top5) in accuracies.items():
         log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+    if folder:
+        dump_features(folder, tensors)
     return accuracies
 
 

@@ -288,8 +288,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()  # it would take room on a full disk
-        if isinstance(error.__context__, OSError):  # torch raises another error over it
-            raise error.__context__ from None
+        # torch raises another error over it
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        if isinstance(cause, OSError):
+            cause.filename = cause.filename or str(path)  # a failed write does not name its file
+            raise cause from None
         raise
     _sync_folder(path.parent)
 

@@ -167,6 +167,20 @@ def run(*command: str, check: bool = True, env: dict | None = None) -> subproces
     return result
 
 
+FULL_DISK = """
+import importlib, resource, signal, sys
+script, room = importlib.import_module(sys.argv.pop(1)), int(sys.argv.pop(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows too large is an OSError, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+script.cli.run_script(script.main, script.parse_args())
+"""
+
+
+def run_on_full_disk(script: str, room: int, *flags: str) -> subprocess.CompletedProcess:
+    """A script as a real process that can write no file of more than `room` bytes."""
+    return run("-c", FULL_DISK, script, str(room), *flags, check=False)
+
+
 def free_port() -> int:
     """A port that nothing listens at."""
     with socket.socket() as probe:

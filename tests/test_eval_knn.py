@@ -12,7 +12,7 @@ import eval_knn
 from support.distributed import fix_random_seeds
 from support.errors import UserError
 from support.weights import load_backbone
-from tests.conftest import run, save_images, torchrun
+from tests.conftest import run, run_on_full_disk, save_images, torchrun
 
 
 def brute_force(train, train_labels, test, test_labels, k, T, num_classes):
@@ -160,6 +160,22 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, caps
     same = str(tmp_path / "features" / ".." / "features")
     with pytest.raises(UserError, match="would overwrite --load_features"):
         evaluate("--load_features=~/features", "--dump_features", same)
+
+
+def test_a_full_disk_loses_neither_accuracies_nor_features_of_before(tmp_path):
+    folder, old = tmp_path / "dumped", tmp_path / "old"
+    for each in (folder, old):
+        each.mkdir()
+        saved_features(each)
+    saved_features(tmp_path, testfeat=lambda rows: rows.repeat(400, 1), testlabels=lambda y: y.repeat(400))
+    flags = "--load_features", str(tmp_path), "--dump_features", str(folder), "--nb_knn", "5"
+    result = run_on_full_disk("eval_knn", 50_000, *flags)  # the training features have room
+    assert result.returncode == 1 and "5-NN classifier result: Top1: " in result.stdout
+    where = folder / "testfeat.pth"
+    assert result.stderr == f"error: File too large ({where}): correct this, then run the same command\n"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(eval_knn.FEATURE_FILES)
+    for name in eval_knn.FEATURE_FILES:
+        assert (folder / name).read_bytes() == (old / name).read_bytes()
 
 
 @pytest.mark.parametrize(
