@@ -1101,6 +1101,8 @@ def draw_preview(args: argparse.Namespace) -> None:
 # Demo
 # ---------------------------------------------------------------------------------------------
 
+DEMO_MARK = {"Software": "DINO main_dino.py --demo"}  # text in the PNG, which identifies our pictures
+
 
 def report_demo(args: argparse.Namespace) -> None:
     """Evaluate before and after training as a user would; save a picture of the attention."""
@@ -1127,7 +1129,7 @@ def report_demo(args: argparse.Namespace) -> None:
         log(f"  {name:22} {accuracy:5.1f} %")
     try:
         draw_demo(args, weights, knn)
-    except UserError as error:  # a network without attention
+    except UserError as error:  # a network without attention, or a demo.png of others
         log(f"note: no picture: {error}")
 
 
@@ -1162,7 +1164,8 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
     accuracies = [knn[name] for name in ("raw pixels", *networks)]
     title = "k-NN accuracy: raw pixels {:.0f} %, before training {:.0f} %, after {:.0f} %".format(*accuracies)
     path = Path(args.output_dir, "demo.png").expanduser()
-    titled_rows(f"DINO, trained without labels. {title}", rows).save(path, optimize=True)
+    picture = titled_rows(f"DINO, trained without labels. {title}", rows)
+    save_picture(picture, path, set(), DEMO_MARK, optimize=True)
     log(f"picture: {path}")
 
 

@@ -38,6 +38,7 @@ from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
 from support.features import patch_size_of, patch_tokens
+from support.files import replacing
 from support.formats import ImageFormat
 from support.logger import MetricLogger, log
 from support.pca import SIDES, PatchColours
@@ -246,13 +247,16 @@ def check_free(
         raise UserError("would overwrite a file that this script did not write", str(path), fix)
 
 
-def save_picture(picture: Image.Image, path: Path, inputs: set[Path], mark: dict[str, str] = MARK) -> None:
-    """Save a PNG with a script's mark. Raises UserError as `check_free` does."""
+def save_picture(
+    picture: Image.Image, path: Path, inputs: set[Path], mark: dict[str, str] = MARK, optimize: bool = False
+) -> None:
+    """Save a PNG with a script's mark, whole or not at all. Raises UserError as `check_free` does."""
     check_free(path, inputs, mark)
     text = PngInfo()
     for name, value in mark.items():
         text.add_text(name, value)
-    picture.save(path, pnginfo=text)
+    with replacing(path) as file:
+        picture.save(file, "PNG", pnginfo=text, optimize=optimize)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -908,6 +908,23 @@ def test_one_host_sync_per_step(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_demo_keeps_a_picture_of_the_user(images, tmp_path):
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1)
+    args = main_dino.parse_args([*TINY, "--output_dir", str(tmp_path)])
+    knn = {"raw pixels": 1, "random initialisation": 2, "trained teacher": 3}
+    path = tmp_path / "demo.png"
+    path.write_bytes(b"the user's")
+    with pytest.raises(UserError, match=r"would overwrite .*demo.png\): give another --output_dir"):
+        main_dino.draw_demo(args, str(tmp_path / "checkpoint.pth"), knn)
+    assert path.read_bytes() == b"the user's"
+    path.unlink()
+    for _ in range(2):  # its own is replaced
+        main_dino.draw_demo(args, str(tmp_path / "checkpoint.pth"), knn)
+    with Image.open(path) as picture:
+        assert picture.width > 100
+
+
+@pytest.mark.slow
 def test_a_short_demo_learns_and_shows_it(tmp_path):
     """Half of the demo: the teacher is already ahead of both baselines, with any version of torch."""
     flags = "--demo", "--epochs", "3", "--output_dir", str(tmp_path)

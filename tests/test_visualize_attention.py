@@ -13,7 +13,7 @@ from support.pictures import enlarge, heat_map
 from support.pixels import normalize
 from support.video import Frames, write_video
 from support.weights import load_backbone
-from tests.conftest import picture, run, save_images
+from tests.conftest import picture, run, run_on_full_disk, save_images
 
 RANDOM_VIT = "--pretrained_weights random --arch vit_nano --patch_size 8".split()
 
@@ -72,6 +72,16 @@ def test_no_file_of_the_user_is_overwritten(tmp_path, name):
     with pytest.raises(UserError, match=rf"would overwrite .*{name}\): give another --output_dir"):
         look(*RANDOM_VIT, "--image_path", tmp_path / name, "--image_size", 32, "--output_dir", tmp_path)
     assert contents(tmp_path) == {name: before}  # refused before anything is written
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path):
+    save_images(tmp_path / "in", 1)
+    flags = [*RANDOM_VIT, "--image_path", str(tmp_path / "in"), "--image_size", "32", "--output_dir"]
+    result = run_on_full_disk("visualize_attention", 200, *flags, str(tmp_path / "out"))
+    where, fix = tmp_path / "out" / "img.png", "correct this, then run the same command"
+    assert result.returncode == 1 and result.stderr == f"error: File too large ({where}): {fix}\n"
+    assert not list((tmp_path / "out").iterdir())
+    look(*flags, tmp_path / "out")  # once there is room
 
 
 def test_a_picture_of_ours_that_is_the_input_is_not_overwritten_either(tmp_path):
