@@ -19,6 +19,7 @@ Shapes: B images of H x W pixels, D features.
 
 import argparse
 import importlib
+import io
 import json
 import os
 import tempfile
@@ -33,6 +34,7 @@ from support import cli
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.features import load_by_flags
+from support.files import replacing
 from support.logger import log
 from support.pixels import Size, height_and_width, size_words
 from support.weights import Frozen, load_backbone, load_strictly
@@ -93,7 +95,8 @@ def to_backbone(frozen: Frozen, path: Path) -> Exported:
     known = records(frozen)
     if isinstance(frozen.network, VisionTransformer):
         known["args"]["patch_size"] = frozen.network.patch_embed.patch_size
-    torch.save({"state_dict": frozen.network.state_dict(), **known}, path)
+    with replacing(path) as file:
+        torch.save({"state_dict": frozen.network.state_dict(), **known}, file)
     again = load_backbone(str(path))
     said, meant = ((x.image_size, x.mean, x.std, x.form) for x in (again, frozen))
     if said != meant:
@@ -244,7 +247,10 @@ def to_onnx(frozen: Frozen, path: Path) -> Exported:
 def to_torch_export(frozen: Frozen, path: Path) -> Exported:
     """A `torch.export` program of images (B, C, H, W), B free."""
     program = torch.export.export(frozen.network, (random_images(frozen, 2),), dynamic_shapes=ANY_NUMBER)
-    torch.export.save(program, path)
+    saved = io.BytesIO()  # on a full disk, torch would abort the process
+    torch.export.save(program, saved)
+    with replacing(path) as file:
+        file.write(saved.getbuffer())
     return torch.export.load(path).module()
 
 

@@ -8,7 +8,7 @@ import export
 from support.errors import TrainingError, UserError
 from support.pixels import eval_transform
 from support.weights import Frozen, load_backbone
-from tests.conftest import picture
+from tests.conftest import picture, run_on_full_disk
 from vision_transformer import vit_nano, vit_tiny
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
@@ -187,6 +187,15 @@ def test_a_missing_package_is_one_clear_line(checkpoint, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=f"needs the package {package} .--to {to}.: pip install {package}"):
         write(tmp_path, checkpoint, "--to", to)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["backbone", "torch_export"])  # those that torch writes
+def test_a_full_disk_is_one_clear_line(checkpoint, tmp_path, to):
+    flags = "--pretrained_weights", str(checkpoint), "--output_dir", str(tmp_path), "--to", to
+    result = run_on_full_disk("export", 20_000, *flags)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: File too large ({tmp_path}/.export")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_export_leaves_no_file(checkpoint, tmp_path, monkeypatch):
