@@ -33,7 +33,7 @@ from torchvision.transforms.functional import crop, get_dimensions, resize
 
 from support import cli
 from support.attention import attention_map, keep_mass
-from support.backbones import check_divides
+from support.backbones import canonical, check_divides
 from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
@@ -57,9 +57,11 @@ from support.pixels import as_tensor, in_channels, normalize
 from support.shapes import Shapes
 from support.video import ENCODERS, Frames, comment_of, write_video
 from support.weights import Frozen, load_backbone
+from vision_transformer import VITS
 
 DEMO = {"pretrained_weights": "demo_run/checkpoint.pth", "image_size": [192], "threshold": 0.6}
 VIDEO = {"image_size": [480]}  # keeps the frames' shape
+PATCH_SIZE = 8  # of a random ViT
 ON_SHEET = 16  # images at most
 FIT_ON = 100  # frames of a video, at most, that fix the scale of its colours
 
@@ -68,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags. A parent for other parsers, so it has no `--help`."""
     parser = cli.ArgumentParser("Visualize Self-Attention maps", add_help=False)
     # fmt: off
-    cli.add_weights_flags(parser)
+    cli.add_weights_flags(parser, patch_size=PATCH_SIZE)
     group = parser.add_argument_group("images")
     group.add_argument("--image_path", nargs="+", default=None, metavar="PATH",
         help="image files, and folders to search for images")
@@ -487,8 +489,9 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
     """Load the network that the flags name, to the device. Raises UserError."""
     if args.demo and not Path(args.pretrained_weights).is_file():
         raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
-    patch_size = args.patch_size or (8 if args.pretrained_weights == "random" else None)
-    network = args.pretrained_weights, args.checkpoint_key, args.arch, patch_size
+    is_ours = args.arch is None or canonical(args.arch) in VITS
+    by_default = PATCH_SIZE if args.pretrained_weights == "random" and is_ours else None
+    network = args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size or by_default
     frozen = load_backbone(*network, in_chans=args.in_chans, value_range=args.value_range)
     if (args.demo or args.video) and frozen.form.channels not in (1, 3):
         what = f"the network takes {frozen.form.channels} channels"

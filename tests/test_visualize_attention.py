@@ -32,6 +32,19 @@ def test_published_flags_and_defaults():
     assert args["output_dir"] == "attention"  # published: ".", where it overwrote the user's files
 
 
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [("vit_nano", "vit_nano, patch 8"), ("resnet10t", "resnet10t")],
+)
+def test_a_random_vit_has_the_patch_size_of_the_help(tmp_path, capsys, arch, words):
+    assert "else 8)" in " ".join(visualize_attention.get_args_parser().format_help().split())
+    save_images(tmp_path, 2)
+    look("--pretrained_weights", "random", "--arch", arch, "--image_path", tmp_path, "--image_size", 128,
+         "--pca", "--foreground", "all", "--output_dir", tmp_path / "out")  # fmt: skip
+    said = capsys.readouterr().out
+    assert f"weights: random: {words}\n" in said and "--patch_size" not in said
+
+
 # ---- pictures
 
 
