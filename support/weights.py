@@ -250,11 +250,22 @@ def _is_floating_point(value) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def _is_plain(value: Tensor) -> bool:
+    return value.layout == torch.strided and not (value.is_quantized or value.is_nested)
+
+
 def check_finite(state: dict[str, Tensor], source: str) -> None:
-    """Raise UserError if a weight is infinite or NaN, since its output could still look like a result."""
+    """Raise UserError if a weight is infinite or NaN, since its output could still look like a result.
+
+    Also for tensors without values, and for those that are sparse, quantized or nested.
+    """
     empty = [name for name, value in state.items() if value.is_meta]
     if empty:
         raise UserError(f"weights without values: {', '.join(empty[:3])}", source, f"save with {SAVE}")
+    odd = [name for name, value in state.items() if not _is_plain(value)]
+    if odd:
+        what = f"weights are sparse, quantized or nested: {', '.join(odd[:3])}"
+        raise UserError(what, source, "save dense tensors of floating-point numbers")
     broken = [name for name, value in state.items() if not value.float().isfinite().all()]
     if broken:
         what = f"weights are not finite: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}"

@@ -199,6 +199,22 @@ def test_weights_that_are_no_numbers_are_refused(vits, tmp_path):
         init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda value: value.to_sparse(),
+        lambda value: value.to_sparse_csr(),
+        lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+        lambda value: torch.nested.nested_tensor([value]),
+    ],
+)
+def test_weights_that_are_sparse_or_quantized_are_refused(vits, convert, tmp_path):
+    name = "blocks.0.mlp.fc1.weight"
+    path = write(vits[0] | {name: convert(vits[0][name])}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=rf"^weights are sparse, quantized or nested: {name} \(.*odd.pth\): "):
+        load_backbone(path)
+
+
 @pytest.mark.parametrize("args", ["a word", {"arch": None, "patch_size": None}])
 def test_a_record_that_says_nothing_leaves_it_to_the_shapes(vits, tmp_path, args):
     path = write({"teacher": prefixed(vits[0], "backbone."), "args": args}, tmp_path / "odd.pth")
