@@ -1,5 +1,6 @@
 """Keeps a second run out of a folder that a run writes to."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -25,9 +26,10 @@ class FolderLock:
         self.token = uuid.uuid4().hex
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._pid = 0  # of the process that has taken the folder
 
     def acquire(self) -> None:
-        """Take the folder. Raises UserError if another process holds it."""
+        """Take the folder until `release` or the end of the process. Raises UserError if another holds it."""
         moment = min(1.0, self.beat / 10)
         try:
             is_first = self._make()
@@ -49,10 +51,12 @@ class FolderLock:
         self._ended.clear()
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
+        self._pid = os.getpid()
+        atexit.register(self.release)  # an error may come before the block that releases it
 
     def release(self) -> None:
-        """Release the folder."""
-        if self._thread:
+        """Release the folder, if this process has taken it."""
+        if self._thread and self._pid == os.getpid():  # a forked process also gets here when it ends
             self._ended.set()
             self._thread.join()
             self._thread = None

@@ -9,7 +9,7 @@ import pytest
 
 from support.errors import TrainingError, UserError
 from support.lock import FolderLock
-from tests.conftest import ROOT, wait_for
+from tests.conftest import ROOT, run, wait_for
 
 
 def holder(path, beat: float = 10.0) -> subprocess.Popen:
@@ -108,6 +108,27 @@ def test_who_lost_the_folder_learns_it(tmp_path):
         lock.check()
     lock.release()
     assert path.exists()  # it is not ours
+
+
+ENDS = """
+import multiprocessing, os, pathlib, sys
+from support.lock import FolderLock
+path = pathlib.Path(sys.argv[1])
+FolderLock(path).acquire()
+for end in (lambda: None, lambda: sys.exit(1)):  # as data-loading workers do
+    worker = multiprocessing.get_context("fork").Process(target=end)
+    worker.start(), worker.join()
+if (child := os.fork()) == 0:
+    sys.exit()
+os.waitpid(child, 0)
+print(path.exists())
+sys.exit("refused")
+"""
+
+
+def test_a_process_that_ends_leaves_no_lock_and_those_it_forked_do_not_touch_it(tmp_path):
+    result = run("-c", ENDS, str(tmp_path / "lock"), check=False)
+    assert (result.stdout, result.stderr) == ("True\n", "refused\n") and not list(tmp_path.iterdir())
 
 
 def test_what_is_no_lock_of_ours_holds_nothing(tmp_path):
