@@ -25,9 +25,9 @@ from torch import Tensor
 
 from extract_features import read_features
 from support import cli
-from support.checks import check_on_first_rank
+from support.checks import open_checked
 from support.cli import bool_flag
-from support.data import SAME, Images, Source, match_classes, on_all_ranks, open_train_and_val
+from support.data import SAME, Images, Source, match_classes
 from support.distributed import (
     all_gather_object,
     fix_random_seeds,
@@ -212,6 +212,9 @@ class PeriodicKNN:
             found = {f"knn_{name}": self.accuracy(network) for name, network in networks.items()}
         except self.Stopped:
             return {}
+        except UserError as error:  # on all ranks; an image to evaluate with must not end a training
+            log(f"warning: no k-NN after epoch {epoch}: {error}")
+            return {}
         self.spent += time.perf_counter() - begun
         log(f"epoch {epoch}  " + "  ".join(f"{name} {top1:.1f}" for name, top1 in found.items()))
         return found
@@ -344,8 +347,7 @@ def _class_numbers(labels: Tensor, where: str) -> Tensor:
 def compute_features(args: argparse.Namespace, device: torch.device, keep_on: torch.device) -> Data:
     """Compute L2-normalised features and labels of train, then of val, by the flags."""
     frozen = load_by_flags(args)
-    train, val = on_all_ranks(open_train_and_val, Source.of(args, frozen.form))
-    check_on_first_rank(train, alike=False)
+    train, val = open_checked(Source.of(args, frozen.form))
     model: Callable[[Tensor], Tensor] = frozen.network.to(device)
     if args.concat_patchtokens:
         model = functools.partial(compute, concat_patches, frozen.network)

@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from support import cli, logistic
-from support.checks import check_on_first_rank
+from support.checks import check_on_first_rank, open_checked
 from support.cli import bool_flag
 from support.data import (
     Images,
@@ -43,7 +43,6 @@ from support.data import (
     digest,
     on_all_ranks,
     open_labelled_images,
-    open_train_and_val,
     read_labelled,
 )
 from support.distributed import (
@@ -495,8 +494,7 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
     with same_error_on_all_ranks():
         folder = cli.make_folder(args.output_dir)
     features = build_features(args, device)
-    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args, features.frozen.form))
-    check_on_first_rank(train_images, alike=False)
+    train_images, val_images = open_checked(Source.of(args, features.frozen.form))
     train_images = few_images(args, train_images)
     classes, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
 
@@ -593,8 +591,7 @@ def report(lrs: list[float], best: list[dict]) -> None:
 def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
     """Fit a logistic regression for each seed of the subset; returns its loss and accuracies on rank 0."""
     features = build_features(args, device)
-    train_images, val_images = on_all_ranks(open_train_and_val, Source.of(args, features.frozen.form))
-    check_on_first_rank(train_images, alike=False)
+    train_images, val_images = open_checked(Source.of(args, features.frozen.form))
     names, num_labels = class_names(train_images), count_classes(train_images, args.num_labels)
     subsets = {args.seed: np.arange(len(train_images))}
     if args.few_shot:

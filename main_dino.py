@@ -33,7 +33,7 @@ import utils
 from eval_segmentation import MaskedShapes, measure_attention, resized_batches
 from support import backbones, cli
 from support.attention import attention_map
-from support.checks import check_on_first_rank
+from support.checks import check_on_first_rank, open_checked
 from support.cli import bool_flag, number
 from support.curves import Curves
 from support.data import (
@@ -44,7 +44,6 @@ from support.data import (
     digest,
     name_and_reason,
     on_all_ranks,
-    open_train_and_val,
     open_training_images,
 )
 from support.distributed import (
@@ -799,7 +798,7 @@ def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) ->
     """Build the k-NN evaluation of student and teacher during training. Raises UserError."""
     form = image_format(args)
     source = Source(args.knn_data, form=form) if args.knn_data else Source.of(args, form)
-    train, val = on_all_ranks(open_train_and_val, source)
+    train, val = open_checked(source)
     log(f"k-NN every {args.knn_every} epochs: train {describe(train)}; val {describe(val)}")
     evaluate = partial(
         eval_knn.knn_top1,

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from support.data import ImageFiles, Images, sample_bits, sample_name
+from support.data import (
+    ImageFiles,
+    Images,
+    Source,
+    on_all_ranks,
+    open_train_and_val,
+    sample_bits,
+    sample_name,
+)
 from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, reason
 from support.files import ARRAYS, evenly_spread, open_file
@@ -20,6 +28,7 @@ from support.shapes import Shapes
 
 CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows nothing
 CLIPPED = 0.1  # share of values within the stated range, below which that is likely to be wrong
+DARK = 32  # highest of 256 levels of all images, below which the range is likely to be wrong
 IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
@@ -28,6 +37,14 @@ def check_on_first_rank(images: Images, **kwargs) -> None:
     with same_error_on_all_ranks():
         if is_main_process():
             check_images(images, **kwargs)
+
+
+def open_checked(source: Source) -> tuple[Images, Images]:
+    """`open_train_and_val` on all ranks, and `check_images` for both parts. Raises UserError."""
+    parts = on_all_ranks(open_train_and_val, source)
+    for images in parts:
+        check_on_first_rank(images, alike=False)
+    return parts
 
 
 def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: bool = True) -> None:
@@ -102,6 +119,9 @@ def _check_range(images: Images, within: np.ndarray, levels: set[int], read: int
     if few:
         shares = ", ".join(f"{100 * share:.2g} % in channel {channel}" for channel, share in few)
         log(f"warning: few values of {read} checked images lie within {where}: {shares}; others are clipped")
+    elif max(levels) < DARK:
+        what = f"the values of {read} checked images fill the lowest {100 * (max(levels) + 1) / 256:.2g} %"
+        log(f"warning: {what} of {where}: were they converted?")
 
 
 def _faults_of_depth(depths: dict[int, list[int]], deepest: int) -> dict[str, list[int]]:
@@ -109,10 +129,11 @@ def _faults_of_depth(depths: dict[int, list[int]], deepest: int) -> dict[str, li
     faults, used = {}, deepest.bit_length()
     if 16 in depths and 0 < used <= 14:
         words = f"have 16 bits but use {used} of them (largest value {deepest}), so the network sees them "
-        faults[words + f"dark: give --value_range 0 {2**used - 1}"] = depths[16]
+        faults[words + f"dark: train with --value_range 0 {2**used - 1}, or convert them"] = depths[16]
     if len(depths) > 1:
         words = f"have 16 bits and state that they use {' or '.join(map(str, sorted(depths)))} of them, so "
-        faults[words + "equal values become different levels: give --value_range"] = sum(depths.values(), [])
+        words += "equal values become different levels: train with --value_range, or convert them"
+        faults[words] = sum(depths.values(), [])
     return faults
 
 

@@ -91,6 +91,14 @@ def in_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Ten
     return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
 
 
+def require_levels(image: Image.Image | Tensor) -> Image.Image | Tensor:
+    """Return an image of 8 bits, or a tensor, unchanged. Raises ValueError for wider values."""
+    if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
+        what = f"the network maps a range of values to levels, which this image ({image.mode}) still needs"
+        raise ValueError(f"{what}: read the file by load_pixels(path, form=frozen.form)")
+    return image
+
+
 @functools.cache
 def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Scale values per channel from [0, 1] to [0, 255]; (C, 1, 1), copied to the device once."""

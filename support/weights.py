@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms
 
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides, is_known
 from support.distributed import main_process_first
@@ -49,6 +50,7 @@ from support.pixels import (
     Size,
     eval_transform,
     height_and_width,
+    require_levels,
 )
 from vision_transformer import VITS, VisionTransformer
 
@@ -358,8 +360,15 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
 
 
 def _recorded_normalization(checkpoint: dict, source: str):
-    """Mean and deviation that a checkpoint records, and the range of values; None for what it does not."""
-    record = checkpoint.get("normalization")
+    """Mean and deviation that a checkpoint records, and the range of values; None for what it does not.
+
+    A checkpoint that was reduced to weights and flags records them in the flags.
+    """
+    record, flags = checkpoint.get("normalization"), checkpoint.get("args")
+    if record is None and isinstance(flags, dict) and flags.keys() >= {"mean", "std", "value_range"}:
+        record = {name: flags[name] for name in ("mean", "std")} | {
+            "value_range": pairs(flags["value_range"])
+        }
     if record is None:
         return None, None
     try:
@@ -371,10 +380,10 @@ def _recorded_normalization(checkpoint: dict, source: str):
         mean, std, value_range = (), (), None
     if not (0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0):
         raise UserError(f"normalization is {record}", source, "give both for each channel")
-    limits = [number for pair in value_range or () for number in pair]
+    ends = [number for pair in value_range or () for number in pair]
     if value_range is not None and (
         len(value_range) not in (1, len(mean))
-        or not all(map(math.isfinite, limits))
+        or not all(map(math.isfinite, ends))
         or any(low >= high for low, high in value_range)
     ):
         raise UserError(f"value_range is {record['value_range']}", source, "give pairs LOW HIGH")
@@ -497,8 +506,12 @@ class Frozen(NamedTuple):
 
     @property
     def transform(self) -> Callable[[Image.Image | Tensor], Tensor]:
-        """Image to input: resize, crop the centre, normalise; (C, H, W)."""
-        return eval_transform(self.image_size, self.mean, self.std)
+        """Image to input: resize, crop the centre, normalise; (C, H, W).
+
+        Raises ValueError for values that `value_range` has to map, which `data.load_pixels` does.
+        """
+        transform = eval_transform(self.image_size, self.mean, self.std)
+        return transform if self.value_range is None else transforms.Compose([require_levels, transform])
 
     @property
     def value_words(self) -> str:
@@ -563,7 +576,10 @@ def load_backbone(
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
         words += assumed_of(model, known)
         normalization = normalization_of(known, model, in_chans)
-        if config := timm_config(known, model):
+        config = timm_config(known, model)
+        if not (config or known.normalization or known.trained):
+            words.append("ImageNet's mean and deviation assumed")
+        if config:
             trained_size = config["input_size"][-1]
     size = image_size or trained_size
     if is_ours:

@@ -32,7 +32,7 @@ def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_pat
         Image.fromarray(values).save(tmp_path / f"{i}.{extension}")
     found = [line for line in warnings(tmp_path, capsys) if "16 bits" in line]
     assert len(found) == 1 and "3 of 3 checked images" in found[0]
-    assert "use 12 of them (largest value 4095)" in found[0] and "give --value_range 0 4095" in found[0]
+    assert "use 12 of them (largest value 4095)" in found[0] and "train with --value_range 0 4095" in found[0]
     assert found[0].endswith(f"e.g. {tmp_path / f'0.{extension}'}")
 
 
@@ -42,6 +42,16 @@ def test_a_range_that_nearly_all_values_lie_outside_is_named(tmp_path, capsys):
         check_images(ImageFiles(tmp_path, form=ImageFormat(1, ((0, high),))))
         said = capsys.readouterr().out
         assert ("few values of 1 checked images lie within --value_range 0 255: " in said) == named
+
+
+def test_images_that_fill_little_of_their_range_are_named(tmp_path, capsys):
+    """As 8-bit copies of the 12-bit images that a network was trained with."""
+    for name, most, named in (("copies", 255, True), ("originals", 4095, False)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(noise(0, 64, 64, most=most).astype(np.uint16)).save(tmp_path / name / "0.png")
+        check_images(ImageFiles(tmp_path / name, form=ImageFormat(1, ((0, 4095),))))
+        said = capsys.readouterr().out
+        assert ("1 checked images fill the lowest 6.6 % of --value_range 0 4095" in said) == named, said
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5])

@@ -636,6 +636,18 @@ def test_knn_is_measured_every_so_many_epochs(images, labelled, tmp_path):
     assert ["knn_teacher" in record for record in log_of(tmp_path)] == [False, True, False]
 
 
+def test_an_unreadable_image_of_knn_data_does_not_end_the_training(images, labelled, tmp_path, capsys):
+    shutil.copytree(labelled, tmp_path / "data")
+    broken = next((tmp_path / "data" / "val").rglob("*.png"))
+    broken.write_bytes(b"not an image")
+    knn = "--knn_every", 1, "--knn_data", tmp_path / "data", "--knn_share", 1
+    train("--data_path", images, "--output_dir", tmp_path / "run", *knn)
+    out = capsys.readouterr().out
+    assert "1 of 9 checked images cannot be read" in out.partition("epoch 0")[0]  # at the start
+    assert out.count("warning: no k-NN after epoch") == 2 and out.count(str(broken)) == 3
+    assert ["knn_teacher" in record for record in log_of(tmp_path / "run")] == [False, False]
+
+
 def test_tensorboard_follows_a_restart(images, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for last in (7, 10):  # step 7 is not the end of an epoch after the restart
@@ -948,7 +960,7 @@ def test_the_demo_runs_under_torchrun_and_without_matplotlib(tmp_path):
         "sys.modules['matplotlib'] = None  # as if it were not there\n"
         "import main_dino\nfrom support import cli\n"
         "from support.shapes import Shapes\n"
-        "main_dino.eval_knn.open_train_and_val = lambda *_: (Shapes('train', 64), Shapes('val', 32))\n"
+        "main_dino.eval_knn.open_checked = lambda *_: (Shapes('train', 64), Shapes('val', 32))\n"
         "cli.run_script(main_dino.main, main_dino.parse_args())\n"
     )
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--output_dir", str(tmp_path)

@@ -764,6 +764,18 @@ def test_timms_weights_get_timms_normalization_and_ours_keep_ours(vits, tmp_path
             load_backbone(write(content | {"normalization": wrong}, tmp_path / "wrong.pth"))
 
 
+def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_range(vits, tmp_path):
+    whole = vit_files(*vits)["ours.pth"]
+    flags = whole["args"] | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "value_range": [0.0, 4095.0]}
+    frozen = load_backbone(write({"teacher": whole["teacher"], "args": flags}, tmp_path / "reduced.pth"))
+    assert (frozen.mean, frozen.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert frozen.value_range == ((0.0, 4095.0),)
+    wide = Image.fromarray(np.full((40, 40), 4000, np.uint16))
+    with pytest.raises(ValueError, match="range of values.*this image .I;16.*load_pixels"):
+        frozen.transform(wide)
+    assert frozen.transform(wide.convert("RGB")).shape == (3, 32, 32)  # as of 8 bits
+
+
 def test_the_description_says_what_was_taken(vits, tmp_path):
     path = write(vit_files(*vits)["ours.pth"], tmp_path / "ours.pth")
     assert load_backbone(path).description == f"{path}: teacher, vit_nano, patch 8, epoch 3"
@@ -772,7 +784,9 @@ def test_the_description_says_what_was_taken(vits, tmp_path):
     )
     path = write({"state_dict": two_networks(vits, "backbone.", "momentum_backbone.")}, tmp_path / "two.pth")
     description = load_backbone(path, "momentum_backbone").description
-    assert description == f"{path}: state_dict.momentum_backbone, vit_nano, patch 8, 4 heads assumed"
+    assert description == f"{path}: state_dict.momentum_backbone, vit_nano, patch 8, 4 heads assumed, " + (
+        "ImageNet's mean and deviation assumed"
+    )
     random = load_backbone("random", None, "vit_nano", 8, 32).description
     assert random == "random: vit_nano, patch 8"
     assert load_backbone("pixels", image_size=32).description == "pixels: no network"
