@@ -14,6 +14,7 @@ import contextlib
 import copy
 import importlib.util
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -412,6 +413,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.arch in VITS:
         for size, name in zip(crop_sizes(args), ("global_crops_size", "local_crops_size"), strict=False):
             backbones.check_divides(name, size, args.patch_size)
+    check_local_views(args)
     if args.knn_every and not (args.knn_data or args.dataset or args.demo):
         raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
     if args.demo and args.init_from:
@@ -434,6 +436,18 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", "shorten it")
         setattr(args, name, args.epochs / 10)  # as long as in the published recipe, or shorter
         log(f"warning: --{name} shortened from {value} to {args.epochs / 10:g}, as --epochs is {args.epochs}")
+
+
+def check_local_views(args: argparse.Namespace) -> None:
+    """Warn of local views that are larger than the global ones, in pixels or in their part of the image."""
+    if not args.local_crops_number:
+        return
+    whole, part = (math.prod(height_and_width(size)) for size in crop_sizes(args))
+    if part > whole:
+        log(f"warning: local views are larger than global ones: --local_crops_size {args.local_crops_size}")
+    if sum(args.local_crops_scale) > sum(args.global_crops_scale):
+        scale = " ".join(map(str, args.local_crops_scale))
+        log(f"warning: local views show more of an image than global ones: --local_crops_scale {scale}")
 
 
 # ---------------------------------------------------------------------------------------------

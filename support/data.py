@@ -6,6 +6,7 @@ Shapes: H x W pixels.
 import argparse
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -229,8 +230,11 @@ class FolderFiles(LabelledFiles):
         ImageFiles.__init__(self, root, form=form)
         folders = [name.partition(os.sep) for name in self.paths.names()]
         self.classes, self.labels = [], np.zeros(len(self), int)
-        in_folders = folders and all(separator for _, separator, _ in folders)
-        if in_folders and not self.left_out[CLASS_FILES]:
+        beside = [name for name, separator, _ in folders if not separator]
+        if 0 < len(beside) < len(folders):
+            images = f"{len(beside)} images that lie beside folders, e.g. {beside[0]}"
+            log(f"note: no classes, because of {images}")
+        if folders and not beside and not self.left_out[CLASS_FILES]:
             names, self.labels = np.unique([first for first, _, _ in folders], return_inverse=True)
             self.classes = names.tolist()
 
@@ -260,6 +264,10 @@ class ListedFiles(LabelledFiles):
         if lacking and (labelled or any(classes)):
             fix = "write path and class in each line, separated by a tab or comma"
             raise UserError("no class", f"{path}, line {lacking[0]}", fix)
+        if repeated := len(names) - len(set(names)):
+            log(f"note: {path}: {repeated} of {len(names)} lines name an image again")
+        if several := len(set(zip(names, classes, strict=True))) - len(set(names)):
+            log(f"warning: {path}: {several} lines give an image another class")
         self.paths = Paths(names, root)
         self.classes = sorted(set(classes) - {""})
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -532,13 +540,21 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
 
 
 def shared_files(train: Images, val: Images) -> list[str]:
-    """The paths that are in both train and val; only lists and joined sets can share files."""
+    """The paths of val that are in train too, also by a relative path or a link to a folder."""
     if not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles)):
         return []
-    if not any(isinstance(images, ListedFiles | JoinedFiles) for images in (train, val)):
+    real = functools.cache(os.path.realpath)  # of folders, which are few
+
+    def folders(images: ImageFiles) -> set[str]:
+        return {real(os.path.dirname(path)) for path in images.paths}
+
+    def place(path: str) -> str:
+        return os.path.join(real(os.path.dirname(path)), os.path.basename(path))
+
+    if folders(train).isdisjoint(folders(val)):  # usual, and faster to find
         return []
-    known = set(map(os.path.normpath, train.paths))
-    return [path for path in map(os.path.normpath, val.paths) if path in known]
+    known = set(map(place, train.paths))
+    return [os.path.normpath(path) for path in val.paths if place(path) in known]
 
 
 def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:

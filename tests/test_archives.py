@@ -21,6 +21,7 @@ from support.checks import check_images
 from support.data import (
     ImageFiles,
     Images,
+    ListedFiles,
     Source,
     open_any_images,
     open_labelled_images,
@@ -152,6 +153,35 @@ def test_images_in_train_and_val_are_counted(own, tmp_path, capsys):
     shutil.rmtree(own / "train")
     open_train_and_val(Source(str(own)))
     assert "images of val are in train too" in capsys.readouterr().out
+
+
+def test_images_in_train_and_val_are_found_by_relative_paths_and_through_links(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        save_images(tmp_path / "pool" / name, 3, seed=ord(name))
+    paths = [f"pool/{name}/{i:03}.png" for name in "ab" for i in range(3)]
+    Path("train.csv").write_text("".join(f"{tmp_path}/{path},{path[5]}\n" for path in paths))
+    Path("val.csv").write_text("".join(f"{path},{path[5]}\n" for path in paths[::2]))
+    open_train_and_val(Source("."))
+    assert "warning: 3 of 3 images of val are in train too" in capsys.readouterr().out
+    for part, name in (("train", "a"), ("train", "b"), ("val", "b")):
+        (tmp_path / "linked" / part).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "linked" / part / name).symlink_to(tmp_path / "pool" / name)
+    open_train_and_val(Source("linked"))
+    assert "warning: 3 of 3 images of val are in train too" in capsys.readouterr().out
+
+
+def test_an_image_that_a_list_names_twice_is_said(own, tmp_path, capsys):
+    path = write_list(tmp_path / "train.txt", own / "train", "\t")
+    ListedFiles(path)
+    assert capsys.readouterr().out == ""
+    lines = path.read_text().splitlines()
+    name, label = lines[0].split("\t")
+    path.write_text("\n".join([*lines, lines[1], f"{name}\tnot {label}"]))
+    ListedFiles(path)
+    said = capsys.readouterr().out
+    assert f"note: {path}: 2 of {len(lines) + 2} lines name an image again" in said
+    assert f"warning: {path}: 1 lines give an image another class" in said
 
 
 def test_several_data_paths_are_one_set(own, tmp_path, capsys):

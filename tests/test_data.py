@@ -31,7 +31,7 @@ from support.files import Paths
 from support.loading import TrainingViews
 from support.pixels import to_pixels
 from support.shapes import Shapes
-from tests.conftest import ROOT, save_images
+from tests.conftest import ROOT, picture, save_images
 from utils import DataAugmentationDINO
 
 
@@ -234,6 +234,17 @@ def test_one_class_and_equal_parts_do_not_pass_for_a_good_accuracy(tmp_path, cap
         shutil.rmtree(tmp_path / "train" / name)
     open_train_and_val(Source(str(tmp_path)))
     assert "warning: only one class, nested: every prediction is right" in capsys.readouterr().out
+
+
+def test_an_image_beside_class_folders_takes_their_classes_away_and_is_named(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        save_images(tmp_path / name, 2)
+    assert open_any_images(Source(str(tmp_path))).classes == ["cat", "dog"]
+    assert "no classes" not in capsys.readouterr().out
+    picture().save(tmp_path / "cover.png")
+    assert open_any_images(Source(str(tmp_path))).classes == []
+    said = capsys.readouterr().out
+    assert "note: no classes, because of 1 images that lie beside folders, e.g. cover.png" in said
 
 
 @pytest.mark.parametrize("packed", [False, True])

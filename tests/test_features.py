@@ -40,6 +40,14 @@ def test_features_that_are_not_finite_are_refused(labelled, value):
         extract_features(diverged, images, eval_transform(8), torch.device("cpu"))
 
 
+def test_features_that_are_nearly_equal_are_named(labelled, capsys):
+    """As of a collapsed network."""
+    images, cpu = open_labelled_images(Source(str(labelled)), "train"), torch.device("cpu")
+    for spread, named in ((1e-6, True), (1.0, False)):
+        extract_features(lambda x, s=spread: 1 + s * x.flatten(1)[:, :8], images, eval_transform(32), cpu)
+        assert ("images are nearly equal" in capsys.readouterr().out) == named
+
+
 def test_no_worker_outlives_an_error_of_the_network(labelled):
     """Workers ignore SIGTERM, by which Python would end them at its exit."""
     images = open_labelled_images(Source(str(labelled)), "train")

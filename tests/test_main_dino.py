@@ -224,6 +224,18 @@ def test_what_has_no_effect_in_a_recipe_is_said(flags, named, capsys):
     assert re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().out) == named
 
 
+def test_local_views_larger_than_global_ones_are_said(capsys):
+    flags = (
+        "--global_crops_size 32 --local_crops_size 96 --global_crops_scale 0.05 0.2 --local_crops_scale 0.5 1"
+    )
+    for more, count in (("", 2), (" --local_crops_number 0", 0), (" --demo", 2)):
+        main_dino.check_args(main_dino.parse_args((flags + more).split()))
+        assert capsys.readouterr().out.count("warning: local views ") == count
+    main_dino.check_args(main_dino.parse_args([]))
+    main_dino.check_args(main_dino.parse_args(["--demo"]))
+    assert "local views" not in capsys.readouterr().out
+
+
 def test_a_run_does_not_resume_under_another_recipe(images, tmp_path):
     flags = "--data_path", images, "--output_dir", tmp_path
     train(*flags, "--max_steps", 1)

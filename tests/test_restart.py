@@ -240,6 +240,20 @@ def test_the_log_keeps_lines_of_any_bytes(tmp_path):
     assert path.read_bytes() == b'Versuch f\xfcr\n{"epoch": 0}\n'
 
 
+def test_a_log_that_was_overwritten_is_said(tmp_path, capsys):
+    """As by `| tee log.txt`, which empties it before the run resumes."""
+    pieces = {"student": torch.nn.Linear(1, 1)}
+    with Run(tmp_path, required=("student",)) as run:
+        run.resume(pieces, {})
+        run.save({"epoch": 1}, [{"epoch": 0}])
+    for text in (None, "", "training images: ..."):
+        if text is not None:
+            run.log_file.write_text(text)
+        with Run(tmp_path, required=("student",)) as run:
+            run.resume(pieces, {})
+        assert ("log.txt does not have the epochs before" in capsys.readouterr().out) == (text is not None)
+
+
 def test_output_that_goes_to_the_log_is_refused(tmp_path):
     code = (
         "import pathlib, sys; from support.restart import Run; from support.errors import UserError\n"
