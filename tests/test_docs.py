@@ -21,6 +21,7 @@ OTHER_FLAGS = {
     "--signals-to-handle --shutdown-timeout",
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
     "--open-mode --me",
+    "pip": "--index-url",
     "pytest": "--dist --gpu-device",
     "mlflow": "--backend-store-uri",
     "python -m tests.*": "--rounds --quick --only --device --images --compare --sweeps --seeds",
