@@ -27,7 +27,7 @@ from extract_features import read_features
 from support import cli
 from support.checks import open_checked
 from support.cli import bool_flag
-from support.data import SAME, Images, Source, match_classes
+from support.data import SAME_IMAGES, Images, Source, match_classes
 from support.distributed import (
     all_gather_object,
     fix_random_seeds,
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Flags that determine the features.
-OF_FEATURES = (
+FEATURE_FLAGS = (
     "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "in_chans", "value_range",
     "concat_patchtokens", "data_path", "dataset", "download", "demo", "batch_size_per_gpu", "num_workers",
     "seed",
@@ -281,7 +281,7 @@ def load_features(folder: str, device: torch.device) -> Data:
     rows = list(zip(tensors, (f"{folder}/{name}" for name in names), strict=True))
     features = [_unit_rows(x, where) for x, where in rows[::2]]
     if torch.equal(*features):
-        log(f"warning: {SAME}")
+        log(f"warning: {SAME_IMAGES}")
     labels = [_class_numbers(y, where) for y, where in rows[1::2]]
     unknown = int((~torch.isin(labels[1], labels[0])).sum())
     if unknown:
@@ -304,7 +304,7 @@ def _extracted(folder: Path) -> list[Tensor]:
     if bool(train.classes) != bool(val.classes):
         what, fix = "only one of train/ and val/ has names of classes", "extract both from class folders"
         raise UserError(what, f"--load_features {folder}", fix)
-    differ = [name for name in OF_NETWORK if train.identity.get(name) != val.identity.get(name)]
+    differ = [name for name in NETWORK_FACTS if train.identity.get(name) != val.identity.get(name)]
     if differ:
         fix = "extract both with the same weights and flags"
         raise UserError(f"train/ and val/ differ in {', '.join(differ)}", f"--load_features {folder}", fix)
@@ -316,7 +316,7 @@ def _extracted(folder: Path) -> list[Tensor]:
 
 
 # Facts that must be equal for train and val features.
-OF_NETWORK = ("kind", "network", "pixels", "mean", "std", "value_range")
+NETWORK_FACTS = ("kind", "network", "pixels", "mean", "std", "value_range")
 
 
 def _unit_rows(features: Tensor, where: str) -> Tensor:
@@ -385,7 +385,7 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         if args.load_features and folder.resolve() == Path(args.load_features).expanduser().resolve():
             raise UserError("would overwrite --load_features", f"--dump_features {folder}", "leave it out")
     if args.load_features:
-        loaded = [(name, lambda args: True, "--load_features gives the features") for name in OF_FEATURES]
+        loaded = [(name, lambda args: True, "--load_features gives the features") for name in FEATURE_FLAGS]
         cli.warn_no_effect(args, get_args_parser(), loaded)
         with same_error_on_all_ranks():
             tensors = load_features(args.load_features, keep_on)

@@ -148,9 +148,9 @@ FREE_FLAGS = {
 }  # fmt: skip
 
 # Flags that only training uses, and flags of the CLS tokens, which only our ViTs have.
-OF_TRAINING = ("epochs", "lr", "val_freq", "cache_features")
-OF_VITS = ("n_last_blocks", "avgpool_patchtokens")
-ADDED = {"concat_patchtokens": False}  # value in older checkpoints
+TRAINING_FLAGS = ("epochs", "lr", "val_freq", "cache_features")
+VIT_FLAGS = ("n_last_blocks", "avgpool_patchtokens")
+OLD_VALUES = {"concat_patchtokens": False}  # value in older checkpoints
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -161,8 +161,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("for --evaluate only", "--linear_weights", "add --evaluate or leave it out")
     if args.evaluate and args.logistic:
         raise UserError("does not save a classifier to evaluate", "--logistic", "leave out one of the two")
-    rules = [(name, lambda args: args.evaluate, "--evaluate does not train") for name in OF_TRAINING]
-    rules += [(name, lambda args: args.logistic, "--logistic ignores it") for name in OF_TRAINING]
+    rules = [(name, lambda args: args.evaluate, "--evaluate does not train") for name in TRAINING_FLAGS]
+    rules += [(name, lambda args: args.logistic, "--logistic ignores it") for name in TRAINING_FLAGS]
     rules += [
         ("few_shot", lambda args: args.evaluate, "--evaluate does not train"),
         ("output_dir", lambda args: args.logistic, "--logistic writes no files"),
@@ -366,9 +366,9 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
         kind, why = "CLS tokens" if is_vit else "the network's output", "it is for our ViTs only"
         n, mean = args.n_last_blocks, args.avgpool_patchtokens
         features = functools.partial(frozen_features, n_last_blocks=n, avgpool_patchtokens=mean)
-    unused = OF_VITS if args.concat_patchtokens or not is_vit else ()
+    unused = VIT_FLAGS if args.concat_patchtokens or not is_vit else ()
     cli.warn_no_effect(args, get_args_parser(), [(name, lambda args: True, why) for name in unused])
-    flags = {name: getattr(args, name) for name in ("concat_patchtokens", *OF_VITS) if name not in unused}
+    flags = {name: getattr(args, name) for name in ("concat_patchtokens", *VIT_FLAGS) if name not in unused}
     of = functools.partial(compute, features, network, dtype=cli.PRECISIONS[args.precision])
     width = of(frozen.zeros(1).to(device)).shape[1]
     log(f"features: {kind}, {width} wide")
@@ -392,7 +392,7 @@ def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers
     checkpoint = load_checkpoint(path)
     trained = checkpoint.get("identity") or checkpoint.get("args") or {}
     for name, flag in features.flags.items():
-        value = trained.get(name, ADDED.get(name, flag))
+        value = trained.get(name, OLD_VALUES.get(name, flag))
         if value != flag:
             what = f"classifier was trained with {value}"
             raise UserError(what, f"--{name} {flag}", f"give --{name} {value}")
@@ -465,7 +465,7 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
     of each classifier, and the best classifier's `state_dict`. Raises UserError.
     """
     state = {"epoch": 0, "best": [{"acc1": -1.0}] * num_rates, "state_dict": {}}
-    saved = run.resume(pieces, identity, added=ADDED)
+    saved = run.resume(pieces, identity, added=OLD_VALUES)
     if not saved:
         return state
     for name, value in state.items():

@@ -42,6 +42,7 @@ from torchvision import transforms
 from eval_knn import knn_votes
 from support import cli, logistic
 from support.attention import attention_map, keep_mass
+from support.checks import check_images
 from support.data import RGB, ImageFiles, Images, extensions_of, in_format
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, WrongFormat, reason, reason_of
@@ -381,7 +382,7 @@ def sample_tokens(
 
     The sample of an image depends on the seed and the image's index alone. N is at most `limit`.
     """
-    quota = -(-limit // len(images))
+    quota = math.ceil(limit / len(images))
     found = []
     for indices, batch in batches:
         for index, tokens in zip(indices, patch_tokens(network, batch), strict=True):
@@ -479,12 +480,14 @@ def has_attention(frozen: Frozen, device: torch.device) -> bool:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Measure and print; returns the Jaccard indices and the means over classes, in percent."""
-    if cli.leaves_work_to_another():
+    if cli.leaves_work_to_first():
         return {}
     device = choose_device()
     fix_random_seeds(args.seed)
     frozen = load_by_flags(args)
     train, val = open_masked(args.data_path, args.demo, frozen.form)
+    for images in (train, val):
+        check_images(images, alike=False)
     network = frozen.network.to(device)
     loading = device, args.batch_size_per_gpu, args.num_workers
     found: dict[str, float] = {}

@@ -457,7 +457,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Frozen:
 
 def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Segment all clips; print and return J and F of each object, CLIP_NUMBER, and their mean."""
-    if cli.leaves_work_to_another():
+    if cli.leaves_work_to_first():
         return {}
     device = choose_device()
     cli.warn_no_effect(args, get_args_parser(), [("bs", lambda args: True, "frames are read one by one")])

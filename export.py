@@ -327,7 +327,7 @@ def fit_to_size(frozen: Frozen) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Write the formats; returns the largest difference of a feature for each."""
-    if cli.leaves_work_to_another():
+    if cli.leaves_work_to_first():
         return {}
     if args.pretrained_weights == "pixels":
         raise UserError("there is no network", "--pretrained_weights pixels", "give a file of weights")

@@ -191,7 +191,7 @@ class Store:
         self.partial_labels = folder / "labels.npy.partial"
         row = math.prod(shape[1:]) * self.dtype.itemsize  # bytes
         self.block = math.lcm(identity["batch_size_per_gpu"], PAGE // math.gcd(row, PAGE))  # rows
-        self.blocks = -(-shape[0] // self.block)
+        self.blocks = math.ceil(shape[0] / self.block)
         self.done, self.complete = 0, False  # blocks; whether the final files are there
         self.unreadable: list[str] = []
         self.lock = FolderLock(folder / ".features.lock")
@@ -377,7 +377,7 @@ def fill(store: Store, dataset: Rows, model: Callable[[Tensor], Tensor], num_wor
     All ranks call this together. Raises UserError.
     """
     ranks, batch_size, first = get_world_size(), store.identity["batch_size_per_gpu"], store.done
-    rounds = -(-(store.blocks - first) // ranks)
+    rounds = math.ceil((store.blocks - first) / ranks)
     blocks = [store.rows(first + ranks * number + get_rank()) for number in range(rounds)]
     loader = make_loader(dataset, [list(rows) for rows in blocks if rows], num_workers, device)
     logger = MetricLogger(images_per_step=ranks * store.block)

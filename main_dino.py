@@ -870,14 +870,14 @@ def train_dino(args: argparse.Namespace) -> None:
         pieces, identity, args.allow_changed_args, added=vars(get_args_parser().parse_args([]))
     )
     step = first_step(found, steps)
-    keep_origin(args, found)
+    keep_init_from(args, found)
     record_args(args, run, step, steps.last)
     if step:  # if the first loss is not finite, the saved weights are bad
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
     else:
         check_on_first_rank(images)
-    anew = step + (step % steps.per_epoch == 0)  # rewrites a record within an epoch
-    curves = Curves(run.folder, PANELS, args.tensorboard, anew) if is_main_process() else None
+    purge_from = step + (step % steps.per_epoch == 0)  # rewrites a record within an epoch
+    curves = Curves(run.folder, PANELS, args.tensorboard, purge_from) if is_main_process() else None
     log(
         f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "
         f"{training.dtype or torch.float32}, "
@@ -937,7 +937,7 @@ def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> Non
         log(f"warning: cannot write the settings: {reason_of(error)} ({path})")
 
 
-def keep_origin(args: argparse.Namespace, found: dict) -> None:
+def keep_init_from(args: argparse.Namespace, found: dict) -> None:
     """Set `--init_from` to what the run to resume began with, so that its records still say it.
 
     Logs that another value has no effect.
@@ -1185,7 +1185,7 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
 def main(args: argparse.Namespace) -> None:
     """Train, or draw what the training would see; under `--demo`, also evaluate what was learned."""
     if args.preview:
-        if not cli.leaves_work_to_another():
+        if not cli.leaves_work_to_first():
             draw_preview(args)
         return
     train_dino(args)

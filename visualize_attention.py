@@ -34,6 +34,7 @@ from torchvision.transforms.functional import crop, get_dimensions, resize
 from support import cli
 from support.attention import attention_map, keep_mass
 from support.backbones import canonical, check_divides
+from support.checks import check_images
 from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
@@ -507,7 +508,7 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
 def main(args: argparse.Namespace) -> None:
     """Write the pictures, or the video."""
     check_args(args)
-    if cli.leaves_work_to_another():
+    if cli.leaves_work_to_first():
         return
     device = choose_device()
     fix_random_seeds(args.seed)
@@ -527,6 +528,7 @@ def main(args: argparse.Namespace) -> None:
         if args.query and len(images) > 1:
             what = f"a query is a place in one image, not in {len(images)}"
             raise UserError(what, "--query", "give one image, or --video for frames of one size")
+        check_images(images, alike=False)
         cli.make_folder(output_dir)
         if lies_below(output_dir / "sheet.png", args.image_path):
             log(f"warning: {output_dir}/ lies in --image_path: other scripts would read its pictures")

@@ -319,7 +319,7 @@ def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
     return folder
 
 
-def leaves_work_to_another() -> bool:
+def leaves_work_to_first() -> bool:
     """Whether this process is not the first of several, of which one does all the work; says so."""
     rank, world_size, _ = launched_as()
     if rank:
@@ -368,7 +368,7 @@ MEMORY_ADVICE = {
 }
 
 
-def from_outside(error: Exception, args: object = None) -> UserError | None:
+def as_user_error(error: Exception, args: object = None) -> UserError | None:
     """Turn an error that the machine caused, not the program, into one clear line; None for others.
 
     `args` are the script's flags, for advice.
@@ -433,7 +433,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
         stop.exit_code = 141  # what a shell reports for SIGPIPE
         end_at_once(stop)
     except Exception as error:
-        outside = from_outside(error, args)
+        outside = as_user_error(error, args)
         if outside is None:
             raise
         end_at_once(outside)

@@ -1,5 +1,6 @@
 """Draws a run's log and writes it for TensorBoard. Training needs neither matplotlib nor TensorBoard."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def draw_curves(log_file: Path, picture: Path, panels: Panels) -> None:
     figure = Figure(figsize=(12, 6))
     # matplotlib's own layout would take longer than the drawing, after each epoch
     margins = dict(left=0.05, right=0.98, bottom=0.09, top=0.94, wspace=0.25, hspace=0.4)
-    grid = figure.subplots(2, -(-len(panels) // 2), gridspec_kw=margins).flat
+    grid = figure.subplots(2, math.ceil(len(panels) / 2), gridspec_kw=margins).flat
     for axes, (title, names) in zip(grid, [*panels, ("", [])], strict=False):  # the last place may be empty
         for name in names:
             points = [(record["epoch"] + 1, record[name]) for record in records if name in record]

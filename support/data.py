@@ -513,7 +513,7 @@ def open_labelled_images(source: Source, split: str) -> Images:
     return _join(sets, f"{split} images")
 
 
-SAME = "train and val are the same images: the accuracy says nothing about other images"
+SAME_IMAGES = "train and val are the same images: the accuracy says nothing about other images"
 
 
 def open_train_and_val(source: Source) -> tuple[Images, Images]:
@@ -524,7 +524,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
     known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
     if digest(train) == digest(val):
-        log(f"warning: {SAME}")
+        log(f"warning: {SAME_IMAGES}")
     elif shared := shared_files(train, val):
         log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {shared[0]}")
     if len(known) == 1:

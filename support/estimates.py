@@ -3,6 +3,8 @@
 Shapes: C channels, H x W pixels, P sampled pixels.
 """
 
+import math
+
 import numpy as np
 
 from support.data import ImageFiles, Images, machine_lacks, pixels_of, sample_name
@@ -28,7 +30,7 @@ def sample_values(images: Images, channels: int) -> np.ndarray:
             if isinstance(error, WrongFormat) or machine_lacks(error):
                 raise
             continue
-        rows, columns = (-(-side // SIDE) for side in values.shape[1:])
+        rows, columns = (math.ceil(side / SIDE) for side in values.shape[1:])
         part = values[:, ::rows, ::columns]
         if np.isfinite(part).all():  # NaN counts as unreadable
             parts.append(part.reshape(channels, -1))  # for one channel, RGB gives three values

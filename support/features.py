@@ -74,10 +74,12 @@ def extract_features(
             index = all_gather(copy_to(index, device)).to(keep_on)
             features[index] = all_gather(feature).to(keep_on)
             labels[index] = all_gather(copy_to(label, device)).to(keep_on)
-    if (~features.isfinite()).any().tolist():  # they are the same on all ranks
-        raise UserError("the network's features are not finite", "", "give weights that did not diverge")
     deviation = features.std(dim=0, correction=0).norm()
-    if len(features) > 1 and (deviation < 1e-3 * features.norm(dim=1).mean()).item():
+    found = [~features.isfinite().all(), deviation < 1e-3 * features.norm(dim=1).mean()]
+    broken, alike = torch.stack(found).tolist()  # the same on all ranks
+    if broken:
+        raise UserError("the network's features are not finite", "", "give weights that did not diverge")
+    if alike and len(features) > 1:
         log(f"warning: the features of {len(features)} images are nearly equal: collapsed weights?")
     return features, labels
 

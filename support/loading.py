@@ -107,8 +107,8 @@ class EpochBatches:
         """`batch_size` counts the images of one rank."""
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.first_step, self.last_step = first_step, last_step
-        self.per_rank = -(-num_images // get_world_size())  # rounded up: some images are used twice
-        self.steps_per_epoch = self.per_rank // batch_size if drop_last else -(-self.per_rank // batch_size)
+        self.per_rank = math.ceil(num_images / get_world_size())  # some images are used twice
+        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(self.per_rank / batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
         """The indices of this rank's images in an epoch, (per_rank,)."""
@@ -190,13 +190,13 @@ class Loader(DataLoader):
                 )
             if waited > self.patience:
                 kill_workers(workers)
-                raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW, alone=True)
+                raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW_ADVICE, alone=True)
             if waited > (warned + 1) * self.warn_every:
                 warned += 1
-                tqdm.write(f"warning: no batch of images for {waited:.0f} s: {SLOW}")
+                tqdm.write(f"warning: no batch of images for {waited:.0f} s: {SLOW_ADVICE}")
 
 
-SLOW = "check that the file system of --data_path responds, or lower --num_workers"
+SLOW_ADVICE = "check that the file system of --data_path responds, or lower --num_workers"
 
 # Patterns in the message of a lost worker or batch, and what to do in each case.
 CAUSES = {

@@ -12,7 +12,7 @@ from support.logger import log
 # Strengths of the regularisation to try, strongest first: each starts from the solution of the one before.
 STRENGTHS = tuple(10.0**exponent for exponent in range(3, -8, -1))
 WITHOUT_CHOICE = 0.1
-MANY = 10_000  # rows
+ONE_FOLD_FROM = 10_000  # rows
 STEPS = 1_000  # of L-BFGS at most
 
 
@@ -36,11 +36,11 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> nn.Lin
 def choose_l2(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> float:
     """Choose among STRENGTHS by the accuracy on held-out fifths of the rows.
 
-    Each fifth is held out once; of MANY rows or more, only the first, which is then large enough. Of equal
-    accuracies, the lower cross-entropy decides.
+    Each fifth is held out once; of ONE_FOLD_FROM rows or more, only the first, which is then large enough.
+    Of equal accuracies, the lower cross-entropy decides.
     """
     fifths = split_in_fifths(labels, seed)
-    held_out = [fifths == fifth for fifth in range(5 if len(labels) < MANY else 1)]
+    held_out = [fifths == fifth for fifth in range(5 if len(labels) < ONE_FOLD_FROM else 1)]
     held_out = [rows for rows in held_out if rows.any()]
     if not held_out:
         log(f"note: one image per class: regularisation fixed at {WITHOUT_CHOICE}")

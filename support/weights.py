@@ -173,7 +173,10 @@ def load_file(name: str | Path):
         if lacks_memory(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise  # the file may be sound
         if refused := _refused(error):
-            what, fix = f"file contains {refused}, and was not loaded", f"save weights only, with {SAVE}"
+            what, fix = (
+                f"file contains {refused}, and was not loaded",
+                f"save weights only, with {SAVE}",
+            )
             raise UserError(what, str(name), fix) from None
         if "TorchScript" in str(error):
             raise UserError("file is a TorchScript program", str(name), f"save weights with {SAVE}") from None
@@ -288,12 +291,12 @@ class Weights(NamedTuple):
 
     state: dict[str, Tensor]  # all networks of the entry, with timm's names
     source: str  # for messages
-    entry: str  # of the file, "" for a file of weights alone
-    key: str | None  # the part of `state` that the user asks for
     trained: dict  # the training's arguments, or those known of a published model
-    epoch: int | None
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and deviation
-    center: Tensor | None  # of the loss, (1, K); belongs to the teacher's head
+    entry: str = ""  # of the file, "" for a file of weights alone
+    key: str | None = None  # the part of `state` that the user asks for
+    epoch: int | None = None
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and deviation
+    center: Tensor | None = None  # of the loss, (1, K); belongs to the teacher's head
     value_range: Range | None = None  # of the images' values, which became grey levels
     named: str | None = None  # the architecture that a file of another program names
 
@@ -322,14 +325,14 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
     return Weights(
         to_timm_names(state),
         weights,
+        trained,
         entry,
         key,
-        trained,
-        epoch if isinstance(epoch, int) else None,
-        normalization,
-        loss.get("center") if is_state(loss) and entry == "teacher" else None,
-        value_range,
-        named if named and is_known(named) else None,
+        epoch=epoch if isinstance(epoch, int) else None,
+        normalization=normalization,
+        center=loss.get("center") if is_state(loss) and entry == "teacher" else None,
+        value_range=value_range,
+        named=named if named and is_known(named) else None,
     )
 
 
@@ -558,7 +561,7 @@ def load_backbone(
         count = in_chans or FALLBACK["in_chans"]
         scale, limits = unknown_normalization(count), pairs(value_range, count)
         return _frozen(nn.Flatten(), size, scale, "pixels: no network", "", limits)
-    known = Weights({}, weights, "", None, {}, None, None, None)
+    known = Weights({}, weights, {})
     if weights != "random":
         known = read_weights(weights, checkpoint_key)
     in_chans = settle_channels(known, in_chans)
@@ -574,7 +577,7 @@ def load_backbone(
         if part := ".".join(filter(None, (known.entry, part.removesuffix(".backbone")))):
             words.insert(0, part)
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
-        words += assumed_of(model, known)
+        words += assumed_heads(model, known)
         normalization = normalization_of(known, model, in_chans)
         config = timm_config(known, model)
         if not (config or known.normalization or known.trained):
@@ -589,7 +592,7 @@ def load_backbone(
     return _frozen(model, size, normalization, description, canonical(arch), limits)
 
 
-def assumed_of(model: nn.Module, weights: Weights) -> list[str]:
+def assumed_heads(model: nn.Module, weights: Weights) -> list[str]:
     """["N heads assumed"] for a ViT whose file does not record its architecture; else []."""
     is_known = weights.named or _recorded(weights.trained, "arch")
     if is_known or not isinstance(model, VisionTransformer):
@@ -678,7 +681,7 @@ def init_from(
         state["pos_embed"] = backbone.interpolate_pos_encoding(*height_and_width(image_size))
     load_strictly(own_backbone, state, weights)
     taken = "backbone" if not head else "backbone, head" if known.center is None else "backbone, head, centre"
-    log(f"starting from the weights of {weights}: {', '.join([taken, *assumed_of(backbone, known)])}")
+    log(f"starting from the weights of {weights}: {', '.join([taken, *assumed_heads(backbone, known)])}")
     if not head:
         return None
     check_finite(head | ({} if known.center is None else {"center": known.center}), f"{weights}: head")

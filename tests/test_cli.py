@@ -57,12 +57,12 @@ def test_what_is_a_fault_of_the_program_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shapes"):
         cli.run_script(main, None)
     in_a_worker = RuntimeError("Caught TypeError in DataLoader worker process 0.\nOriginal Traceback")
-    assert cli.from_outside(in_a_worker) is None
+    assert cli.as_user_error(in_a_worker) is None
 
 
 def test_the_one_that_knows_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    cli.say(cli.from_outside(MemoryError("no room"), argparse.Namespace(batch_size_per_gpu=4)))
+    cli.say(cli.as_user_error(MemoryError("no room"), argparse.Namespace(batch_size_per_gpu=4)))
     cli.say(ImageError("cannot read image"))
     cli.say(UserError("all of them know"))
     first, second = capsys.readouterr().err.splitlines()
@@ -79,7 +79,7 @@ def test_the_one_that_knows_says_it(monkeypatch, capsys):
     ],
 )
 def test_each_script_advises_the_flags_that_it_has(script, advice):
-    error = cli.from_outside(MemoryError("no room"), script.parse_args([]))
+    error = cli.as_user_error(MemoryError("no room"), script.parse_args([]))
     assert str(error) == f"out of memory: no room: {advice}"
 
 

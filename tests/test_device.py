@@ -179,7 +179,7 @@ def test_features_of_images_wait_once_at_the_end(labelled, waits):
     network = build_backbone("vit_nano", 8, 32)[0].eval().to(META)
     data = open_labelled_images(Source(str(labelled)), "val")
     x, y = extract_features(network, data, eval_transform(32), META, batch_size=4)
-    assert x.shape == (9, 128) and y.shape == (9,) and x.is_meta and waits == ["()"]
+    assert x.shape == (9, 128) and y.shape == (9,) and x.is_meta and waits == ["(2,)"]
 
 
 def test_linear_probe_waits_once_for_a_validation(waits):

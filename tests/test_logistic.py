@@ -84,7 +84,7 @@ def test_of_many_rows_one_fifth_is_enough(monkeypatch):
     monkeypatch.setattr(logistic, "_scores_held_out", lambda *args: (seen.append(args[-1]), scores(*args))[1])
     assert logistic.choose_l2(x, y, 3) == all_fifths and len(seen) == 5
     assert torch.equal(torch.stack(seen).sum(dim=0), torch.ones(60, dtype=torch.long))
-    monkeypatch.setattr(logistic, "MANY", 60)
+    monkeypatch.setattr(logistic, "ONE_FOLD_FROM", 60)
     logistic.choose_l2(x, y, 3)
     assert len(seen) == 6
 

@@ -802,7 +802,7 @@ def test_flags_without_effect_are_said(capsys):
 
 
 def test_what_nobody_says_is_vit_small():
-    assert weights.settle_architecture(weights.Weights({}, "", "", None, {}, None, None, None)) == (
+    assert weights.settle_architecture(weights.Weights({}, "", {})) == (
         "vit_small", 16, 224,
     )  # fmt: skip
 
