@@ -86,17 +86,16 @@ def need(module: str, to: str) -> Any:
 def records(frozen: Frozen) -> dict[str, dict]:
     """What the network and its images are, as a checkpoint records it."""
     normalization = {"mean": frozen.mean, "std": frozen.std, "value_range": frozen.value_range}
-    args = {"global_crops_size": frozen.image_size, "arch": frozen.arch}
+    args: dict[str, Any] = {"global_crops_size": frozen.image_size, "arch": frozen.arch}
+    if isinstance(frozen.network, VisionTransformer):
+        args["patch_size"] = frozen.network.patch_embed.patch_size
     return {"args": args, "normalization": normalization}
 
 
 def to_backbone(frozen: Frozen, path: Path) -> Exported:
     """The state dict, with the records that `load_backbone` reads."""
-    known = records(frozen)
-    if isinstance(frozen.network, VisionTransformer):
-        known["args"]["patch_size"] = frozen.network.patch_embed.patch_size
     with replacing(path) as file:
-        torch.save({"state_dict": frozen.network.state_dict(), **known}, file)
+        torch.save({"state_dict": frozen.network.state_dict(), **records(frozen)}, file)
     again = load_backbone(str(path))
     said, meant = ((x.image_size, x.mean, x.std, x.form) for x in (again, frozen))
     if said != meant:
