@@ -206,7 +206,10 @@ class PeriodicKNN:
         """{"knn_" + name: percent}; {} if no evaluation is due. All ranks call this together."""
         begun = time.perf_counter()
         late = self.spent > self.share * (begun - self.begun)  # each rank has its own clock
-        if (epoch + 1) % self.every or all_gather_object(late)[0]:
+        if (epoch + 1) % self.every:
+            return {}
+        if all_gather_object(late)[0]:
+            log(f"epoch {epoch}  no k-NN: it takes more than --knn_share {self.share:g} of the time")
             return {}
         try:
             found = {f"knn_{name}": self.accuracy(network) for name, network in networks.items()}

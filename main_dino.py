@@ -693,6 +693,9 @@ def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndar
     Other teachers are momenta too: 0 copies the student, 1 keeps the teacher.
     """
     cosine = partial(utils.cosine_scheduler, epochs=args.epochs, niter_per_ep=steps.per_epoch)
+    lr = cosine(args.lr * steps.batch / 256, args.min_lr, warmup_epochs=args.warmup_epochs)
+    if not lr[: steps.last].any():
+        log(f"warning: the learning rate is 0 in all {steps.last} steps, so nothing is learnt")
     step = np.arange(1, args.epochs * steps.per_epoch + 1)
     momenta = {
         "ema": cosine(args.momentum_teacher, 1.0),
@@ -700,7 +703,7 @@ def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndar
         "copy": np.zeros(len(step)),
     }
     return {
-        "lr": cosine(args.lr * steps.batch / 256, args.min_lr, warmup_epochs=args.warmup_epochs),
+        "lr": lr,
         "wd": cosine(args.weight_decay, args.weight_decay_end),
         "momentum": momenta[args.teacher_update],
     }

@@ -135,10 +135,10 @@ def groups(names: Iterable[str]) -> str:
 def vit_shapes(state: dict[str, Tensor]) -> dict[str, int]:
     """A ViT's width, patch size and numbers of patches and channels, from a state dict's shapes.
 
-    {} for other networks.
+    {} for other networks, also for timm's hybrids, whose patches are those of a convnet's output.
     """
     for name in state:
-        if is_last_part(PATCHES, name):
+        if is_last_part(PATCHES, name) and not any("patch_embed.backbone." in other for other in state):
             patches, position = state[name], state.get(name.removesuffix(PATCHES) + "pos_embed")
             if position is not None and position.ndim == 3 and patches.ndim == 4:
                 width, in_chans, _, patch_size = patches.shape

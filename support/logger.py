@@ -17,7 +17,8 @@ def log(message: str) -> None:
     """Print from the main process only, above a progress bar if there is one."""
     if is_main_process():
         tqdm.write(message)
-        sys.stdout.flush()
+        if sys.stdout:  # None if the shell has closed it
+            sys.stdout.flush()
 
 
 class SmoothedValue:

@@ -660,6 +660,19 @@ def test_an_unreadable_image_of_knn_data_does_not_end_the_training(images, label
     assert ["knn_teacher" in record for record in log_of(tmp_path / "run")] == [False, False]
 
 
+def test_knn_that_takes_too_long_is_left_out_and_said(images, labelled, tmp_path, capsys):
+    knn = "--epochs", 3, "--knn_every", 1, "--knn_data", labelled, "--knn_share", 0
+    train("--data_path", images, "--output_dir", tmp_path, *knn)
+    assert ["knn_teacher" in record for record in log_of(tmp_path)] == [True, False, False]
+    assert capsys.readouterr().out.count("no k-NN: it takes more than --knn_share 0 of the time") == 2
+
+
+def test_a_run_of_the_first_step_of_the_warmup_learns_nothing_and_says_so(images, tmp_path, capsys):
+    for steps, named in ((1, True), (2, False)):
+        train("--data_path", images, "--output_dir", tmp_path / str(steps), "--max_steps", steps)
+        assert ("learning rate is 0 in all 1 steps" in capsys.readouterr().out) == named
+
+
 def test_tensorboard_follows_a_restart(images, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for last in (7, 10):  # step 7 is not the end of an epoch after the restart

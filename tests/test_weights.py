@@ -154,6 +154,15 @@ def test_classifiers_of_torchvision_and_timm_are_dropped_and_nothing_else(arch, 
         torch.testing.assert_close(model(x), pooled[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_hybrid_of_timm_loads_its_own_weights(tmp_path):
+    """Its patches are those of a convnet's output, whose channels are not the image's."""
+    arch = "vit_tiny_r_s16_p8_224"
+    network = timm.create_model(arch, num_classes=0).eval()
+    frozen = load_backbone(write(network.state_dict(), tmp_path / "hybrid.pth"), arch=arch)
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(frozen.network(images), network(images))
+
+
 def test_xcit_loads_as_its_own_repository_names_it(tmp_path):
     torch.manual_seed(0)
     model = backbones.build_backbone("xcit_nano_12_p16")[0].eval()  # timm's xcit_nano_12_p16_224
