@@ -145,6 +145,9 @@ def print_rows(arch: str, device: torch.device, images: int, rounds: int) -> Non
             continue  # many CPUs emulate it, a hundred times slower
         rate = matrix_rate(dtype, device, 8192 if device.type == "cuda" else 1024)
         autocast = None if precision == "fp32" else dtype
+        # The textbook runs with PyTorch's defaults, which `build_training` changes for the process.
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cuda.enable_cudnn_sdp(True)
         plain = functools.partial(textbook.Trainer, arch, PROTOTYPES, device, autocast)
         theirs = measure(lambda plain=plain: functools.partial(plain().step, views), device, images, rounds)
         flops = math.nan
