@@ -31,11 +31,12 @@ from support.data import SAME_IMAGES, Images, Source, match_classes
 from support.distributed import (
     all_gather_object,
     fix_random_seeds,
+    get_world_size,
     init_distributed_mode,
     is_main_process,
     same_error_on_all_ranks,
 )
-from support.errors import UserError
+from support.errors import ImageError, UserError
 from support.features import compute, concat_patches, extract_features, load_by_flags
 from support.files import replacing
 from support.logger import log
@@ -215,10 +216,13 @@ class PeriodicKNN:
             found = {f"knn_{name}": self.accuracy(network) for name, network in networks.items()}
         except self.Stopped:
             return {}
-        except UserError as error:  # on all ranks; an image to evaluate with must not end a training
+        except ImageError as error:  # an image to evaluate with should not end a training
+            if get_world_size() > 1:  # the other ranks wait for this one
+                raise
             log(f"warning: no k-NN after epoch {epoch}: {error}")
             return {}
-        self.spent += time.perf_counter() - begun
+        finally:
+            self.spent += time.perf_counter() - begun
         log(f"epoch {epoch}  " + "  ".join(f"{name} {top1:.1f}" for name, top1 in found.items()))
         return found
 

@@ -154,7 +154,7 @@ class MaskedFiles(ImageFiles):
         self.masks = [found["masks"][stem] for stem in self.stems]
         self.present = self._check()
         log(f"{split} images: {root}: {len(self):,} images, {len(self.present)} classes")
-        if 0 not in self.present:
+        if split == "val" and 0 not in self.present:  # attention is measured on val
             log("warning: no mask has the background 0: all pixels count as objects")
         self._compare_palettes()
 

@@ -472,7 +472,7 @@ def check_format(args: argparse.Namespace) -> None:
         elif name == "std" and min(values) <= 0:
             raise UserError("deviations must be above 0", where, "give numbers above 0")
         elif not (0 <= min(values) and max(values) <= 1):
-            raise UserError("must be from 0 to 1", where, "divide 8-bit values by 255")
+            raise UserError("must be from 0 to 1", where, "divide by 255 if they are 8-bit levels")
     if count != 3:
         log(f"images of {count} channel{'s' * (count > 1)}: hue, saturation and grey views are left out")
 

@@ -74,7 +74,7 @@ def draw_view(width: int, height: int, kind: Kind, rng=random, recipe: Recipe = 
     """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
     quarters = rng.randrange(4) if recipe.quarter_turns else 0
     high, wide = kind.size[::-1] if quarters % 2 else kind.size  # before the turn
-    return View(  # drawn in this order; what is off draws nothing, so the defaults draw as the paper
+    return View(  # drawn in this order; what is off draws nothing, so the default draws are the paper's
         size=kind.size,
         box=draw_box(width, height, kind.scale, rng, [wide / high * aspect for aspect in recipe.crop_aspect]),
         flip=happens(recipe.hflip_p, rng),

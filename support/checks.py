@@ -29,6 +29,7 @@ from support.shapes import Shapes
 CONSTANT = 2.0  # standard deviation, in grey levels, below which an image shows nothing
 CLIPPED = 0.1  # share of values within the stated range, below which that is likely to be wrong
 DARK = 32  # highest of 256 levels of all images, below which the range is likely to be wrong
+SEVERAL = 8  # images, of which one may well be dark
 IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
@@ -112,14 +113,14 @@ def _check_range(images: Images, within: np.ndarray, levels: set[int], read: int
     if not limits or not read:
         return
     where = f"--value_range {range_words(limits)}"
-    if len(levels) == 1:
+    if len(levels) == 1 and (within < CLIPPED).all():
         what = f"no value of {read} checked images lies within the range"
         raise UserError(what, where, "give another range, or auto")
     few = [(channel, share) for channel, share in enumerate(within.tolist(), 1) if share < CLIPPED]
     if few:
         shares = ", ".join(f"{100 * share:.2g} % in channel {channel}" for channel, share in few)
         log(f"warning: few values of {read} checked images lie within {where}: {shares}; others are clipped")
-    elif max(levels) < DARK:
+    elif read >= SEVERAL and max(levels) < DARK:
         what = f"the values of {read} checked images fill the lowest {100 * (max(levels) + 1) / 256:.2g} %"
         log(f"warning: {what} of {where}: were they converted?")
 

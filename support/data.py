@@ -6,7 +6,6 @@ Shapes: H x W pixels.
 import argparse
 import contextlib
 import errno
-import functools
 import gzip
 import hashlib
 import importlib.util
@@ -31,7 +30,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import to_pil_image
 
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
-from support.distributed import agree, main_process_first, same_error_on_all_ranks
+from support.distributed import agree, is_main_process, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, WrongFormat, nearest, reason, reason_of
 from support.files import (
     ARRAYS,
@@ -232,8 +231,7 @@ class FolderFiles(LabelledFiles):
         self.classes, self.labels = [], np.zeros(len(self), int)
         beside = [name for name, separator, _ in folders if not separator]
         if 0 < len(beside) < len(folders):
-            images = f"{len(beside)} images that lie beside folders, e.g. {beside[0]}"
-            log(f"note: no classes, because of {images}")
+            log(f"note: {root}: no classes, because images lie beside folders, e.g. {beside[0]}")
         if folders and not beside and not self.left_out[CLASS_FILES]:
             names, self.labels = np.unique([first for first, _, _ in folders], return_inverse=True)
             self.classes = names.tolist()
@@ -264,10 +262,11 @@ class ListedFiles(LabelledFiles):
         if lacking and (labelled or any(classes)):
             fix = "write path and class in each line, separated by a tab or comma"
             raise UserError("no class", f"{path}, line {lacking[0]}", fix)
-        if repeated := len(names) - len(set(names)):
-            log(f"note: {path}: {repeated} of {len(names)} lines name an image again")
-        if several := len(set(zip(names, classes, strict=True))) - len(set(names)):
-            log(f"warning: {path}: {several} lines give an image another class")
+        distinct = len(set(names))
+        if distinct < len(names):
+            log(f"note: {path}: {len(names) - distinct} of {len(names)} lines name an image again")
+        if several := len(set(zip(names, classes, strict=True))) - distinct:
+            log(f"warning: {path}: lines that give an image another class: {several}")
         self.paths = Paths(names, root)
         self.classes = sorted(set(classes) - {""})
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -525,7 +524,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
     if digest(train) == digest(val):
         log(f"warning: {SAME_IMAGES}")
-    elif shared := shared_files(train, val):
+    elif is_main_process() and (shared := shared_files(train, val)):
         log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {shared[0]}")
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}: every prediction is right; check the class folders")
@@ -543,16 +542,16 @@ def shared_files(train: Images, val: Images) -> list[str]:
     """The paths of val that are in train too, also by a relative path or a link to a folder."""
     if not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles)):
         return []
-    real = functools.cache(os.path.realpath)  # of folders, which are few
-
-    def folders(images: ImageFiles) -> set[str]:
-        return {real(os.path.dirname(path)) for path in images.paths}
+    folders = [{os.path.dirname(path) for path in images.paths} for images in (train, val)]
+    both = set().union(*folders)
+    resolve = os.path.realpath if len(both) <= 10_000 else os.path.abspath  # links take calls to the system
+    real = {folder: resolve(folder) for folder in both}
+    if {real[folder] for folder in folders[0]}.isdisjoint(real[folder] for folder in folders[1]):
+        return []
 
     def place(path: str) -> str:
-        return os.path.join(real(os.path.dirname(path)), os.path.basename(path))
+        return os.path.join(real[os.path.dirname(path)], os.path.basename(path))
 
-    if folders(train).isdisjoint(folders(val)):  # usual, and faster to find
-        return []
     known = set(map(place, train.paths))
     return [os.path.normpath(path) for path in val.paths if place(path) in known]
 

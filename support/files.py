@@ -291,7 +291,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         # torch raises another error over it
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         if isinstance(cause, OSError):
-            cause.filename = cause.filename or str(path)  # a failed write does not name its file
+            if cause.errno:  # else it is a library's, with a text alone
+                cause.filename = cause.filename or str(path)  # a failed write does not name its file
             raise cause from None
         raise
     _sync_folder(path.parent)

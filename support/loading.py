@@ -108,7 +108,8 @@ class EpochBatches:
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.first_step, self.last_step = first_step, last_step
         self.per_rank = math.ceil(num_images / get_world_size())  # some images are used twice
-        self.steps_per_epoch = (math.floor if drop_last else math.ceil)(self.per_rank / batch_size)
+        steps = self.per_rank / batch_size
+        self.steps_per_epoch = math.floor(steps) if drop_last else math.ceil(steps)
 
     def order(self, epoch: int) -> np.ndarray:
         """The indices of this rank's images in an epoch, (per_rank,)."""

@@ -57,6 +57,7 @@ class FolderLock:
     def release(self) -> None:
         """Release the folder, if this process has taken it."""
         if self._thread and self._pid == os.getpid():  # a forked process also gets here when it ends
+            atexit.unregister(self.release)
             self._ended.set()
             self._thread.join()
             self._thread = None

@@ -107,7 +107,7 @@ class Run:
         step = f"step {checkpoint['step']}, " if "step" in checkpoint else ""
         log(f"resuming {path} at {step}epoch {checkpoint['epoch']}")
         if checkpoint["epoch"] and is_main_process() and not read_log(self.log_file):
-            log(f"warning: {self.log_file} does not have the epochs before: was it overwritten?")
+            log(f"warning: {self.log_file} lacks the earlier epochs: was it overwritten?")
         return {name: value for name, value in checkpoint.items() if name not in pieces}
 
     def newest_whole(self) -> tuple[Path, dict] | None:

@@ -173,10 +173,7 @@ def load_file(name: str | Path):
         if lacks_memory(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise  # the file may be sound
         if refused := _refused(error):
-            what, fix = (
-                f"file contains {refused}, and was not loaded",
-                f"save weights only, with {SAVE}",
-            )
+            what, fix = f"file contains {refused}, and was not loaded", f"save weights only, with {SAVE}"
             raise UserError(what, str(name), fix) from None
         if "TorchScript" in str(error):
             raise UserError("file is a TorchScript program", str(name), f"save weights with {SAVE}") from None
@@ -362,16 +359,22 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
     return (networks or [""])[0], key
 
 
+def _normalization_of_flags(flags: dict) -> dict | None:
+    """The record of `main_dino.py`'s flags; None for those of other programs."""
+    found = [flags.get("mean"), flags.get("std"), flags.get("value_range", "absent") or []]
+    if not all(isinstance(each, list | tuple) and all(isinstance(x, float) for x in each) for each in found):
+        return None
+    return {"mean": flags["mean"], "std": flags["std"], "value_range": pairs(flags["value_range"])}
+
+
 def _recorded_normalization(checkpoint: dict, source: str):
     """Mean and deviation that a checkpoint records, and the range of values; None for what it does not.
 
     A checkpoint that was reduced to weights and flags records them in the flags.
     """
     record, flags = checkpoint.get("normalization"), checkpoint.get("args")
-    if record is None and isinstance(flags, dict) and flags.keys() >= {"mean", "std", "value_range"}:
-        record = {name: flags[name] for name in ("mean", "std")} | {
-            "value_range": pairs(flags["value_range"])
-        }
+    if record is None and isinstance(flags, dict):
+        record = _normalization_of_flags(flags)
     if record is None:
         return None, None
     try:

@@ -181,7 +181,7 @@ def test_an_image_that_a_list_names_twice_is_said(own, tmp_path, capsys):
     ListedFiles(path)
     said = capsys.readouterr().out
     assert f"note: {path}: 2 of {len(lines) + 2} lines name an image again" in said
-    assert f"warning: {path}: 1 lines give an image another class" in said
+    assert f"warning: {path}: lines that give an image another class: 1" in said
 
 
 def test_several_data_paths_are_one_set(own, tmp_path, capsys):

@@ -48,10 +48,18 @@ def test_images_that_fill_little_of_their_range_are_named(tmp_path, capsys):
     """As 8-bit copies of the 12-bit images that a network was trained with."""
     for name, most, named in (("copies", 255, True), ("originals", 4095, False)):
         (tmp_path / name).mkdir()
-        Image.fromarray(noise(0, 64, 64, most=most).astype(np.uint16)).save(tmp_path / name / "0.png")
+        for i in range(8):
+            values = noise(i, 64, 64, most=most).astype(np.uint16)
+            Image.fromarray(values).save(tmp_path / name / f"{i}.png")
         check_images(ImageFiles(tmp_path / name, form=ImageFormat(1, ((0, 4095),))))
         said = capsys.readouterr().out
-        assert ("1 checked images fill the lowest 6.6 % of --value_range 0 4095" in said) == named, said
+        assert ("8 checked images fill the lowest 6.6 % of --value_range 0 4095" in said) == named, said
+
+
+def test_one_dark_or_uniform_image_within_the_range_is_no_mistake(tmp_path, capsys):
+    Image.fromarray(np.full((32, 32), 200, np.uint16)).save(tmp_path / "0.png")
+    check_images(ImageFiles(tmp_path, form=ImageFormat(1, ((0, 4095),))))
+    assert [line for line in capsys.readouterr().out.splitlines() if "nearly constant" not in line] == []
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5])

@@ -244,7 +244,7 @@ def test_an_image_beside_class_folders_takes_their_classes_away_and_is_named(tmp
     picture().save(tmp_path / "cover.png")
     assert open_any_images(Source(str(tmp_path))).classes == []
     said = capsys.readouterr().out
-    assert "note: no classes, because of 1 images that lie beside folders, e.g. cover.png" in said
+    assert f"note: {tmp_path}: no classes, because images lie beside folders, e.g. cover.png" in said
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -660,6 +660,18 @@ def test_an_unreadable_image_of_knn_data_does_not_end_the_training(images, label
     assert ["knn_teacher" in record for record in log_of(tmp_path / "run")] == [False, False]
 
 
+@pytest.mark.slow
+def test_an_unreadable_image_of_knn_data_ends_all_processes(images, labelled, tmp_path):
+    """They compute features together, so one cannot go on without the others."""
+    shutil.copytree(labelled, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "val").rglob("*.png"))[1]  # of rank 1
+    broken.write_bytes(b"not an image")
+    flags = ["--data_path", images, "--output_dir", tmp_path / "run", "--batch_size_per_gpu", 2]
+    knn = ["--knn_every", 1, "--knn_data", tmp_path / "data", "--knn_share", 1]
+    ended = torchrun(2, "main_dino.py", *TINY, *map(str, [*flags, *knn]), check=False)
+    assert ended.returncode and f"cannot read image: cannot identify image file ({broken})" in ended.stderr
+
+
 def test_knn_that_takes_too_long_is_left_out_and_said(images, labelled, tmp_path, capsys):
     knn = "--epochs", 3, "--knn_every", 1, "--knn_data", labelled, "--knn_share", 0
     train("--data_path", images, "--output_dir", tmp_path, *knn)

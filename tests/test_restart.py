@@ -251,7 +251,7 @@ def test_a_log_that_was_overwritten_is_said(tmp_path, capsys):
             run.log_file.write_text(text)
         with Run(tmp_path, required=("student",)) as run:
             run.resume(pieces, {})
-        assert ("log.txt does not have the epochs before" in capsys.readouterr().out) == (text is not None)
+        assert ("log.txt lacks the earlier epochs" in capsys.readouterr().out) == (text is not None)
 
 
 def test_output_that_goes_to_the_log_is_refused(tmp_path):

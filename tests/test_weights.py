@@ -779,6 +779,9 @@ def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_rang
     frozen = load_backbone(write({"teacher": whole["teacher"], "args": flags}, tmp_path / "reduced.pth"))
     assert (frozen.mean, frozen.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert frozen.value_range == ((0.0, 4095.0),)
+    for other in ({"value_range": "auto"}, {"mean": None}, {"std": ["auto"]}):  # of other programs
+        path = write({"teacher": whole["teacher"], "args": flags | other}, tmp_path / "other.pth")
+        assert load_backbone(path).mean == IMAGENET_MEAN
     wide = Image.fromarray(np.full((40, 40), 4000, np.uint16))
     with pytest.raises(ValueError, match="range of values.*this image .I;16.*load_pixels"):
         frozen.transform(wide)
