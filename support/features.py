@@ -76,9 +76,8 @@ def extract_features(
             features[index] = all_gather(feature).to(keep_on)
             labels[index] = all_gather(copy_to(label, device)).to(keep_on)
     some = features[:: math.ceil(len(features) / 10_000) or 1]
-    alike_if = some.std(dim=0, correction=0).norm() < 1e-3 * some.norm(dim=1).mean()
-    found = [~features.isfinite().all(), alike_if]
-    broken, alike = torch.stack(found).tolist()  # the same on all ranks
+    are_alike = some.std(dim=0, correction=0).norm() < 1e-3 * some.norm(dim=1).mean()
+    broken, alike = torch.stack([~features.isfinite().all(), are_alike]).tolist()  # the same on all ranks
     if broken:
         raise UserError("the network's features are not finite", "", "give weights that did not diverge")
     if alike and len(features) > 1:

@@ -361,8 +361,10 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
 
 def _normalization_of_flags(flags: dict) -> dict | None:
     """The record of `main_dino.py`'s flags; None for those of other programs."""
-    found = [flags.get("mean"), flags.get("std"), flags.get("value_range", "absent") or []]
-    if not all(isinstance(each, list | tuple) and all(isinstance(x, float) for x in each) for each in found):
+    if not flags.keys() >= {"mean", "std", "value_range"}:
+        return None
+    given = [flags["mean"], flags["std"], flags["value_range"] or []]
+    if not all(isinstance(each, list | tuple) and all(isinstance(x, float) for x in each) for each in given):
         return None
     return {"mean": flags["mean"], "std": flags["std"], "value_range": pairs(flags["value_range"])}
 
