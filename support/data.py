@@ -265,8 +265,8 @@ class ListedFiles(LabelledFiles):
         distinct = len(set(names))
         if distinct < len(names):
             log(f"note: {path}: {len(names) - distinct} of {len(names)} lines name an image again")
-        if several := len(set(zip(names, classes, strict=True))) - distinct:
-            log(f"warning: {path}: lines that give an image another class: {several}")
+            if several := len(set(zip(names, classes, strict=True))) - distinct:
+                log(f"warning: {path}: lines that give an image another class: {several}")
         self.paths = Paths(names, root)
         self.classes = sorted(set(classes) - {""})
         numbers = {name: number for number, name in enumerate(self.classes)}

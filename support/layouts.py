@@ -137,8 +137,10 @@ def vit_shapes(state: dict[str, Tensor]) -> dict[str, int]:
 
     {} for other networks, also for timm's hybrids, whose patches are those of a convnet's output.
     """
+    if any("patch_embed.backbone." in name for name in state):
+        return {}
     for name in state:
-        if is_last_part(PATCHES, name) and not any("patch_embed.backbone." in other for other in state):
+        if is_last_part(PATCHES, name):
             patches, position = state[name], state.get(name.removesuffix(PATCHES) + "pos_embed")
             if position is not None and position.ndim == 3 and patches.ndim == 4:
                 width, in_chans, _, patch_size = patches.shape

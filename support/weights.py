@@ -317,7 +317,10 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
     if weights in PUBLISHED:
         trained = dict(zip(("arch", "patch_size"), PUBLISHED[weights][1:], strict=True))
     loss, epoch = checkpoint.get("dino_loss"), checkpoint.get("epoch")
-    normalization, value_range = _recorded_normalization(checkpoint, weights)
+    record = checkpoint.get("normalization")
+    if record is None:  # as of a checkpoint that was reduced to weights and flags
+        record = _normalization_of_flags(trained)
+    normalization, value_range = _recorded_normalization(record, weights)
     named = _recorded(checkpoint, "arch")
     return Weights(
         to_timm_names(state),
@@ -369,14 +372,8 @@ def _normalization_of_flags(flags: dict) -> dict | None:
     return {"mean": flags["mean"], "std": flags["std"], "value_range": pairs(flags["value_range"])}
 
 
-def _recorded_normalization(checkpoint: dict, source: str):
-    """Mean and deviation that a checkpoint records, and the range of values; None for what it does not.
-
-    A checkpoint that was reduced to weights and flags records them in the flags.
-    """
-    record, flags = checkpoint.get("normalization"), checkpoint.get("args")
-    if record is None and isinstance(flags, dict):
-        record = _normalization_of_flags(flags)
+def _recorded_normalization(record, source: str):
+    """Mean and deviation in a checkpoint's record, and the range of values; None for what it lacks."""
     if record is None:
         return None, None
     try:

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -167,18 +169,24 @@ def run(*command: str, check: bool = True, env: dict | None = None) -> subproces
     return result
 
 
-FULL_DISK = """
-import importlib, resource, signal, sys
+def limit_files(room: int) -> None:
+    """Make it an OSError, as on a full disk, if this process writes more than `room` bytes to a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
+ON_FULL_DISK = """
+import importlib, sys
+from tests.conftest import limit_files
 script, room = importlib.import_module(sys.argv.pop(1)), int(sys.argv.pop(1))
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows too large is an OSError, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+limit_files(room)
 script.cli.run_script(script.main, script.parse_args())
 """
 
 
 def run_on_full_disk(script: str, room: int, *flags: str) -> subprocess.CompletedProcess:
     """A script as a real process that can write no file of more than `room` bytes."""
-    return run("-c", FULL_DISK, script, str(room), *flags, check=False)
+    return run("-c", ON_FULL_DISK, script, str(room), *flags, check=False)
 
 
 def free_port() -> int:

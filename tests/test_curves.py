@@ -69,13 +69,13 @@ def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
 
 
 FULL_DISK = """
-import resource, signal, sys
+import sys
 from pathlib import Path
 from support.curves import Curves
+from tests.conftest import limit_files
 curves = Curves(Path(sys.argv[1]), [], tensorboard=True)
 curves.can_draw = False
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows too large is an OSError, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+limit_files(0)
 for step in range(1000):
     curves.update({"train_loss": 1.0, "step": step})
 """
