@@ -68,9 +68,7 @@ def to_pixels(image: Image.Image | Tensor) -> Tensor:
 
     A tensor is returned unchanged, whatever its number of channels.
     """
-    if isinstance(image, Tensor):
-        return image
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    return image if isinstance(image, Tensor) else pil_to_tensor(to_rgb(image))
 
 
 def as_tensor(image: Image.Image | Tensor) -> Tensor:
