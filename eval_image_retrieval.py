@@ -35,7 +35,7 @@ from support.distributed import (
     is_main_process,
     same_error_on_all_ranks,
 )
-from support.errors import UserError, reason
+from support.errors import UserError, first_line
 from support.features import extract_features, patch_size_of
 from support.logger import log
 from support.pickles import load_pickle
@@ -267,7 +267,7 @@ def check_takes_any_size(network: nn.Module, imsize: int, multiscale: bool) -> N
         except UserError:
             raise
         except Exception as error:  # a network may raise anything for a size that it does not take
-            what = f"{type(network).__name__} takes no images of {imsize}x{width} pixels: {reason(error)}"
+            what = f"{type(network).__name__} takes no images of {imsize}x{width} pixels: {first_line(error)}"
             raise UserError(what, "--arch", fix) from None
     if len(widths) > 1:
         what = "the width of the features depends on the size of the image"

@@ -45,7 +45,7 @@ from support.attention import attention_map, keep_mass
 from support.checks import check_images
 from support.data import RGB, ImageFiles, Images, extensions_of, in_format
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import UserError, WrongFormat, reason, reason_of
+from support.errors import UserError, WrongFormat, first_line, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.formats import ImageFormat
@@ -165,7 +165,7 @@ class MaskedFiles(ImageFiles):
             with Image.open(path) as mask:
                 mode, numbers, is_jpeg = mask.mode, np.array(mask), mask.format == "JPEG"
         except Exception as error:  # a broken file can raise nearly anything
-            raise UserError(f"cannot read mask: {reason(error)}", path, "repair or replace it") from None
+            raise UserError(f"cannot read mask: {first_line(error)}", path, "repair or replace it") from None
         if mode not in ("P", "L", "1") or is_jpeg:
             is_odd = f"has Pillow's mode {mode}, not class numbers of 8 bits"
             what = f"mask {'is a JPEG, which changes numbers at edges' if is_jpeg else is_odd}"
@@ -189,7 +189,8 @@ class MaskedFiles(ImageFiles):
             except WrongFormat:
                 raise
             except Exception as error:  # a broken file can raise nearly anything
-                raise UserError(f"cannot read image: {reason(error)}", path, "repair or replace it") from None
+                what = f"cannot read image: {first_line(error)}"
+                raise UserError(what, path, "repair or replace it") from None
             if mask.shape != (height, width):
                 what = f"mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}"
                 raise UserError(what, self.masks[index], "give masks of the images' size")

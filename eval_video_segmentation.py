@@ -26,7 +26,7 @@ from torch import Tensor
 from support import cli
 from support.data import ImageFiles, read_labelled
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import ImageError, UserError, reason
+from support.errors import ImageError, UserError, first_line
 from support.features import patch_size_of, patch_tokens
 from support.logger import log
 from support.pixels import IMAGENET_STD, jaccard, normalize, share, to_pixels
@@ -166,7 +166,7 @@ def _size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             size, mode = image.size, image.mode
     except Exception as error:  # a broken file can raise nearly anything
-        raise UserError(f"cannot read image: {reason(error)}", str(path), "repair it") from None
+        raise UserError(f"cannot read image: {first_line(error)}", str(path), "repair it") from None
     if path.suffix == ".png" and mode not in ("P", "L"):
         raise UserError(f"mask has mode {mode}", str(path), "save it as an indexed PNG of object numbers")
     return size
@@ -178,7 +178,7 @@ def read_mask(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.array(image)
     except Exception as error:  # a broken file can raise nearly anything
-        raise ImageError(f"cannot read mask: {reason(error)}", str(path), "repair it") from None
+        raise ImageError(f"cannot read mask: {first_line(error)}", str(path), "repair it") from None
 
 
 def without_void(mask: np.ndarray) -> np.ndarray:

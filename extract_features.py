@@ -55,7 +55,7 @@ from support.distributed import (
     main_process_first,
     same_error_on_all_ranks,
 )
-from support.errors import ImageError, UserError, reason_of
+from support.errors import ImageError, UserError, first_line, reason_of
 from support.features import (
     cls_and_patches,
     compute,
@@ -362,7 +362,7 @@ def _read_array(path: Path) -> Tensor:
     try:
         return torch.from_numpy(np.load(path))
     except (OSError, ValueError, TypeError, EOFError) as error:  # TypeError: words
-        what = f"cannot read: {str(error).splitlines()[0]}"
+        what = f"cannot read: {first_line(error)}"
         raise UserError(what, str(path), "run extract_features.py again with another --output_dir") from None
 
 

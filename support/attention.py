@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.errors import UserError, reason
+from support.errors import UserError, first_line
 from support.features import patch_size_of
 from vision_transformer import VisionTransformer
 
@@ -75,7 +75,7 @@ def _timm_attention(backbone: Any, images: Tensor, layer: int, patches: int, pat
         backbone(images)
     except (AssertionError, RuntimeError, ValueError) as error:
         height, width = backbone.default_cfg["input_size"][1:]
-        what = f"{type(backbone).__name__}: {reason(error)}"
+        what = f"{type(backbone).__name__}: {first_line(error)}"
         raise UserError(what, "--image_size", f"try {height} {width}") from None
     finally:
         handle.remove()

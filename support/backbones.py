@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from support.errors import UserError, nearest, reason
+from support.errors import UserError, first_line, nearest
 from support.logger import log
 from support.pixels import Size, height_and_width, size_words
 from vision_transformer import VITS, VisionTransformer
@@ -137,7 +137,7 @@ def check_crop_sizes(
             with torch.no_grad():
                 shape = tuple(backbone(torch.zeros(2, in_chans, *height_and_width(size))).shape)
         except Exception as error:  # a model may raise anything for a size that it does not accept
-            what = f"{arch} takes no images of {size_words(size)} pixels: {reason(error)}"
+            what = f"{arch} takes no images of {size_words(size)} pixels: {first_line(error)}"
             raise UserError(what, "--arch", fix) from None
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not ({embed_dim},)", "--arch", fix)

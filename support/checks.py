@@ -19,7 +19,7 @@ from support.data import (
     sample_name,
 )
 from support.distributed import is_main_process, same_error_on_all_ranks
-from support.errors import UserError, WrongFormat, reason
+from support.errors import UserError, WrongFormat, first_line
 from support.files import ARRAYS, evenly_spread, open_file
 from support.formats import extension, is_reduced, levels_of, load_values, range_words, share_within
 from support.logger import log
@@ -76,7 +76,7 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
             raise
         except Exception as error:  # a broken file can raise nearly anything
             faults.setdefault("cannot be read", []).append(index)
-            reasons[index] = f" ({reason(error)})"
+            reasons[index] = f" ({first_line(error)})"
             continue
         if stored.dropped:
             words = f"lose {stored.dropped}: the network sees red, green and blue"

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from support.distributed import in_group, launched_as, leave_group
-from support.errors import Interrupted, TrainingError, UserError, lacks_memory, reason_of
+from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of
 from support.loading import kill_workers
 from support.logger import log
 from support.monitor import SCHEDULERS
@@ -373,7 +373,7 @@ def as_user_error(error: Exception, args: object = None) -> UserError | None:
 
     `args` are the script's flags, for advice.
     """
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    message = first_line(error)
     if lacks_memory(error):
         fix = " or ".join(words for name, words in MEMORY_ADVICE.items() if hasattr(args, name))
         fix = fix or "close other programs"

@@ -31,7 +31,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, is_main_process, main_process_first, same_error_on_all_ranks
-from support.errors import ImageError, UserError, WrongFormat, nearest, reason, reason_of
+from support.errors import ImageError, UserError, WrongFormat, first_line, nearest, reason_of
 from support.files import (
     ARRAYS,
     Folder,
@@ -735,7 +735,7 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
             raise UserError(str(error), f"--dataset {name}", "use a folder instead") from None
         except (RuntimeError, OSError) as error:
             fix = "check the folder, or add --download" if not source.download else "check the network"
-            raise UserError(str(error).splitlines()[0], f"--dataset {name}", fix) from None
+            raise UserError(first_line(error), f"--dataset {name}", fix) from None
     if own:
         raise UserError(refusal, f"--split {own}", "name one of the dataset's splits")
     raise UserError(f"no {part} split: {refusal}", f"--dataset {name}", "use a folder instead")
@@ -786,7 +786,7 @@ def why_unreadable(images: Images, index: int) -> str:
     try:
         pixels_of(images, index)
     except Exception as error:  # a broken file can raise nearly anything
-        return reason(error)
+        return first_line(error)
     return "it can be read now"
 
 
@@ -815,7 +815,7 @@ def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
         if machine_lacks(error):
             raise
         name = sample_name(images, index)
-        raise ImageError(f"cannot read image: {reason(error)}", name, "repair or remove it") from None
+        raise ImageError(f"cannot read image: {first_line(error)}", name, "repair or remove it") from None
 
 
 def class_number(label: Any) -> int:

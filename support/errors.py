@@ -50,8 +50,8 @@ def lacks_memory(error: Exception) -> bool:
     return bool(words) or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error, without Pillow's description of the open file."""
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type; without Pillow's description of the open file."""
     return re.sub(r" <_io\.[^>]*>", "", str(error).strip() or type(error).__name__).splitlines()[0]
 
 

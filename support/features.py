@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from support.data import Images
 from support.distributed import all_gather, get_rank, get_world_size, same_error_on_all_ranks
-from support.errors import UserError, reason
+from support.errors import UserError, first_line
 from support.loading import EvalImages, make_loader
 from support.logger import log
 from support.pixels import copy_to, size_words
@@ -186,7 +186,7 @@ def _timm_layers(network: Any, images: Tensor, n: int, **kwargs) -> list:
         return network.forward_intermediates(images, indices=n, norm=True, intermediates_only=True, **kwargs)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         fix = "choose another image size, layer or network"
-        raise UserError(f"{name}: {reason(error)}", "--arch", fix) from None
+        raise UserError(f"{name}: {first_line(error)}", "--arch", fix) from None
 
 
 def _grid(network: VisionTransformer, images: Tensor, tokens: Tensor) -> Tensor:

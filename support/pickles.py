@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from support.errors import UserError, reason, reason_of
+from support.errors import UserError, first_line, reason_of
 
 
 class Refused(Exception):
@@ -120,4 +120,4 @@ def load_pickle(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(reason_of(error), str(path), "check the path and its permissions") from None
     except Exception as error:  # a damaged file can raise nearly anything
-        raise UserError(f"cannot read the file: {reason(error)}", str(path), "use another file") from None
+        raise UserError(f"cannot read the file: {first_line(error)}", str(path), "use another file") from None

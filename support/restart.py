@@ -20,7 +20,7 @@ from support.distributed import (
     main_process_first,
     same_error_on_all_ranks,
 )
-from support.errors import TrainingError, UserError, reason_of
+from support.errors import TrainingError, UserError, first_line, reason_of
 from support.files import replacing
 from support.lock import FolderLock
 from support.logger import log
@@ -196,8 +196,7 @@ class Run:
                         check_optimizer(piece, checkpoint[name])
                     piece.load_state_dict(checkpoint[name])
             except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"{name} does not fit: {reason}", str(path), fix) from None
+                raise UserError(f"{name} does not fit: {first_line(error)}", str(path), fix) from None
 
     # ---- save
 
