@@ -1,6 +1,5 @@
 """Prints a run's messages, and averages the numbers of an epoch."""
 
-import functools
 import sys
 import time
 from collections import deque
@@ -51,8 +50,7 @@ class MetricLogger:
     def __init__(self, delimiter: str = "  ", images_per_step: int = 0):
         """`images_per_step` counts all ranks, for the speed; 0 leaves the speed out."""
         self.delimiter, self.images_per_step = delimiter, images_per_step
-        self.meters: dict[str, SmoothedValue] = {}
-        self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
+        self.start_epoch()
 
     def update(self, **values: float) -> None:
         """Append one step's value to each named series."""
@@ -61,7 +59,7 @@ class MetricLogger:
 
     def start_epoch(self) -> None:
         """Empty all series."""
-        self.meters.clear()
+        self.meters: dict[str, SmoothedValue] = {}
         self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
@@ -106,11 +104,11 @@ class MetricLogger:
                 self.step_time.update(done - asked)
                 asked = done
                 bar.update()
-                status = functools.partial(self.status, length - step + steps_after)
+                left = length - step + steps_after
                 if show_bar:
-                    bar.set_postfix_str(status(), refresh=False)
+                    bar.set_postfix_str(self.status(left), refresh=False)
                 elif step % print_freq == 0 or step == length:
-                    log(f"{header} [{step:{digits}d}/{length}] {status()}")
+                    log(f"{header} [{step:{digits}d}/{length}] {self.status(left)}")
 
     def status(self, steps_left: int) -> str:
         """Meters, speed, share of time spent waiting for data, time left, peak GPU memory."""
