@@ -70,7 +70,7 @@ class Kind(NamedTuple):
     solarize_p: float
 
 
-def draw_view(width: int, height: int, kind: Kind, rng=random, recipe: Recipe = PAPER) -> View:
+def draw_view(width: int, height: int, kind: Kind, rng, recipe: Recipe = PAPER) -> View:
     """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
     quarters = rng.randrange(4) if recipe.quarter_turns else 0
     high, wide = kind.size[::-1] if quarters % 2 else kind.size  # before the turn
@@ -89,17 +89,13 @@ def draw_view(width: int, height: int, kind: Kind, rng=random, recipe: Recipe = 
     )
 
 
-def happens(p: float, rng=random) -> bool:
+def happens(p: float, rng) -> bool:
     """True with probability `p`."""
     return rng.random() < p
 
 
 def draw_box(
-    width: int,
-    height: int,
-    scale: Sequence[float],
-    rng=random,
-    ratio: Sequence[float] = PAPER.crop_aspect,
+    width: int, height: int, scale: Sequence[float], rng, ratio: Sequence[float]
 ) -> tuple[int, int, int, int]:
     """Draw top, left, height and width of a crop of random area and aspect ratio.
 
@@ -117,9 +113,7 @@ def draw_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_jitter(
-    rng=random, p: float = PAPER.jitter_p, strengths: Sequence[float] = PAPER.jitter
-) -> tuple[Sequence[int], Sequence[float]]:
+def draw_jitter(rng, p: float, strengths: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
     """Draw `Colour.order` and `Colour.amounts`: with probability `p` all four, in random order; else none.
 
     As in torchvision, brightness, contrast and saturation change by a factor of 1 - strength to 1 + strength,
@@ -132,9 +126,7 @@ def draw_jitter(
     return order, [rng.uniform(*ranges[which]) for which in order]
 
 
-def draw_radius(
-    p: float, rng=random, smallest: float = PAPER.blur_sigma[0], largest: float = PAPER.blur_sigma[1]
-) -> float:
+def draw_radius(p: float, rng, smallest: float, largest: float) -> float:
     """Draw a radius of blur in pixels, with probability `p`; else 0."""
     return rng.uniform(smallest, largest) if happens(p, rng) else 0.0
 
@@ -182,7 +174,7 @@ class DataAugmentationDINO:
         first, second, local = (Kind(*crop, *p) for crop, p in zip(crops, chances, strict=True))
         self.recipe, self.kinds = recipe, [first, second, *[local] * local_crops_number]
 
-    def draw(self, width: int, height: int, rng=random) -> list[View]:
+    def draw(self, width: int, height: int, rng) -> list[View]:
         """Draw the random numbers of the views of an image of this size."""
         return [draw_view(width, height, kind, rng, self.recipe) for kind in self.kinds]
 

@@ -24,7 +24,7 @@ from support import backbones
 from support import pixels as px
 from support.pixels import to_pixels
 from tests.conftest import picture, ramps, slopes
-from utils import DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
+from utils import PAPER, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
 
 # ---------------------------------------------------------------------------------------------
 # Augmentation
@@ -75,12 +75,13 @@ ADJUSTED = {  # the paper's ranges
 
 def test_amounts_cover_their_ranges_and_adjustments_come_in_any_order():
     rng = random.Random(0)
-    orders, amounts = map(np.array, zip(*[utils.draw_jitter(rng, p=1) for _ in range(4000)], strict=True))
+    drawn = [utils.draw_jitter(rng, 1, PAPER.jitter) for _ in range(4000)]
+    orders, amounts = map(np.array, zip(*drawn, strict=True))
     assert len(np.unique(orders, axis=0)) == 24
     for adjust, ends in ADJUSTED.items():
         own = amounts[orders == px.ADJUSTMENTS.index(adjust)]
         assert (own.min(), own.max()) == pytest.approx(ends, abs=0.01)
-    radii = [utils.draw_radius(1, rng) for _ in range(4000)]
+    radii = [utils.draw_radius(1, rng, *PAPER.blur_sigma) for _ in range(4000)]
     assert (min(radii), max(radii)) == pytest.approx((0.1, 2), abs=0.01)
 
 
@@ -133,8 +134,8 @@ def test_a_crop_of_a_line_has_a_pixel(size):
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 def test_crops_are_distributed_as_torchvisions(scale):
     width, height, draws = 500, 375, 3000
-    rng = random.Random(0)
-    ours = torch.tensor([utils.draw_box(width, height, scale, rng) for _ in range(draws)]).double()
+    box = width, height, scale, random.Random(0), PAPER.crop_aspect
+    ours = torch.tensor([utils.draw_box(*box) for _ in range(draws)]).double()
     image = torch.empty(3, height, width)
     torch.manual_seed(0)
     draw = transforms.RandomResizedCrop.get_params
@@ -143,7 +144,7 @@ def test_crops_are_distributed_as_torchvisions(scale):
     assert scale[0] * 0.98 <= shares.min() and shares.max() <= min(1, scale[1] * 1.02)
     assert two_sample_z(ours, theirs) < 4  # top, left, height, width
     assert two_sample_z(ours**2, theirs**2) < 4
-    other = torch.tensor([utils.draw_box(width, height, scale, rng) for _ in range(draws)]).double() * 1.1
+    other = torch.tensor([utils.draw_box(*box) for _ in range(draws)]).double() * 1.1
     assert two_sample_z(other, theirs) > 4  # the test would see a scale that is 10 % off
 
 
@@ -293,8 +294,8 @@ def test_the_aspect_of_crops(views_of):
 
 
 def test_the_aspect_of_crops_follows_the_view():
-    kind, turned = utils.Kind((64, 32), (0.1, 0.2), 0, 0), utils.PAPER._replace(quarter_turns=True)
-    for recipe in (utils.PAPER, turned):
+    kind, turned = utils.Kind((64, 32), (0.1, 0.2), 0, 0), PAPER._replace(quarter_turns=True)
+    for recipe in (PAPER, turned):
         views = [utils.draw_view(400, 300, kind, random.Random(i), recipe) for i in range(600)]
         for odd, shape in ((0, 0.5), (1, 2)):
             boxes = [view.box for view in views if view.quarters % 2 == odd]
@@ -334,7 +335,7 @@ def test_only_what_is_on_draws():
     kind = utils.Kind((32, 32), (0.4, 1), blur_p=1.0, solarize_p=0.2)
 
     def colours(**changes):
-        recipe = utils.PAPER._replace(**changes)
+        recipe = PAPER._replace(**changes)
         return [utils.draw_view(500, 375, kind, random.Random(seed), recipe).colour for seed in range(9)]
 
     paper = colours()
