@@ -93,14 +93,13 @@ def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB
     if form.channels == 1:
         return as_tensor(load_image(path, content, 1))
     decode = getattr(torchvision.io, "decode_jpeg", None)
-    there = content is not None or os.path.isfile(path)
-    if decode and path.lower().endswith((".jpg", ".jpeg")) and there:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            # The header only; refuses decompression bombs.
-            in_colour = image.format == "JPEG" and image.mode == "RGB"
-        file = b"" if not in_colour else Path(path).read_bytes() if content is None else content
-        if file.endswith(b"\xff\xd9"):
-            return decode(torch.frombuffer(bytearray(file), dtype=torch.uint8))
+    if decode and extension(path) in (".jpg", ".jpeg"):
+        with open_file(path, content) as file:
+            content = file.read()
+        with Image.open(io.BytesIO(content)) as image:  # the header only; refuses decompression bombs
+            is_colour_jpeg = image.format == "JPEG" and image.mode == "RGB"
+        if is_colour_jpeg and content.endswith(b"\xff\xd9"):
+            return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     return to_pixels(load_image(path, content))
 
 
