@@ -20,8 +20,8 @@ from support.data import (
 )
 from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, first_line
-from support.files import ARRAYS, evenly_spread, open_file
-from support.formats import extension, is_reduced, levels_of, load_values, range_words, share_within
+from support.files import ARRAYS, evenly_spread, extension, open_file
+from support.formats import is_reduced, levels_of, load_values, range_words, share_within
 from support.logger import log
 from support.pixels import to_pixels
 from support.shapes import Shapes

@@ -39,11 +39,12 @@ from support.files import (
     Paths,
     all_extensions,
     appearing,
+    extension,
     open_file,
     readable_extensions,
     select_images,
 )
-from support.formats import TIFFS, ImageFormat, extension, load_levels, load_values
+from support.formats import TIFFS, ImageFormat, load_levels, load_values
 from support.logger import log
 from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
 from support.shapes import Shapes
@@ -257,7 +258,7 @@ class ListedFiles(LabelledFiles):
                 lacking.append(number)
             names.append(name)
             classes.append(label)
-            self.taken[os.path.splitext(name)[1].lower() or "no extension"] += 1
+            self.taken[extension(name) or "no extension"] += 1
         if lacking and (labelled or any(classes)):
             fix = "write path and class in each line, separated by a tab or comma"
             raise UserError("no class", f"{path}, line {lacking[0]}", fix)
@@ -466,7 +467,7 @@ def _open_place(root: Path) -> Folder | Path:
 
 def _listed(path: Path, form: ImageFormat) -> ImageFiles:
     """The images in a list; for an image file, that image."""
-    is_image = path.suffix.lower() in all_extensions()
+    is_image = extension(path) in all_extensions()
     return ImageFiles(path, form=form) if is_image else ListedFiles(path, form=form)
 
 
@@ -577,7 +578,7 @@ PART_FILES = (".tar", ".zip", ".txt", ".tsv", ".csv")
 
 def _split_of(root: Path, split: str) -> Folder | Path:
     """One part of a dataset: a folder, or a file named as the part. Raises UserError."""
-    files = [root / f"{split}{extension}" for extension in PART_FILES]
+    files = [root / f"{split}{ending}" for ending in PART_FILES]
     files = [path for path in files if os.path.isfile(path)]
     if os.path.isdir(root / split):
         if files:

@@ -27,6 +27,11 @@ def evenly_spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
+def extension(path: str | Path) -> str:
+    """The extension of a file's name, in lower case."""
+    return os.path.splitext(path)[1].lower()
+
+
 def open_file(path: str, content: bytes | None) -> IO[bytes]:
     """A file to read, or its content. Raises OSError."""
     if content is not None:
@@ -120,7 +125,7 @@ def readable_extensions() -> frozenset[str]:
         stub = isinstance(make, type) and issubclass(make, ImageFile.StubImageFile)
         if not stub and name not in ("MPEG", "EPS"):  # Pillow cannot decode MPEG; EPS needs Ghostscript
             decoded.add(name)
-    return frozenset(extension for extension, name in known.items() if name in decoded)
+    return frozenset(ending for ending, name in known.items() if name in decoded)
 
 
 class Found(NamedTuple):
@@ -141,12 +146,12 @@ def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[
     for folder, names, skipped in contents:
         images = []
         for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension in readable:
+            kind = extension(name)
+            if kind in readable:
                 images.append(name)
-                taken[extension] += 1
+                taken[kind] += 1
             else:
-                left_out[extension or "no extension"] += 1
+                left_out[kind or "no extension"] += 1
         folders.append((folder, sorted(images)))
         hidden += skipped
     prefixed = ((os.path.join(folder, ""), names) for folder, names in sorted(folders))

@@ -6,7 +6,6 @@ uint8 (C, H, W). tifffile reads TIFFs; it is optional, and RGB and grey images o
 Shapes: C channels, H x W pixels.
 """
 
-import os
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from support.errors import UserError, WrongFormat
-from support.files import ARRAYS, open_file
+from support.files import ARRAYS, extension, open_file
 
 TIFFS = (".tif", ".tiff")
 
@@ -57,11 +56,6 @@ def pairs(numbers: Sequence[float] | None, channels: int | None = None) -> Range
 def range_words(value_range: Range | None) -> str:
     """The numbers of a range, as --value_range takes them; "" for none."""
     return " ".join(f"{number:g}" for pair in value_range or () for number in pair)
-
-
-def extension(path: str) -> str:
-    """The extension of a file's name, in lower case."""
-    return os.path.splitext(path)[1].lower()
 
 
 def load_levels(path: str, content: bytes | None, form: ImageFormat) -> Tensor:
