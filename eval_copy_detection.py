@@ -254,7 +254,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     device = init_distributed_mode(args.dist_url)
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
-    no_whitening = [("whiten_centred", lambda args: not args.whitening_path, "--whitening_path is not given")]
+    no_whitening = [("whiten_centred", not args.whitening_path, "--whitening_path is not given")]
     cli.warn_no_effect(args, get_args_parser(), no_whitening)
     with same_error_on_all_ranks():
         sets = open_sets(args.data_path, args.distractors_path, args.whitening_path)

@@ -392,7 +392,7 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
         if args.load_features and folder.resolve() == Path(args.load_features).expanduser().resolve():
             raise UserError("would overwrite --load_features", f"--dump_features {folder}", "leave it out")
     if args.load_features:
-        loaded = [(name, lambda args: True, "--load_features gives the features") for name in FEATURE_FLAGS]
+        loaded = [(name, True, "--load_features gives the features") for name in FEATURE_FLAGS]
         cli.warn_no_effect(args, get_args_parser(), loaded)
         with same_error_on_all_ranks():
             tensors = load_features(args.load_features, keep_on)

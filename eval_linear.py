@@ -161,14 +161,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("for --evaluate only", "--linear_weights", "add --evaluate or leave it out")
     if args.evaluate and args.logistic:
         raise UserError("does not save a classifier to evaluate", "--logistic", "leave out one of the two")
-    rules = [(name, lambda args: args.evaluate, "--evaluate does not train") for name in TRAINING_FLAGS]
-    rules += [(name, lambda args: args.logistic, "--logistic ignores it") for name in TRAINING_FLAGS]
+    rules = [(name, args.evaluate, "--evaluate does not train") for name in TRAINING_FLAGS]
+    rules += [(name, args.logistic, "--logistic ignores it") for name in TRAINING_FLAGS]
     rules += [
-        ("few_shot", lambda args: args.evaluate, "--evaluate does not train"),
-        ("output_dir", lambda args: args.logistic, "--logistic writes no files"),
-        ("few_shot_seeds", lambda args: not (args.logistic and args.few_shot),
-         "it is for --logistic --few_shot"),
-    ]  # fmt: skip
+        ("few_shot", args.evaluate, "--evaluate does not train"),
+        ("output_dir", args.logistic, "--logistic writes no files"),
+        ("few_shot_seeds", not (args.logistic and args.few_shot), "it is for --logistic --few_shot"),
+    ]
     cli.warn_no_effect(args, get_args_parser(), rules)
 
 
@@ -367,7 +366,7 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
         n, mean = args.n_last_blocks, args.avgpool_patchtokens
         features = functools.partial(frozen_features, n_last_blocks=n, avgpool_patchtokens=mean)
     unused = VIT_FLAGS if args.concat_patchtokens or not is_vit else ()
-    cli.warn_no_effect(args, get_args_parser(), [(name, lambda args: True, why) for name in unused])
+    cli.warn_no_effect(args, get_args_parser(), [(name, True, why) for name in unused])
     flags = {name: getattr(args, name) for name in ("concat_patchtokens", *VIT_FLAGS) if name not in unused}
     of = functools.partial(compute, features, network, dtype=cli.PRECISIONS[args.precision])
     width = of(frozen.zeros(1).to(device)).shape[1]

@@ -460,7 +460,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     if cli.leaves_work_to_first():
         return {}
     device = choose_device()
-    cli.warn_no_effect(args, get_args_parser(), [("bs", lambda args: True, "frames are read one by one")])
+    cli.warn_no_effect(args, get_args_parser(), [("bs", True, "frames are read one by one")])
     output_dir = cli.make_folder(args.output_dir)
     clips = open_clips(args.data_path)
     check_outputs(clips, output_dir)

@@ -334,35 +334,36 @@ def only_local_differs(args: argparse.Namespace, name: str) -> bool:
     return not args.local_crops_number and tuple(getattr(args, name)[:2]) == usual[:2]
 
 
-# A flag, when it has no effect, and why.
-NO_EFFECT = [
-    ("warmup_teacher_temp",
-     lambda a: not a.warmup_teacher_temp_epochs and a.warmup_teacher_temp != a.teacher_temp,
-     "--warmup_teacher_temp_epochs is 0"),
-    ("momentum_teacher", lambda a: a.teacher_update != "ema", "--teacher_update is not ema"),
-    ("local_crops_size", lambda a: not a.local_crops_number, "--local_crops_number is 0"),
-    ("local_crops_scale", lambda a: not a.local_crops_number, "--local_crops_number is 0"),
-    ("patch_size", lambda a: a.arch not in VITS, "it shapes our ViTs only"),
-    ("jitter", lambda a: not a.jitter_p, "--jitter_p is 0"),
-    ("jitter_p", lambda a: not any(a.jitter), "--jitter is 0 0 0 0"),
-    ("blur_p", lambda a: not any(a.blur_sigma), "--blur_sigma is 0 0"),
-    ("blur_p", lambda a: only_local_differs(a, "blur_p"), "--local_crops_number is 0"),
-    ("blur_sigma", lambda a: not any(a.blur_p[: 3 if a.local_crops_number else 2]), "--blur_p is 0"),
-    ("solarize_p", lambda a: only_local_differs(a, "solarize_p"), "--local_crops_number is 0"),
-    ("vflip_p", lambda a: a.quarter_turns and a.hflip_p == 0.5,
-     "--quarter_turns with --hflip_p 0.5 gives all orientations"),
-    ("gray_p", lambda a: a.in_chans != 3 and a.gray_p, "it needs three channels"),
-    ("jitter", lambda a: a.in_chans != 3 and any(a.jitter[2:]) and tuple(a.jitter[2:]) != PAPER.jitter[2:],
-     "S and H need three channels"),
-    ("use_fp16", lambda a: a.precision, "--precision overrides it"),
-    ("warmup_teacher_temp_epochs", lambda a: a.warmup_teacher_temp == a.teacher_temp,
-     "--warmup_teacher_temp and --teacher_temp are equal"),
-    ("knn_every", lambda a: a.knn_every > a.epochs, "--epochs is smaller"),
-    ("download", lambda a: not a.dataset or a.demo, "only --dataset downloads"),
-    ("knn_data", lambda a: not a.knn_every, "--knn_every is 0"),
-    ("knn_share", lambda a: not a.knn_every, "--knn_every is 0"),
-    ("dist_url", lambda a: launched_as()[1] == 1, "there is one process"),
-]  # fmt: skip
+def no_effect(a: argparse.Namespace) -> list[tuple[str, object, str]]:
+    """Flags, whether each has no effect, given the other flags `a`, and why."""
+    return [
+        ("warmup_teacher_temp", not a.warmup_teacher_temp_epochs and a.warmup_teacher_temp != a.teacher_temp,
+         "--warmup_teacher_temp_epochs is 0"),
+        ("momentum_teacher", a.teacher_update != "ema", "--teacher_update is not ema"),
+        ("local_crops_size", not a.local_crops_number, "--local_crops_number is 0"),
+        ("local_crops_scale", not a.local_crops_number, "--local_crops_number is 0"),
+        ("patch_size", a.arch not in VITS, "it shapes our ViTs only"),
+        ("jitter", not a.jitter_p, "--jitter_p is 0"),
+        ("jitter_p", not any(a.jitter), "--jitter is 0 0 0 0"),
+        ("blur_p", not any(a.blur_sigma), "--blur_sigma is 0 0"),
+        ("blur_p", only_local_differs(a, "blur_p"), "--local_crops_number is 0"),
+        ("blur_sigma", not any(a.blur_p[: 3 if a.local_crops_number else 2]), "--blur_p is 0"),
+        ("solarize_p", only_local_differs(a, "solarize_p"), "--local_crops_number is 0"),
+        ("vflip_p", a.quarter_turns and a.hflip_p == 0.5,
+         "--quarter_turns with --hflip_p 0.5 gives all orientations"),
+        ("gray_p", a.in_chans != 3 and a.gray_p, "it needs three channels"),
+        ("jitter", a.in_chans != 3 and any(a.jitter[2:]) and tuple(a.jitter[2:]) != PAPER.jitter[2:],
+         "S and H need three channels"),
+        ("use_fp16", a.precision, "--precision overrides it"),
+        ("warmup_teacher_temp_epochs", a.warmup_teacher_temp == a.teacher_temp,
+         "--warmup_teacher_temp and --teacher_temp are equal"),
+        ("knn_every", a.knn_every > a.epochs, "--epochs is smaller"),
+        ("download", not a.dataset or a.demo, "only --dataset downloads"),
+        ("knn_data", not a.knn_every, "--knn_every is 0"),
+        ("knn_share", not a.knn_every, "--knn_every is 0"),
+        ("dist_url", launched_as()[1] == 1, "there is one process"),
+    ]  # fmt: skip
+
 
 # The panels of curves.png: a title, and the numbers of log.txt in it.
 PANELS = [
@@ -425,7 +426,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_format(args)
     parser = get_args_parser()
     set_dependent_defaults(parser, args)
-    cli.warn_no_effect(args, parser, NO_EFFECT)
+    cli.warn_no_effect(args, parser, no_effect(args))
 
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
         value = getattr(args, name)

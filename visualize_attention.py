@@ -134,10 +134,10 @@ def check_args(args: argparse.Namespace) -> None:
         what = "components are the same for every query"
         raise UserError(what, "--pca, --query", "leave out one of the two")
     rules = [
-        ("threshold", lambda args: args.pca and not args.demo, "--pca draws no masks"),
-        ("foreground", lambda args: not args.pca, "add --pca"),
-        ("fps", lambda args: not args.video, "it is for --video"),
-        ("video_format", lambda args: not args.video, "it is for --video"),
+        ("threshold", args.pca and not args.demo, "--pca draws no masks"),
+        ("foreground", not args.pca, "add --pca"),
+        ("fps", not args.video, "it is for --video"),
+        ("video_format", not args.video, "it is for --video"),
     ]
     cli.warn_no_effect(args, get_args_parser(), rules)
 

@@ -397,16 +397,16 @@ def as_user_error(error: Exception, args: object = None) -> UserError | None:
 
 
 def warn_no_effect(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, rules: Iterable[tuple[str, Callable, str]]
+    args: argparse.Namespace, parser: argparse.ArgumentParser, rules: Iterable[tuple[str, object, str]]
 ) -> None:
     """Warn of flags that differ from their defaults but have no effect, given the other flags.
 
-    A rule is a flag's name, a function of `args` that returns whether it has no effect, and the reason.
+    A rule is a flag's name, whether it has no effect, and the reason.
     """
     for name, holds, reason in rules:
         both = getattr(args, name), parser.get_default(name)
         value, default = (list(each) if isinstance(each, tuple) else each for each in both)
-        if value != default and holds(args):
+        if value != default and holds:
             log(f"warning: --{name} has no effect: {reason}")
 
 
