@@ -50,8 +50,8 @@ PAPER_IMAGES = {"original": 157, "strong": 229, "distractors": 10_000, "whitenin
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags. A parent for other parsers, so it has no `--help`."""
-    parser = cli.ArgumentParser("Copy detection on Copydays", add_help=False)
+    """All flags."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",
@@ -82,8 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    return parser.parse_args(argv)
+    return get_args_parser().parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------

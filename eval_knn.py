@@ -45,8 +45,8 @@ from utils import MultiCropWrapper
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags. A parent for other parsers, so it has no `--help`."""
-    parser = cli.ArgumentParser("Evaluation with weighted k-NN on ImageNet", add_help=False)
+    """All flags."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     parser.add_argument("--batch_size_per_gpu", default=128, type=cli.number(int, at_least=1),
         help="images per process and forward pass")
@@ -77,8 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    return parser.parse_args(argv)
+    return get_args_parser().parse_args(argv)
 
 
 # Flags that determine the features.

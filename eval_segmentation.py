@@ -67,8 +67,8 @@ VOC_CLASSES = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags. A parent for other parsers, so it has no `--help`."""
-    parser = cli.ArgumentParser("Evaluation of segmentation", add_help=False)
+    """All flags."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     cli.add_weights_flags(parser)
     positive = cli.number(int, at_least=1)
@@ -101,8 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    return parser.parse_args(argv)
+    return get_args_parser().parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ DAVIS_VAL = set(
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags. A parent for other parsers, so it has no `--help`."""
-    parser = cli.ArgumentParser("Evaluation with video object segmentation on DAVIS 2017", add_help=False)
+    """All flags."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     cli.add_weights_flags(parser, rgb_only=True)
     group = parser.add_argument_group("data")
@@ -79,8 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    return parser.parse_args(argv)
+    return get_args_parser().parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ from support.weights import Frozen, digest_weights, load_file
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags. A parent for other parsers, so it has no `--help`."""
-    parser = cli.ArgumentParser("Features of images", add_help=False)
+    """All flags."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     cli.add_weights_flags(parser)
     group = parser.add_argument_group("features")
@@ -113,8 +113,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
-    return parser.parse_args(argv)
+    return get_args_parser().parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------

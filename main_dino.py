@@ -123,7 +123,7 @@ def demo_defaults() -> dict:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All training flags. A parent for other parsers, so it has no `--help`."""
-    parser = cli.ArgumentParser("DINO", add_help=False)
+    parser = cli.ArgumentParser(add_help=False)
 
     # fmt: off
     group = parser.add_argument_group("model")

@@ -27,7 +27,7 @@ from support.errors import Interrupted, UserError, reason_of
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the job."""
-    parser = cli.ArgumentParser("DINO in a SLURM job", add_help=False)
+    parser = cli.ArgumentParser(add_help=False)
     # fmt: off
     group = parser.add_argument_group("job")
     group.add_argument("--ngpus", default=8, type=cli.number(int, at_least=0),

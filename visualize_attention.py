@@ -68,8 +68,8 @@ FIT_ON = 100  # frames of a video, at most, that fix the scale of its colours
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags. A parent for other parsers, so it has no `--help`."""
-    parser = cli.ArgumentParser("Visualize Self-Attention maps", add_help=False)
+    """All flags."""
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     cli.add_weights_flags(parser, patch_size=PATCH_SIZE)
     group = parser.add_argument_group("images")
@@ -112,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `--demo` and `--video` change the defaults of other flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+    parser = get_args_parser()
     known = parser.parse_known_args(argv)[0]
     parser.set_defaults(**(DEMO if known.demo else VIDEO if known.video else {}))
     return parser.parse_args(argv)

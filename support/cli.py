@@ -44,11 +44,11 @@ class ArgumentParser(argparse.ArgumentParser):
     an error in one names the file and the line.
     """
 
-    def __init__(self, prog: str | None = None, **kwargs):
+    def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("usage", "%(prog)s [@FILE] [--flag value ...]")
         kwargs.setdefault("epilog", "@FILE stands for the flags in a file; flags after it override them")
-        super().__init__(prog, allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
         self.places: dict[str, list[str]] = {}  # where each word was read
         # argparse takes other negative numbers for flags (https://github.com/python/cpython/issues/59317)
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
