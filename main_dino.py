@@ -65,7 +65,15 @@ from support.formats import ImageFormat, pairs
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
-from support.pictures import as_picture, contact_sheet, glow, lies_below, titled_rows
+from support.pictures import (
+    as_picture,
+    check_free,
+    contact_sheet,
+    glow,
+    lies_below,
+    save_picture,
+    titled_rows,
+)
 from support.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -80,7 +88,6 @@ from support.shapes import USUAL, Shapes
 from support.weights import init_from, load_backbone
 from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
 from vision_transformer import VITS
-from visualize_attention import check_free, save_picture
 
 
 def demo_defaults() -> dict:
@@ -1054,7 +1061,7 @@ def train_one_epoch(
 # ---------------------------------------------------------------------------------------------
 
 PREVIEW_IMAGES = 12
-PREVIEW_MARK = {"Software": "DINO main_dino.py --preview"}  # text in the PNG, which identifies our pictures
+PREVIEW_MARK = "DINO main_dino.py --preview"  # text in the PNG, which identifies our pictures
 
 
 def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Image]]:
@@ -1103,14 +1110,14 @@ def draw_preview(args: argparse.Namespace) -> None:
     source = Source.of(args, image_format(args))
     if lies_among_images(path, args):
         raise UserError("the picture would become one of the images", where, fix)
-    check_free(path, set(), PREVIEW_MARK, fix)
+    check_free(path, PREVIEW_MARK, fix=fix)
     images = open_training_images(source)
     settle_format(args, images)
     rows = preview_rows(args, images)
     cli.make_folder(path.parent, "preview")
     size = max(height_and_width(args.global_crops_size))
     side = size * max(1, 160 // size)  # a whole multiple: the picture has the views' own pixels
-    save_picture(contact_sheet(rows, side), path, set(), PREVIEW_MARK)
+    save_picture(contact_sheet(rows, side), path, PREVIEW_MARK)
     log(f"{len(rows)} of {describe(images)}, each with its views in epoch 0: {path}")
 
 
@@ -1118,7 +1125,7 @@ def draw_preview(args: argparse.Namespace) -> None:
 # Demo
 # ---------------------------------------------------------------------------------------------
 
-DEMO_MARK = {"Software": "DINO main_dino.py --demo"}  # text in the PNG, which identifies our pictures
+DEMO_MARK = "DINO main_dino.py --demo"  # text in the PNG, which identifies our pictures
 
 
 def report_demo(args: argparse.Namespace) -> None:
@@ -1182,7 +1189,7 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
     title = "k-NN accuracy: raw pixels {:.0f} %, before training {:.0f} %, after {:.0f} %".format(*accuracies)
     path = Path(args.output_dir, "demo.png").expanduser()
     picture = titled_rows(f"DINO, trained without labels. {title}", rows)
-    save_picture(picture, path, set(), DEMO_MARK, optimize=True)
+    save_picture(picture, path, DEMO_MARK, optimize=True)
     log(f"picture: {path}")
 
 

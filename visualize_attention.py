@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import crop, get_dimensions, resize
 
@@ -39,24 +38,25 @@ from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
 from support.features import patch_size_of, patch_tokens
-from support.files import replacing
 from support.formats import ImageFormat
 from support.logger import MetricLogger, log
 from support.pca import SIDES, PatchColours
 from support.pictures import (
     as_picture,
     bands,
+    check_free,
     contact_sheet,
     enlarge,
     has_mark,
     heat_map,
     lies_below,
     mark_patch,
+    save_picture,
     side_by_side,
 )
 from support.pixels import as_tensor, in_channels, normalize
 from support.shapes import Shapes
-from support.video import ENCODERS, Frames, comment_of, write_video
+from support.video import ENCODERS, Frames, write_video
 from support.weights import Frozen, load_backbone
 from vision_transformer import VITS
 
@@ -200,14 +200,7 @@ def sheet_rows(pictures: dict[str, Image.Image], first: Image.Image | None = Non
 # Files
 # ---------------------------------------------------------------------------------------------
 
-MARK = {"Software": "DINO visualize_attention.py"}  # text in each PNG and video, which identifies our files
-
-
-def is_own(path: str | Path, mark: dict[str, str] = MARK) -> bool:
-    """Whether the file carries a script's mark, by default ours; a video carries it as a comment."""
-    if Path(path).suffix[1:] in ENCODERS:
-        return comment_of(path) == mark["Software"]
-    return has_mark(path, mark)
+MARK = "DINO visualize_attention.py"  # text in each PNG and video, which identifies our files
 
 
 def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
@@ -222,7 +215,7 @@ def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
     images = ImageFiles(*paths, form=form)
     log(f"images: {describe(images)}")
     found = list(images.paths)
-    kept = [path for path in found if path in paths or not is_own(path)]
+    kept = [path for path in found if path in paths or not has_mark(path, MARK)]
     if len(kept) < len(found):
         log(f"left out {len(found) - len(kept)} pictures of an earlier run")
     if not kept:
@@ -240,26 +233,6 @@ def folder_names(paths: list[str]) -> list[str]:
             name, number = f"{stem}-{number}", number + 1
         names.append(name)
     return names
-
-
-def check_free(
-    path: Path, inputs: set[Path], mark: dict[str, str] = MARK, fix: str = "give another --output_dir"
-) -> None:
-    """Raise UserError if an input, or a file that this script did not write, is at this path."""
-    if path.resolve() in inputs or (path.exists() and not is_own(path, mark)):
-        raise UserError("would overwrite a file that this script did not write", str(path), fix)
-
-
-def save_picture(
-    picture: Image.Image, path: Path, inputs: set[Path], mark: dict[str, str] = MARK, optimize: bool = False
-) -> None:
-    """Save a PNG with a script's mark, whole or not at all. Raises UserError as `check_free` does."""
-    check_free(path, inputs, mark)
-    text = PngInfo()
-    for name, value in mark.items():
-        text.add_text(name, value)
-    with replacing(path) as file:
-        picture.save(file, "PNG", pnginfo=text, optimize=optimize)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -402,7 +375,7 @@ def visualize(images: ImageFiles, show: Show, output_dir: Path) -> None:
     """
     paths = list(images.paths)
     inputs = {Path(path).resolve() for path in paths}
-    check_free(output_dir / "sheet.png", inputs)  # at the start, not after all the work
+    check_free(output_dir / "sheet.png", MARK, inputs)  # at the start, not after all the work
     shown, broken = [], []
     for i, name in enumerate(folder_names(paths)):
         try:
@@ -416,15 +389,14 @@ def visualize(images: ImageFiles, show: Show, output_dir: Path) -> None:
         pictures = show(image)
         folder = cli.make_folder(output_dir / name if len(images) > 1 else output_dir)
         for file, picture in pictures.items():
-            save_picture(picture, folder / f"{file}.png", inputs)
+            save_picture(picture, folder / f"{file}.png", MARK, inputs)
         if i - len(broken) < ON_SHEET:
             shown.append(sheet_rows(pictures))
-        earlier = [
-            path for path in folder.glob("*.png") if path.stem not in {*pictures, "sheet"} and is_own(path)
-        ]
+        others = (path for path in folder.glob("*.png") if path.stem not in {*pictures, "sheet"})
+        earlier = [path for path in others if has_mark(path, MARK)]
         stay = f"; {len(earlier)} of an earlier run stay, e.g. {min(earlier).name}" if earlier else ""
         log(f"{paths[i]}: {len(pictures)} pictures in {folder}{stay}")
-    save_picture(contact_sheet(arrange(shown)), output_dir / "sheet.png", inputs)
+    save_picture(contact_sheet(arrange(shown)), output_dir / "sheet.png", MARK, inputs)
     drawn = len(images) - len(broken)
     only = f", the first {ON_SHEET} of {drawn} images" if drawn > ON_SHEET else ""
     log(f"side by side: {output_dir / 'sheet.png'}{only}")
@@ -461,7 +433,7 @@ def visualize_video(viewer: Viewer, frames: Frames, args: argparse.Namespace, pa
         top = max(viewer.attention(frame)[1].mean(dim=0).max().item() for frame in sample())
         show = functools.partial(show_mean_attention, viewer, args.threshold, top)
     rate = args.fps or frames.rate or 30
-    with write_video(path, rate, MARK["Software"]) as append:
+    with write_video(path, rate, MARK) as append:
         for frame in MetricLogger().log_every(frames, 50, "frame"):
             first, *masked = sheet_rows(show(frame))
             append(side_by_side([*first, *(picture for row in masked for picture in row[1:])]))
@@ -480,7 +452,7 @@ def draw_demo(viewer: Viewer, args: argparse.Namespace, output_dir: Path) -> Non
     else:
         shown = [show_attention(viewer, args.threshold, image) for image in readable(shapes)]
         rows = [row for each, mask in zip(shown, masks, strict=True) for row in sheet_rows(each, mask)]
-    save_picture(contact_sheet(rows, side=128), output_dir / "sheet.png", set())
+    save_picture(contact_sheet(rows, side=128), output_dir / "sheet.png", MARK)
     what = "image, components and true mask" if args.pca else "image and true mask, mean and heads"
     log(f"{what}: {output_dir / 'sheet.png'}")
     log("eval_segmentation.py --demo measures how well the attention segments the shapes")
@@ -518,7 +490,7 @@ def main(args: argparse.Namespace) -> None:
         draw_demo(viewer, args, cli.make_folder(output_dir))
     elif args.video:
         frames, path = Frames(args.video), output_dir / f"video.{args.video_format}"
-        check_free(path, {Path(args.video).resolve()})
+        check_free(path, MARK, {Path(args.video).resolve()})
         viewer = load_viewer(args, device)
         cli.make_folder(output_dir)
         visualize_video(viewer, frames, args, path)

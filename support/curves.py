@@ -10,7 +10,7 @@ from support.logger import log
 from support.pictures import has_mark
 from support.restart import read_log, try_to_write
 
-MARK = {"Software": "DINO curves of a run"}  # text in the PNG, which identifies our pictures
+MARK = "DINO curves of a run"  # text in the PNG, which identifies our pictures
 
 # A title, and the names of the numbers that share its panel.
 Panels = Sequence[tuple[str, Sequence[str]]]
@@ -77,4 +77,4 @@ def draw_curves(log_file: Path, picture: Path, panels: Panels) -> None:
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("epoch")
     with replacing(picture) as file:
-        figure.savefig(file, format="png", dpi=80, metadata=MARK)
+        figure.savefig(file, format="png", dpi=80, metadata={"Software": MARK})

@@ -1,27 +1,53 @@
-"""Draws maps as pictures, and arranges pictures on a sheet.
+"""Draws maps as pictures, arranges pictures on a sheet, and saves them over none but our own.
 
 Shapes: H x W pixels, R x C patches.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from support.errors import UserError
+from support.files import replacing
+from support.video import ENCODERS, comment_of
 
-def has_mark(path: str | Path, mark: dict[str, str]) -> bool:
-    """Whether the file is a picture with these words in its metadata."""
+
+def has_mark(path: str | Path, mark: str) -> bool:
+    """Whether the file is a picture, or a video, whose metadata names this program."""
+    if Path(path).suffix[1:] in ENCODERS:
+        return comment_of(path) == mark
     with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
-        return mark.items() <= image.info.items()
+        return image.info.get("Software") == mark
     return False
+
+
+def check_free(
+    path: Path, mark: str, inputs: Collection[Path] = (), fix: str = "give another --output_dir"
+) -> None:
+    """Raise UserError if an input, or a file without the script's mark, is at this path."""
+    if path.resolve() in inputs or (path.exists() and not has_mark(path, mark)):
+        raise UserError("would overwrite a file that this script did not write", str(path), fix)
+
+
+def save_picture(
+    picture: Image.Image, path: Path, mark: str, inputs: Collection[Path] = (), optimize: bool = False
+) -> None:
+    """Save a PNG with a script's mark, whole or not at all. Raises UserError as `check_free` does."""
+    check_free(path, mark, inputs)
+    text = PngInfo()
+    text.add_text("Software", mark)
+    with replacing(path) as file:
+        picture.save(file, "PNG", pnginfo=text, optimize=optimize)
 
 
 def lies_below(path: Path, folders: Iterable[str | Path]) -> bool:
