@@ -33,11 +33,11 @@ SEVERAL = 8  # images, of which one may well be dark
 IDENTICAL = 1.0  # mean difference of thumbnails, in grey levels
 
 
-def check_on_first_rank(images: Images, **kwargs) -> None:
+def check_on_first_rank(images: Images, alike: bool = True) -> None:
     """`check_images` on the first rank. Raises its error on all ranks."""
     with same_error_on_all_ranks():
         if is_main_process():
-            check_images(images, **kwargs)
+            check_images(images, alike=alike)
 
 
 def open_checked(source: Source) -> tuple[Images, Images]:

@@ -295,10 +295,10 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def leave_group(seconds: float = 60) -> None:
+def leave_group() -> None:
     """Leave the group at the end of a process.
 
-    If that takes longer than `seconds`, end the process at once, with the exit code of its pending error.
+    If that takes longer than a minute, end the process at once, with the exit code of its pending error.
     """
     if not in_group():
         return
@@ -309,13 +309,13 @@ def leave_group(seconds: float = 60) -> None:
     error = sys.exc_info()[1]
     thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(60)
     if not thread.is_alive():
         return
     code = error.code if isinstance(error, SystemExit) else error
     if error and not isinstance(error, SystemExit):
         traceback.print_exception(error)
-    print(f"note: the process group did not end within {seconds:g} s", file=sys.stderr)
+    print("note: the process group did not end within 60 s", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
