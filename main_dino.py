@@ -862,10 +862,9 @@ def train_dino(args: argparse.Namespace) -> None:
 
     images = on_all_ranks(open_training_images, Source.of(args, image_format(args)))
     steps = count_steps(args, len(images))
-    required = "student", "teacher", "optimizer"
     with same_error_on_all_ranks():
         folder = make_run_folder(args)
-    run = Run(folder, required, advice=ADVICE)
+    run = Run(folder, required=("student", "teacher", "optimizer"), advice=ADVICE)
     settle_format(args, images, run)
     training = build_training(args, device, steps, resumes=all_gather_object(run.exists())[0])
 
@@ -917,6 +916,22 @@ def train_dino(args: argparse.Namespace) -> None:
                 curves.update(record)
     barrier()  # every rank can now read what was saved
     monitor.raise_if_stopped(step, steps.last, run.folder)
+
+
+def lies_among_images(path: Path, args: argparse.Namespace) -> bool:
+    """Whether a picture at this path would become one of the training images."""
+    if args.dataset or args.demo:
+        return False
+    parts = Source.of(args, image_format(args)).each()
+    return lies_below(path, [Path(part.data_path, part.split) for part in parts if part.data_path])
+
+
+def make_run_folder(args: argparse.Namespace) -> Path:
+    """Make the folder of the run. Raises UserError, also if its picture would be one of the images."""
+    if lies_among_images(Path(args.output_dir, "curves.png"), args):
+        what, fix = "the run's curves.png would become one of the images", "give a folder outside --data_path"
+        raise UserError(what, f"--output_dir {args.output_dir}", fix)
+    return cli.make_folder(args.output_dir)
 
 
 ARGS_TITLE = "# The settings of a run of main_dino.py, written by it"  # identifies our file
@@ -1083,22 +1098,6 @@ def preview_rows(args: argparse.Namespace, images: Images) -> list[list[Image.Im
         image.thumbnail((side, side))
         rows.append([image, *(as_picture(view[i]) for view in shown)])
     return rows
-
-
-def lies_among_images(path: Path, args: argparse.Namespace) -> bool:
-    """Whether a picture at this path would become one of the training images."""
-    if args.dataset or args.demo:
-        return False
-    parts = Source.of(args, image_format(args)).each()
-    return lies_below(path, [Path(part.data_path, part.split) for part in parts if part.data_path])
-
-
-def make_run_folder(args: argparse.Namespace) -> Path:
-    """Make the folder of the run. Raises UserError, also if its picture would be one of the images."""
-    if lies_among_images(Path(args.output_dir, "curves.png"), args):
-        what, fix = "the run's curves.png would become one of the images", "give a folder outside --data_path"
-        raise UserError(what, f"--output_dir {args.output_dir}", fix)
-    return cli.make_folder(args.output_dir)
 
 
 def draw_preview(args: argparse.Namespace) -> None:
