@@ -5,7 +5,6 @@ Shapes: H x W pixels.
 
 import argparse
 import contextlib
-import errno
 import gzip
 import hashlib
 import importlib.util
@@ -31,7 +30,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, is_main_process, main_process_first, same_error_on_all_ranks
-from support.errors import ImageError, UserError, WrongFormat, first_line, nearest, reason_of
+from support.errors import ImageError, UserError, WrongFormat, first_line, lacks_resources, nearest, reason_of
 from support.files import (
     ARRAYS,
     Folder,
@@ -795,12 +794,6 @@ def name_and_reason(images: Images, index: int) -> str:
     return f"{sample_name(images, index)} ({why_unreadable(images, index)})"
 
 
-def machine_lacks(error: Exception) -> bool:
-    """Whether the machine lacks memory or open files, so that the image itself may be sound."""
-    lacks = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return lacks or isinstance(error, MemoryError)
-
-
 def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
     """Read an image, RGB or uint8 (C, H, W), and its label, of any kind.
 
@@ -812,7 +805,7 @@ def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
     except WrongFormat:
         raise
     except Exception as error:  # a broken file can raise nearly anything
-        if machine_lacks(error):
+        if lacks_resources(error):
             raise
         name = sample_name(images, index)
         raise ImageError(f"cannot read image: {first_line(error)}", name, "repair or remove it") from None

@@ -1,6 +1,7 @@
 """Errors that the user can correct, each in one line."""
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -48,6 +49,12 @@ def lacks_memory(error: Exception) -> bool:
     """Whether the machine or the device has too little memory."""
     words = re.search("out of memory|can't allocate memory", str(error))  # MPS has no class for it
     return bool(words) or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def lacks_resources(error: Exception) -> bool:
+    """Whether the machine lacks memory or open files, so that an image that cannot be read may be sound."""
+    lacks = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return lacks or isinstance(error, MemoryError)
 
 
 def first_line(error: Exception) -> str:

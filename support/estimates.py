@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
-from support.data import ImageFiles, Images, machine_lacks, pixels_of, sample_name
-from support.errors import UserError, WrongFormat
+from support.data import ImageFiles, Images, pixels_of, sample_name
+from support.errors import UserError, WrongFormat, lacks_resources
 from support.files import evenly_spread
 from support.formats import load_values, range_words, to_levels
 
@@ -27,7 +27,7 @@ def sample_values(images: Images, channels: int) -> np.ndarray:
         try:
             values = _values(images, index, channels)
         except Exception as error:  # a broken file can raise nearly anything
-            if isinstance(error, WrongFormat) or machine_lacks(error):
+            if isinstance(error, WrongFormat) or lacks_resources(error):
                 raise
             continue
         rows, columns = (math.ceil(side / SIDE) for side in values.shape[1:])

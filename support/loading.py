@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from support.data import Images, machine_lacks, pixels_of, read_labelled, sample_name, why_unreadable
+from support.data import Images, pixels_of, read_labelled, sample_name, why_unreadable
 from support.distributed import get_rank, get_world_size
-from support.errors import ImageError, Interrupted, WrongFormat
+from support.errors import ImageError, Interrupted, WrongFormat, lacks_resources
 from support.monitor import ignore_signals
 from support.pixels import copy_to
 
@@ -61,7 +61,7 @@ class TrainingViews(Dataset):
             except WrongFormat:  # the images are not what the flags say
                 raise
             except Exception as error:  # a broken file can raise nearly anything
-                if machine_lacks(error):
+                if lacks_resources(error):
                     raise
         name, reason = sample_name(self.images, index), why_unreadable(self.images, index)
         raise ImageError(f"no image can be read, in {self.TRIES + 1} tries: {reason}", name, "check the data")
