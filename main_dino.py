@@ -911,7 +911,7 @@ def train_dino(args: argparse.Namespace) -> None:
             save(run, args, step, steps, record, last=stopped or step == steps.last)
             if record and knn and not stopped:  # after the save, so that nothing can be lost
                 record |= knn(epoch, {"student": training.student_without_ddp, "teacher": training.teacher})
-                run.log([record])
+                run.write_records([record])
             if record and curves:
                 curves.update(record)
     barrier()  # every rank can now read what was saved

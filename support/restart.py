@@ -215,7 +215,7 @@ class Run:
 
     def _write(self, values: dict, records: Sequence[dict], keep_as: str, last: bool) -> None:
         self.lock.check()
-        self.log(records, last)
+        self.write_records(records, last)
         state = {name: piece.state_dict() for name, piece in self.pieces.items()}
         state |= values | {"identity": self.identity}
         if keep_as:
@@ -239,8 +239,8 @@ class Run:
                 return f"{name} has weights {too_large}"
         return None
 
-    def log(self, records: Sequence[dict], last: bool = False) -> None:
-        """Write an epoch's lines to the log. Rank 0 writes."""
+    def write_records(self, records: Sequence[dict], last: bool = False) -> None:
+        """Write an epoch's records to the log. Rank 0 writes."""
         if records and is_main_process():
             try_to_write(self.log_file, lambda path: add_records(records, path), last)
 
