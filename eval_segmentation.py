@@ -51,12 +51,12 @@ from support.files import readable_extensions
 from support.formats import ImageFormat
 from support.loading import EvalImages, make_loader
 from support.logger import log
+from support.masks import VOID, compare_palettes, read_mask, warn_of_turned
 from support.pictures import enlarge
 from support.pixels import as_tensor, height_and_width, in_channels, jaccard, normalize
 from support.shapes import Shapes
 from support.weights import Frozen
 
-VOID = 255  # in masks: pixels that count nowhere, e.g. the outlines of VOC's objects
 L2 = 1e-4  # regularisation of the linear classifier; it matters little with far more patches than features
 
 VOC_CLASSES = (
@@ -155,21 +155,12 @@ class MaskedFiles(ImageFiles):
         log(f"{split} images: {root}: {len(self):,} images, {len(self.present)} classes")
         if split == "val" and 0 not in self.present:  # attention is measured on val
             log("warning: no mask has the background 0: all pixels count as objects")
-        self._compare_palettes()
+        compare_palettes(self.masks)
+        warn_of_turned(self.paths)
 
     def class_mask(self, index: int) -> Tensor:
         """Class of each pixel, (H, W) uint8. Raises UserError if the mask cannot be read."""
-        path = self.masks[index]
-        try:
-            with Image.open(path) as mask:
-                mode, numbers, is_jpeg = mask.mode, np.array(mask), mask.format == "JPEG"
-        except Exception as error:  # a broken file can raise nearly anything
-            raise UserError(f"cannot read mask: {first_line(error)}", path, "repair or replace it") from None
-        if mode not in ("P", "L", "1") or is_jpeg:
-            is_odd = f"has Pillow's mode {mode}, not class numbers of 8 bits"
-            what = f"mask {'is a JPEG, which changes numbers at edges' if is_jpeg else is_odd}"
-            raise UserError(what, path, "save it as a palette or grey PNG")
-        return torch.from_numpy(numbers.astype(np.uint8))
+        return torch.from_numpy(read_mask(self.masks[index]))
 
     def _size(self, index: int) -> tuple[int, ...]:
         """Height and width of an image."""
@@ -200,22 +191,6 @@ class MaskedFiles(ImageFiles):
             raise UserError(what, folder, "give masks of class numbers; 0 is the background, 255 void")
         return present - {VOID}
 
-    def _compare_palettes(self) -> None:
-        """Warn if a number has another colour in another of about 200 masks: programs that reduce colours
-        number them anew for each image.
-        """
-        first: dict[int, tuple[list[int], str]] = {}
-        for path in self.masks[:: 1 + len(self) // 200]:
-            with Image.open(path) as mask:
-                palette, numbers = mask.getpalette() or [], np.unique(np.asarray(mask)).tolist()
-            for number in numbers:
-                colour = palette[3 * number : 3 * number + 3]
-                before, where = first.setdefault(number, (colour, path))
-                if colour != before:
-                    what = f"{number} has the colour {before} in {where} and {colour} in {path}"
-                    log(f"warning: masks have several palettes, of which only the numbers count: {what}")
-                    return
-
 
 FOLDERS = {"images": "JPEGImages", "masks": "SegmentationClass"}
 
@@ -223,13 +198,16 @@ FOLDERS = {"images": "JPEGImages", "masks": "SegmentationClass"}
 def read_list(path: Path) -> list[str]:
     """Read the names of a list, one a line. Raises UserError."""
     try:
-        names = [line.strip() for line in path.read_text(errors="surrogateescape").splitlines()]
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         fix = "give the folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
         raise UserError(reason_of(error), str(path), fix) from None
-    if not any(names):
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names:
         raise UserError("list names no images", str(path), "write a name a line, without extension")
-    return [name for name in names if name]
+    if repeated := len(names) - len(set(names)):
+        log(f"note: {repeated} repeated lines were left out: {path}")
+    return list(dict.fromkeys(names))
 
 
 def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:

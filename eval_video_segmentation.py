@@ -11,6 +11,7 @@ Shapes: F context frames, H x W pixels, R x C patches, D features, K classes: th
 """
 
 import argparse
+import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,16 +27,24 @@ from torch import Tensor
 from support import cli
 from support.data import ImageFiles, read_labelled
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import ImageError, UserError, first_line
+from support.errors import UserError, first_line
 from support.features import patch_size_of, patch_tokens
+from support.files import readable_extensions, replacing
 from support.logger import log
+from support.masks import (
+    VOID,
+    compare_palettes,
+    read_mask,
+    read_mask_and_palette,
+    require_numbers,
+    warn_of_turned,
+)
 from support.pixels import IMAGENET_STD, jaccard, normalize, share, to_pixels
 from support.weights import Frozen, load_backbone
 
 CLIPS, FRAMES, MASKS = "ImageSets/2017/val.txt", "JPEGImages/480p", "Annotations/480p"
 STD = (0.228, 0.224, 0.225)  # ImageNet's has 0.229; the published numbers were made with this
 TEMPERATURE = 0.1  # of the weights of similar patches
-VOID = 255  # the value in a mask of pixels that are not scored
 
 # J&F, J and F in the paper's Table 5.
 PAPER = {
@@ -114,7 +123,8 @@ def open_clips(data_path: str) -> list[Clip]:
     names_file = root / CLIPS
     if not names_file.is_file():
         raise UserError("no such file", str(names_file), "list the names of the clips in it, one per line")
-    lines = (line.strip() for line in names_file.read_text(errors="replace").splitlines())
+    text = names_file.read_text(encoding="utf-8-sig", errors="replace")
+    lines = (line.strip() for line in text.splitlines())
     names = list(dict.fromkeys(line for line in lines if line))
     if not names:
         raise UserError("no clip in the list", str(names_file), "list the names of the clips, one per line")
@@ -126,10 +136,22 @@ def open_clips(data_path: str) -> list[Clip]:
     return clips
 
 
-def _files(folder: Path, extension: str) -> list[Path]:
-    """List the files in a folder by number, except hidden ones; shorter names come first: 10 follows 9."""
-    found = (path for path in folder.glob(f"*{extension}") if not path.name.startswith("."))
-    return sorted(found, key=lambda path: (len(path.stem), path.stem))
+def _files(folder: Path, kind: str) -> dict[str, Path]:
+    """The images in a folder by number, except hidden ones; shorter names come first: 10 follows 9.
+
+    Raises UserError for images of another kind, and for two of one number.
+    """
+    found: dict[str, Path] = {}
+    paths = (path for path in folder.glob("*") if not path.name.startswith("."))
+    for path in sorted(paths, key=lambda path: (len(path.stem), path.name)):
+        if (extension := path.suffix.lower()) not in readable_extensions():
+            continue
+        if extension != kind:
+            raise UserError(f"not a {kind}", str(path), "save it as one, or remove it")
+        if path.stem in found:
+            raise UserError(f"two files of one number: {found[path.stem].name}", str(path), "remove one")
+        found[path.stem] = path
+    return found
 
 
 def open_clip(root: Path, name: str) -> Clip:
@@ -140,44 +162,40 @@ def open_clip(root: Path, name: str) -> Clip:
     frames = _files(folder, ".jpg")
     if not frames:
         raise UserError(f"clip {name} has no frames", str(folder), "add 00000.jpg, 00001.jpg, ...")
-    masks = [root / MASKS / name / f"{frame.stem}.png" for frame in frames]
+    found = _files(root / MASKS / name, ".png")
+    masks = [found.get(stem) or root / MASKS / name / f"{stem}.png" for stem in frames]
     if not masks[0].is_file():
         raise UserError(f"clip {name} has no mask of its first frame", str(masks[0]), "add the mask")
-    if extra := set(_files(masks[0].parent, ".png")) - set(masks):
+    if extra := set(found.values()) - set(masks):
         raise UserError(f"mask without a frame in clip {name}", str(min(extra)), "add the frame")
     absent = [mask for mask in masks[1:-1] if not mask.is_file()]
     if 0 < len(absent) < len(masks[1:-1]):
         what = f"clip {name} lacks {len(absent)} of {len(masks)} masks"
         raise UserError(what, str(absent[0]), "add them, or leave only the first")
-    width, height = _size(frames[0])
-    for path in [*frames, *(mask for mask in masks if mask.is_file())]:
+    paths = list(frames.values())
+    width, height = _size(paths[0])
+    for path in [*paths, *found.values()]:
         if (size := _size(path)) != (width, height):
             what = f"{size[0]} x {size[1]} pixels, but the clip's first frame has {width} x {height}"
             raise UserError(what, str(path), "use frames and masks of one size")
     if not without_void(read_mask(masks[0])).any():
         raise UserError("the mask of the first frame has no object", str(masks[0]), "remove the clip")
-    return Clip(name, frames, masks, (height, width))
+    compare_palettes(list(found.values()))
+    warn_of_turned(paths)
+    return Clip(name, paths, masks, (height, width))
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height, from the file's header. Raises UserError."""
+    """Width and height, from the file's header. Raises UserError, also for a mask without numbers."""
     try:
         with Image.open(path) as image:
-            size, mode = image.size, image.mode
+            if path.suffix.lower() == ".png":
+                require_numbers(image, path)
+            return image.size
+    except UserError:
+        raise
     except Exception as error:  # a broken file can raise nearly anything
         raise UserError(f"cannot read image: {first_line(error)}", str(path), "repair it") from None
-    if path.suffix == ".png" and mode not in ("P", "L"):
-        raise UserError(f"mask has mode {mode}", str(path), "save it as an indexed PNG of object numbers")
-    return size
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Read the numbers of a mask's objects, uint8 (H, W): 0 is the background. Raises ImageError."""
-    try:
-        with Image.open(path) as image:
-            return np.array(image)
-    except Exception as error:  # a broken file can raise nearly anything
-        raise ImageError(f"cannot read mask: {first_line(error)}", str(path), "repair it") from None
 
 
 def without_void(mask: np.ndarray) -> np.ndarray:
@@ -188,12 +206,20 @@ def without_void(mask: np.ndarray) -> np.ndarray:
 def check_outputs(clips: list[Clip], output_dir: Path) -> None:
     """Make the clips' folders. Raises UserError if a mask would be written over a file of the data set."""
     for clip in clips:
-        inputs = {path.resolve() for path in (*clip.frames, *clip.masks)}
+        inputs = {_identity(path) for path in (*clip.frames, *clip.masks)} - {None}
         for mask in clip.masks:
             path = output_dir / clip.name / mask.name
-            if path.resolve() in inputs:
+            if _identity(path) in inputs:
                 raise UserError("would overwrite the data set", str(path), "give another --output_dir")
         cli.make_folder(output_dir / clip.name)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The file itself, whatever links or mounts lead to it; None if there is none."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,11 +407,15 @@ def score(labels: np.ndarray, truth: np.ndarray, objects: Sequence[int]) -> Tens
 
 
 def save_mask(labels: np.ndarray, palette: list[int] | None, path: Path) -> None:
-    """Save labels (H, W) as an indexed PNG with these colours, or as grey levels without a palette."""
+    """Save labels (H, W) as an indexed PNG with these colours, or as grey levels without a palette.
+
+    The file is written whole or not at all. Raises OSError.
+    """
     image = Image.fromarray(labels)
     if palette:
         image.putpalette(palette)
-    image.save(path)
+    with replacing(path) as file:
+        image.save(file, "PNG")
 
 
 def segment(
@@ -395,21 +425,20 @@ def segment(
 
     Without true masks, there are none.
 
-    Raises ImageError for a file that cannot be read.
+    Raises UserError for a file that cannot be read.
     """
-    with Image.open(clip.masks[0]) as image:
-        palette = image.getpalette()
-    first = without_void(read_mask(clip.masks[0]))
+    mask, palette = read_mask_and_palette(clip.masks[0])
+    first = without_void(mask)
     objects, scored, found = np.unique(first[first > 0]).tolist(), set(clip.scored), []
     seen = input_size(*clip.size, patch_size_of(frozen.network))
     unknown: set[int] = set()
     masks = track(frozen, clip.frames, first, seen, n_last, reach, topk, device)
     for path, labels in zip(clip.masks, masks, strict=True):
-        save_mask(labels, palette, folder / path.name)
         if path in scored:
             truth = read_mask(path)
             found.append(score(labels, truth, objects))
             unknown |= set(np.unique(truth).tolist()) - {0, *objects, VOID}
+        save_mask(labels, palette, folder / path.name)
     if unknown:
         log(f"note: {clip.name}: not in the first mask, so not scored: objects {sorted(unknown)}")
     size = f"{seen[0]} x {seen[1]}"

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ExifTags import Base
 from torch import nn
 
 import eval_segmentation
@@ -229,14 +230,36 @@ def test_masks_without_background_are_named(tmp_path, capsys):
 
 def test_the_paper_s_data_are_recognised(tmp_path):
     write_voc(tmp_path, 1, 1, (48, 32))
+    names = [f"2007_{33 + i:06}" for i in range(1_449)]
     for folder in ("JPEGImages", "SegmentationClass"):
-        (tmp_path / folder / "val 0.png").rename(tmp_path / folder / "2007_000033.png")
+        for name in names:
+            (tmp_path / folder / f"{name}.png").symlink_to(tmp_path / folder / "val 0.png")
     listed = tmp_path / "ImageSets/Segmentation/val.txt"
-    listed.write_text("2007_000033\n")
+    listed.write_text("\n".join(names[:-1]))
     assert not is_voc12(MaskedFiles(tmp_path, "val"))
-    listed.write_text("2007_000033\n" * 1_449)
+    listed.write_text("\n".join(names))
     train, val = eval_segmentation.open_masked(str(tmp_path), demo=False)
     assert is_voc12(val) and train.names == val.names == VOC_CLASSES and len(VOC_CLASSES) == 21
+
+
+def test_a_name_counts_once_and_a_byte_order_mark_is_no_part_of_it(tmp_path, capsys):
+    write_voc(tmp_path)
+    listed = tmp_path / "ImageSets/Segmentation/val.txt"
+    listed.write_text("\ufeff" + listed.read_text() + "val 1\nval 1\n", encoding="utf-8")
+    assert MaskedFiles(tmp_path, "val").stems == ["val 0", "val 1", "val 2", "val 3"]
+    assert f"note: 2 repeated lines were left out: {listed}" in capsys.readouterr().out.splitlines()
+
+
+def test_images_that_viewers_turn_are_named(tmp_path, capsys):
+    write_voc(tmp_path)
+    path = tmp_path / "JPEGImages/val 2.png"
+    turned = Image.Exif()
+    turned[Base.Orientation] = 3
+    with Image.open(path) as image:
+        image.save(path, exif=turned)
+    MaskedFiles(tmp_path, "val")
+    said = "warning: 1 images are stored turned or mirrored (EXIF orientation): masks must fit them as stored; "
+    assert f"{said}e.g. {path}" in capsys.readouterr().out.splitlines()
 
 
 def test_likely_faults_of_lists_and_masks_are_named(tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.ExifTags import Base
 
 import eval_video_segmentation as video
 from support.backbones import build_backbone
@@ -375,7 +376,12 @@ def test_numbers_without_leading_zeros_are_in_order(tmp_path):
     for number in (1, 2, 10, 9):
         (tmp_path / f"{number}.jpg").touch()
     (tmp_path / "._1.jpg").touch()
-    assert [path.name for path in video._files(tmp_path, ".jpg")] == ["1.jpg", "2.jpg", "9.jpg", "10.jpg"]
+    assert [path.name for path in video._files(tmp_path, ".jpg").values()] == [
+        "1.jpg",
+        "2.jpg",
+        "9.jpg",
+        "10.jpg",
+    ]
 
 
 def test_the_papers_result_stands_beside_its_own_weights_and_data_only():
@@ -460,6 +466,23 @@ def a_first_mask_cut_short(data):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def a_later_mask_cut_short(data):
+    path = data / video.MASKS / "clip" / "00002.png"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def a_mask_of_jpeg_data(data):
+    square(8).convert("L").save(data / video.MASKS / "clip" / "00001.png", "JPEG")
+
+
+def a_frame_of_another_kind(data):
+    picture(0, (64, 48)).save(data / video.FRAMES / "clip" / "00001.png")
+
+
+def a_frame_twice(data):
+    picture(0, (64, 48)).save(data / video.FRAMES / "clip" / "00001.JPG", "JPEG")
+
+
 def no_object(data):
     square(8, number=0).save(data / video.MASKS / "clip" / "00000.png")
 
@@ -478,9 +501,13 @@ def no_object(data):
         (a_frame_of_another_size, r"^64 x 50 pixels, but .* 64 x 48 \(.*clip/00003.jpg\)"),
         (a_missing_mask, r"^clip clip lacks 1 of 4 masks \(.*clip/00002.png\)"),
         (a_mask_without_a_frame, r"^mask without a frame in clip clip \(.*clip/00004.png\)"),
-        (a_mask_in_colours, r"^mask has mode RGB \(.*clip/00001.png\)"),
+        (a_mask_in_colours, r"^mask has Pillow's mode RGB, not numbers of 8 bits \(.*clip/00001.png\)"),
         (a_broken_mask, r"^cannot read image: .*\(.*clip/00001.png\): repair it"),
-        (a_first_mask_cut_short, r"^cannot read (mask|image): .*\(.*clip/00000.png\): repair it"),
+        (a_first_mask_cut_short, r"^cannot read mask: .*\(.*clip/00000.png\): repair or replace it"),
+        (a_later_mask_cut_short, r"^cannot read mask: .*\(.*clip/00002.png\): repair or replace it"),
+        (a_mask_of_jpeg_data, r"^mask is a JPEG, which changes numbers at edges \(.*clip/00001.png\)"),
+        (a_frame_of_another_kind, r"^not a .jpg \(.*clip/00001.png\): save it as one, or remove it"),
+        (a_frame_twice, r"^two files of one number: 00001.JPG \(.*clip/00001.jpg\): remove one"),
         (no_object, r"^the mask of the first frame has no object \(.*clip/00000.png\)"),
     ],
 )
@@ -498,6 +525,52 @@ def test_the_data_set_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match=r"would overwrite the data set \(.*clip/00000.png\)"):
         segment(data, data / video.MASKS)
     assert video.read_mask(data / video.MASKS / "clip" / "00001.png").sum() == 256
+
+
+def test_the_data_set_is_not_overwritten_through_another_name(tmp_path):
+    data = make_clip(tmp_path / "data")
+    (tmp_path / "output" / "clip").mkdir(parents=True)
+    (tmp_path / "output" / "clip" / "00001.png").hardlink_to(data / video.MASKS / "clip" / "00001.png")
+    with pytest.raises(UserError, match=r"would overwrite the data set \(.*output/clip/00001.png\)"):
+        segment(data, tmp_path / "output")
+    assert not (tmp_path / "output" / "clip" / "00000.png").exists()
+
+
+def test_frames_and_masks_of_capital_extensions_count_too(tmp_path):
+    data = make_clip(tmp_path / "data")
+    usual = segment(data, tmp_path / "usual")
+    (data / video.FRAMES / "clip" / "00001.jpg").rename(data / video.FRAMES / "clip" / "00001.JPG")
+    (data / video.MASKS / "clip" / "00002.png").rename(data / video.MASKS / "clip" / "00002.PNG")
+    (data / video.CLIPS).write_text("\ufeffclip\n", encoding="utf-8")  # as Windows' editor saves it
+    assert segment(data, tmp_path / "output") == usual
+
+
+def test_frames_that_viewers_turn_are_named(tmp_path, capsys):
+    data = make_clip(tmp_path / "data")
+    path = data / video.FRAMES / "clip" / "00002.jpg"
+    turned = Image.Exif()
+    turned[Base.Orientation] = 3
+    with Image.open(path) as frame:
+        frame.save(path, quality=95, exif=turned)
+    segment(data, tmp_path / "output")
+    said = (
+        "warning: 1 images are stored turned or mirrored (EXIF orientation): masks must fit them as stored; "
+    )
+    assert f"{said}e.g. {path}" in capsys.readouterr().out.splitlines()
+
+
+def test_masks_numbered_anew_are_named(tmp_path, capsys):
+    data = make_clip(tmp_path / "data")
+    other = square(16, number=2)
+    other.putpalette([0, 0, 0, 250, 60, 90, 10, 200, 30])  # the same colour has another number
+    other.save(data / video.MASKS / "clip" / "00002.png")
+    segment(data, tmp_path / "output")
+    assert "warning: masks have several palettes" not in capsys.readouterr().out  # 1 is in no other mask
+    other = square(16)
+    other.putpalette([0, 0, 0, 250, 60, 90])
+    other.save(data / video.MASKS / "clip" / "00002.png")
+    segment(data, tmp_path / "output")
+    assert "warning: masks have several palettes, of which only the numbers count" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Masks in image files, one whole number for each pixel: read, and checked for likely mistakes.
+
+Shapes: H x W pixels.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.ExifTags import Base
+
+from support.errors import UserError, first_line
+from support.logger import log
+
+VOID = 255  # pixels that are not scored, e.g. the outlines of VOC's objects
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read the numbers of a mask, uint8 (H, W): 0 is the background. Raises UserError."""
+    return read_mask_and_palette(path)[0]
+
+
+def read_mask_and_palette(path: str | Path) -> tuple[np.ndarray, list[int] | None]:
+    """`read_mask`, and the red, green and blue of each number; None without a palette. Raises UserError."""
+    try:
+        with Image.open(path) as mask:
+            require_numbers(mask, path)
+            return np.array(mask).astype(np.uint8), mask.getpalette()
+    except UserError:
+        raise
+    except Exception as error:  # a broken file can raise nearly anything
+        what = f"cannot read mask: {first_line(error)}"
+        raise UserError(what, str(path), "repair or replace it") from None
+
+
+def require_numbers(mask: Image.Image, path: str | Path) -> None:
+    """Raise UserError if an opened mask, by its header, does not hold numbers of 8 bits."""
+    if mask.format == "JPEG":
+        what = "mask is a JPEG, which changes numbers at edges"
+    elif mask.mode not in ("P", "L", "1"):
+        what = f"mask has Pillow's mode {mask.mode}, not numbers of 8 bits"
+    else:
+        return
+    raise UserError(what, str(path), "save it as a palette or grey PNG")
+
+
+def compare_palettes(masks: Sequence[str | Path]) -> None:
+    """Warn if a number has another colour in another of about 200 masks: programs that reduce colours
+    number them anew for each image. Raises UserError for one that cannot be read.
+    """
+    first: dict[int, tuple[list[int], str | Path]] = {}
+    for path in masks[:: 1 + len(masks) // 200]:
+        mask, palette = read_mask_and_palette(path)
+        for number in np.unique(mask).tolist():
+            colour = (palette or [])[3 * number : 3 * number + 3]
+            before, where = first.setdefault(number, (colour, path))
+            if colour != before:
+                what = f"{number} has the colour {before} in {where} and {colour} in {path}"
+                log(f"warning: masks have several palettes, of which only the numbers count: {what}")
+                return
+
+
+def warn_of_turned(images: Iterable[str | Path]) -> None:
+    """Warn of images that viewers show turned or mirrored: masks that were drawn there do not fit."""
+    turned = [path for path in images if _is_turned(path)]
+    if turned:
+        what = "are stored turned or mirrored (EXIF orientation)"
+        log(f"warning: {len(turned)} images {what}: masks must fit them as stored; e.g. {turned[0]}")
+
+
+def _is_turned(path: str | Path) -> bool:
+    """Whether an image's EXIF orientation is not the usual one; False if it cannot be read."""
+    with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
+        return image.getexif().get(Base.Orientation, 1) > 1
+    return False
