@@ -230,6 +230,32 @@ def mean_average_precision(queries: Tensor, database: Tensor, positives: Sequenc
     return float(np.mean([average_precision(np.flatnonzero(np.isin(i, p)), len(p)) for i, p in found]))
 
 
+SAME = 1e-4  # distance of unit features, above what rounding changes
+
+
+def warn_of_copies(features: dict[str, Tensor], sets: dict[str, ImageFiles], blocks: Sequence[str]) -> None:
+    """Warn of images that are in the sets twice: equal features (N, D) show copies under any name."""
+    for other, checked, effect in (
+        ("original", ["original"], "only one of each two counts as right"),
+        ("distractors", blocks, "there they count as wrong"),
+        ("whitening", blocks, "the whitening is fitted to what is evaluated"),
+    ):
+        if other not in sets or (other == "original" and len(sets[other]) == 1):
+            continue
+        some = F.normalize(torch.cat([features[name] for name in checked]), dim=1)
+        others = F.normalize(features[other], dim=1)
+        similarities = some @ others.T
+        if other == "original":
+            similarities.fill_diagonal_(-1)  # an image is not its own copy
+        nearest = similarities.argmax(dim=1)
+        copies = ((some - others[nearest]).norm(dim=1) < SAME).nonzero().flatten().tolist()
+        if copies:
+            paths = [path for name in checked for path in sets[name].paths]
+            first, second = paths[copies[0]], sets[other].paths[int(nearest[copies[0]])]
+            what = f"{len(copies)} images to evaluate have the features of another one in {other}"
+            log(f"warning: {what}: {effect}; e.g. {first} and {second}")
+
+
 def paper_line(weights: str, imsize: int, centred: bool, counts: dict[str, int]) -> str | None:
     """The paper's result, if these are its weights, its numbers of images and its flags."""
     size, result = PAPER.get(weights, (0, 0))
@@ -272,6 +298,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if not is_main_process():
         return {}
     features = dict(zip(counts, together.split(list(counts.values())), strict=True))
+    warn_of_copies(features, sets, blocks)
     if args.whitening_path:
         features = whiten(features, args.whiten_centred)
     database = torch.cat([features[name] for name in ("original", "distractors") if name in features])

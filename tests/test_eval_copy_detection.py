@@ -189,6 +189,30 @@ def test_whiten_centred_changes_the_features_and_needs_images(blocks, tmp_path, 
     assert not torch.allclose(published, centred, rtol=0.1)
 
 
+def test_images_that_are_there_twice_are_named(blocks, tmp_path, capsys):
+    def warnings(*flags: str) -> list[str]:
+        evaluate(blocks, *RANDOM, *flags)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+
+    save_images(blocks / "strong", 3, seed=2)
+    others = tmp_path / "others"
+    save_images(others, 4, seed=1)
+    assert warnings("--distractors_path", str(others), "--whitening_path", str(others)) == []
+    shutil.copy(blocks / "strong" / "001.png", others / "of another name.png")
+    pair = f"e.g. {blocks}/strong/001.png and {others}/of another name.png"
+    one = "warning: 1 images to evaluate have the features of another one in"
+    assert warnings("--distractors_path", str(others)) == [
+        f"{one} distractors: there they count as wrong; {pair}"
+    ]
+    effect = "the whitening is fitted to what is evaluated"
+    assert warnings("--whitening_path", str(others)) == [f"{one} whitening: {effect}; {pair}"]
+    shutil.copy(blocks / "original" / "001.png", blocks / "original" / "009.png")
+    (found,) = warnings()
+    assert found.startswith(
+        "warning: 2 images to evaluate have the features of another one in original: only"
+    )
+
+
 def refused(folder, message: str, *flags: str) -> None:
     """The script ends with this one line before it looks for the weights."""
     with pytest.raises(UserError, match=message) as error:

@@ -556,7 +556,7 @@ def test_frames_that_viewers_turn_are_named(tmp_path, capsys):
     said = (
         "warning: 1 images are stored turned or mirrored (EXIF orientation): masks must fit them as stored; "
     )
-    assert f"{said}e.g. {path}" in capsys.readouterr().out.splitlines()
+    assert f"{said}; e.g. {path}" in capsys.readouterr().out.splitlines()
 
 
 def test_masks_numbered_anew_are_named(tmp_path, capsys):
