@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import posixpath
+import stat
 import struct
 import tarfile
 import zipfile
@@ -279,7 +280,7 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may set the first as it was
-        key = f"5\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        key = f"6\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:
@@ -365,6 +366,9 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
     for _ in range(8):  # links to links
         for name, target in links.items():
             places[name] = places.get(target, places[name])
+    folders = {place.rpartition("/")[0] for place in places} if links else set()
+    if lost := [name for name, target in links.items() if target in folders]:
+        raise UserError(f"{lost[0]} is a link to a folder", path, "pack it with --dereference")
     return places
 
 
@@ -391,6 +395,8 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
         if member.is_dir() and name:
             places[f"{name}/"] = (0, 0, 0, STORED)
             continue
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise UserError(f"{member.filename} is a link", path, "pack it without --symlinks (-y)")
         if member.flag_bits & 1:
             raise UserError(f"archive is encrypted: {member.filename}", path, "pack it without a password")
         if member.header_offset + member.compress_size > size:

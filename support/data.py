@@ -16,14 +16,14 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import to_pil_image
@@ -60,6 +60,8 @@ def load_image(path: str, content: bytes | None = None, channels: int = 3) -> Im
     """
     with open_file(path, content) as file, _pillow(path, content, channels, file) as image:
         rgb = to_rgb(image, sample_bits(image))
+        if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(262) == 0:
+            rgb = ImageOps.invert(rgb)  # a TIFF whose 0 is white; Pillow inverts those of 8 bits itself
         return rgb if channels == 3 else rgb.convert("L")
 
 
@@ -174,7 +176,16 @@ class ImageFiles(Dataset):
         return load_pixels(*self.paths.file(index), self.form)
 
 
-CLASS_FILES = ".cls"  # extension of WebDataset's files, each with the class of the image of the same name
+def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Iterable[str]) -> str:
+    """The extension of files beside the images that hold their classes, as in WebDataset's shards; "" if
+    there are none. Then archives, whose names would be the classes, are only parts of the images.
+    """
+    if images.left_out[".cls"]:
+        return ".cls"
+    if not isinstance(folder, Archive) or not set(classes) <= {Path(file).stem for file in folder.files}:
+        return ""
+    count = images.taken.total()
+    return next((name for name in (".json", ".txt") if 0 < count == images.left_out[name]), "")
 
 
 class LabelledFiles(ImageFiles):
@@ -196,10 +207,8 @@ class LabelledFiles(ImageFiles):
         found = [self._found(folder.below(name), entered) for name in self.classes]
         beside = select_images([("", folder.file_names(), 0)], extensions_of(form))
         self.left_out += beside.left_out + Counter({"images beside class folders": len(beside.names)})
-        if self.left_out[CLASS_FILES]:
-            what = (
-                f"classes in {CLASS_FILES} files beside the images, as in WebDataset's shards, are not read"
-            )
+        if kind := _class_files(self, folder, self.classes):
+            what = f"classes in {kind} files beside the images, as in WebDataset's shards, are not read"
             raise UserError(what, str(root), "unpack the images into class folders")
         if empty := [name for name, names in zip(self.classes, found, strict=True) if not names]:
             few = ", ".join(empty[:5])
@@ -231,9 +240,10 @@ class FolderFiles(LabelledFiles):
         beside = [name for name, separator, _ in folders if not separator]
         if 0 < len(beside) < len(folders):
             log(f"note: {root}: no classes, because images lie beside folders, e.g. {beside[0]}")
-        if folders and not beside and not self.left_out[CLASS_FILES]:
-            names, self.labels = np.unique([first for first, _, _ in folders], return_inverse=True)
-            self.classes = names.tolist()
+        if folders and not beside:
+            names, labels = np.unique([first for first, _, _ in folders], return_inverse=True)
+            if not _class_files(self, root, names):
+                self.classes, self.labels = names.tolist(), labels
 
 
 class ListedFiles(LabelledFiles):
@@ -663,6 +673,9 @@ def _existing_path(data_path: str) -> Path:
 def _torchvision_dataset(source: Source, split: str, called: str = "training images") -> Images:
     """Open a torchvision dataset by class name, and try the usual names of its splits; log it as `called`."""
     name, root, known = source.dataset, os.path.expanduser(source.data_path), _torchvision_names()
+    if name in ("ImageFolder", "DatasetFolder"):
+        fix = "leave it out: --data_path alone reads class folders"
+        raise UserError("is not one dataset", f"--dataset {name}", fix)
     if name not in known:
         raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
     if not root:

@@ -4,6 +4,7 @@ import gzip
 import os
 import pickle
 import shutil
+import stat
 import tarfile
 import zipfile
 from pathlib import Path
@@ -389,6 +390,39 @@ def test_links_and_hidden_names_in_archives(own, tmp_path, capsys):
         images.pixels(0)
     check_images(images)
     assert "1 of 15 checked images cannot be read; e.g. " in capsys.readouterr().out
+
+
+def test_links_that_would_lose_a_class_are_refused(own, tmp_path):
+    folder = own / "train"
+    (folder / "c").rename(own / "store")
+    (folder / "c").symlink_to("../store")
+    with pytest.raises(UserError, match="train/c is a link to a folder .*: pack it with --dereference"):
+        open_labelled_images(Source(str(pack(tmp_path / "a.tar", own))), "train")
+    linked = zipfile.ZipInfo("train/c")
+    linked.external_attr = (stat.S_IFLNK | 0o777) << 16
+    (folder / "c").unlink()
+    pack(tmp_path / "a.zip", own)
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        archive.writestr(linked, "../store")
+    with pytest.raises(UserError, match="train/c is a link .*: pack it without --symlinks"):
+        open_labelled_images(Source(str(tmp_path / "a.zip")), "train")
+
+
+@pytest.mark.parametrize("kind", [".json", ".txt"])
+def test_shards_with_labels_beside_the_images_are_not_classes(tmp_path, kind):
+    """As img2dataset writes them."""
+    for part in ("train", "val"):
+        for shard in ("000", "001"):
+            folder = tmp_path / part / shard
+            save_images(folder, 3)
+            for path in list(folder.iterdir()):
+                path.with_suffix(kind).write_text("{}")
+            pack(tmp_path / "packed" / part / f"{shard}.tar", folder)
+    with pytest.raises(UserError, match=rf"classes in \{kind} files beside the images, as in WebDataset"):
+        open_labelled_images(Source(str(tmp_path / "packed")), "train")
+    assert open_any_images(Source(str(tmp_path / "packed" / "train"))).classes == []
+    # Annotations in class folders say nothing of the classes.
+    assert open_labelled_images(Source(str(tmp_path)), "train").classes == ["000", "001"]
 
 
 def cut(path: Path, size: int) -> None:

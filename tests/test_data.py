@@ -314,6 +314,24 @@ def test_training_takes_the_unlabelled_images_where_there_are_some(tmp_path, mon
         open_training_images(stl10._replace(split="tset"))
 
 
+@pytest.mark.parametrize("name", ["ImageFolder", "DatasetFolder"])
+def test_a_folder_is_not_given_as_a_dataset(tmp_path, name):
+    for part in ("train", "val"):
+        save_images(tmp_path / part / "a", 2)
+    with pytest.raises(UserError, match=f"is not one dataset .--dataset {name}.: leave it out"):
+        open_training_images(Source(str(tmp_path), name))
+
+
+def test_a_tiff_whose_zero_is_white_is_inverted_whatever_its_bits(tmp_path):
+    dark = np.full((4, 6), 56, np.uint8)
+    wide = 65535 - 257 * dark.astype(np.uint16)
+    for name, values in (("8.tif", dark), ("16.tif", wide)):  # Pillow inverts those of 8 bits when it writes
+        Image.fromarray(values).save(tmp_path / name, tiffinfo={262: 0})
+        with Image.open(tmp_path / name) as image:
+            assert image.tag_v2[262] == 0
+        assert (np.asarray(data.load_image(str(tmp_path / name))) == 56).all(), name
+
+
 def test_a_dataset_without_splits_trains_but_is_not_evaluated_on(tmp_path):
     for name in "ab":
         folder = tmp_path / "eurosat" / "2750" / name
@@ -408,9 +426,11 @@ def test_the_digest_is_the_same_for_a_moved_folder_only(tmp_path):
         change()
         seen.add(of("moved"))
     assert len(seen) == 5
-    source = Source(str(tmp_path / "moved" / "train"), "ImageFolder")
+    (tmp_path / "eurosat").mkdir()
+    train.rename(tmp_path / "eurosat" / "2750")
+    source = Source(str(tmp_path), "EuroSAT")
     before = data.digest(open_training_images(source))
-    (train / "c" / "new.png").write_bytes(b"other")
+    (tmp_path / "eurosat" / "2750" / "c" / "new.png").write_bytes(b"other")
     assert data.digest(open_training_images(source)) != before
     files = data.digest(ImageFiles(tmp_path / "one")), data.digest(ImageFiles(tmp_path / "moved"))
     shapes = [data.digest(Shapes(*arguments)) for arguments in (("train", 9), ("val", 9), ("train", 8))]
