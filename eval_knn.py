@@ -46,7 +46,7 @@ from utils import MultiCropWrapper
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     parser.add_argument("--batch_size_per_gpu", default=128, type=cli.number(int, at_least=1),
         help="images per process and forward pass")
@@ -171,10 +171,11 @@ def knn_top1(
 
 def number_classes(y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, int]:
     """Labels (N,) and (M,) numbered from 0 without gaps, since each number takes memory for votes; and the
-    number of classes.
+    number of classes. Test labels that are not among the training labels become -1, which no vote gives.
     """
-    classes, numbers = torch.cat([y, test_y]).unique(return_inverse=True)
-    return numbers[: len(y)], numbers[len(y) :], len(classes)
+    classes, numbers = y.unique(return_inverse=True)
+    test_numbers = torch.searchsorted(classes, test_y).clamp(max=len(classes) - 1)
+    return numbers, test_numbers.where(classes[test_numbers] == test_y, -1), len(classes)
 
 
 class PeriodicKNN:

@@ -249,6 +249,11 @@ def test_values_that_are_no_features_or_labels_are_refused(tmp_path, name, chang
 def test_test_labels_that_training_lacks_are_named(tmp_path, capsys):
     saved_features(tmp_path, testlabels=lambda labels: labels + 2)
     assert "warning: 6 of 9 test labels are not among the training labels" in capsys.readouterr().out
+    y, test_y, num_classes = eval_knn.number_classes(torch.tensor([7, 3, 3]), torch.tensor([3, 5, 7, 9]))
+    assert (y.tolist(), test_y.tolist(), num_classes) == ([1, 0, 0], [0, -1, 1, -1], 2)
+    x = F.normalize(torch.randn(7, 4), dim=1)
+    _, top5 = eval_knn.knn_accuracies(x[:3], y, x[3:], test_y, [3], 0.07, num_classes)[3]
+    assert top5 == 50  # with two classes, all known labels are among the five best, and no other is
 
 
 def test_flags_without_effect_beside_loaded_features_are_named(tmp_path, capsys):
