@@ -51,7 +51,7 @@ PAPER_IMAGES = {"original": 157, "strong": 229, "distractors": 10_000, "whitenin
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",

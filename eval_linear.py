@@ -75,7 +75,7 @@ from vision_transformer import VisionTransformer
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     cli.add_weights_flags(parser)
     positive = cli.number(int, at_least=1)

@@ -63,7 +63,7 @@ DAVIS_VAL = set(
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     cli.add_weights_flags(parser, rgb_only=True)
     group = parser.add_argument_group("data")

@@ -63,7 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
     """The command line: flags of the job, and of the training."""
     parents = [get_args_parser(), main_dino.get_args_parser()]
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    parser = cli.ArgumentParser(__doc__, parents=parents)
     args = main_dino.parse_args(argv, parser)
     names = vars(parents[0].parse_args([]))
     return argparse.Namespace(**{name: vars(args).pop(name) for name in names}), args

@@ -69,7 +69,7 @@ FIT_ON = 100  # frames of a video, at most, that fix the scale of its colours
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     cli.add_weights_flags(parser, patch_size=PATCH_SIZE)
     group = parser.add_argument_group("images")

@@ -44,11 +44,13 @@ class ArgumentParser(argparse.ArgumentParser):
     an error in one names the file and the line.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, description: str | None = None, **kwargs):
+        """The first line of the description is shown."""
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("usage", "%(prog)s [@FILE] [--flag value ...]")
         kwargs.setdefault("epilog", "@FILE stands for the flags in a file; flags after it override them")
-        super().__init__(allow_abbrev=False, **kwargs)
+        title = (description or "").partition("\n")[0]
+        super().__init__(description=title, allow_abbrev=False, **kwargs)
         self.places: dict[str, list[str]] = {}  # where each word was read
         # argparse takes other negative numbers for flags (https://github.com/python/cpython/issues/59317)
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
@@ -424,7 +426,8 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        stop = Interrupted("at once, by Ctrl-C", "", "run the same command to resume from what is saved")
+        goes_on = "to resume from what is saved" if resumable else "to begin again"
+        stop = Interrupted("at once, by Ctrl-C", "", f"run the same command {goes_on}")
         stop.exit_code = 130  # what a shell reports for SIGINT
         end_at_once(stop)
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does

@@ -93,7 +93,7 @@ class MetricLogger:
         """
         length = len(iterable) if length is None else length
         digits = len(str(length))
-        show_bar = is_main_process() and sys.stderr.isatty()
+        show_bar = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
         with tqdm(total=length, desc=header, leave=False, disable=not show_bar) as bar:
             asked = time.perf_counter()
             for step, batch in enumerate(iterable, 1):

@@ -50,6 +50,16 @@ def test_what_comes_from_outside_is_one_line(error, code, line, capsys):
     assert end.value.code == code and said.startswith(line) and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(("resumable", "end"), [(True, "resume from what is saved"), (False, "begin again")])
+def test_only_a_script_that_resumes_promises_to(resumable, end, capsys):
+    def main(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        cli.run_script(main, argparse.Namespace(), resumable)
+    assert capsys.readouterr().err == f"stopped: at once, by Ctrl-C: run the same command to {end}\n"
+
+
 def test_what_is_a_fault_of_the_program_keeps_its_traceback():
     def main(_):
         raise RuntimeError("shapes do not match")

@@ -18,6 +18,13 @@ def test_a_line_every_ten_steps(capsys):
     assert logger.averages()["loss"] == 12
 
 
+def test_a_closed_stderr_is_no_terminal(monkeypatch, capsys):
+    """As under some schedulers: Python's sys.stderr is then None."""
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(MetricLogger().log_every(range(3))) == [0, 1, 2]
+    assert "[3/3]" in capsys.readouterr().out
+
+
 def test_the_published_calls_work(capsys):
     """As in code written for the published `utils`."""
     logger = MetricLogger(delimiter="; ")
