@@ -396,7 +396,7 @@ def parse_args(
     parser of a program with more flags.
     """
     if parser is None:
-        parser = cli.ArgumentParser(description=__doc__.splitlines()[0], parents=[get_args_parser()])
+        parser = cli.ArgumentParser(__doc__, parents=[get_args_parser()])
     set_dependent_defaults(parser, parser.parse_known_args(argv)[0])
     return parser.parse_args(argv)
 
@@ -435,15 +435,31 @@ def check_args(args: argparse.Namespace) -> None:
     set_dependent_defaults(parser, args)
     cli.warn_no_effect(args, parser, no_effect(args))
 
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
+    for name in WARM_UPS:
         value = getattr(args, name)
-        # A last layer that stays frozen to the end learns nothing.
-        if value < args.epochs or (value == args.epochs and name != "freeze_last_layer"):
+        if not is_too_long(name, value, args.epochs):
             continue
         if value != parser.get_default(name):
             raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", "shorten it")
         setattr(args, name, args.epochs / 10)  # as long as in the published recipe, or shorter
         log(f"warning: --{name} shortened from {value} to {args.epochs / 10:g}, as --epochs is {args.epochs}")
+
+
+WARM_UPS = "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"
+
+
+def is_too_long(warm_up: str, value: float, epochs: int) -> bool:
+    """Whether a warm-up does not fit into the training: a last layer that stays frozen learns nothing."""
+    return value > epochs or (value == epochs and warm_up == "freeze_last_layer")
+
+
+def shortened(args: argparse.Namespace) -> list[str]:
+    """The warm-ups that `check_args` shortened, since their default does not fit into `--epochs`."""
+    parser = get_args_parser()
+    set_dependent_defaults(parser, args)
+    defaults = {name: parser.get_default(name) for name in WARM_UPS}
+    found = (name for name in WARM_UPS if is_too_long(name, defaults[name], args.epochs))
+    return [name for name in found if getattr(args, name) == args.epochs / 10]
 
 
 def check_local_views(args: argparse.Namespace) -> None:
@@ -710,11 +726,10 @@ def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndar
         "epoch": (step % steps.per_epoch > 0).astype(float),
         "copy": np.zeros(len(step)),
     }
-    return {
-        "lr": lr,
-        "wd": cosine(args.weight_decay, args.weight_decay_end),
-        "momentum": momenta[args.teacher_update],
-    }
+    momentum = momenta[args.teacher_update]
+    if not (momentum[: steps.last] < 1).any():
+        log(f"warning: the teacher's momentum is 1 in all {steps.last} steps, so it keeps its first weights")
+    return {"lr": lr, "wd": cosine(args.weight_decay, args.weight_decay_end), "momentum": momentum}
 
 
 def autocast_dtype(precision: str | None, use_fp16: bool, device: torch.device) -> torch.dtype | None:
@@ -941,12 +956,13 @@ CHANGED_AT = "# Changed at step "
 def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> None:
     """Write the settings to args.txt, from which `main_dino.py @args.txt` repeats the run. Rank 0 writes.
 
-    Comments list what changed when the run resumed. Leaves out --allow_changed_args. Keeps a file that
-    this script did not write, and the settings of a finished run.
+    Comments list what changed when the run resumed. Leaves out --allow_changed_args, and the warm-ups that
+    were shortened, so that they fit other --epochs too. Keeps a file that this script did not write, and the
+    settings of a finished run.
     """
     if not is_main_process() or step >= last:
         return
-    settings = argparse.Namespace(**vars(args) | {"allow_changed_args": False})
+    settings = argparse.Namespace(**vars(args) | dict.fromkeys(["allow_changed_args", *shortened(args)]))
     path = run.folder / "args.txt"
     try:
         old = path.read_text(errors="surrogateescape") if path.exists() else ARGS_TITLE

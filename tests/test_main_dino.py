@@ -363,6 +363,21 @@ def test_a_run_writes_its_settings_as_a_file_that_repeats_it(tmp_path, monkeypat
     assert first["identity"] == again["identity"]
 
 
+def test_the_settings_of_a_trial_suit_a_longer_run(images, tmp_path, capsys):
+    """The warm-ups that `--epochs 1` shortened are not the user's."""
+    tiny = " ".join(TINY).replace("--warmup_epochs 1", "").split()
+    flags = ["--data_path", images, "--output_dir", tmp_path / "trial", "--epochs", 1, "--max_steps", 1]
+    args = main_dino.parse_args([*tiny, *map(str, flags)])
+    main_dino.train_dino(args)
+    assert capsys.readouterr().out.count("shortened from") == 2
+    assert args.warmup_epochs == args.freeze_last_layer == 0.1
+    again = main_dino.parse_args([f"@{tmp_path}/trial/args.txt"])
+    main_dino.check_args(again)
+    assert as_lists(again) == as_lists(args)
+    longer = main_dino.parse_args([f"@{tmp_path}/trial/args.txt", "--epochs", "100"])
+    assert (longer.warmup_epochs, longer.warmup_teacher_temp_epochs, longer.freeze_last_layer) == (10, 0, 1)
+
+
 def test_a_resumed_run_still_says_what_it_began_with(images, tmp_path, capsys):
     train("--data_path", images, "--output_dir", tmp_path / "first", "--max_steps", 1)
     weights, out = tmp_path / "first" / "checkpoint.pth", tmp_path / "out"
@@ -676,6 +691,12 @@ def test_a_run_of_the_first_step_of_the_warmup_learns_nothing_and_says_so(images
     for steps, named in ((1, True), (2, False)):
         train("--data_path", images, "--output_dir", tmp_path / str(steps), "--max_steps", steps)
         assert ("learning rate is 0 in all 1 steps" in capsys.readouterr().out) == named
+
+
+@pytest.mark.parametrize("flags", [["--momentum_teacher", 1], ["--teacher_update", "epoch"]])
+def test_a_teacher_that_never_moves_is_named(images, tmp_path, capsys, flags):
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1, *flags)
+    assert "teacher's momentum is 1 in all 1 steps, so it keeps its first weights" in capsys.readouterr().out
 
 
 def test_tensorboard_follows_a_restart(images, tmp_path):
