@@ -39,6 +39,7 @@ from support.data import (
     Source,
     class_number,
     digest,
+    extensions_of,
     name_and_reason,
     on_all_ranks,
     open_any_images,
@@ -65,10 +66,11 @@ from support.features import (
     patch_tokens,
     with_mean,
 )
-from support.files import replacing
+from support.files import extension, replacing
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
+from support.pictures import lies_below
 from support.pixels import copy_to
 from support.restart import comparable
 from support.weights import Frozen, digest_weights, load_file
@@ -76,7 +78,7 @@ from support.weights import Frozen, digest_weights, load_file
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     cli.add_weights_flags(parser)
     group = parser.add_argument_group("features")
@@ -432,6 +434,14 @@ def names_of(images: Images) -> list[str]:
     return names
 
 
+def check_lies_outside(path: Path, source: Source) -> None:
+    """Raise UserError if this file would become one of the images."""
+    images = [Path(part.data_path, part.split) for part in source.each() if part.data_path]
+    if extension(path) in extensions_of(source.form) and lies_below(path, images):
+        what, fix = f"{path.name} would become one of the images", "give a folder outside --data_path"
+        raise UserError(what, f"--output_dir {path.parent}", fix)
+
+
 def main(args: argparse.Namespace) -> Path:
     """Compute the features that are missing; returns the file of the complete set."""
     device = init_distributed_mode(args.dist_url)
@@ -439,7 +449,9 @@ def main(args: argparse.Namespace) -> Path:
     with same_error_on_all_ranks():
         folder = cli.make_folder(args.output_dir)
     frozen = load_by_flags(args)
-    images = on_all_ranks(open_any_images, Source.of(args, frozen.form))
+    source = Source.of(args, frozen.form)
+    check_lies_outside(folder / f"features.{args.format}", source)
+    images = on_all_ranks(open_any_images, source)
     check_on_first_rank(images, alike=False)
     names = names_of(images)
     network = frozen.network.to(device)

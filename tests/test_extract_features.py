@@ -49,6 +49,17 @@ def vit():
 # ---------------------------------------------------------------------------------------------
 
 
+def test_features_do_not_become_images(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((16, 16), np.float32))
+    flags = ["--data_path", str(tmp_path), "--in_chans", "1", "--value_range", "0", "1"]
+    with pytest.raises(UserError, match=r"features.npy would become one of the images .*--output_dir"):
+        extract(tmp_path / "features", *flags)
+    assert len(np.load(extract(tmp_path.with_name("beside"), *flags))) == 3
+    extract(tmp_path / "features", *flags, "--format", "pt")
+    assert len(np.load(extract(tmp_path.with_name("again"), *flags))) == 3
+
+
 def test_rows_names_and_labels_are_in_one_order(labelled, tmp_path, capsys):
     path = extract(tmp_path, "--data_path", str(labelled), "--split", "train", "--batch_size_per_gpu", "4")
     rows, transform = np.load(path, mmap_mode="r"), eval_transform(16)
