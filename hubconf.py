@@ -25,7 +25,8 @@ _hidden: dict = {}  # our modules, while the caller's of the same name are in th
 def _own_modules():
     """In the block, `support` and `vision_transformer` are ours.
 
-    After it, the caller's are again in their place; ours stay where the caller has none of that name.
+    After it, the caller's are again in their place; ours stay where the caller has none of that name. Then
+    our folder stays at the end of `sys.path`, where data-loading workers that are not forked look for it.
     """
     theirs = {name: sys.modules.pop(name) for name in _imported() if not _is_ours(sys.modules[name])}
     sys.modules.update(_hidden)
@@ -39,6 +40,8 @@ def _own_modules():
             if top in theirs or _caller_has(top):
                 _hidden[name] = sys.modules.pop(name)
         sys.modules.update(theirs)
+        if sys.path[-1] != _HERE and not any(map(_caller_has, _OWN)):  # torch.hub's own entry goes again
+            sys.path.append(_HERE)
 
 
 def _imported() -> list:
@@ -63,8 +66,9 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
     The arguments after `weights` are those of the scripts' flags; None takes what the file records. The
     network is in evaluation mode, and its weights can be trained. Its attribute `transform` makes the input
     (C, H, W) from a PIL image or uint8 (C, H, W); its attribute `read` makes the latter
-    from the path of a file, with the values of training. Raises an error, in one line, for weights that do
-    not fit.
+    from the path of a file, with the values of training. Its attribute `description` says what was loaded,
+    and what was assumed because the file does not record it. Raises an error, in one line, for weights that
+    do not fit.
     """
     with _own_modules():
         from support.data import load_pixels
@@ -74,6 +78,9 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
         network: typing.Any = frozen.network
         network.transform = frozen.transform
         network.read = functools.partial(load_pixels, form=frozen.form)
+        network.description = frozen.description
+        if "assumed" in frozen.description:
+            print(f"note: {frozen.description}")
         return network.requires_grad_(True)
 
 

@@ -113,6 +113,43 @@ else:
 """
 
 
+SPAWNED = """
+import sys
+import torch
+from torch.utils.data import DataLoader
+
+class Images:
+    def __init__(self, transform):
+        self.transform = transform
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        return self.transform(torch.zeros(3, 40, 40, dtype=torch.uint8))
+
+if __name__ == "__main__":
+    network = torch.hub.load(sys.argv[1], "dino", source="local", weights=sys.argv[2])
+    loader = DataLoader(Images(network.transform), num_workers=1, multiprocessing_context="spawn")
+    print(sum(len(batch) for batch in loader))
+"""
+
+
+@pytest.mark.slow
+def test_the_transform_works_in_workers_that_are_not_forked(tmp_path, weights):
+    """As on macOS and Windows."""
+    (tmp_path / "main.py").write_text(SPAWNED)
+    command = [sys.executable, "main.py", str(ROOT), str(weights[0])]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
+
+
+def test_what_was_assumed_is_said(tmp_path, capsys):
+    network = vit_nano(8, img_size=32)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    loaded = load("dino", weights=tmp_path / "weights.pth", arch="vit_nano")
+    assert "4 heads assumed" in loaded.description
+    assert f"note: {loaded.description}\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("has_all", [False, True])
 def test_it_loads_from_a_foreign_project(foreign, weights, has_all):
