@@ -43,7 +43,7 @@ from vision_transformer import VisionTransformer
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     cli.add_weights_flags(parser)
     group = parser.add_argument_group("export")
@@ -176,6 +176,7 @@ def to_hf(frozen: Frozen, path: Path) -> Exported:
         log(f"note: the image processor only crops the centre: resize images to cover {needed} pixels before")
     processor = transformers.BitImageProcessor(
         do_resize=height == width,  # it knows no resize that covers a rectangle
+        do_convert_rgb=frozen.form.channels == 3,
         size={"shortest_edge": round(height * 256 / 224)},
         crop_size={"height": height, "width": width},
         resample=3,  # bicubic

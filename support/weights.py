@@ -603,9 +603,14 @@ def assumed_heads(model: nn.Module, weights: Weights) -> list[str]:
 
 
 def timm_config(weights: Weights, model: nn.Module) -> dict | None:
-    """timm's preprocessing of its own weights; None for weights that DINO trained."""
+    """timm's preprocessing of its own weights; None for weights that DINO trained.
+
+    The mean and deviation of timm's training script come before the model's own.
+    """
     is_ours = "arch" in weights.trained or weights.normalization
-    return None if is_ours else getattr(model, "default_cfg", None)
+    config = None if is_ours else getattr(model, "default_cfg", None)
+    given = {name: weights.trained.get(name) for name in ("mean", "std")}
+    return config and config | {name: values for name, values in given.items() if isinstance(values, list)}
 
 
 def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> tuple:

@@ -119,6 +119,16 @@ def test_hugging_face_reads_a_rectangle_but_does_not_resize_to_it(tmp_path, caps
     torch.testing.assert_close(pixels, eval_transform((64, 32))(image), rtol=0, atol=1e-5)
 
 
+def test_hugging_face_reads_images_of_one_channel(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    flags = "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32", "--in_chans", "1"
+    write(tmp_path, "random", "--to", "hf", *flags)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False)
+    pixels = processor(picture().convert("L"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 1, 32, 32) and model(pixels).last_hidden_state.shape == (1, 17, 128)
+
+
 def test_networks_that_a_format_does_not_know_are_refused(tmp_path):
     with pytest.raises(UserError, match="timm has no alexnet"):
         write(tmp_path, "random", "--arch", "alexnet", "--to", "timm")

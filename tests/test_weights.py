@@ -154,6 +154,14 @@ def test_classifiers_of_torchvision_and_timm_are_dropped_and_nothing_else(arch, 
         torch.testing.assert_close(model(x), pooled[0], rtol=1e-4, atol=1e-5)
 
 
+def test_the_normalization_of_timms_training_script_comes_before_the_models(tmp_path):
+    arch = "vit_tiny_patch16_224"
+    state = timm.create_model(arch, num_classes=0).state_dict()
+    args = argparse.Namespace(model=arch, mean=[0.1, 0.2, 0.3], std=None)
+    frozen = load_backbone(write({"state_dict": state, "args": args}, tmp_path / "timm.pth"), arch=arch)
+    assert (tuple(frozen.mean), tuple(frozen.std)) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+
+
 def test_a_hybrid_of_timm_loads_its_own_weights(tmp_path):
     """Its patches are those of a convnet's output, whose channels are not the image's."""
     arch = "vit_tiny_r_s16_p8_224"
