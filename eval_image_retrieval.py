@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ PAPER = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(__doc__)
     # fmt: off
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",
@@ -133,6 +134,10 @@ def read_benchmark(data_path: str, dataset: str) -> Benchmark:
         raise UserError(what, str(path), "use the benchmark's own file")
     for names_of, kind in ((names, "database image"), (queries, "query image")):
         check_files(root / "jpg", names_of, kind)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"database has an image twice: {twice[0]}", str(path), "use the benchmark's own file")
+    if both := set(names) & set(queries):
+        log(f"warning: {len(both)} queries are in the database, where they count as wrong: {path}")
     read = functools.partial(_read_query, num_images=len(names), path=path)
     return Benchmark(root / "jpg", names, [read(*pair) for pair in zip(queries, truth, strict=True)])
 
@@ -162,6 +167,9 @@ def _read_query(name: str, truth: Any, num_images: int, path: Path) -> Query:
             what = f"query {name}: {label!r} names image {outside} of {num_images}, counted from 0"
             raise UserError(what, str(path), "use the benchmark's own file")
         labels[label] = indices
+    together = np.concatenate(list(labels.values()))
+    if len(np.unique(together)) < len(together):
+        log(f"warning: query {name}: an image has two of the labels {', '.join(labels)}: {path}")
     return Query(name, truth.get("bbx"), **labels)
 
 

@@ -206,6 +206,7 @@ def refused(folder, message: str, *flags: str) -> None:
         (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "query1: 'hard' names image -1 of 76"),
         (lambda gnd: gnd["gnd"][1].update(hard=[0.5]), "query1: 'hard' is not a list of different images"),
         (lambda gnd: gnd["gnd"][1].update(junk=[3, 3]), "query1: 'junk' is not a list of different images"),
+        (lambda gnd: gnd["imlist"].append(gnd["imlist"][4]), "database has an image twice: "),
         (lambda gnd: gnd.update(extra=np.zeros), "file contains numpy.zeros, which may run code"),
     ],
 )
@@ -213,6 +214,18 @@ def test_wrong_ground_truth_is_refused(ground_truth, change, message):
     folder, rewrite = ground_truth
     rewrite(change)
     refused(folder, message)
+
+
+def test_likely_mistakes_in_the_ground_truth_are_named(ground_truth, capsys):
+    folder, rewrite = ground_truth
+    refused(folder, "no such file")
+    assert "warning" not in capsys.readouterr().out
+    rewrite(lambda gnd: gnd["gnd"][1].update(easy=[3, 4], hard=[5], junk=[4]))
+    refused(folder, "no such file")
+    assert "warning: query query1: an image has two of the labels easy, hard, junk" in capsys.readouterr().out
+    rewrite(lambda gnd: gnd["imlist"].extend(gnd["qimlist"][:2]))
+    refused(folder, "no such file")
+    assert "warning: 2 queries are in the database, where they count as wrong" in capsys.readouterr().out
 
 
 def test_missing_files_are_named(ground_truth):
