@@ -53,9 +53,10 @@ def _timm_attention(backbone: Any, images: Tensor, layer: int, patches: int, pat
     module `attn_drop`, unless they use a fused kernel, which is turned off in this layer.
     """
     layers: list[Any] = [
-        m for m in backbone.modules() if isinstance(getattr(m, "attn_drop", None), nn.Module)
-    ]
-    layers = [m for m in layers if type(m).__name__ != "XCA"]  # which is attention among channels
+        m for m in backbone.modules()
+        if isinstance(getattr(m, "attn_drop", None), nn.Module)
+        and type(m).__name__ != "XCA"  # which is attention among channels
+    ]  # fmt: skip
     found = [images.new_zeros(len(images), 0)]
     if not layers:
         return found[0]

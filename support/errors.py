@@ -48,13 +48,14 @@ class Interrupted(UserError):
 def lacks_memory(error: Exception) -> bool:
     """Whether the machine or the device has too little memory."""
     words = re.search("out of memory|can't allocate memory", str(error))  # MPS has no class for it
-    return bool(words) or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return bool(words) or refused or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def lacks_resources(error: Exception) -> bool:
     """Whether the machine lacks memory or open files, so that an image that cannot be read may be sound."""
-    lacks = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return lacks or isinstance(error, MemoryError)
+    lacks_files = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    return lacks_files or lacks_memory(error)
 
 
 def first_line(error: Exception) -> str:

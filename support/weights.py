@@ -563,9 +563,7 @@ def load_backbone(
         count = in_chans or FALLBACK["in_chans"]
         scale, limits = unknown_normalization(count), pairs(value_range, count)
         return _frozen(nn.Flatten(), size, scale, "pixels: no network", "", limits)
-    known = Weights({}, weights, {})
-    if weights != "random":
-        known = read_weights(weights, checkpoint_key)
+    known = Weights({}, weights, {}) if weights == "random" else read_weights(weights, checkpoint_key)
     in_chans = settle_channels(known, in_chans)
     limits = settle_range(known, pairs(value_range, in_chans))
     arch, patch_size, trained_size = settle_architecture(known, arch, patch_size, image_size)

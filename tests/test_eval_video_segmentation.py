@@ -553,9 +553,7 @@ def test_frames_that_viewers_turn_are_named(tmp_path, capsys):
     with Image.open(path) as frame:
         frame.save(path, quality=95, exif=turned)
     segment(data, tmp_path / "output")
-    said = (
-        "warning: 1 images are stored turned or mirrored (EXIF orientation): masks must fit them as stored; "
-    )
+    said = "warning: 1 images are stored turned or mirrored (EXIF orientation): masks must fit them as stored"
     assert f"{said}; e.g. {path}" in capsys.readouterr().out.splitlines()
 
 
