@@ -436,8 +436,7 @@ def names_of(images: Images) -> list[str]:
 
 def check_lies_outside(path: Path, source: Source) -> None:
     """Raise UserError if this file would become one of the images."""
-    images = [Path(part.data_path, part.split) for part in source.each() if part.data_path]
-    if extension(path) in extensions_of(source.form) and lies_below(path, images):
+    if extension(path) in extensions_of(source.form) and lies_below(path, source.places()):
         what, fix = f"{path.name} would become one of the images", "give a folder outside --data_path"
         raise UserError(what, f"--output_dir {path.parent}", fix)
 

@@ -937,8 +937,7 @@ def lies_among_images(path: Path, args: argparse.Namespace) -> bool:
     """Whether a picture at this path would become one of the training images."""
     if args.dataset or args.demo:
         return False
-    parts = Source.of(args, image_format(args)).each()
-    return lies_below(path, [Path(part.data_path, part.split) for part in parts if part.data_path])
+    return lies_below(path, Source.of(args, image_format(args)).places())
 
 
 def make_run_folder(args: argparse.Namespace) -> Path:

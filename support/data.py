@@ -385,6 +385,10 @@ class Source(NamedTuple):
         """One source for each data path."""
         return [self._replace(data_path=path, more=()) for path in (self.data_path, *self.more)]
 
+    def places(self) -> list[Path]:
+        """Where the images of each data path, or of its split, lie."""
+        return [Path(part.data_path, part.split) for part in self.each() if part.data_path]
+
 
 def open_training_images(source: Source) -> Images:
     """Open the images to train on; items are (PIL image, label), and training ignores the label.
