@@ -230,13 +230,13 @@ def mean_average_precision(queries: Tensor, database: Tensor, positives: Sequenc
     return float(np.mean([average_precision(np.flatnonzero(np.isin(i, p)), len(p)) for i, p in found]))
 
 
-SAME = 1e-4  # distance of unit features, above what rounding changes
+SAME = 1e-4  # distance of unit features of one image: rounding changes less
 
 
 def warn_of_copies(features: dict[str, Tensor], sets: dict[str, ImageFiles], blocks: Sequence[str]) -> None:
     """Warn of images that are in the sets twice: equal features (N, D) show copies under any name."""
     for other, checked, effect in (
-        ("original", ["original"], "only one of each two counts as right"),
+        ("original", ["original"], "most blocks count only one of the two as right"),
         ("distractors", blocks, "there they count as wrong"),
         ("whitening", blocks, "the whitening is fitted to what is evaluated"),
     ):
@@ -252,7 +252,7 @@ def warn_of_copies(features: dict[str, Tensor], sets: dict[str, ImageFiles], blo
         if copies:
             paths = [path for name in checked for path in sets[name].paths]
             first, second = paths[copies[0]], sets[other].paths[int(nearest[copies[0]])]
-            what = f"{len(copies)} images to evaluate have the features of another one in {other}"
+            what = f"{len(copies)} of {len(paths)} images look the same to the network as one of {other}"
             log(f"warning: {what}: {effect}; e.g. {first} and {second}")
 
 

@@ -136,10 +136,21 @@ def read_benchmark(data_path: str, dataset: str) -> Benchmark:
         check_files(root / "jpg", names_of, kind)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"database has an image twice: {twice[0]}", str(path), "use the benchmark's own file")
-    if both := set(names) & set(queries):
-        log(f"warning: {len(both)} queries are in the database, where they count as wrong: {path}")
     read = functools.partial(_read_query, num_images=len(names), path=path)
-    return Benchmark(root / "jpg", names, [read(*pair) for pair in zip(queries, truth, strict=True)])
+    benchmark = Benchmark(root / "jpg", names, [read(*pair) for pair in zip(queries, truth, strict=True)])
+    warn_of_labels(benchmark)
+    return benchmark
+
+
+def warn_of_labels(benchmark: Benchmark) -> None:
+    """Warn of images with two labels, and of queries that are in the database without a label."""
+    place = {name: number for number, name in enumerate(benchmark.images)}
+    labels = {query.name: np.concatenate([query.easy, query.hard, query.junk]) for query in benchmark.queries}
+    if double := [name for name, images in labels.items() if len(np.unique(images)) < len(images)]:
+        what = f"for {len(double)} queries, an image has two of the labels easy, hard and junk"
+        log(f"warning: {what}; e.g. {double[0]}")
+    if found := [name for name, images in labels.items() if name in place and place[name] not in images]:
+        log(f"warning: {len(found)} queries are in the database, where they count as wrong; e.g. {found[0]}")
 
 
 def check_files(folder: Path, names: Sequence[str], kind: str) -> None:
@@ -167,9 +178,6 @@ def _read_query(name: str, truth: Any, num_images: int, path: Path) -> Query:
             what = f"query {name}: {label!r} names image {outside} of {num_images}, counted from 0"
             raise UserError(what, str(path), "use the benchmark's own file")
         labels[label] = indices
-    together = np.concatenate(list(labels.values()))
-    if len(np.unique(together)) < len(together):
-        log(f"warning: query {name}: an image has two of the labels {', '.join(labels)}: {path}")
     return Query(name, truth.get("bbx"), **labels)
 
 

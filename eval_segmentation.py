@@ -156,7 +156,7 @@ class MaskedFiles(ImageFiles):
         if split == "val" and 0 not in self.present:  # attention is measured on val
             log("warning: no mask has the background 0: all pixels count as objects")
         compare_palettes(self.masks)
-        warn_of_turned(self.paths)
+        warn_of_turned(list(self.paths))
 
     def class_mask(self, index: int) -> Tensor:
         """Class of each pixel, (H, W) uint8. Raises UserError if the mask cannot be read."""

@@ -144,10 +144,10 @@ def _files(folder: Path, kind: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     paths = (path for path in folder.glob("*") if not path.name.startswith("."))
     for path in sorted(paths, key=lambda path: (len(path.stem), path.name)):
-        if (extension := path.suffix.lower()) not in readable_extensions():
+        if (extension := path.suffix.lower()) not in readable_extensions() or not path.is_file():
             continue
         if extension != kind:
-            raise UserError(f"not a {kind}", str(path), "save it as one, or remove it")
+            raise UserError(f"extension is not {kind}", str(path), "rename or convert it, or remove it")
         if path.stem in found:
             raise UserError(f"two files of one number: {found[path.stem].name}", str(path), "remove one")
         found[path.stem] = path

@@ -14,6 +14,8 @@ import os
 import sys
 import typing
 
+import torch.hub
+
 dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]  # and timm, for XCiT
 
 _HERE = os.path.dirname(os.path.realpath(__file__))
@@ -25,8 +27,7 @@ _hidden: dict = {}  # our modules, while the caller's of the same name are in th
 def _own_modules():
     """In the block, `support` and `vision_transformer` are ours.
 
-    After it, the caller's are again in their place; ours stay where the caller has none of that name. Then
-    our folder stays at the end of `sys.path`, where data-loading workers that are not forked look for it.
+    After it, the caller's are again in their place; ours stay where the caller has none of that name.
     """
     theirs = {name: sys.modules.pop(name) for name in _imported() if not _is_ours(sys.modules[name])}
     sys.modules.update(_hidden)
@@ -40,8 +41,6 @@ def _own_modules():
             if top in theirs or _caller_has(top):
                 _hidden[name] = sys.modules.pop(name)
         sys.modules.update(theirs)
-        if sys.path[-1] != _HERE and not any(map(_caller_has, _OWN)):  # torch.hub's own entry goes again
-            sys.path.append(_HERE)
 
 
 def _imported() -> list:
@@ -71,17 +70,46 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
     do not fit.
     """
     with _own_modules():
-        from support.data import load_pixels
         from support.weights import load_backbone
 
         frozen = load_backbone(os.fspath(weights), checkpoint_key, arch, patch_size, image_size, in_chans)
         network: typing.Any = frozen.network
-        network.transform = frozen.transform
-        network.read = functools.partial(load_pixels, form=frozen.form)
+        fields = frozen._asdict() | {"network": None}
+        network.transform, network.read = _transform(**fields), _read(**fields)
         network.description = frozen.description
         if "assumed" in frozen.description:
             print(f"note: {frozen.description}")
         return network.requires_grad_(True)
+
+
+class _Portable:
+    """One of our functions; a data-loading worker that is not forked makes it again, through this file."""
+
+    def __init__(self, function, entry, fields):
+        self.function, self.entry, self.fields = function, entry, fields
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __reduce__(self):
+        return functools.partial(torch.hub.load, _HERE, self.entry, source="local", **self.fields), ()
+
+
+def _transform(**fields):
+    """The transform of the `Frozen` with these fields."""
+    with _own_modules():
+        from support.weights import Frozen
+
+        return _Portable(Frozen(**fields).transform, "_transform", fields)
+
+
+def _read(**fields):
+    """The reader of files of the `Frozen` with these fields."""
+    with _own_modules():
+        from support.data import load_pixels
+        from support.weights import Frozen
+
+        return _Portable(functools.partial(load_pixels, form=Frozen(**fields).form), "_read", fields)
 
 
 def _published(name, pretrained):

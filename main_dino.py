@@ -454,7 +454,7 @@ def is_too_long(warm_up: str, value: float, epochs: int) -> bool:
 
 
 def shortened(args: argparse.Namespace) -> list[str]:
-    """The warm-ups that `check_args` shortened, since their default does not fit into `--epochs`."""
+    """The warm-ups of the length that `check_args` gives them if their default is too long."""
     parser = get_args_parser()
     set_dependent_defaults(parser, args)
     defaults = {name: parser.get_default(name) for name in WARM_UPS}
@@ -935,8 +935,6 @@ def train_dino(args: argparse.Namespace) -> None:
 
 def lies_among_images(path: Path, args: argparse.Namespace) -> bool:
     """Whether a picture at this path would become one of the training images."""
-    if args.dataset or args.demo:
-        return False
     return lies_below(path, Source.of(args, image_format(args)).places())
 
 
@@ -955,9 +953,9 @@ CHANGED_AT = "# Changed at step "
 def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> None:
     """Write the settings to args.txt, from which `main_dino.py @args.txt` repeats the run. Rank 0 writes.
 
-    Comments list what changed when the run resumed. Leaves out --allow_changed_args, and the warm-ups that
-    were shortened, so that they fit other --epochs too. Keeps a file that this script did not write, and the
-    settings of a finished run.
+    Comments list what changed when the run resumed. Leaves out --allow_changed_args, and warm-ups of the
+    length to which `check_args` shortens, so that they fit other --epochs too. Keeps a file that this script
+    did not write, and the settings of a finished run.
     """
     if not is_main_process() or step >= last:
         return

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -280,7 +280,7 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may set the first as it was
-        key = f"6\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        key = f"7\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:
@@ -363,13 +363,24 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
     file.seek(offset)
     if offset + BLOCK > end or file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
         raise UserError(f"archive is cut short or damaged at byte {offset - start:,}", path, fix)
+    _resolve(links, places, path, "pack it with --dereference")
+    return places
+
+
+def _resolve(links: dict[str, str], places: Places, path: str, fix: str) -> None:
+    """Give links to files their places. Raises UserError for a link to a folder with images: they, and the
+    class that it stands for, would be lost.
+    """
     for _ in range(8):  # links to links
         for name, target in links.items():
             places[name] = places.get(target, places[name])
-    folders = {place.rpartition("/")[0] for place in places} if links else set()
-    if lost := [name for name, target in links.items() if target in folders]:
-        raise UserError(f"{lost[0]} is a link to a folder", path, "pack it with --dereference")
-    return places
+    readable = tuple(all_extensions())
+    folders = {posixpath.dirname(name) for name in places if links and name.lower().endswith(readable)}
+    above = {str(parent) for folder in folders for parent in PurePosixPath(folder).parents}
+    for name, target in links.items():
+        hidden, loops = any(map(_is_hidden, name.split("/"))), name.startswith(f"{target}/")
+        if target and target in folders | above and not (hidden or loops):
+            raise UserError(f"{name} is a link to a folder with images", path, fix)
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
@@ -383,11 +394,18 @@ def _zip_name(member: zipfile.ZipInfo) -> str:
 def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
     """Index a zip. Raises UserError."""
     places: Places = {}
+    links: dict[str, str] = {}
     readable = tuple(all_extensions())
     methods = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
     try:
-        members = zipfile.ZipFile(file).infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
+        targets = {
+            member.header_offset: os.fsdecode(archive.read(member))
+            for member in members
+            if stat.S_ISLNK(member.external_attr >> 16) and not member.flag_bits & 1
+        }
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error, zlib.error) as error:
         what = f"archive is cut short or damaged: {error}"
         raise UserError(what, path, "download or pack it again") from None
     for member in members:
@@ -395,8 +413,6 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
         if member.is_dir() and name:
             places[f"{name}/"] = (0, 0, 0, STORED)
             continue
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise UserError(f"{member.filename} is a link", path, "pack it without --symlinks (-y)")
         if member.flag_bits & 1:
             raise UserError(f"archive is encrypted: {member.filename}", path, "pack it without a password")
         if member.header_offset + member.compress_size > size:
@@ -407,4 +423,7 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
             raise UserError(what, path, "pack it with the usual method, or none")
         method = methods.get(member.compress_type, STORED)
         places[name] = (member.header_offset, member.compress_size, member.file_size, method)
+        if target := targets.get(member.header_offset):
+            links[name] = _clean(posixpath.join(posixpath.dirname(name), target))
+    _resolve(links, places, path, "pack it without --symlinks (-y)")
     return places

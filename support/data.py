@@ -182,7 +182,8 @@ def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Itera
     """
     if images.left_out[".cls"]:
         return ".cls"
-    if not isinstance(folder, Archive) or not set(classes) <= {Path(file).stem for file in folder.files}:
+    shards = {Path(file).stem for file in folder.files} if isinstance(folder, Archive) else set()
+    if not all(name in shards and name[-1].isdigit() for name in classes):
         return ""
     count = images.taken.total()
     return next((name for name in (".json", ".txt") if 0 < count == images.left_out[name]), "")
@@ -242,7 +243,9 @@ class FolderFiles(LabelledFiles):
             log(f"note: {root}: no classes, because images lie beside folders, e.g. {beside[0]}")
         if folders and not beside:
             names, labels = np.unique([first for first, _, _ in folders], return_inverse=True)
-            if not _class_files(self, root, names):
+            if kind := _class_files(self, root, names):
+                log(f"note: {root}: no classes, because {kind} files lie beside the images, as in shards")
+            else:
                 self.classes, self.labels = names.tolist(), labels
 
 
@@ -386,7 +389,9 @@ class Source(NamedTuple):
         return [self._replace(data_path=path, more=()) for path in (self.data_path, *self.more)]
 
     def places(self) -> list[Path]:
-        """Where the images of each data path, or of its split, lie."""
+        """Where the images of each data path, or of its split, lie; nowhere for a dataset or the demo."""
+        if self.dataset or self.demo:
+            return []
         return [Path(part.data_path, part.split) for part in self.each() if part.data_path]
 
 

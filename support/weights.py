@@ -607,8 +607,12 @@ def timm_config(weights: Weights, model: nn.Module) -> dict | None:
     """
     is_ours = "arch" in weights.trained or weights.normalization
     config = None if is_ours else getattr(model, "default_cfg", None)
-    given = {name: weights.trained.get(name) for name in ("mean", "std")}
-    return config and config | {name: values for name, values in given.items() if isinstance(values, list)}
+    given = {name: weights.trained.get(name) for name in ("mean", "std")} if config else {}
+    return config and config | {
+        name: values * len(config[name]) if len(values) == 1 else values  # as the script repeats one number
+        for name, values in given.items()
+        if isinstance(values, list)
+    }
 
 
 def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> tuple:

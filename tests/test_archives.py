@@ -392,20 +392,52 @@ def test_links_and_hidden_names_in_archives(own, tmp_path, capsys):
     assert "1 of 15 checked images cannot be read; e.g. " in capsys.readouterr().out
 
 
-def test_links_that_would_lose_a_class_are_refused(own, tmp_path):
-    folder = own / "train"
-    (folder / "c").rename(own / "store")
-    (folder / "c").symlink_to("../store")
-    with pytest.raises(UserError, match="train/c is a link to a folder .*: pack it with --dereference"):
-        open_labelled_images(Source(str(pack(tmp_path / "a.tar", own))), "train")
-    linked = zipfile.ZipInfo("train/c")
-    linked.external_attr = (stat.S_IFLNK | 0o777) << 16
-    (folder / "c").unlink()
-    pack(tmp_path / "a.zip", own)
-    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
-        archive.writestr(linked, "../store")
-    with pytest.raises(UserError, match="train/c is a link .*: pack it without --symlinks"):
-        open_labelled_images(Source(str(tmp_path / "a.zip")), "train")
+def add_link(archive: Path, name: str, target: str) -> None:
+    """Add a link to a zip, as `zip --symlinks` does, or to a tar."""
+    if archive.suffix == ".tar":
+        with tarfile.open(archive, "a", format=tarfile.GNU_FORMAT) as packed:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            packed.addfile(link)
+        return
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr(info, target)
+
+
+LINKS = pytest.mark.parametrize(("kind", "fix"), [(".tar", "--dereference"), (".zip", "without --symlinks")])
+
+
+@LINKS
+@pytest.mark.parametrize("deeper", ["", "x"])
+def test_links_that_would_lose_a_class_are_refused(own, tmp_path, kind, fix, deeper):
+    (own / "store" / deeper).parent.mkdir(exist_ok=True)
+    (own / "train" / "c").rename(own / "store" / deeper)
+    archive = pack(tmp_path / f"a{kind}", own)
+    add_link(archive, "train/c", "../store")
+    with pytest.raises(UserError, match=f"train/c is a link to a folder with images .*: pack it .*{fix}"):
+        open_labelled_images(Source(str(archive)), "train")
+
+
+@LINKS
+def test_other_links_are_no_obstacle(own, tmp_path, kind, fix):
+    (own / "docs").mkdir()
+    (own / "docs" / "README.md").write_text("words")
+    archive = pack(tmp_path / f"a{kind}", own)
+    links = {
+        ".venv/lib64": "../train/a",
+        "README": "docs/README.md",
+        "latest": "docs",
+        "all": ".",
+        "out": "/a",
+    }
+    for name, target in {**links, "train/b/link.png": "../a/000.png"}.items():
+        add_link(archive, name, target)
+    images = open_labelled_images(Source(str(archive)), "train")
+    assert images.classes == ["a", "b", "c"] and len(images) == 13
+    found = {name: images.pixels(i) for i, name in enumerate(images.paths.names())}
+    assert torch.equal(found["b/link.png"], found["a/000.png"])
 
 
 @pytest.mark.parametrize("kind", [".json", ".txt"])
@@ -421,8 +453,26 @@ def test_shards_with_labels_beside_the_images_are_not_classes(tmp_path, kind):
     with pytest.raises(UserError, match=rf"classes in \{kind} files beside the images, as in WebDataset"):
         open_labelled_images(Source(str(tmp_path / "packed")), "train")
     assert open_any_images(Source(str(tmp_path / "packed" / "train"))).classes == []
-    # Annotations in class folders say nothing of the classes.
-    assert open_labelled_images(Source(str(tmp_path)), "train").classes == ["000", "001"]
+
+
+def test_annotations_beside_the_images_do_not_take_classes_away(own, tmp_path):
+    """As captions, or boxes in YOLO's files; also where class folders end in a number, as ImageNet's."""
+    for path in list((own / "train").rglob("*.png")):
+        path.with_suffix(".txt").write_text("0 0.5 0.5 1 1")
+    for name in "abc":
+        pack(tmp_path / "packed" / "train" / f"{name}.tar", own / "train" / name)
+    packed = Source(str(tmp_path / "packed"))
+    assert open_labelled_images(packed, "train").classes == ["a", "b", "c"]
+    for name in "abc":
+        (own / "train" / name).rename(own / "train" / f"{name}1")
+    for source in (own / "train", pack(tmp_path / "train.zip", own / "train")):
+        assert open_any_images(Source(str(source))).classes == ["a1", "b1", "c1"]
+    pack(tmp_path / "zipped" / "train.zip", own / "train")
+    assert open_labelled_images(Source(str(tmp_path / "zipped")), "train").classes == ["a1", "b1", "c1"]
+    (own / "train" / "a1" / "000.txt").unlink()
+    for name in "abc":
+        pack(tmp_path / "most" / "train" / f"{name}1.tar", own / "train" / f"{name}1")
+    assert open_labelled_images(Source(str(tmp_path / "most")), "train").classes == ["a1", "b1", "c1"]
 
 
 def cut(path: Path, size: int) -> None:

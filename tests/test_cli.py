@@ -24,6 +24,7 @@ from tests.conftest import ROOT
         (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: run the same command"),
         (MemoryError("Unable to allocate 8 PiB"), 1, "error: out of memory: Unable to allocate 8 PiB: lower"),
         (RuntimeError("MPS backend out of memory (x)"), 1, "error: out of memory: MPS backend"),
+        (OSError(12, "Cannot allocate memory", "/x"), 1, "error: out of memory: [Errno 12] Cannot allocate"),
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): correct"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
         (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),

@@ -22,7 +22,7 @@ OTHER_FLAGS = {
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
     "--open-mode --me",
     "pip": "--index-url",
-    "tar": "--dereference",
+    "tar, zip": "--dereference --symlinks",
     "pytest": "--dist --gpu-device",
     "mlflow": "--backend-store-uri",
     "python -m tests.*": "--rounds --quick --only --device --images --compare --sweeps --seeds",

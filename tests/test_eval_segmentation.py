@@ -258,8 +258,8 @@ def test_images_that_viewers_turn_are_named(tmp_path, capsys):
     with Image.open(path) as image:
         image.save(path, exif=turned)
     MaskedFiles(tmp_path, "val")
-    said = "warning: 1 images are stored turned or mirrored (EXIF orientation): masks must fit them as stored"
-    assert f"{said}; e.g. {path}" in capsys.readouterr().out.splitlines()
+    said = "warning: 1 of 4 checked images are stored turned or mirrored (EXIF orientation): masks must"
+    assert f"{said} fit them as stored; e.g. {path}" in capsys.readouterr().out.splitlines()
 
 
 def test_likely_faults_of_lists_and_masks_are_named(tmp_path, capsys):

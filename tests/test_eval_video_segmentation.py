@@ -11,7 +11,7 @@ from PIL.ExifTags import Base
 import eval_video_segmentation as video
 from support.backbones import build_backbone
 from support.errors import ImageError, UserError
-from tests.conftest import ROOT, picture
+from tests.conftest import ROOT, picture, run_on_full_disk
 
 RANDOM = ("--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "32")
 VIDEO3 = ("--n_last_frames", "3", "--size_mask_neighborhood", "0", "--topk", "7")
@@ -506,7 +506,10 @@ def no_object(data):
         (a_first_mask_cut_short, r"^cannot read mask: .*\(.*clip/00000.png\): repair or replace it"),
         (a_later_mask_cut_short, r"^cannot read mask: .*\(.*clip/00002.png\): repair or replace it"),
         (a_mask_of_jpeg_data, r"^mask is a JPEG, which changes numbers at edges \(.*clip/00001.png\)"),
-        (a_frame_of_another_kind, r"^not a .jpg \(.*clip/00001.png\): save it as one, or remove it"),
+        (
+            a_frame_of_another_kind,
+            r"^extension is not .jpg \(.*clip/00001.png\): rename or convert it, or remove it",
+        ),
         (a_frame_twice, r"^two files of one number: 00001.JPG \(.*clip/00001.jpg\): remove one"),
         (no_object, r"^the mask of the first frame has no object \(.*clip/00000.png\)"),
     ],
@@ -536,6 +539,16 @@ def test_the_data_set_is_not_overwritten_through_another_name(tmp_path):
     assert not (tmp_path / "output" / "clip" / "00000.png").exists()
 
 
+def test_masks_are_written_whole_or_not_at_all(tmp_path):
+    data, output = make_clip(tmp_path / "data"), tmp_path / "output"
+    folders = "--data_path", str(data), "--output_dir", str(output)
+    segment(data, output)
+    before = (output / "clip" / "00000.png").read_bytes()
+    ended = run_on_full_disk("eval_video_segmentation", 100, *folders, *RANDOM)
+    assert ended.returncode == 1 and "error: File too large" in ended.stderr
+    assert (output / "clip" / "00000.png").read_bytes() == before and len(before) > 100
+
+
 def test_frames_and_masks_of_capital_extensions_count_too(tmp_path):
     data = make_clip(tmp_path / "data")
     usual = segment(data, tmp_path / "usual")
@@ -553,8 +566,8 @@ def test_frames_that_viewers_turn_are_named(tmp_path, capsys):
     with Image.open(path) as frame:
         frame.save(path, quality=95, exif=turned)
     segment(data, tmp_path / "output")
-    said = "warning: 1 images are stored turned or mirrored (EXIF orientation): masks must fit them as stored"
-    assert f"{said}; e.g. {path}" in capsys.readouterr().out.splitlines()
+    said = "warning: 1 of 4 checked images are stored turned or mirrored (EXIF orientation): masks must"
+    assert f"{said} fit them as stored; e.g. {path}" in capsys.readouterr().out.splitlines()
 
 
 def test_masks_numbered_anew_are_named(tmp_path, capsys):

@@ -160,6 +160,9 @@ def test_the_normalization_of_timms_training_script_comes_before_the_models(tmp_
     args = argparse.Namespace(model=arch, mean=[0.1, 0.2, 0.3], std=None)
     frozen = load_backbone(write({"state_dict": state, "args": args}, tmp_path / "timm.pth"), arch=arch)
     assert (tuple(frozen.mean), tuple(frozen.std)) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    args.mean = [0.4]  # for all channels
+    frozen = load_backbone(write({"state_dict": state, "args": args}, tmp_path / "timm.pth"), arch=arch)
+    assert (tuple(frozen.mean), tuple(frozen.std)) == ((0.4, 0.4, 0.4), (0.5, 0.5, 0.5))
 
 
 def test_a_hybrid_of_timm_loads_its_own_weights(tmp_path):
