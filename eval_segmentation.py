@@ -43,7 +43,7 @@ from eval_knn import knn_votes
 from support import cli, logistic
 from support.attention import attention_map, keep_mass
 from support.checks import check_images
-from support.data import RGB, ImageFiles, Images, extensions_of, in_format
+from support.data import RGB, ImageFiles, Images, extensions_of, in_format, text_lines
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, WrongFormat, first_line, reason_of
 from support.features import load_by_flags, patch_tokens
@@ -197,12 +197,8 @@ FOLDERS = {"images": "JPEGImages", "masks": "SegmentationClass"}
 
 def read_list(path: Path) -> list[str]:
     """Read the names of a list, one a line. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        fix = "give the folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
-        raise UserError(reason_of(error), str(path), fix) from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    fix = "give the folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
+    names = [line for _, line in text_lines(path, fix)]
     if not names:
         raise UserError("list names no images", str(path), "write a name a line, without extension")
     if repeated := len(names) - len(set(names)):

@@ -25,11 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from support import cli
-from support.data import ImageFiles, read_labelled
+from support.data import ImageFiles, read_labelled, text_lines
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, first_line
 from support.features import patch_size_of, patch_tokens
-from support.files import readable_extensions, replacing
+from support.files import extension, readable_extensions, replacing
 from support.logger import log
 from support.masks import (
     VOID,
@@ -123,9 +123,7 @@ def open_clips(data_path: str) -> list[Clip]:
     names_file = root / CLIPS
     if not names_file.is_file():
         raise UserError("no such file", str(names_file), "list the names of the clips in it, one per line")
-    text = names_file.read_text(encoding="utf-8-sig", errors="replace")
-    lines = (line.strip() for line in text.splitlines())
-    names = list(dict.fromkeys(line for line in lines if line))
+    names = list(dict.fromkeys(line for _, line in text_lines(names_file)))
     if not names:
         raise UserError("no clip in the list", str(names_file), "list the names of the clips, one per line")
     for name in names:
@@ -144,9 +142,9 @@ def _files(folder: Path, kind: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     paths = (path for path in folder.glob("*") if not path.name.startswith("."))
     for path in sorted(paths, key=lambda path: (len(path.stem), path.name)):
-        if (extension := path.suffix.lower()) not in readable_extensions() or not path.is_file():
+        if extension(path) not in readable_extensions() or not path.is_file():
             continue
-        if extension != kind:
+        if extension(path) != kind:
             raise UserError(f"extension is not {kind}", str(path), "rename or convert it, or remove it")
         if path.stem in found:
             raise UserError(f"two files of one number: {found[path.stem].name}", str(path), "remove one")
@@ -189,7 +187,7 @@ def _size(path: Path) -> tuple[int, int]:
     """Width and height, from the file's header. Raises UserError, also for a mask without numbers."""
     try:
         with Image.open(path) as image:
-            if path.suffix.lower() == ".png":
+            if extension(path) == ".png":
                 require_numbers(image, path)
             return image.size
     except UserError:

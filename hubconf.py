@@ -75,7 +75,7 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
         frozen = load_backbone(os.fspath(weights), checkpoint_key, arch, patch_size, image_size, in_chans)
         network: typing.Any = frozen.network
         fields = frozen._asdict() | {"network": None}
-        network.transform, network.read = _transform(**fields), _read(**fields)
+        network.transform, network.read = _portable("transform", fields), _portable("read", fields)
         network.description = frozen.description
         if "assumed" in frozen.description:
             print(f"note: {frozen.description}")
@@ -83,33 +83,28 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
 
 
 class _Portable:
-    """One of our functions; a data-loading worker that is not forked makes it again, through this file."""
+    """A function of a `Frozen`; data-loading workers that are not forked make it again, through this file."""
 
-    def __init__(self, function, entry, fields):
-        self.function, self.entry, self.fields = function, entry, fields
+    def __init__(self, function, name, fields):
+        self.function, self.name, self.fields = function, name, fields
 
     def __call__(self, *args):
         return self.function(*args)
 
     def __reduce__(self):
-        return functools.partial(torch.hub.load, _HERE, self.entry, source="local", **self.fields), ()
+        make = functools.partial(torch.hub.load, _HERE, "_portable", source="local")
+        return make, (self.name, self.fields)
 
 
-def _transform(**fields):
-    """The transform of the `Frozen` with these fields."""
-    with _own_modules():
-        from support.weights import Frozen
-
-        return _Portable(Frozen(**fields).transform, "_transform", fields)
-
-
-def _read(**fields):
-    """The reader of files of the `Frozen` with these fields."""
+def _portable(name, fields):
+    """The transform, or the reader of files, of the `Frozen` with these fields."""
     with _own_modules():
         from support.data import load_pixels
         from support.weights import Frozen
 
-        return _Portable(functools.partial(load_pixels, form=Frozen(**fields).form), "_read", fields)
+        frozen = Frozen(**fields)
+        read = functools.partial(load_pixels, form=frozen.form)
+        return _Portable({"transform": frozen.transform, "read": read}[name], name, fields)
 
 
 def _published(name, pretrained):

@@ -371,16 +371,18 @@ def _resolve(links: dict[str, str], places: Places, path: str, fix: str) -> None
     """Give links to files their places. Raises UserError for a link to a folder with images: they, and the
     class that it stands for, would be lost.
     """
+    if not links:
+        return
     for _ in range(8):  # links to links
         for name, target in links.items():
             places[name] = places.get(target, places[name])
     readable = tuple(all_extensions())
-    folders = {posixpath.dirname(name) for name in places if links and name.lower().endswith(readable)}
-    above = {str(parent) for folder in folders for parent in PurePosixPath(folder).parents}
+    folders = {posixpath.dirname(name) for name in places if name.lower().endswith(readable)}
+    folders |= {str(above) for folder in folders for above in PurePosixPath(folder).parents}
     for name, target in links.items():
-        hidden, loops = any(map(_is_hidden, name.split("/"))), name.startswith(f"{target}/")
-        if target and target in folders | above and not (hidden or loops):
-            raise UserError(f"{name} is a link to a folder with images", path, fix)
+        if target and target in folders and not name.startswith(f"{target}/"):  # which would be a loop
+            if not any(map(_is_hidden, name.split("/"))):
+                raise UserError(f"{name} is a link to a folder with images", path, fix)
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:

@@ -261,7 +261,7 @@ class ListedFiles(LabelledFiles):
     def __init__(self, path: str | Path, labelled: bool = False, form: ImageFormat = RGB):
         ImageFiles.__init__(self, form=form)
         root, names, classes, lacking = os.path.dirname(path), [], [], []
-        for number, line in _lines(path):
+        for number, line in text_lines(path):
             name, label = _path_and_class(line, root)
             if not os.path.isfile(os.path.join(root, name)):
                 fix = "give one image file a line, relative to the list's folder"
@@ -290,12 +290,12 @@ class ListedFiles(LabelledFiles):
         return "LabelledFiles" if self.classes else "ImageFiles"
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+def text_lines(path: str | Path, fix: str = "make it readable") -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not empty, with their numbers. Raises UserError."""
     try:
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
-        raise UserError(reason_of(error), str(path), "make it readable") from None
+        raise UserError(reason_of(error), str(path), fix) from None
     for number, line in enumerate(lines, 1):
         if b"\0" in line:
             raise UserError("is not a text file", str(path), "give a folder, or a text file of paths")

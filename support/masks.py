@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from support.errors import UserError, first_line
+from support.files import evenly_spread
 from support.logger import log
 
 VOID = 255  # pixels that are not scored, e.g. the outlines of VOC's objects
@@ -47,11 +48,11 @@ def require_numbers(mask: Image.Image, path: str | Path) -> None:
 
 
 def compare_palettes(masks: Sequence[str | Path]) -> None:
-    """Warn if a number has another colour in another of about 200 masks: programs that reduce colours
+    """Warn if a number has another colour in another of up to 200 masks: programs that reduce colours
     number them anew for each image. Raises UserError for one that cannot be read.
     """
     first: dict[int, tuple[list[int], str | Path]] = {}
-    for path in masks[:: 1 + len(masks) // 200]:
+    for path in (masks[index] for index in evenly_spread(len(masks), 200)):
         mask, palette = read_mask_and_palette(path)
         for number in np.unique(mask).tolist():
             colour = (palette or [])[3 * number : 3 * number + 3]
@@ -65,10 +66,10 @@ def compare_palettes(masks: Sequence[str | Path]) -> None:
 
 
 def warn_of_turned(images: Sequence[str | Path]) -> None:
-    """Warn if viewers show some of about 200 images turned or mirrored: masks that were drawn there do not
+    """Warn if viewers show some of up to 200 images turned or mirrored: masks that were drawn there do not
     fit.
     """
-    checked = images[:: 1 + len(images) // 200]
+    checked = [images[index] for index in evenly_spread(len(images), 200)]
     if turned := [path for path in checked if _is_turned(path)]:
         what = f"{len(turned)} of {len(checked)} checked images are stored turned or mirrored"
         log(f"warning: {what} (EXIF orientation): masks must fit them as stored; e.g. {turned[0]}")
