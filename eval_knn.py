@@ -25,9 +25,9 @@ from torch import Tensor
 
 from extract_features import read_features
 from support import cli
-from support.checks import open_checked
+from support.checks import SAME_IMAGES, open_checked
 from support.cli import bool_flag
-from support.data import SAME_IMAGES, Images, Source, match_classes
+from support.data import Images, Source, match_classes
 from support.distributed import (
     all_gather_object,
     fix_random_seeds,

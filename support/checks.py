@@ -1,5 +1,7 @@
 """Checks images before they are used, and warns of likely mistakes in how they were prepared."""
 
+import functools
+import os
 import random
 import time
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from support.data import (
     ImageFiles,
     Images,
     Source,
+    digest,
     on_all_ranks,
     open_train_and_val,
     sample_bits,
@@ -20,7 +23,7 @@ from support.data import (
 )
 from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, first_line
-from support.files import ARRAYS, evenly_spread, extension, open_file
+from support.files import ARRAYS, Paths, evenly_spread, extension, open_file
 from support.formats import is_reduced, levels_of, load_values, range_words, share_within
 from support.logger import log
 from support.pixels import to_pixels
@@ -42,10 +45,69 @@ def check_on_first_rank(images: Images, alike: bool = True) -> None:
 
 def open_checked(source: Source) -> tuple[Images, Images]:
     """`open_train_and_val` on all ranks, and `check_images` for both parts. Raises UserError."""
-    parts = on_all_ranks(open_train_and_val, source)
-    for images in parts:
+    train, val = on_all_ranks(open_train_and_val, source)
+    if is_main_process():
+        warn_of_shared(train, val)
+    for images in (train, val):
         check_on_first_rank(images, alike=False)
-    return parts
+    return train, val
+
+
+SAME_IMAGES = "train and val are the same images: the accuracy says nothing about other images"
+
+
+def warn_of_shared(train: Images, val: Images) -> None:
+    """Log a warning if images of val are in train too: the same files, or copies under other names."""
+    if digest(train) == digest(val):
+        log(f"warning: {SAME_IMAGES}")
+    elif not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles)):
+        return
+    elif shared := shared_files(train.paths, val.paths):
+        log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {shared[0]}")
+    elif copies := copied_files(train.paths, val.paths):
+        first, second = copies[0]
+        what = f"at least {len(copies)} of {len(val)} images of val are copies of images of train"
+        log(f"warning: {what}: the accuracy is too high; e.g. {first} and {second}")
+
+
+def shared_files(train: Paths, val: Paths) -> list[str]:
+    """The paths of val that are in train too, also by a relative path or a link to a folder."""
+    folders = [{os.path.dirname(path) for path in paths} for paths in (train, val)]
+    both = set().union(*folders)
+    resolve = os.path.realpath if len(both) <= 10_000 else os.path.abspath  # links take calls to the system
+    real = {folder: resolve(folder) for folder in both}
+    if {real[folder] for folder in folders[0]}.isdisjoint(real[folder] for folder in folders[1]):
+        return []
+
+    def place(path: str) -> str:
+        return os.path.join(real[os.path.dirname(path)], os.path.basename(path))
+
+    known = set(map(place, train))
+    return [os.path.normpath(path) for path in val if place(path) in known]
+
+
+def copied_files(train: Paths, val: Paths, most: int = 10_000) -> list[tuple[str, str]]:
+    """Pairs of files of val and of train with the same bytes, among at most so many files of each."""
+    by_size: dict[int, list[int]] = {}
+    for index in evenly_spread(len(train), most):
+        by_size.setdefault(train.size(index), []).append(index)
+
+    @functools.cache
+    def known(size: int) -> dict[bytes, int]:
+        return {train.middle(index, 4096): index for index in by_size[size]}
+
+    alike = [index for index in evenly_spread(len(val), most) if val.size(index) in by_size]
+    copies = []
+    for index in [alike[i] for i in evenly_spread(len(alike), 1_000)]:
+        size = val.size(index)
+        other = known(size).get(val.middle(index, 4096))
+        if (
+            other is not None
+            and (content := val.middle(index, size))
+            and content == train.middle(other, size)
+        ):
+            copies.append((val[index], train[other]))
+    return copies
 
 
 def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: bool = True) -> None:

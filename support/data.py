@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import to_pil_image
 
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
-from support.distributed import agree, is_main_process, main_process_first, same_error_on_all_ranks
+from support.distributed import agree, main_process_first, same_error_on_all_ranks
 from support.errors import ImageError, UserError, WrongFormat, first_line, lacks_resources, nearest, reason_of
 from support.files import (
     ARRAYS,
@@ -530,9 +530,6 @@ def open_labelled_images(source: Source, split: str) -> Images:
     return _join(sets, f"{split} images")
 
 
-SAME_IMAGES = "train and val are the same images: the accuracy says nothing about other images"
-
-
 def open_train_and_val(source: Source) -> tuple[Images, Images]:
     """Open both parts of a labelled dataset, with the same class numbers. Raises UserError.
 
@@ -540,10 +537,6 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     """
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
     known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
-    if digest(train) == digest(val):
-        log(f"warning: {SAME_IMAGES}")
-    elif is_main_process() and (shared := shared_files(train, val)):
-        log(f"warning: {len(shared)} of {len(val)} images of val are in train too, e.g. {shared[0]}")
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}: every prediction is right; check the class folders")
     if known == seen:
@@ -554,24 +547,6 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
         raise UserError("train and val number their classes differently", where, "use a folder instead")
     val.renumber(known)
     return train, val
-
-
-def shared_files(train: Images, val: Images) -> list[str]:
-    """The paths of val that are in train too, also by a relative path or a link to a folder."""
-    if not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles)):
-        return []
-    folders = [{os.path.dirname(path) for path in images.paths} for images in (train, val)]
-    both = set().union(*folders)
-    resolve = os.path.realpath if len(both) <= 10_000 else os.path.abspath  # links take calls to the system
-    real = {folder: resolve(folder) for folder in both}
-    if {real[folder] for folder in folders[0]}.isdisjoint(real[folder] for folder in folders[1]):
-        return []
-
-    def place(path: str) -> str:
-        return os.path.join(real[os.path.dirname(path)], os.path.basename(path))
-
-    known = set(map(place, train.paths))
-    return [os.path.normpath(path) for path in val.paths if place(path) in known]
 
 
 def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:

@@ -18,7 +18,7 @@ import eval_knn
 import main_dino
 from support import data
 from support.archives import Members
-from support.checks import check_images
+from support.checks import check_images, open_checked
 from support.data import (
     ImageFiles,
     Images,
@@ -148,11 +148,11 @@ def test_images_in_train_and_val_are_counted(own, tmp_path, capsys):
     first = os.path.normpath(tmp_path / train[3].split("\t")[0])
     knn(tmp_path)
     assert f"warning: 3 of {count} images of val are in train too, e.g. {first}" in capsys.readouterr().out
-    open_train_and_val(Source(str(tmp_path), more=(str(own),)))  # several sets
+    open_checked(Source(str(tmp_path), more=(str(own),)))  # several sets
     assert "warning: 3 of " in capsys.readouterr().out
     write_list(own / "train.txt", own / "val", "\t")  # a list beside a folder
     shutil.rmtree(own / "train")
-    open_train_and_val(Source(str(own)))
+    open_checked(Source(str(own)))
     assert "images of val are in train too" in capsys.readouterr().out
 
 
@@ -163,12 +163,12 @@ def test_images_in_train_and_val_are_found_by_relative_paths_and_through_links(t
     paths = [f"pool/{name}/{i:03}.png" for name in "ab" for i in range(3)]
     Path("train.csv").write_text("".join(f"{tmp_path}/{path},{path[5]}\n" for path in paths))
     Path("val.csv").write_text("".join(f"{path},{path[5]}\n" for path in paths[::2]))
-    open_train_and_val(Source("."))
+    open_checked(Source("."))
     assert "warning: 3 of 3 images of val are in train too" in capsys.readouterr().out
     for part, name in (("train", "a"), ("train", "b"), ("val", "b")):
         (tmp_path / "linked" / part).mkdir(parents=True, exist_ok=True)
         (tmp_path / "linked" / part / name).symlink_to(tmp_path / "pool" / name)
-    open_train_and_val(Source("linked"))
+    open_checked(Source("linked"))
     assert "warning: 3 of 3 images of val are in train too" in capsys.readouterr().out
 
 

@@ -1,9 +1,11 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from support.checks import check_images
-from support.data import ImageFiles
+from support.checks import check_images, copied_files, open_checked
+from support.data import ImageFiles, Source
 from support.formats import ImageFormat
 from support.shapes import Shapes
 from tests.conftest import save_images
@@ -147,3 +149,35 @@ def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
     found = warnings(tmp_path, capsys, most=5)
     assert len(found) == 1 and "5 of 5 checked images" in found[0]
     assert warnings(tmp_path, capsys, seconds=-1) == []
+
+
+def test_copies_under_other_names_in_train_and_val_are_named(labelled, capsys, tmp_path):
+    def said() -> str:
+        open_checked(Source(str(labelled)))
+        return "".join(line for line in capsys.readouterr().out.splitlines() if "warning" in line)
+
+    assert said() == ""
+    train, val = (sorted((labelled / part / "a").iterdir()) for part in ("train", "val"))
+    twin = labelled / "val" / "a" / "z.png"
+    content = bytearray(train[0].read_bytes())
+    content[-1] ^= 1  # as long, with the same middle, but another file
+    twin.write_bytes(content)
+    assert said() == ""
+    shutil.copy(train[0], twin)
+    count = len([*(labelled / "val").rglob("*.png")])
+    words = f"at least 1 of {count} images of val are copies of images of train: the accuracy is too high"
+    assert said() == f"warning: {words}; e.g. {twin} and {train[0]}"
+    shutil.move(labelled / "val", tmp_path / "val")
+    shutil.make_archive(str(labelled / "val"), "zip", tmp_path / "val")
+    assert f"{words}; e.g. {labelled / 'val.zip' / 'a' / 'z.png'} and {train[0]}" in said()
+
+
+def test_files_without_content_are_not_copies(tmp_path):
+    paths = []
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for name, content in (("empty", b""), ("gone", b"x"), ("own", part.encode())):
+            (tmp_path / part / f"{name}.png").write_bytes(content)
+        paths.append(ImageFiles(tmp_path / part).paths)
+        (tmp_path / part / "gone.png").unlink()
+    assert copied_files(*paths) == []

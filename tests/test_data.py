@@ -16,6 +16,7 @@ import torchvision
 from PIL import Image
 
 from support import data
+from support.checks import open_checked
 from support.data import (
     ImageFiles,
     Source,
@@ -227,12 +228,12 @@ def test_one_class_and_equal_parts_do_not_pass_for_a_good_accuracy(tmp_path, cap
         save_images(tmp_path / "train" / name, 2)
     shutil.copytree(tmp_path / "train", tmp_path / "train" / "nested")
     (tmp_path / "val").symlink_to("train")
-    open_train_and_val(Source(str(tmp_path)))
+    open_checked(Source(str(tmp_path)))
     said = capsys.readouterr().out
     assert "warning: train and val are the same images" in said and "one class" not in said
     for name in ("cat", "dog"):
         shutil.rmtree(tmp_path / "train" / name)
-    open_train_and_val(Source(str(tmp_path)))
+    open_checked(Source(str(tmp_path)))
     assert "warning: only one class, nested: every prediction is right" in capsys.readouterr().out
 
 
