@@ -314,6 +314,8 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
         raise UserError(f"{entry or 'file'} contains {what}", weights, f"save weights only, with {SAVE}")
     trained = checkpoint.get("args")
     trained = trained if isinstance(trained, dict) else {}
+    described = {} if checkpoint.keys() & {"args", "arch", "normalization"} else _description_beside(weights)
+    trained |= {name: value for name, value in described.items() if name != "arch"}
     if weights in PUBLISHED:
         trained = dict(zip(("arch", "patch_size"), PUBLISHED[weights][1:], strict=True))
     loss, epoch = checkpoint.get("dino_loss"), checkpoint.get("epoch")
@@ -321,7 +323,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
     if record is None:  # as of a checkpoint that was reduced to weights and flags
         record = _normalization_of_flags(trained)
     normalization, value_range = _recorded_normalization(record, weights)
-    named = _recorded(checkpoint, "arch")
+    named = _recorded(described or checkpoint, "arch")
     return Weights(
         to_timm_names(state),
         weights,
@@ -360,6 +362,37 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
     if not networks and not any(isinstance(value, Tensor) for value in checkpoint.values()):
         raise UserError("no weights in file", source, "use another file")
     return (networks or [""])[0], key
+
+
+def _description_beside(weights: str) -> dict:
+    """What transformers and timm write beside a file of weights: the fields of `config.json`, in timm's the
+    network as "arch"; "mean" and "std" of the images. Logs what it read; {} if there is nothing.
+    """
+    path = Path(weights).expanduser()
+    if path.name not in ("model.safetensors", "pytorch_model.bin"):
+        return {}
+    files = {name: _read_fields(path.with_name(name)) for name in ("config.json", "preprocessor_config.json")}
+    config, images = files.values()
+    if not (config or images):
+        return {}
+    log(f"note: {weights}: described by {' and '.join(name for name in files if files[name])} beside it")
+    if "architecture" in config:
+        images = config.get("pretrained_cfg") or {}
+        if config.get("model_args"):
+            log(f"warning: {weights}: the model_args in config.json have no effect: {config['model_args']}")
+        return {"arch": config["architecture"], "mean": images.get("mean"), "std": images.get("std")}
+    if not images.get("do_normalize", True):
+        images |= {"image_mean": [0.0], "image_std": [1.0]}
+    return config | {"mean": images.get("image_mean"), "std": images.get("image_std")}
+
+
+def _read_fields(path: Path) -> dict:
+    """The fields of a JSON document; {} if the file is not there or holds something else."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _normalization_of_flags(flags: dict) -> dict | None:
@@ -486,6 +519,11 @@ def load_pretrained_weights(model: nn.Module, weights: Weights) -> tuple[dict[st
             if any(part in name for name in state):
                 fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
                 raise UserError(f"weights have {words}, which our ViTs lack", weights.source, fix)
+        ours = {"num_attention_heads": model.num_heads, "hidden_act": "gelu"}  # transformers' names
+        for name, value in ours.items():
+            if (theirs := weights.trained.get(name, value)) != value:
+                what = f"the network has {name} {theirs}, our ViT of this width {value}"
+                raise UserError(what, weights.source, "use another file")
     load_strictly(model, state, weights.source)
     return head, prefix
 
@@ -579,10 +617,9 @@ def load_backbone(
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
         words += assumed_heads(model, known)
         normalization = normalization_of(known, model, in_chans)
-        config = timm_config(known, model)
-        if not (config or known.normalization or known.trained):
+        if not (stated_normalization(known, model, in_chans) or "arch" in known.trained):
             words.append("ImageNet's mean and deviation assumed")
-        if config:
+        if config := timm_config(known, model):
             trained_size = config["input_size"][-1]
     size = image_size or trained_size
     if is_ours:
@@ -594,34 +631,39 @@ def load_backbone(
 
 def assumed_heads(model: nn.Module, weights: Weights) -> list[str]:
     """["N heads assumed"] for a ViT whose file does not record its architecture; else []."""
-    is_known = weights.named or _recorded(weights.trained, "arch")
+    is_known = weights.named or _recorded(weights.trained, "arch") or "num_attention_heads" in weights.trained
     if is_known or not isinstance(model, VisionTransformer):
         return []
     return [f"{model.num_heads} heads assumed"]
 
 
-def timm_config(weights: Weights, model: nn.Module) -> dict | None:
-    """timm's preprocessing of its own weights; None for weights that DINO trained.
-
-    The mean and deviation of timm's training script come before the model's own.
-    """
+def timm_config(weights: Weights, model: nn.Module) -> dict:
+    """timm's preprocessing of its own weights; {} for weights that DINO trained."""
     is_ours = "arch" in weights.trained or weights.normalization
-    config = None if is_ours else getattr(model, "default_cfg", None)
-    given = {name: weights.trained.get(name) for name in ("mean", "std")} if config else {}
-    return config and config | {
-        name: values * len(config[name]) if len(values) == 1 else values  # as the script repeats one number
-        for name, values in given.items()
-        if isinstance(values, list)
-    }
+    return {} if is_ours else getattr(model, "default_cfg", {})
+
+
+def stated_normalization(weights: Weights, model: nn.Module, in_chans: int) -> tuple | None:
+    """Mean and deviation that are recorded in the file or beside it, else timm's for timm's weights.
+
+    One number is for all channels, as in timm's training script.
+    """
+    if weights.normalization or "arch" in weights.trained:
+        return weights.normalization
+    config, found = timm_config(weights, model), []
+    for name in ("mean", "std"):
+        values = weights.trained.get(name)
+        are_numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+        values = values if are_numbers else config.get(name, ())
+        found.append(tuple(values) * (in_chans if len(values) == 1 else 1))
+    return tuple(found) if all(found) else None
 
 
 def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> tuple:
-    """Mean and deviation that weights expect: those recorded in the file, else timm's for timm's weights.
-
-    Raises UserError if neither is there for other than three channels.
+    """Mean and deviation that weights expect. Raises UserError if they are unknown for other than three
+    channels.
     """
-    config = timm_config(weights, model)
-    known = weights.normalization or ((config["mean"], config["std"]) if config else None)
+    known = stated_normalization(weights, model, in_chans)
     if not known and in_chans == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     if not known or len(known[0]) != in_chans:

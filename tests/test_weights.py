@@ -4,6 +4,7 @@ import copy
 import datetime
 import functools
 import http.server
+import json
 import os
 import pathlib
 import re
@@ -701,6 +702,79 @@ def test_hugging_faces_layout_is_read(prefix, vits, tmp_path, capsys):
     path = write(state, tmp_path / "model.safetensors")
     torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
     assert "pooler" in capsys.readouterr().out
+
+
+def save_pretrained(folder, means=(0.5, 0.4, 0.3), **options):
+    """A random ViT and its image processor, as transformers saves them; also the network and its file."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=128, num_hidden_layers=6, intermediate_size=512, image_size=32, patch_size=8,
+        num_attention_heads=options.pop("num_attention_heads", 4), layer_norm_eps=1e-6, **options,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(folder)
+    processor = transformers.ViTImageProcessor(image_mean=list(means), image_std=[0.2] * 3)
+    processor.save_pretrained(folder)
+    return model.vit, str(folder / "model.safetensors")
+
+
+def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
+    model, path = save_pretrained(tmp_path)
+    frozen = load_backbone(path)
+    assert (frozen.mean, frozen.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    assert frozen.description == f"{path}: vit, vit_nano, patch 8"  # nothing is assumed
+    said = capsys.readouterr().out
+    assert f"note: {path}: described by config.json and preprocessor_config.json beside it" in said
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(frozen.network(images), model(images).last_hidden_state[:, 0])
+    new = students(32)
+    init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
+    assert "expects mean (0.5, 0.4, 0.3)" in capsys.readouterr().out
+    other = tmp_path / "model.pth"  # another file is not described
+    torch.save(safetensors.torch.load_file(path), other)
+    assert "4 heads assumed, ImageNet's mean" in load_backbone(str(other)).description
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"do_normalize": False}))
+    frozen = load_backbone(path)
+    assert (frozen.mean, frozen.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    (tmp_path / "preprocessor_config.json").write_text("[broken")
+    assert load_backbone(path).description.endswith("patch 8, ImageNet's mean and deviation assumed")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"num_attention_heads": 8}, "num_attention_heads 8, our ViT of this width 4"),
+        ({"hidden_act": "relu"}, "hidden_act relu, our ViT of this width gelu"),
+    ],
+)
+def test_a_network_of_transformers_that_ours_cannot_be_is_refused(option, words, tmp_path):
+    _, path = save_pretrained(tmp_path, **option)
+    with pytest.raises(UserError, match=words):
+        load_backbone(path)
+
+
+def test_what_timm_writes_beside_its_weights_is_read(tmp_path, capsys):
+    state = timm.create_model("vit_tiny_patch16_224").state_dict()
+    path = write(state, tmp_path / "model.safetensors")
+    settings = {"architecture": "vit_tiny_patch16_224", "num_classes": 1000}
+    pretrained = {"mean": [0.1, 0.2, 0.3], "std": [0.4], "input_size": [3, 224, 224]}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"pretrained_cfg": pretrained}))
+    frozen = load_backbone(path)
+    assert (frozen.mean, frozen.std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    assert (
+        frozen.arch == "vit_tiny_patch16_224" and "described by config.json beside" in capsys.readouterr().out
+    )
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_args": {"norm_layer": "rms"}}))
+    assert load_backbone(path).mean == (0.5, 0.5, 0.5)  # of timm's network
+    assert (
+        "warning: " in (said := capsys.readouterr().out)
+        and "model_args in config.json have no effect" in said
+    )
+    own = {"teacher": students(32).state_dict(), "args": VIT_ARGS}
+    torch.save(own, tmp_path / "pytorch_model.bin")  # says itself what it is
+    assert load_backbone(str(tmp_path / "pytorch_model.bin")).arch == "vit_nano"
+    assert "described" not in capsys.readouterr().out
 
 
 def test_ibots_training_file_is_read(vits, tmp_path, capsys):
