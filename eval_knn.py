@@ -25,6 +25,7 @@ from torch import Tensor
 
 from extract_features import read_features
 from support import cli
+from support.checkpoints import load_file
 from support.checks import SAME_IMAGES, open_checked
 from support.cli import bool_flag
 from support.data import Images, Source, match_classes
@@ -40,7 +41,6 @@ from support.errors import ImageError, UserError
 from support.features import compute, concat_patches, extract_features, load_by_flags
 from support.files import replacing
 from support.logger import log
-from support.weights import load_file
 from utils import MultiCropWrapper
 
 

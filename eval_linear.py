@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from support import cli, logistic
+from support.checkpoints import PUBLISHED, download, load_checkpoint
 from support.checks import check_on_first_rank, open_checked
 from support.cli import bool_flag
 from support.data import (
@@ -60,16 +61,7 @@ from support.logger import MetricLogger, log
 from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize
 from support.restart import Run, comparable
 from support.subsets import FewImages, draw_few, few_shot, labels_of
-from support.weights import (
-    PUBLISHED,
-    Frozen,
-    check_finite,
-    digest_weights,
-    download,
-    is_state,
-    load_checkpoint,
-    load_strictly,
-)
+from support.weights import Frozen, check_finite, digest_weights, is_state, load_strictly
 from vision_transformer import VisionTransformer
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from support import cli
+from support.checkpoints import load_file
 from support.checks import check_on_first_rank
 from support.data import (
     ImageFiles,
@@ -73,7 +74,7 @@ from support.logger import MetricLogger, log
 from support.pictures import lies_below
 from support.pixels import copy_to
 from support.restart import comparable
-from support.weights import Frozen, digest_weights, load_file
+from support.weights import Frozen, digest_weights
 
 
 def get_args_parser() -> argparse.ArgumentParser:

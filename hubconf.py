@@ -112,7 +112,7 @@ def _published(name, pretrained):
     if pretrained:
         return dino(name)
     with _own_modules():
-        from support.weights import PUBLISHED
+        from support.checkpoints import PUBLISHED
 
         _, arch, patch_size = PUBLISHED[name]
     return dino("random", arch=arch, patch_size=patch_size)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.distributed import (
     all_gather_object,
     is_main_process,
@@ -24,7 +25,7 @@ from support.errors import TrainingError, UserError, first_line, reason_of
 from support.files import replacing
 from support.lock import FolderLock
 from support.logger import log
-from support.weights import load_checkpoint, load_strictly, save_checkpoint
+from support.weights import load_strictly
 
 
 class Run:

@@ -40,9 +40,9 @@ import main_dino
 import visualize_attention
 from support import cli
 from support.backbones import build_backbone
+from support.checkpoints import load_checkpoint
 from support.errors import UserError
 from support.restart import Run
-from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, free_port, save_images
 from tests.test_weights import hugging_face, prefixed
 

@@ -41,11 +41,12 @@ import main_dino
 import utils
 from eval_segmentation import MaskedShapes, measure_attention, resized_batches
 from support import backbones
+from support.checkpoints import save_checkpoint
 from support.data import Source, open_labelled_images
 from support.distributed import fix_random_seeds
 from support.pixels import normalize, to_pixels
 from support.shapes import CLOSE_UP, Shapes
-from support.weights import load_backbone, save_checkpoint
+from support.weights import load_backbone
 from tests.conftest import ROOT
 
 # ---------------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ import torch
 
 import main_dino
 import utils
+from support.checkpoints import load_checkpoint
 from support.data import ImageFiles
 from support.distributed import fix_random_seeds
 from support.loading import TrainingViews
 from support.pixels import normalize
-from support.weights import load_checkpoint
 from tests.conftest import TINY
 from utils import DataAugmentationDINO
 

@@ -18,6 +18,7 @@ import eval_knn
 import main_dino
 from support import data
 from support.archives import Members
+from support.checkpoints import load_checkpoint
 from support.checks import check_images, open_checked
 from support.data import (
     ImageFiles,
@@ -31,7 +32,6 @@ from support.data import (
 )
 from support.errors import ImageError, UserError
 from support.loading import TrainingViews
-from support.weights import load_checkpoint
 from tests.conftest import TINY, save_images
 from utils import DataAugmentationDINO
 

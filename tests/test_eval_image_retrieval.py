@@ -12,7 +12,7 @@ from PIL import Image
 
 import eval_image_retrieval
 from eval_image_retrieval import Query, average_precision, measure, measure_query
-from support import weights
+from support import checkpoints
 from support.backbones import build_backbone
 from support.errors import UserError
 from tests.conftest import picture, run, torchrun
@@ -163,11 +163,11 @@ def test_the_papers_number_stands_beside_its_weights_and_its_data_only():
 
 
 def test_the_landmark_weights_have_a_name():
-    stem, arch, patch_size = weights.PUBLISHED["dino_vits16_landmarks"]
+    stem, arch, patch_size = checkpoints.PUBLISHED["dino_vits16_landmarks"]
     assert (arch, patch_size) == ("vit_small", 16)
     name = "dino_vitsmall16_googlelandmark_pretrain"
     address = f"https://dl.fbaipublicfiles.com/dino/{name}/{name}.pth"
-    assert weights.PUBLISHED_URL.format(stem=stem, kind="pretrain") == address
+    assert checkpoints.PUBLISHED_URL.format(stem=stem, kind="pretrain") == address
 
 
 # ---- bad input

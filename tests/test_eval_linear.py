@@ -16,12 +16,13 @@ from torchvision import transforms
 import eval_linear
 from eval_linear import LinearClassifiers, validate_network
 from support import backbones, data, logistic, restart, subsets
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.features import compute, concat_patches, frozen_features
 from support.loading import EpochBatches
 from support.pixels import to_pixels
-from support.weights import load_backbone, load_checkpoint, save_checkpoint
+from support.weights import load_backbone
 from tests import golden
 from tests.conftest import ramps, run, save_images, slopes, torchrun
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from support.checkpoints import load_checkpoint
 from support.distributed import choose_device
 from support.pixels import normalized_views, to_pixels
-from support.weights import load_checkpoint
 from tests import golden
 from tests.conftest import ROOT, TINY, picture, run, torchrun, wait_for
 from tests.test_device import training_on

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import hubconf
+from support.checkpoints import PUBLISHED
 from support.errors import UserError
 from support.pixels import eval_transform
-from support.weights import PUBLISHED
 from tests.conftest import ROOT, picture
 from tests.test_house import SCRIPTS, imported
 from vision_transformer import VisionTransformer, vit_nano

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval_knn
 import main_dino
 from support import backbones, cli
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.data import ImageFiles, Source, open_training_images
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
@@ -30,7 +31,6 @@ from support.loading import to_device
 from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalize, normalized_views, to_pixels
-from support.weights import load_checkpoint, save_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
 from utils import PAPER, DINOHead, Recipe
 

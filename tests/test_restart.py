@@ -12,9 +12,9 @@ import torch
 
 import main_dino
 from main_dino import FREE_FLAGS
+from support.checkpoints import load_checkpoint
 from support.errors import TrainingError, UserError
 from support.restart import Run, add_records, read_log
-from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, torchrun, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
 

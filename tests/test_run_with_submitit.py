@@ -14,8 +14,8 @@ import torch
 
 import run_with_submitit
 from support import cli
+from support.checkpoints import load_checkpoint
 from support.errors import UserError
-from support.weights import load_checkpoint
 from tests.conftest import ROOT, TINY, run, save_images, torchrun, wait_for
 
 PUBLISHED = {"ngpus": 8, "nodes": 2, "timeout": 2800, "use_volta32": False, "comment": ""}

@@ -1,0 +1,212 @@
+"""Files of tensors: written completely or not at all, read without running code, downloaded by name."""
+
+import argparse
+import datetime
+import errno
+import http.client
+import json
+import os
+import re
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+
+from support.distributed import main_process_first
+from support.errors import UserError, lacks_memory, nearest
+from support.files import replacing
+from support.layouts import is_state, unwrap
+from support.logger import log
+from support.pickles import NUMPY, PlainArray, PlainType, Refused
+
+# The models published with the paper: name -> (stem of the files, architecture, patch size). Only some have
+# linear classifiers; dino_vits16_landmarks is trained on Google Landmarks v2, the others on ImageNet.
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/{stem}_pretrain/{stem}_{kind}.pth"
+PUBLISHED = {
+    "dino_vits16": ("dino_deitsmall16", "vit_small", 16),
+    "dino_vits16_landmarks": ("dino_vitsmall16_googlelandmark", "vit_small", 16),
+    "dino_vits8": ("dino_deitsmall8", "vit_small", 8),
+    "dino_vitb16": ("dino_vitbase16", "vit_base", 16),
+    "dino_vitb8": ("dino_vitbase8", "vit_base", 8),
+    "dino_xcit_small_12_p16": ("dino_xcit_small_12_p16", "xcit_small_12_p16", 16),
+    "dino_xcit_small_12_p8": ("dino_xcit_small_12_p8", "xcit_small_12_p8", 8),
+    "dino_xcit_medium_24_p16": ("dino_xcit_medium_24_p16", "xcit_medium_24_p16", 16),
+    "dino_xcit_medium_24_p8": ("dino_xcit_medium_24_p8", "xcit_medium_24_p8", 8),
+    "dino_resnet50": ("dino_resnet50", "resnet50", 16),
+}
+
+
+def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None = None) -> None:
+    """Write `state` to `path`, which is complete or absent at any moment; see `replacing`.
+
+    Keeps the old file as `previous`. Raises OSError; earlier files are then unchanged.
+    """
+    path = Path(path)
+    with replacing(path) as file:
+        torch.save(state, file)
+        if previous and path.exists():
+            file.flush()
+            os.fsync(file.fileno())
+            Path(previous).unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # so that `path` is never absent
+            except OSError:  # a file system without links
+                os.replace(path, previous)
+
+
+def _stand_in(name: str, function: Callable) -> Callable:
+    """Make pickled data that calls the function `name` call `function` instead."""
+
+    def call(*args):
+        return function(*args)
+
+    call.__module__, _, call.__name__ = name.rpartition(".")
+    call.__qualname__ = call.__name__
+    return call
+
+
+def _data_types() -> list:
+    """Types and functions that pickled data may use in addition to torch's; none of them runs code."""
+    path_types = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+    path_types |= {"PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
+    path_modules = ("pathlib", "pathlib._local")  # the second in Python 3.13
+    return [
+        *(argparse.Namespace, types.SimpleNamespace),  # the published checkpoints carry a Namespace
+        *(int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice),
+        *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+        # torch sets the state of an object only if its type is listed itself
+        *(torch.torch_version.TorchVersion, PlainArray, PlainType),
+        *(_stand_in(".".join(name), kind) for name, kind in NUMPY.items()),
+        *(_stand_in(f"{m}.{name}", kind) for m in path_modules for name, kind in path_types.items()),
+        # torch's loader fills dicts and lists only
+        _stand_in("collections.defaultdict", lambda *args: {}),
+        _stand_in("collections.deque", lambda items=(), *args: list(items)),
+    ]
+
+
+# First bytes, in lower case, of files that are not weights: what such a file is, and what to do.
+FOREIGN = {
+    b"version https://git-lfs": ("is a Git LFS pointer, not the file", "run git lfs pull"),
+    b"<!doctype html": ("is a web page, not the file", "download the file itself"),
+    b"<html": ("is a web page, not the file", "download the file itself"),
+    b"<?xml": ("is an XML document, often a server's error message", "download the file itself"),
+    b"{": ("is a JSON document", "give the file that it describes, *.safetensors or *.bin"),
+    b"\x89hdf": ("is an HDF5 file, as TensorFlow writes it", "convert it to a torch state_dict"),
+    b"\x93numpy": ("is a NumPy file", "convert it to a torch state_dict"),
+    b"\x1f\x8b": ("is compressed", "unpack it"),
+}
+
+
+def find_file(name: str | Path) -> Path:
+    """Find the file of this name, with `~` expanded. Raises UserError, also for a URL or a folder."""
+    if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
+        raise UserError("is a URL, and only published models are downloaded", str(name), "download the file")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(f.name for f in path.iterdir() if f.suffix in (".pth", ".pt", ".bin", ".safetensors"))
+        raise UserError(
+            "is a folder", str(name), f"give a file in it: {', '.join(files[:3]) or 'it has no weights'}"
+        )
+    if not path.is_file():
+        raise UserError("no such file", str(name), nearest(str(name), PUBLISHED))
+    if not os.access(path, os.R_OK):
+        raise UserError("no permission to read", str(name), "change its permissions")
+    return path
+
+
+def load_file(name: str | Path):
+    """Read a `.safetensors` or torch file to the CPU, without running code from it. Raises UserError."""
+    path = find_file(name)
+    with open(path, "rb") as file:
+        begin = file.read(64)
+    for sign, (what, fix) in FOREIGN.items():
+        if begin.lstrip().lower().startswith(sign):
+            raise UserError(f"file {what}", str(name), fix)
+    try:
+        if begin[8:9] == b"{":  # after the length of the header: safetensors, whatever the file's name
+            import safetensors.torch  # comes with timm
+
+            with safetensors.safe_open(path, "pt") as file:
+                known = (file.metadata() or {}).get("dino")  # records of `export.py`
+            state = safetensors.torch.load_file(path)
+            return {"state_dict": state, **json.loads(known)} if known else state
+        if begin.startswith(b"PK"):  # older formats of torch are no archives and have no sums
+            _check_archive(path)
+        with torch.serialization.safe_globals(_data_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        if lacks_memory(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
+            raise  # the file may be sound
+        if refused := _refused(error):
+            what, fix = f"file contains {refused}, and was not loaded", f"save weights only, with {SAVE}"
+            raise UserError(what, str(name), fix) from None
+        if "TorchScript" in str(error):
+            raise UserError("file is a TorchScript program", str(name), f"save weights with {SAVE}") from None
+        what = "file is empty" if not begin else "file is damaged or of another kind"
+        raise UserError(what, str(name), "use another file") from None
+
+
+SAVE = "torch.save(model.state_dict(), path)"
+
+
+def _refused(error: Exception) -> str:
+    """Return what a loader has refused as unsafe; "" if its error is another."""
+    text = str(error)
+    if isinstance(error, Refused):
+        return text
+    found = re.search(r"GLOBAL (\S+)", text) or re.search(
+        r"(?:but got|function) (?:<(?:class|function) ')?([^\s'>]+)", text
+    )
+    if found and ("GLOBAL" in text or "Can only" in text or "unrecognized function" in text):
+        return f"{found[1]}, which may run code"
+    return ""
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for TorchScript, and if a byte has changed since the file was written.
+
+    torch checks no sums, and its older versions load TorchScript.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ValueError("TorchScript")
+        garbled = archive.testzip()
+    if garbled:
+        raise ValueError(f"{garbled} is garbled")
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a file's dict; `args` becomes a dict, and names lose wrappers' prefixes (`module.`, ...).
+
+    Raises UserError.
+    """
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict):
+        what = f"file holds a {type(checkpoint).__name__}, not a checkpoint"
+        raise UserError(what, str(path), "use one written by main_dino.py, or a state_dict")
+    if isinstance(checkpoint.get("args"), argparse.Namespace):
+        checkpoint["args"] = vars(checkpoint["args"])
+    entries = {name: unwrap(v, str(path)) if is_state(v) else v for name, v in checkpoint.items()}
+    return unwrap(entries, str(path))
+
+
+def download(name: str, kind: str) -> Path:
+    """Download a published model's file ("pretrain" or "linearweights") once, to torch.hub's folder.
+
+    Raises UserError.
+    """
+    url = PUBLISHED_URL.format(stem=PUBLISHED[name][0], kind=kind)
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    with main_process_first():  # only one downloads
+        if not path.exists():
+            log(f"downloading {url}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
+                raise UserError(
+                    f"cannot download: {error}", url, "check the network or give a file"
+                ) from None
+    return path

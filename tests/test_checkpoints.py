@@ -1,0 +1,278 @@
+import argparse
+import collections
+import datetime
+import functools
+import http.server
+import os
+import pathlib
+import shutil
+import threading
+import types
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import eval_knn
+import eval_linear
+import main_dino
+import visualize_attention
+from support import backbones, checkpoints
+from support.checkpoints import load_checkpoint, save_checkpoint
+from support.errors import UserError
+from support.pickles import PlainType
+from support.weights import load_backbone
+from tests.conftest import FORGED, TINY, Call, filled_twice
+from vision_transformer import VITS
+
+
+def test_a_file_that_wants_to_run_code_is_refused(tmp_path):
+    torch.save({"student": Call(os.mkdir, str(tmp_path / "owned"))}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=f"contains {os.mkdir.__module__}.mkdir, which may run code"):
+        load_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_damaged_missing_and_foreign_files_are_named(tmp_path):
+    torch.save({"student": {}}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, message in (
+        ("gone", "no such file"), ("short", "damaged"), ("empty", "empty"), ("list", "holds a list"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message) as error:
+            load_checkpoint(tmp_path / f"{name}.pth")
+        assert f"{name}.pth" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_published_files_carry_a_namespace_and_a_module_prefix(tmp_path):
+    state = {"teacher": {"module.backbone.w": torch.ones(1)}, "args": argparse.Namespace(arch="vit_small")}
+    torch.save(state, tmp_path / "published.pth")
+    checkpoint = load_checkpoint(tmp_path / "published.pth")
+    assert checkpoint["args"] == {"arch": "vit_small"} and list(checkpoint["teacher"]) == ["backbone.w"]
+
+
+def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint({"epoch": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint({"epoch": lambda: None}, path)
+    assert load_checkpoint(path) == {"epoch": 1}
+
+
+# ---- which files load
+
+
+# ---- published models
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A real web server for the published files, and an empty cache; gives the folder served."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/{{stem}}_pretrain/{{stem}}_{{kind}}.pth"
+    monkeypatch.setattr(checkpoints, "PUBLISHED_URL", address)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_published_model_is_downloaded_by_name_once(server):
+    torch.manual_seed(0)
+    vit_small = backbones.build_backbone("vit_small", 8)[0]
+    folder = server / "dino_deitsmall8_pretrain"
+    folder.mkdir()
+    torch.save(vit_small.state_dict(), folder / "dino_deitsmall8_pretrain.pth")
+    model = load_backbone("dino_vits8").network
+    torch.testing.assert_close(model.state_dict(), vit_small.state_dict(), rtol=0, atol=0)
+    shutil.rmtree(folder)
+    load_backbone("dino_vits8", None, "vit_small", 8, 224)  # kept
+    with pytest.raises(UserError, match=r"have patch_size 8 \(--patch_size 16\)"):
+        load_backbone("dino_vits8", None, "vit_small", 16, 224)
+    with pytest.raises(UserError, match="no 'student' in file .*leave --checkpoint_key out"):
+        load_backbone("dino_vits8", "student")
+    with pytest.raises(UserError, match="cannot download: HTTP Error 404.*dino_vitbase16_pretrain.pth"):
+        load_backbone("dino_vitb16")
+
+
+def test_offline_a_published_model_is_a_clear_error(server, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PUBLISHED_URL", "http://127.0.0.1:9/{stem}_{kind}.pth")
+    with pytest.raises(UserError, match="cannot download: .*refused.*check the network"):
+        load_backbone("dino_resnet50")
+    with pytest.raises(UserError, match="no such file .*did you mean dino_vits16"):
+        load_backbone("dino_vit_s16")
+
+
+def test_the_published_models_are_known_networks():
+    assert len(checkpoints.PUBLISHED) == 9 + 1  # of the paper's list, and the one trained on landmarks
+    for stem, arch, patch_size in checkpoints.PUBLISHED.values():
+        url = checkpoints.PUBLISHED_URL.format(stem=stem, kind="pretrain")
+        assert url == f"https://dl.fbaipublicfiles.com/dino/{stem}_pretrain/{stem}_pretrain.pth"
+        name = backbones.canonical(arch)
+        assert name in VITS or name == "resnet50" or timm.is_model(name)
+        assert not name.startswith("xcit") or f"_p{patch_size}_" in name
+
+
+# ---- no entry runs code from a file
+
+
+def entries(path: str, data: str, out: str) -> dict[str, tuple]:
+    """Each way by which a file gets into a script: the script and its flags."""
+    evaluation = "--data_path", data, "--num_workers", "0"
+    vit = "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 32".split()
+    linear = (*evaluation, "--output_dir", out)
+    training = (*TINY, "--data_path", data + "/train", "--output_dir", out)
+    return {
+        "training resumes": (main_dino, training, "checkpoint.pth"),
+        "training begins": (main_dino, (*training, "--init_from", path), None),
+        "k-NN weights": (eval_knn, (*evaluation, "--pretrained_weights", path), None),
+        "k-NN features": (eval_knn, ("--load_features", out), "trainfeat.pth"),
+        "linear weights": (eval_linear, (*linear, "--pretrained_weights", path), None),
+        "linear resumes": (eval_linear, (*linear, *vit), "checkpoint.pth.tar"),
+        "linear classifier": (eval_linear, (*linear, *vit, "--evaluate", "--linear_weights", path), None),
+        "attention": (visualize_attention, ("--image_path", data, "--pretrained_weights", path), None),
+    }
+
+
+@pytest.mark.parametrize("entry", entries("", "", ""))
+def test_no_entry_runs_code_from_a_file(entry, labelled, tmp_path):
+    owned, out = tmp_path / "owned", tmp_path / "out"
+    out.mkdir()
+    evil = dict.fromkeys(("student", "teacher", "state_dict"), Call(os.mkdir, str(owned)))
+    torch.save(evil, tmp_path / "evil.pth")
+    script, flags, name = entries(str(tmp_path / "evil.pth"), str(labelled), str(out))[entry]
+    if name:
+        shutil.copy(tmp_path / "evil.pth", out / name)
+    with pytest.raises(UserError, match="file contains .*mkdir, which may run code") as error:
+        script.main(script.parse_args(list(flags)))
+    assert "\n" not in str(error.value) and not owned.exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)
+    assert owned.exists()  # so it would have
+
+
+# ---- data that is not weights loads as data; what may run code is named
+
+
+def test_data_types_of_numpy_pathlib_and_collections_load(tmp_path):
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    data = {
+        "epoch": np.int64(3),
+        "best": np.float64(71.5),
+        "mean": numbers,
+        "words": np.array(["a", "bc"]),
+        "path": pathlib.Path("runs") / "1",
+        "windows": pathlib.PureWindowsPath("C:/runs"),
+        "dtype": torch.float16,
+        "numpy dtype": np.dtype("int32"),
+        "size": torch.Size([2, 3]),
+        "ordered": collections.OrderedDict(a=1),
+        "counts": collections.defaultdict(int, {"a": 2}),
+        "queue": collections.deque([1, 2], maxlen=3),
+        "set": {1, 2},
+        "when": datetime.datetime(2021, 4, 29, tzinfo=datetime.timezone.utc),
+        "version": torch.__version__,
+        "space": types.SimpleNamespace(lr=0.1),
+        "device": torch.device("cpu"),
+    }
+    torch.save(data, tmp_path / "data.pth")
+    loaded = load_checkpoint(tmp_path / "data.pth")
+    np.testing.assert_array_equal(loaded.pop("mean"), data.pop("mean"))
+    np.testing.assert_array_equal(loaded.pop("words"), data.pop("words"))
+    assert loaded.pop("path") == pathlib.PurePath("runs/1") and data.pop("path")
+    assert list(loaded.pop("queue")) == list(data.pop("queue"))
+    assert loaded == data
+
+
+def change_pickle(path: pathlib.Path, change: Callable[[bytes], bytes]) -> None:
+    """Change the pickled data of a torch file."""
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in entries.items():
+            new.writestr(name, change(content) if name.endswith("/data.pkl") else content)
+
+
+@pytest.mark.parametrize("core", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_a_checkpoint_of_each_numpy_loads(core, tmp_path):
+    path, own = tmp_path / "old.pth", np.empty(0).__reduce__()[0].__module__.encode()
+    args = {"lr": np.float64(0.5), "arch": np.str_("vit"), "mean": np.ones(3), "big": np.array([1], ">i8")}
+    data = {"epoch": np.int64(3), "args": argparse.Namespace(**args), "bits": np.array([True, False])}
+    torch.save(data, path)
+    change_pickle(path, lambda content: content.replace(own, core))
+    loaded = load_checkpoint(path)
+    assert loaded["epoch"] == 3 and type(loaded["epoch"]) is np.int64
+    assert loaded["bits"].tolist() == [True, False]
+    loaded = loaded["args"]
+    assert loaded["lr"] == 0.5 and type(loaded["lr"]) is np.float64
+    assert loaded["arch"] == "vit" and loaded["mean"].tolist() == [1, 1, 1]
+    assert loaded["big"].tolist() == [1]
+    torch.testing.assert_close(torch.from_numpy(loaded["mean"]), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_file_cannot_forge_an_arrays_pointers(name, tmp_path):
+    data, message = FORGED[name]
+    torch.save({"x": data}, tmp_path / "forged.pth")
+    with pytest.raises(
+        UserError, match=rf"file contains {message}.* was not loaded \(.*forged.pth\)"
+    ) as error:
+        load_checkpoint(tmp_path / "forged.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_cannot_free_an_arrays_memory(tmp_path):
+    torch.save(np.ones(3), tmp_path / "forged.pth")
+    change_pickle(tmp_path / "forged.pth", filled_twice)
+    with pytest.raises(UserError, match="file contains an array that is filled twice"):
+        load_checkpoint(tmp_path / "forged.pth")
+
+
+def test_a_file_cannot_make_another_object_an_arrays_type(tmp_path):
+    path, scalar = tmp_path / "forged.pth", np.float64(0).__reduce__()[0]
+    torch.save(Call(scalar, argparse.Namespace(dtype="O"), b"\0" * 8), path)
+    with pytest.raises(UserError, match="file contains an array without a type"):
+        load_checkpoint(path)
+    state = {"dtype": "O"}, {"__class__": PlainType}
+    torch.save(Call(scalar, Call(argparse.Namespace, state=state), b"\0" * 8), path)
+    with pytest.raises(UserError, match="file is damaged or of another kind"):
+        load_checkpoint(path)
+
+
+def test_what_may_run_code_is_named(tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "model.pth")
+    message = (
+        r"contains torch.nn.modules.linear.Linear, which may run code, and was not loaded \(.*model.pth\)"
+    )
+    with pytest.raises(UserError, match=message + r": save weights only, with torch.save\(model.state_dict"):
+        load_checkpoint(tmp_path / "model.pth")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pth")
+    with pytest.raises(UserError, match="is a TorchScript program"):
+        load_checkpoint(tmp_path / "script.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid\n", "Git LFS pointer.*git lfs pull"),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("a.pth", b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        ("a.pth", b'{"error": "no"}', "is a JSON document"),
+        ("a.pth", b"\x1f\x8b0000", "is compressed .*unpack it"),
+        ("a.pth", b"\x89HDF\r\n", "is an HDF5 file"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_weights_are_named_for_what_they_are(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(tmp_path / name)
