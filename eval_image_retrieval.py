@@ -29,7 +29,7 @@ from torchvision import transforms
 
 from support import cli
 from support.cli import bool_flag
-from support.data import ImageFiles, load_image, on_all_ranks
+from support.data import ImageFiles, on_all_ranks
 from support.distributed import (
     fix_random_seeds,
     init_distributed_mode,
@@ -38,6 +38,7 @@ from support.distributed import (
 )
 from support.errors import UserError, first_line
 from support.features import extract_features, patch_size_of
+from support.formats import load_image
 from support.logger import log
 from support.pickles import load_pickle
 from support.pixels import normalize

@@ -43,12 +43,12 @@ from eval_knn import knn_votes
 from support import cli, logistic
 from support.attention import attention_map, keep_mass
 from support.checks import check_images
-from support.data import RGB, ImageFiles, Images, extensions_of, in_format, text_lines
+from support.data import ImageFiles, Images, in_format, text_lines
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, WrongFormat, first_line, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
-from support.formats import ImageFormat
+from support.formats import RGB, ImageFormat, extensions_of
 from support.loading import EvalImages, make_loader
 from support.logger import log
 from support.masks import VOID, compare_palettes, read_mask, warn_of_turned

@@ -40,7 +40,6 @@ from support.data import (
     Source,
     class_number,
     digest,
-    extensions_of,
     name_and_reason,
     on_all_ranks,
     open_any_images,
@@ -68,6 +67,7 @@ from support.features import (
     with_mean,
 )
 from support.files import extension, replacing
+from support.formats import extensions_of
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log

@@ -99,7 +99,7 @@ class _Portable:
 def _portable(name, fields):
     """The transform, or the reader of files, of the `Frozen` with these fields."""
     with _own_modules():
-        from support.data import load_pixels
+        from support.formats import load_pixels
         from support.weights import Frozen
 
         frozen = Frozen(**fields)

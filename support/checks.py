@@ -11,20 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from support.data import (
-    ImageFiles,
-    Images,
-    Source,
-    digest,
-    on_all_ranks,
-    open_train_and_val,
-    sample_bits,
-    sample_name,
-)
+from support.data import ImageFiles, Images, Source, digest, on_all_ranks, open_train_and_val, sample_name
 from support.distributed import is_main_process, same_error_on_all_ranks
 from support.errors import UserError, WrongFormat, first_line
 from support.files import ARRAYS, Paths, evenly_spread, extension, open_file
-from support.formats import is_reduced, levels_of, load_values, range_words, share_within
+from support.formats import is_reduced, levels_of, load_values, range_words, sample_bits, share_within
 from support.logger import log
 from support.pixels import to_pixels
 from support.shapes import Shapes

@@ -7,9 +7,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
-import importlib.util
 import inspect
-import io
 import operator
 import os
 import re
@@ -18,12 +16,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import to_pil_image
@@ -39,75 +36,14 @@ from support.files import (
     all_extensions,
     appearing,
     extension,
-    open_file,
-    readable_extensions,
     select_images,
 )
-from support.formats import TIFFS, ImageFormat, load_levels, load_values
+from support.formats import RGB, ImageFormat, extensions_of, load_image, load_pixels
 from support.logger import log
-from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
+from support.pixels import as_tensor, in_channels, to_pixels
 from support.shapes import Shapes
 
-RGB = ImageFormat()
 LABELS = ("labels", "targets", "_labels")  # the attributes in which datasets keep all labels
-
-
-def load_image(path: str, content: bytes | None = None, channels: int = 3) -> Image.Image:
-    """Read the first frame of an image file as RGB, or as grey for one channel; EXIF rotation is ignored.
-
-    16-bit values keep the upper 8 of the bits that they use, which a TIFF may state. `content` is what the
-    file contains, if it lies in an archive. A file that cannot be read may raise any exception.
-    """
-    with open_file(path, content) as file, _pillow(path, content, channels, file) as image:
-        rgb = to_rgb(image, sample_bits(image))
-        if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(262) == 0:
-            rgb = ImageOps.invert(rgb)  # a TIFF whose 0 is white; Pillow inverts those of 8 bits itself
-        return rgb if channels == 3 else rgb.convert("L")
-
-
-def _pillow(path: str, content: bytes | None, channels: int, file: IO[bytes]) -> Image.Image:
-    """Open an image with Pillow. Raises WrongFormat for a TIFF of more channels, if tifffile can tell."""
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        if extension(path) in TIFFS and importlib.util.find_spec("tifffile"):
-            load_values(path, content, channels)
-        raise
-
-
-def sample_bits(image: Image.Image) -> int:
-    """How many bits the values of a 16-bit image use, 8 to 16, according to the tags of a TIFF."""
-    tags = getattr(image, "tag_v2", {})
-    bits, largest = tags.get(258, (16,)), tags.get(281, (65_535,))  # BitsPerSample, MaxSampleValue
-    said = [int(np.max(bits)), int(np.max(largest)).bit_length()]
-    return min(16, max(8, min(said)))
-
-
-def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB) -> Tensor:
-    """An image file as uint8 (C, H, W); of RGB files of 8 bits, `load_image`'s pixels.
-
-    torchvision decodes JPEGs 1.5 times as fast as Pillow. Falls back to Pillow if torchvision has dropped
-    the decoder (deprecated in 0.29) or the file is not a complete RGB JPEG. Raises WrongFormat if it is not
-    of this format.
-    """
-    if not form.by_pillow or extension(path) in ARRAYS:
-        return load_levels(path, content, form)
-    if form.channels == 1:
-        return as_tensor(load_image(path, content, 1))
-    decode = getattr(torchvision.io, "decode_jpeg", None)
-    if decode and extension(path) in (".jpg", ".jpeg"):
-        with open_file(path, content) as file:
-            content = file.read()
-        with Image.open(io.BytesIO(content)) as image:  # the header only; refuses decompression bombs
-            is_colour_jpeg = image.format == "JPEG" and image.mode == "RGB"
-        if is_colour_jpeg and content.endswith(b"\xff\xd9"):
-            return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    return to_pixels(load_image(path, content))
-
-
-def extensions_of(form: ImageFormat) -> frozenset[str]:
-    """The extensions of image files of a format, in lower case."""
-    return readable_extensions() if form.is_default else all_extensions()
 
 
 def _folder(root: str | Path | Folder) -> Folder:

@@ -82,7 +82,7 @@ class Paths:
             return -1
 
     def file(self, index: int) -> tuple[str, bytes | None]:
-        """The path of a file, and its content if it does not lie at that path; see `data.load_image`."""
+        """The path of a file, and its content if it does not lie at that path; see `formats.load_image`."""
         return self[index], None
 
     def middle(self, index: int, most: int) -> bytes:

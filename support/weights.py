@@ -349,7 +349,7 @@ class Frozen(NamedTuple):
     def transform(self) -> Callable[[Image.Image | Tensor], Tensor]:
         """Image to input: resize, crop the centre, normalise; (C, H, W).
 
-        Raises ValueError for values that `value_range` has to map, which `data.load_pixels` does.
+        Raises ValueError for values that `value_range` has to map, which `formats.load_pixels` does.
         """
         transform = eval_transform(self.image_size, self.mean, self.std)
         return transform if self.value_range is None else transforms.Compose([require_levels, transform])

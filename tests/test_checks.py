@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,8 @@ def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
 
 
 def test_copies_under_other_names_in_train_and_val_are_named(labelled, capsys, tmp_path):
+    labelled = Path(shutil.copytree(labelled, tmp_path / "images"))
+
     def said() -> str:
         open_checked(Source(str(labelled)))
         return "".join(line for line in capsys.readouterr().out.splitlines() if "warning" in line)

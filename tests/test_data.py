@@ -20,7 +20,6 @@ from support.checks import open_checked
 from support.data import (
     ImageFiles,
     Source,
-    load_image,
     open_any_images,
     open_labelled_images,
     open_train_and_val,
@@ -29,6 +28,7 @@ from support.data import (
 )
 from support.errors import UserError
 from support.files import Paths
+from support.formats import load_image
 from support.loading import TrainingViews
 from support.pixels import to_pixels
 from support.shapes import Shapes
@@ -330,7 +330,7 @@ def test_a_tiff_whose_zero_is_white_is_inverted_whatever_its_bits(tmp_path):
         Image.fromarray(values).save(tmp_path / name, tiffinfo={262: 0})
         with Image.open(tmp_path / name) as image:
             assert image.tag_v2[262] == 0
-        assert (np.asarray(data.load_image(str(tmp_path / name))) == 56).all(), name
+        assert (np.asarray(load_image(str(tmp_path / name))) == 56).all(), name
 
 
 def test_a_dataset_without_splits_trains_but_is_not_evaluated_on(tmp_path):

@@ -18,10 +18,11 @@ import eval_knn
 import extract_features
 from extract_features import PAGE, Store, read_features
 from support.backbones import build_backbone
-from support.data import class_number, load_image
+from support.data import class_number
 from support.distributed import fix_random_seeds
 from support.errors import UserError
 from support.features import cls_and_patches, frozen_features, last_cls_tokens, patch_tokens
+from support.formats import load_image
 from support.pixels import eval_transform
 from tests.conftest import ROOT, run, save_images, torchrun, wait_for
 

@@ -31,8 +31,9 @@ import utils
 from eval_knn import knn_accuracies
 from eval_linear import LinearClassifiers, build_optimizer, train
 from support import backbones
-from support.data import ImageFiles, load_pixels
+from support.data import ImageFiles
 from support.features import frozen_features
+from support.formats import load_pixels
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
 from support.pixels import to_pixels
 from tests.benchmarks import containers, device, textbook

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from support.data import ImageFiles, Source, load_pixels, open_training_images
+from support.data import ImageFiles, Source, open_training_images
+from support.formats import load_pixels
 from tests.benchmarks.photographs import write_photographs
 from utils import DataAugmentationDINO
 

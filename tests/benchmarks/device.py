@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_dino
-from support.data import load_pixels
 from support.distributed import fix_random_seeds
+from support.formats import load_pixels
 from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalized_views
