@@ -148,8 +148,13 @@ def knn_classifier(
     T: float,
     num_classes: int = 1000,
 ) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent of the weighted k-NN classifier."""
-    data = train_features, train_labels, test_features, test_labels
+    """Top-1 and top-5 accuracy in percent of the weighted k-NN classifier.
+
+    Features as in `knn_accuracies`. Raises ValueError if one is not finite: it would be the nearest of all.
+    """
+    if not (train_features.isfinite().all() and test_features.isfinite().all()):
+        raise ValueError("features are not finite")
+    data = train_features, train_labels.flatten(), test_features, test_labels.flatten()
     return knn_accuracies(*data, [k], T, num_classes)[k]
 
 

@@ -58,7 +58,7 @@ from support.errors import TrainingError, UserError
 from support.features import compute, concat_patches, extract_features, frozen_features, load_by_flags
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
-from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize
+from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize, to_rgb
 from support.restart import Run, comparable
 from support.subsets import FewImages, draw_few, few_shot, labels_of
 from support.weights import Frozen, check_finite, digest_weights, is_state, load_strictly
@@ -192,7 +192,7 @@ class AugmentedImages(Dataset):
             # torch.manual_seed would also seed the GPUs, whose state is not restored here.
             seed = random.Random(f"{self.seed} {epoch} {index}").getrandbits(32)
             torch.default_generator.manual_seed(seed)
-            return self.transform(image), label
+            return self.transform(image if isinstance(image, Tensor) else to_rgb(image)), label
 
 
 class LinearClassifier(nn.Module):

@@ -224,7 +224,8 @@ class MultiCropWrapper(nn.Module):
     """Applies a backbone and a head to views of several sizes.
 
     Views of one size go through the backbone together, and all features through the head together:
-    V views (B, 3, H, W) -> (V * B, K), in the order of the views.
+    V views (B, 3, H, W) -> (V * B, K), in the order of the views. Removes the backbone's linear classifier,
+    `fc` or `head`. If the backbone returns a tuple, takes the first element.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
@@ -240,7 +241,8 @@ class MultiCropWrapper(nn.Module):
         if isinstance(views, Tensor):
             views = [views]
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
-        return self.head(torch.cat([self.backbone(torch.cat(list(group))) for _, group in sizes]))
+        features = [self.backbone(torch.cat(list(group))) for _, group in sizes]
+        return self.head(torch.cat([each[0] if isinstance(each, tuple) else each for each in features]))
 
 
 class WeightNormLinear(nn.Module):
@@ -424,10 +426,11 @@ class DINOLoss(nn.Module):
         return loss
 
     @torch.no_grad()
-    def update_center(self, batch_center: Tensor) -> None:
-        """EMA of the teacher's mean output (1, K) over the batches of all ranks."""
+    def update_center(self, teacher_output: Tensor) -> None:
+        """EMA of the teacher's mean output, of (N, K), over the batches of all ranks."""
         if self.centering == "ema":
-            self.center.lerp_(all_reduce_mean(batch_center), 1 - self.center_momentum)
+            mean = all_reduce_mean(teacher_output.mean(dim=0, keepdim=True))
+            self.center.lerp_(mean, 1 - self.center_momentum)
 
 
 def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
@@ -607,8 +610,10 @@ def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: flo
 def in_parts(views: list[Tensor], count: int, model: nn.Module) -> Iterator[list[Tensor]]:
     """Split V views (B, ...) into `count` parts of V views (B / count, ...), for one backward pass each.
 
-    Gradients add up; ranks average them in the last pass only.
+    Gradients add up; ranks average them in the last pass only. Raises ValueError if B does not divide.
     """
+    if len(views[0]) % count:
+        raise ValueError(f"{len(views[0])} images do not divide into {count} parts")
     for i, part in enumerate(zip(*(view.chunk(count) for view in views), strict=True)):
         ddp = model if isinstance(model, DistributedDataParallel) and i < count - 1 else None
         with ddp.no_sync() if ddp else contextlib.nullcontext():
@@ -622,6 +627,8 @@ def clip_gradients(model: nn.Module, clip: float) -> Tensor:
     Returns the norms before clipping, one per gradient, on the device, without waiting for it.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not grads:
+        return torch.zeros(0)
     norms = torch.stack(torch._foreach_norm(grads))
     torch._foreach_mul_(grads, list((clip / (norms + 1e-6)).clamp(max=1).unbind()))
     return norms

@@ -33,12 +33,13 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, h, N, D/h); with `cls_only`, only the first token's query."""
-        if cls_only:
+        if cls_only and type(self.qkv) is nn.Linear:  # else an adapter has replaced it, e.g. LoRA
             D, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
             q = F.linear(x[:, :1], weight[:D], None if bias is None else bias[:D])
             k, v = F.linear(x, weight[D:], None if bias is None else bias[D:]).chunk(2, dim=-1)
         else:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
+            q = q[:, :1] if cls_only else q
         return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -194,9 +195,12 @@ class VisionTransformer(nn.Module):
     def get_attention(self, x: Tensor, layer: int = 1, token: int | None = None) -> Tensor:
         """Attention in a block, counted from the end: (B, h, N, N); of one token over all: (B, h, 1, N).
 
-        One token needs no memory for the rows of the others. Raises IndexError for a block that is not there.
+        One token needs no memory for the rows of the others. Raises IndexError for a block or a token that is
+        not there.
         """
         x = self.prepare_tokens(x)
+        if not (1 <= layer <= len(self.blocks) and 0 <= (token or 0) < x.shape[1]):
+            raise IndexError(f"layer {layer} of {len(self.blocks)}, token {token} of {x.shape[1]}")
         block: Any = self.blocks[-layer]  # a Block
         for before in self.blocks[:-layer]:
             x = before(x)

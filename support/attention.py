@@ -21,9 +21,11 @@ def attention_map(
 
     It is the CLS token's, or that of a patch (row, column). Works for our ViTs and for timm's, including
     XCiT, whose last two blocks have such attention. Raises UserError for networks and blocks without it, and
-    for image sizes that the network cannot take.
+    for image sizes that the network cannot take; IndexError for a patch that is not there.
     """
     rows, cols = (side // patch_size_of(backbone) for side in images.shape[-2:])
+    if patch and not (0 <= patch[0] < rows and 0 <= patch[1] < cols):
+        raise IndexError(f"patch {patch} of {rows} x {cols}")
     number = None if patch is None else patch[0] * cols + patch[1]
     if isinstance(backbone, VisionTransformer):
         check_layer(layer, len(backbone.blocks))
@@ -42,8 +44,8 @@ def attention_map(
 
 def check_layer(layer: int, depth: int) -> None:
     """Raise UserError for a layer, counted from the end, that is not there."""
-    if layer > depth:
-        raise UserError(f"network has {depth} layers with attention", f"--layer {layer}", "lower it")
+    if not 1 <= layer <= depth:
+        raise UserError(f"network has {depth} layers with attention", f"--layer {layer}", "give one of them")
 
 
 def _timm_attention(backbone: Any, images: Tensor, layer: int, patches: int, patch: int | None) -> Tensor:

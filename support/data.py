@@ -40,7 +40,7 @@ from support.files import (
 )
 from support.formats import RGB, ImageFormat, extensions_of, load_image, load_pixels
 from support.logger import log
-from support.pixels import as_tensor, in_channels, to_pixels
+from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
 from support.shapes import Shapes
 
 LABELS = ("labels", "targets", "_labels")  # the attributes in which datasets keep all labels
@@ -730,11 +730,15 @@ def name_and_reason(images: Images, index: int) -> str:
 def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
     """Read an image, RGB or uint8 (C, H, W), and its label, of any kind.
 
-    Raises ImageError if the image cannot be read, WrongFormat if it is of another format than the others.
+    A dataset's images of wider values stay as they are, because a transform may map them. Raises ImageError
+    if the image cannot be read, WrongFormat if it is of another format than the others.
     """
     try:
         image, label = images[index]
-        return image if isinstance(image, Tensor) else image.convert("RGB"), label
+        if isinstance(image, Tensor):
+            return image, label
+        image.load()
+        return image if image.mode.startswith(("I", "F")) else to_rgb(image), label
     except WrongFormat:
         raise
     except Exception as error:  # a broken file can raise nearly anything

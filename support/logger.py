@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from support.distributed import is_main_process
@@ -27,8 +28,9 @@ class SmoothedValue:
         self.recent: deque[float] = deque(maxlen=window_size)
         self.total, self.count = 0.0, 0
 
-    def update(self, value: float) -> None:
-        """Append a value."""
+    def update(self, value: float | Tensor) -> None:
+        """Append a value, or that of a tensor of one element, for which the host waits."""
+        value = float(value)  # a tensor would sum in its own precision
         self.recent.append(value)
         self.total += value
         self.count += 1
@@ -52,7 +54,7 @@ class MetricLogger:
         self.delimiter, self.images_per_step = delimiter, images_per_step
         self.start_epoch()
 
-    def update(self, **values: float) -> None:
+    def update(self, **values: float | Tensor) -> None:
         """Append one step's value to each named series."""
         for name, value in values.items():
             self.meters.setdefault(name, SmoothedValue()).update(value)

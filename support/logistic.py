@@ -21,8 +21,10 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> nn.Lin
 
     Minimises the mean cross-entropy plus l2 / 2 times the sum of the squared weights, by L-BFGS. The
     penalty is on the weights of standardised features and not on the biases; scikit-learn's C is
-    1 / (N l2). The classifier takes features as they are, on the device and in the type of `features`.
+    1 / (N l2). The classifier takes features as they are, on the device and in the type of `features`, but at
+    least in float32.
     """
+    features = _at_least_float32(features)
     std, mean = _spread(features)
     linear = _zeros(features, num_classes)
     if not _minimise(linear, (features - mean) / std, labels, l2):
@@ -39,6 +41,7 @@ def choose_l2(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0)
     Each fifth is held out once; of ONE_FOLD_FROM rows or more, only the first, which is then large enough.
     Of equal accuracies, the lower cross-entropy decides.
     """
+    features = _at_least_float32(features)
     fifths = split_in_fifths(labels, seed)
     held_out = [fifths == fifth for fifth in range(5 if len(labels) < ONE_FOLD_FROM else 1)]
     held_out = [rows for rows in held_out if rows.any()]
@@ -76,6 +79,11 @@ def _scores_held_out(features: Tensor, labels: Tensor, num_classes: int, held_ou
         correct = (scores.argmax(dim=1) == labels[held_out]).sum().item()
         found.append([correct, -F.cross_entropy(scores, labels[held_out], reduction="sum").item()])
     return torch.tensor(found, dtype=torch.float64)
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    """Half precision is too coarse for L-BFGS."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _spread(features: Tensor) -> tuple[Tensor, Tensor]:

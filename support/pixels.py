@@ -66,9 +66,13 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 def to_pixels(image: Image.Image | Tensor) -> Tensor:
     """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize.
 
-    A tensor is returned unchanged, whatever its number of channels.
+    A uint8 tensor (C, H, W) is returned unchanged. Raises ValueError for others, e.g. of levels in [0, 1].
     """
-    return image if isinstance(image, Tensor) else pil_to_tensor(to_rgb(image))
+    if not isinstance(image, Tensor):
+        return pil_to_tensor(to_rgb(image))
+    if image.dtype != torch.uint8 or image.ndim != 3:
+        raise ValueError(f"takes a PIL image or uint8 (C, H, W), not {image.dtype} {tuple(image.shape)}")
+    return image
 
 
 def as_tensor(image: Image.Image | Tensor) -> Tensor:
@@ -100,7 +104,8 @@ def require_levels(image: Image.Image | Tensor) -> Image.Image | Tensor:
 @functools.cache
 def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Scale values per channel from [0, 1] to [0, 255]; (C, 1, 1), copied to the device once."""
-    return (torch.tensor(values).view(-1, 1, 1) * 255).to(device)
+    with torch.inference_mode(False):  # the first call may be in it, a later one need gradients
+        return (torch.tensor(values).view(-1, 1, 1) * 255).to(device)
 
 
 def normalize(

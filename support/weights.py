@@ -39,6 +39,7 @@ from support.pixels import (
     eval_transform,
     height_and_width,
     require_levels,
+    size_words,
 )
 from vision_transformer import VITS, VisionTransformer
 
@@ -590,10 +591,14 @@ def settle_architecture(
 def _size_of(patches: int, patch_size: int, recorded: Size | None, image_size: Size | None) -> Size:
     """The image size that has so many patches: the recorded one, else a square, else the argument."""
     square = math.isqrt(patches) * patch_size
-    for size in (recorded, square, image_size):
-        if size and math.prod(side / patch_size for side in height_and_width(size)) == patches:
-            return size
-    return square
+    fits = [
+        size for size in (recorded, square, image_size)
+        if size and math.prod(side / patch_size for side in height_and_width(size)) == patches
+    ]  # fmt: skip
+    if fits[:1] == [square] and image_size in fits and len(set(height_and_width(image_size))) > 1:
+        words = f"{patches} positions taken as those of {square} x {square} pixels"
+        log(f"note: {words}, not of --image_size {size_words(image_size)}")
+    return fits[0] if fits else square
 
 
 def settle_channels(weights: Weights, in_chans: int | None) -> int:

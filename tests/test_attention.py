@@ -168,5 +168,17 @@ def test_attention_among_channels_is_not_taken_for_patches():
 @pytest.mark.parametrize("arch", ["vit_nano", "vit_tiny_patch16_224"])
 def test_a_layer_that_is_not_there_is_named(arch):
     backbone = backbones.build_backbone(arch, 16, 224)[0].eval()
-    with pytest.raises(UserError, match=r"network has (6|12) layers with attention \(--layer 13\): lower it"):
+    with pytest.raises(
+        UserError, match=r"network has (6|12) layers with attention \(--layer 13\): give one of them"
+    ):
         attention_map(backbone, torch.randn(1, 3, 224, 224), layer=13)
+    for layer in (0, -1):  # would count from the other end
+        with pytest.raises(UserError, match="layers with attention"):
+            attention_map(backbone, torch.randn(1, 3, 224, 224), layer=layer)
+
+
+@pytest.mark.parametrize("patch", [(-1, 0), (0, 4), (2, 0)])
+def test_a_patch_that_is_not_there_is_an_error(patch):
+    backbone = backbones.build_backbone("vit_nano", 8, 32)[0].eval()
+    with pytest.raises(IndexError, match="of 2 x 4"):
+        attention_map(backbone, torch.randn(1, 3, 16, 32), patch=patch)

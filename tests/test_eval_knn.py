@@ -54,6 +54,11 @@ def test_all_k_at_once_equal_one_k_at_a_time():
     data = train, torch.randint(4, (50,)), test, torch.randint(4, (20,))
     together = eval_knn.knn_accuracies(*data, [1, 5, 50], 0.07, 4)
     assert together == {k: eval_knn.knn_classifier(*data, k, 0.07, 4) for k in (1, 5, 50)}
+    columns = [each if each.ndim > 1 else each[:, None] for each in data]  # as published code may have labels
+    assert eval_knn.knn_classifier(*columns, 5, 0.07, 4) == together[5]
+    data[0][3] = torch.nan
+    with pytest.raises(ValueError, match="features are not finite"):
+        eval_knn.knn_classifier(*data, 5, 0.07, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float32, torch.bool])

@@ -1,14 +1,18 @@
 import multiprocessing
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 from support.backbones import build_backbone
-from support.data import Source, open_labelled_images
+from support.data import Source, open_labelled_images, pixels_of
 from support.errors import UserError
 from support.features import cls_and_patches, extract_features, patch_tokens
 from support.pixels import eval_transform
+from support.weights import load_backbone
 
 
 def test_features_are_in_the_order_of_the_images_and_as_the_network_gives_them(labelled):
@@ -88,3 +92,16 @@ def test_patch_tokens_of_timms_networks_leave_out_the_other_tokens(arch):
 def test_networks_without_patch_tokens_are_refused():
     with pytest.raises(UserError, match="no patch tokens"):
         patch_tokens(build_backbone("resnet18")[0], torch.zeros(1, 3, 32, 32))
+
+
+def test_a_datasets_wide_images_are_reduced_as_in_training():
+    """Pillow would clip nearly all values to white."""
+    values = np.random.default_rng(0).integers(0, 65_536, (3, 20, 20)).astype(np.uint16)
+    images = [(Image.fromarray(each), 0) for each in values]
+    transform = eval_transform(16)
+    features, _ = extract_features(nn.Flatten(), images, transform, torch.device("cpu"))
+    seen = [to_pil_image(pixels_of(images, i)) for i in range(3)]
+    assert torch.equal(features, torch.stack([transform(image).flatten() for image in seen]))
+    frozen = load_backbone("pixels", image_size=16, value_range=[0, 65_535])
+    with pytest.raises(ValueError, match="range of values to levels, which this image .I;16. still needs"):
+        extract_features(nn.Flatten(), images, frozen.transform, torch.device("cpu"))

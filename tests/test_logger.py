@@ -1,3 +1,7 @@
+import json
+
+import torch
+
 from support.logger import MetricLogger, SmoothedValue
 
 
@@ -33,3 +37,10 @@ def test_the_published_calls_work(capsys):
     first, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("Test: [1/2] loss 1; data ") and "img/s" not in first
     assert logger.meters["loss"].global_avg == 2
+
+
+def test_tensors_are_summed_as_numbers():
+    logger = MetricLogger()
+    for _ in range(500):
+        logger.update(accuracy=torch.tensor(50.0, dtype=torch.bfloat16, requires_grad=True))
+    assert json.dumps(logger.averages()["accuracy"]) == "50.0"

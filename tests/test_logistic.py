@@ -99,3 +99,12 @@ def test_a_fit_that_does_not_converge_says_so(monkeypatch, capsys):
     monkeypatch.setattr(logistic, "STEPS", 2)
     logistic.fit(*blobs(60), 3, 1e-6)
     assert "stopped after 2 steps, before it converged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_in_half_precision_are_fitted_in_float32(dtype):
+    x, y = blobs(60)
+    x = x.to(dtype)
+    l2 = logistic.choose_l2(x, y, 3)
+    assert l2 == logistic.choose_l2(x.float(), y, 3)
+    assert torch.equal(logistic.fit(x, y, 3, l2).weight, logistic.fit(x.float(), y, 3, l2).weight)

@@ -216,3 +216,19 @@ def test_views_of_a_batch_come_in_their_order_with_their_own_colours():
         for ours, expected in zip(done, augment(image, random.Random(seed)), strict=True):
             difference = (ours[seed] - expected).abs() * 255 * 0.229
             assert difference.max() < 1.2 and difference.mean() < 0.01
+
+
+def test_levels_other_than_uint8_are_refused():
+    """Levels in [0, 1] would become black views."""
+    for pixels in (torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"takes a PIL image or uint8 .C, H, W., not torch\."):
+            to_pixels(pixels)
+
+
+def test_gradients_flow_through_a_normalisation_that_inference_used_first():
+    scale = ((0.123,) * 3, (0.456,) * 3)  # of no other test
+    with torch.inference_mode():
+        px.normalize(torch.zeros(3, 1, 1), *scale)
+    pixels = torch.zeros(3, 1, 1, requires_grad=True)
+    px.normalize(pixels, *scale).square().sum().backward()
+    assert pixels.grad is not None

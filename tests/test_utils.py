@@ -772,3 +772,28 @@ def test_lars_adapts_weights_and_leaves_biases_alone():
     torch.testing.assert_close(weight.detach(), torch.tensor([[3.0, 4.0]]) - 0.1 * ratio * update)
     torch.testing.assert_close(bias.detach(), torch.tensor([1.0 - 0.1 * 2.0]))
     torch.testing.assert_close(zero.detach(), torch.full((1, 2), -0.1))
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_an_error():
+    """The centre would wait for parts that do not come."""
+    views = [torch.zeros(6, 3), torch.zeros(6, 3)]
+    assert [len(part[0]) for part in utils.in_parts(views, 3, nn.Identity())] == [2, 2, 2]
+    with pytest.raises(ValueError, match="6 images do not divide into 4 parts"):
+        next(utils.in_parts(views, 4, nn.Identity()))
+
+
+def test_a_backbone_may_return_a_tuple_as_xcits_repository_does():
+    class Pair(nn.Flatten):
+        def forward(self, x):
+            return super().forward(x), None
+
+    views = [torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)]
+    wrapped = [MultiCropWrapper(backbone, nn.Identity())(views) for backbone in (Pair(), nn.Flatten())]
+    assert torch.equal(*wrapped)
+
+
+def test_the_published_calls_work_on_a_teachers_output_and_without_gradients():
+    loss, output = DINOLoss(8, 2, 0.04, 0.04, 0, 1), torch.randn(4, 8)
+    loss.update_center(output)
+    torch.testing.assert_close(loss.center, 0.1 * output.mean(dim=0, keepdim=True))
+    assert len(utils.clip_gradients(nn.Linear(2, 2), 3.0)) == 0

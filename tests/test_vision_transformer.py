@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from vision_transformer import VITS, Attention, vit_base, vit_nano, vit_small, vit_tiny
 
@@ -237,3 +238,35 @@ def test_position_embedding_keeps_double_precision():
     expected = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).mT
     found = model.interpolate_pos_encoding(48, 16)[:, 1:]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(("layer", "token"), [(0, None), (-1, 0), (7, None), (1, 17), (1, -1)])
+def test_attention_that_is_not_there_is_an_error(layer, token):
+    with pytest.raises(IndexError, match=f"layer {layer} of 6, token {token} of 17"):
+        vit_nano(8, img_size=32).get_attention(torch.randn(1, 3, 32, 32), layer, token)
+
+
+class LowRank(nn.Linear):
+    """A linear layer with an adapter, as LoRA adds it."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.down = nn.Parameter(torch.randn(2, base.in_features))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+def test_an_adapter_in_place_of_a_layer_acts_in_the_last_block_too():
+    model = vit_nano(8, img_size=32)
+    for block in model.blocks:
+        block.attn.qkv = LowRank(block.attn.qkv)
+    images = torch.randn(2, 3, 32, 32)
+    outputs = model.train()(images)
+    torch.testing.assert_close(outputs, model.eval()(images))
+    outputs.sum().backward()
+    assert all(block.attn.qkv.up.grad is not None for block in model.blocks)
+    row = model.get_attention(images, token=0)
+    torch.testing.assert_close(row, model.get_last_selfattention(images)[:, :, :1])
