@@ -145,10 +145,6 @@ def to_levels(values: np.ndarray, value_range: Range | None, path: str) -> np.nd
 
     Raises ValueError for values that are not finite.
     """
-    if not values.size:
-        raise ValueError("has no pixels")
-    if values.dtype.kind not in "buif":
-        raise ValueError(f"values of type {values.dtype}")
     if value_range is None:
         if values.dtype != np.uint8:
             fix = "give --value_range LOW HIGH, or auto"
@@ -171,7 +167,8 @@ def share_within(values: np.ndarray, value_range: Range) -> np.ndarray:
 def load_values(path: str, content: bytes | None, channels: int) -> np.ndarray:
     """The values in an image file, (C, H, W); three channels instead of one for RGB.
 
-    A grey image is repeated for three channels. Raises WrongFormat for another number of channels.
+    A grey image is repeated for three channels. Raises WrongFormat for another number of channels, ValueError
+    for an image without pixels and for values that are no real numbers.
     """
     with open_file(path, content) as file:
         if extension(path) in ARRAYS:
@@ -181,6 +178,10 @@ def load_values(path: str, content: bytes | None, channels: int) -> np.ndarray:
             values, is_rgb = _tiff_values(file, channels, path)
         else:
             values, is_rgb = _pillow_values(file, path)
+    if not values.size:
+        raise ValueError("has no pixels")
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"values of type {values.dtype}")
     if len(values) == 1 and channels == 3:
         return values.repeat(3, axis=0)
     if len(values) != channels and not (is_rgb and channels == 1):

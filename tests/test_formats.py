@@ -28,13 +28,13 @@ import main_dino
 import visualize_attention
 from support.backbones import build_backbone, check_crop_sizes
 from support.checks import check_images
-from support.data import Source, open_labelled_images, open_training_images, read_image
+from support.data import ImageFiles, Source, open_labelled_images, open_training_images, read_image
 from support.errors import ImageError, UserError, WrongFormat
 from support.estimates import estimate_normalization, estimate_range, sample_values
 from support.formats import ImageFormat, channels_first, load_levels, pairs, to_levels
 from support.pixels import Colour, apply_colours, eval_transform
 from support.weights import load_backbone
-from tests.conftest import TINY, torchrun
+from tests.conftest import TINY, picture, torchrun
 
 BANDS, RANGE = 13, ((100.0, 3_000.0),)
 FORM = ImageFormat(BANDS, RANGE)
@@ -183,11 +183,61 @@ def test_tiffs_whose_numbers_are_no_brightness_are_refused(tmp_path, colours):
         images.pixels(0)
 
 
-def test_an_array_without_pixels_is_no_image(tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros((0, 8, 3), np.uint8))
-    images = open_training_images(Source(str(tmp_path), form=ImageFormat(3, ((0.0, 255.0),))))
-    with pytest.raises(ValueError, match="has no pixels"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((0, 8, 3), np.uint8), "has no pixels"),
+        (np.ones((8, 8, 3), complex), "values of type complex128"),
+        (np.full((8, 8, 3), "a"), "values of type <U1"),
+        (np.full((8, 8, 3), np.nan), "not finite"),
+    ],
+)
+def test_an_array_that_holds_no_image_takes_no_part_in_what_is_estimated(tmp_path, values, message):
+    np.save(tmp_path / "0.npy", values)
+    form = ImageFormat(3, ((0.0, 255.0),))
+    with pytest.raises(UserError, match=r"no image of the sample can be read \(.*0.npy\)"):
+        sample_values(open_training_images(Source(str(tmp_path), form=form)), 3)
+    sound = np.random.default_rng(0).integers(0, 999, (8, 8, 3))
+    np.save(tmp_path / "1.npy", sound)
+    images = open_training_images(Source(str(tmp_path), form=form))
+    with pytest.raises(ValueError, match=message):
         images.pixels(0)
+    sample = sample_values(images, 3)
+    assert np.array_equal(sample, sound.reshape(-1, 3).T) and sample.dtype == sound.dtype
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.tif", "x.png"])
+def test_one_channel_is_taken_for_grey(tmp_path, name):
+    """Also where a network takes three channels."""
+    values, path = scene(0, 0)[0], tmp_path / name
+    {".npy": np.save, ".tif": tifffile.imwrite, ".png": lambda p, v: Image.fromarray(v).save(p)}[path.suffix](
+        path, values
+    )
+    levels = torch.from_numpy(to_levels(values[None], RANGE, ""))
+    assert torch.equal(load_levels(str(path), None, ImageFormat(1, RANGE)), levels)
+    assert torch.equal(load_levels(str(path), None, ImageFormat(3, RANGE)), levels.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_8_bit_values_without_a_range_are_the_levels(tmp_path, channels, capsys):
+    """Also for the checks before the training, and for what is estimated."""
+    values = np.random.default_rng(0).integers(0, 256, (channels, 20, 20), np.uint8)
+    np.save(tmp_path / "x.npy", values)
+    images = ImageFiles(tmp_path / "x.npy", form=ImageFormat(channels))
+    assert np.array_equal(images.pixels(0), values)
+    check_images(images)
+    assert "warning" not in capsys.readouterr().out
+    sample = sample_values(images, channels)
+    assert np.array_equal(sample, values.reshape(channels, -1))
+    mean = estimate_normalization(sample, None)[0]
+    assert mean == pytest.approx((values / 255).mean(axis=(1, 2)).tolist(), rel=1e-3)
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("imagecodecs")), reason="imagecodecs is installed")
+def test_a_compression_that_tifffile_lacks_names_the_package(tmp_path):
+    picture().save(tmp_path / "x.tif", compression="tiff_lzw")
+    with pytest.raises(WrongFormat, match=r"needs the package imagecodecs \(.*x.tif\): pip install"):
+        load_levels(str(tmp_path / "x.tif"), None, ImageFormat(3, ((0.0, 255.0),)))
 
 
 def test_grey_images_rgb_and_the_demo_for_one_channel(tmp_path):
@@ -221,13 +271,18 @@ def save(folder: Path, name: str, values: np.ndarray) -> None:
         ("x.tif", scene(0, 0), ImageFormat(13), r"uint16 .*no agreed range \(.*x.tif\): give --value_range"),
         ("x.npy", np.zeros((8, 8)), ImageFormat(1), r"float64 .*x.npy\): give --value_range"),
         ("x.tif", scene(0, 0), ImageFormat(), r"13 channels, not 3 \(.*x.tif\)"),
+        ("x.tif", np.zeros((2, 13, 8, 8)), FORM, r"the axes \w+ \(2, 13, 8, 8\) \(.*x.tif\): save height"),
     ],
 )
 def test_another_format_is_one_line_and_never_replaced(tmp_path, name, values, form, message):
     save(tmp_path, "a" + name, scene(0, 0)) if form == FORM else None
     save(tmp_path, name, values)
     images = open_training_images(Source(str(tmp_path), form=form or FORM))
-    for read in (lambda: read_image(images, len(images) - 1), lambda: check_images(images)):
+    for read in (
+        lambda: read_image(images, len(images) - 1),
+        lambda: check_images(images),
+        lambda: sample_values(images, form.channels),
+    ):
         with pytest.raises(WrongFormat, match=message) as error:
             read()
         assert "\n" not in str(error.value)
@@ -358,6 +413,15 @@ def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, t
         moved.rename(satellite / "train")
     assert weights_of(tmp_path)["normalization"]["mean"] == [0.25] * BANDS
     assert "from the run to resume: --value_range" in capsys.readouterr().out
+
+
+def test_a_range_is_estimated_beside_a_mean_that_is_given(satellite):
+    argv = [*TINY, "--in_chans", str(BANDS), "--value_range", "auto", *normalization()]
+    args = main_dino.parse_args(argv)
+    images = open_training_images(Source(str(satellite / "train"), form=main_dino.image_format(args)))
+    main_dino.settle_format(args, images)
+    assert args.value_range == estimate_range(sample_values(images, BANDS))
+    assert (args.mean, args.std) == ([0.5] * BANDS, [0.25] * BANDS)
 
 
 def planted(run: Path, path: Path) -> str:
