@@ -63,6 +63,14 @@ def test_unknown_and_unfit_backbones_are_named():
         backbones.check_crop_sizes(model, "vit_b_32", dim, [224, 96])
     with pytest.raises(UserError, match=r"takes no images of 224 x 96 \(H x W\) pixels"):
         backbones.check_crop_sizes(model, "vit_b_32", dim, [(224, 96)])
+    with pytest.raises(UserError, match=r"flat gives \(48,\) per image, not \(7,\) \(--arch\)"):
+        backbones.check_crop_sizes(nn.Flatten(), "flat", 7, [4])
+
+
+def test_drop_path_that_a_network_lacks_is_said(capsys):
+    for rate in (0.0, 0.1):
+        backbones.build_backbone("dla46_c", drop_path_rate=rate)
+    assert capsys.readouterr().out == "note: --drop_path_rate has no effect on dla46_c\n"
 
 
 def test_both_sides_have_to_divide():

@@ -797,3 +797,16 @@ def test_the_published_calls_work_on_a_teachers_output_and_without_gradients():
     loss.update_center(output)
     torch.testing.assert_close(loss.center, 0.1 * output.mean(dim=0, keepdim=True))
     assert len(utils.clip_gradients(nn.Linear(2, 2), 3.0)) == 0
+
+
+def test_lars_steps_by_the_gradients_of_a_closure():
+    bias = nn.Parameter(torch.tensor([1.0]))
+    optimizer = utils.LARS([bias], lr=0.1)
+
+    def loss() -> torch.Tensor:
+        value = (3 * bias).sum()
+        value.backward()
+        return value
+
+    assert optimizer.step(loss).item() == 3
+    torch.testing.assert_close(bias.detach(), torch.tensor([1.0 - 0.1 * 3]))

@@ -1,6 +1,7 @@
 import argparse
 import copy
 import json
+import math
 import pathlib
 import re
 
@@ -254,6 +255,13 @@ def test_a_backbone_alone_leaves_the_head_as_it_is_and_fits_another_image_size(v
     old.load_state_dict(vits[0])
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(new.backbone.eval()(x), old.eval()(x))
+
+
+def test_a_run_with_a_convnet_begins_too(tmp_path):
+    old, new = (backbones.build_backbone("resnet18")[0] for _ in range(2))
+    path = write(old.state_dict(), tmp_path / "resnet.pth")
+    assert init_from(new, torch.nn.Identity(), path, "resnet18", 16, 32) is None
+    torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
 
 
 def test_the_grid_of_a_rectangle_is_the_recorded_one(tmp_path):
@@ -558,6 +566,20 @@ def test_timm_does_not_interpolate_what_does_not_fit(tmp_path):
     path = write(state, tmp_path / "large.pth")
     with pytest.raises(UserError, match="misshapen .*pos_embed"):
         load_backbone(path, arch="vit_tiny_patch16_224")
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=224)
+    state = model.state_dict() | {"mask_token": torch.zeros(1, 384)}
+    state["register_tokens"] = state.pop("reg_token")  # timm converts this layout, and would interpolate
+    state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], dim=1)
+    with pytest.raises(UserError, match="1 misshapen .pos_embed.*reg4.pth"):
+        load_backbone(write(state, tmp_path / "reg4.pth"), arch="vit_small_patch14_reg4_dinov2")
+
+
+def test_what_timm_cannot_convert_is_named(tmp_path):
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    del state["norm.bias"]
+    state["patch_embed.proj.weight"] = torch.ones(192, 7)
+    with pytest.raises(UserError, match=r"1 missing .norm.bias., 1 misshapen .patch_embed.proj.weight."):
+        load_backbone(write(state, tmp_path / "odd.pth"), arch="vit_tiny_patch16_224")
 
 
 def test_moco_v3s_small_vit_is_not_ours(tmp_path, capsys):
@@ -597,9 +619,13 @@ def test_timms_weights_get_timms_normalization_and_ours_keep_ours(vits, tmp_path
     for wrong in ({"mean": [0.1]}, "ImageNet", {"mean": [1, 1, 1], "std": [1, 0, 1]}):
         with pytest.raises(UserError, match="normalization is"):
             load_backbone(write(content | {"normalization": wrong}, tmp_path / "wrong.pth"))
+    for wrong in ([], [[5, 5]], [[0, math.inf]], [[0, 1], [0, 1]]):
+        path = write(content | {"normalization": recorded | {"value_range": wrong}}, tmp_path / "wrong.pth")
+        with pytest.raises(UserError, match=r"value_range is \[.*wrong.pth\): give pairs LOW HIGH"):
+            load_backbone(path)
 
 
-def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_range(vits, tmp_path):
+def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_range(vits, tmp_path, capsys):
     whole = vit_files(*vits)["ours.pth"]
     flags = whole["args"] | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "value_range": [0.0, 4095.0]}
     frozen = load_backbone(write({"teacher": whole["teacher"], "args": flags}, tmp_path / "reduced.pth"))
@@ -612,6 +638,29 @@ def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_rang
     with pytest.raises(ValueError, match="range of values.*this image .I;16.*load_pixels"):
         frozen.transform(wide)
     assert frozen.transform(wide.convert("RGB")).shape == (3, 32, 32)  # as of 8 bits
+    frozen.require_rgb("photographs")
+    assert "note: photographs have 8 bits: their values are not mapped" in capsys.readouterr().out
+
+
+def test_a_range_that_contradicts_the_weights_is_refused(vits, tmp_path):
+    content = vit_files(*vits)["ours.pth"]
+    normalization = {"mean": [0.5] * 3, "std": [0.5] * 3, "value_range": [[0, 4095]]}
+    path = write(content | {"normalization": normalization}, tmp_path / "ranged.pth")
+    assert load_backbone(path, value_range=(0.0, 4095.0)).value_range == ((0.0, 4095.0),)
+    with pytest.raises(UserError, match=r"trained with 0 4095 \(--value_range 0 255\): leave it out"):
+        load_backbone(path, value_range=(0.0, 255.0))
+    with pytest.raises(UserError, match=r"trained with 8-bit values \(--value_range 0 255\)"):
+        load_backbone(write(content, tmp_path / "plain.pth"), value_range=(0.0, 255.0))
+
+
+@pytest.mark.parametrize("record", [{}, {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}])
+def test_mean_and_deviation_of_other_channels_are_not_guessed(tmp_path, record):
+    state = backbones.build_backbone("vit_nano", 8, 32, in_chans=5)[0].state_dict()
+    path = write({"teacher": prefixed(state, "backbone."), "args": VIT_ARGS} | record, tmp_path / "five.pth")
+    with pytest.raises(
+        UserError, match=r"for 5 channels without their means and dev.*five.pth\): give a check"
+    ):
+        load_backbone(path)
 
 
 def test_the_description_says_what_was_taken(vits, tmp_path):
