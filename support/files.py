@@ -251,7 +251,7 @@ class Folder:
                 return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
         except OSError as error:
             fix = "make it readable, or give another folder"
-            raise UserError(reason_of(error), self.root, fix) from None
+            raise UserError(reason_of(error), error.filename or self.root, fix) from None
 
     def entered(self) -> set[tuple[int, int]]:
         """The folder's entry in `entered`, so that `find_images` does not follow links back to it."""

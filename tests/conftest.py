@@ -169,6 +169,22 @@ def run(*command: str, check: bool = True, env: dict | None = None) -> subproces
     return result
 
 
+@pytest.fixture
+def permissions(tmp_path, monkeypatch):
+    """Makes permissions bind root too, in `tmp_path`, by names relative to it."""
+    monkeypatch.chdir(tmp_path)  # the folders above it are root's alone
+    if os.geteuid() != 0:
+        yield
+        return
+    tmp_path.chmod(0o777)
+    try:
+        os.setresuid(65_534, 65_534, 0)
+    except OSError:
+        pytest.skip("root may not become another user here")
+    yield
+    os.setresuid(0, 0, 0)
+
+
 def limit_files(room: int) -> None:
     """Make it an OSError, as on a full disk, if this process writes more than `room` bytes to a file."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

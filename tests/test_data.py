@@ -2,12 +2,14 @@ import gzip
 import hashlib
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,9 +26,11 @@ from support.data import (
     open_labelled_images,
     open_train_and_val,
     open_training_images,
+    read_image,
     read_labelled,
 )
 from support.errors import UserError
+from support.estimates import sample_values
 from support.files import Paths
 from support.formats import load_image
 from support.loading import TrainingViews
@@ -108,6 +112,9 @@ def test_a_link_to_the_folder_of_the_classes_adds_no_images(tmp_path, link):
         ({"data_path": "", "dataset": "FashionMNIST"}, "--data_path"),
         ({"data_path": "/nowhere", "dataset": "FashionMNIST"}, "--download"),
         ({"data_path": "/nowhere", "dataset": "EMNIST"}, "use a folder instead"),
+        ({"data_path": "/nowhere", "dataset": "Places365"}, r"no train split: .*--dataset Places365\): use"),
+        ({"data_path": "/nowhere", "dataset": "MNIST", "split": "val"}, r"train and test \(--split val\)"),
+        ({"demo": True, "split": "train"}, r"has no effect with --demo \(--split train\): leave it out"),
     ],
 )
 def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
@@ -310,6 +317,7 @@ def test_training_takes_the_unlabelled_images_where_there_are_some(tmp_path, mon
     assert len(open_training_images(stl10)) == 5
     assert "training images: STL10, split unlabeled: 5 images" in capsys.readouterr().out
     assert len(open_training_images(stl10._replace(split="train+unlabeled"))) == 9
+    assert [len(open_any_images(stl10._replace(split=split))) for split in ("unlabeled", "val")] == [5, 3]
     assert len(open_labelled_images(stl10, "train")) == 4 and len(open_labelled_images(stl10, "val")) == 3
     with pytest.raises(UserError, match=r"Unknown value 'tset' .*--split tset"):
         open_training_images(stl10._replace(split="tset"))
@@ -388,6 +396,51 @@ def test_val_may_lack_classes_of_train_but_not_the_other_way_round(tmp_path, cap
     (tmp_path / "train" / "d").mkdir()
     with pytest.raises(UserError, match="no images in class folders d "):
         open_train_and_val(Source(str(tmp_path)))
+
+
+def test_a_dataset_whose_val_numbers_its_classes_otherwise_is_refused(tmp_path):
+    for part, names in (("train", "abc"), ("valid", "ac")):
+        for name in names:
+            save_images(tmp_path / "country211" / part / name, 1)
+    with pytest.raises(UserError, match="train and val number their classes differently"):
+        open_train_and_val(Source(str(tmp_path), "Country211"))
+    save_images(tmp_path / "country211" / "valid" / "b", 1)
+    train, val = open_train_and_val(Source(str(tmp_path), "Country211"))
+    assert [val[i][1] for i in range(3)] == [0, 1, 2] and train.classes == val.classes
+
+
+def test_a_folder_or_link_that_cannot_be_read_is_named(tmp_path, permissions):
+    save_images(Path("train/a"), 1)
+    source = Source(".")
+    for place in (Path("train/a/loop.png"), Path("train/loop")):
+        place.symlink_to(place.name)
+        for read in (lambda: open_training_images(source), lambda: open_labelled_images(source, "train")):
+            with pytest.raises(UserError, match=rf"Too many levels of .* \(\S*{place}\): make it readable"):
+                read()
+        place.unlink()
+    for closed in (Path("train/a"), Path("train")):
+        closed.chmod(0)
+        for read in (lambda: open_training_images(source), lambda: open_labelled_images(source, "train")):
+            with pytest.raises(UserError, match=rf"Permission denied \(\S*{closed}\): make it readable"):
+                read()
+        closed.chmod(0o700)
+
+
+def test_too_few_open_files_do_not_make_an_image_unreadable(images):
+    """Nor is it replaced by another one, or left out of a sample."""
+    files = ImageFiles(images)
+    views = TrainingViews(files, DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 24, 12).views, 0)
+    reads = lambda: read_image(files, 0), lambda: views[0, 0], lambda: sample_values(files, 3)
+    for read in reads:
+        read()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        for read in reads:
+            with pytest.raises(OSError, match="Too many open files"):
+                read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_split_that_is_a_folder_and_a_file_is_named(tmp_path, capsys):
