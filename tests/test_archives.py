@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -197,6 +198,7 @@ def test_several_data_paths_are_one_set(own, tmp_path, capsys):
     parts = [ImageFiles(own / "train"), ImageFiles(tmp_path / "more" / "train")]
     for i in range(12):
         assert torch.equal(train.pixels(i), parts[i // 8].pixels(i % 8))
+        assert train.paths.size(i) == parts[i // 8].paths.size(i % 8)
     assert train.paths[9] == f"{archive}/train/a/001.png"
     other = main_dino.parse_args(["--data_path", f"{own}/train", f"{tmp_path}/more/train"])
     joined = open_training_images(Source.of(other))
@@ -326,6 +328,8 @@ def test_the_index_is_built_once_for_each_state_of_an_archive(own, tmp_path, cac
     assert "built the index" not in capsys.readouterr().out
     kept = next(cache.iterdir())
     kept.write_bytes(kept.read_bytes()[:200])
+    assert same(open_training_images(source), first)
+    np.savez(kept, names=np.frombuffer(b"a/000.png\0", np.uint8), places=np.zeros((2, 5), np.int64))
     assert same(open_training_images(source), first)
     pack(path, own / "val" / "a")
     assert len(open_training_images(source)) == 4
@@ -491,10 +495,18 @@ def last_end(path: Path) -> int:
     return member.offset_data + -(-member.size // 512) * 512
 
 
-def encrypted(path: Path) -> None:
+def change_entry(path: Path, place: int, byte: int) -> None:
+    """Set bits of a byte in a zip's entry for its first member."""
     content = bytearray(path.read_bytes())
-    content[content.index(b"PK\1\2") + 8] |= 1
+    content[content.index(b"PK\1\2") + place] |= byte
     path.write_bytes(content)
+
+
+def make_sparse(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo("a.png")
+        member.type = tarfile.GNUTYPE_SPARSE
+        archive.addfile(member)
 
 
 @pytest.mark.parametrize(
@@ -520,7 +532,9 @@ def encrypted(path: Path) -> None:
         ("x.tgz", lambda path: None, "compressed tar cannot be read in place .*x.tgz"),
         ("x.tar", lambda path: path.write_bytes(bytes(10_240)), r"no images found \(--data_path .*x.tar\)"),
         ("x.zip", lambda path: cut(path, -30), r"cut short or damaged: .*x.zip\): download"),
-        ("x.zip", encrypted, r"archive is encrypted: .*x.zip"),
+        ("x.tar", make_sparse, r"a.png is a sparse file \(.*x.tar\): pack it without --sparse"),
+        ("x.zip", lambda path: change_entry(path, 8, 1), r"archive is encrypted: .*x.zip"),
+        ("x.zip", lambda path: change_entry(path, 23, 1), r"cut short in c/003.png \(.*x.zip\): download"),
     ],
 )
 def test_a_bad_archive_is_one_clear_line(own, tmp_path, name, damage, message):
@@ -566,6 +580,25 @@ def test_an_archive_that_is_cut_later_is_an_unreadable_image(own, tmp_path):
             data.read_image(images, 0)
 
 
+def test_a_zip_that_is_not_what_its_index_says_is_an_unreadable_image(own, tmp_path):
+    path = pack(tmp_path / "x.zip", own / "train")
+    change_entry(path, 24, 0xFF)  # the size of the unpacked file
+    images = open_any_images(Source(str(path)))
+    with pytest.raises(ImageError, match="the archive is damaged .*x.zip/c/003.png"):
+        data.read_image(images, len(images) - 1)
+    data.read_image(images, 0)
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ImageError, match="the archive is damaged .*x.zip/a/000.png"):
+        data.read_image(images, 0)
+
+
+def test_an_archive_without_permission_is_named(permissions):
+    save_images(Path("a"), 1)
+    pack(Path("x.tar"), Path("a")).chmod(0)
+    with pytest.raises(UserError, match=r"Permission denied \(x.tar\): make it readable"):
+        open_training_images(Source("x.tar"))
+
+
 def test_a_process_keeps_few_archives_open(own, tmp_path, monkeypatch):
     monkeypatch.setattr(Members, "MOST_OPEN", 2)
     images = open_any_images(Source(str(pack_in_parts(own / "train", tmp_path / "parts", "tar", True))))
@@ -600,11 +633,19 @@ class Unflagged(zipfile.ZipInfo):
         return self.filename.encode(), self.flag_bits
 
 
-def test_names_in_a_zip_are_those_in_the_folder(tmp_path):
+class Dos(zipfile.ZipInfo):
+    """A member whose name is in DOS's code page, as the format of zips says."""
+
+    def _encodeFilenameFlags(self):
+        return self.filename.encode("cp437"), self.flag_bits
+
+
+@pytest.mark.parametrize("member", [Unflagged, Dos, zipfile.ZipInfo])
+def test_names_in_a_zip_are_those_in_the_folder(tmp_path, member):
     save_images(tmp_path / "in" / "ünï code", 2)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for path in sorted((tmp_path / "in").rglob("*.png")):
-            archive.writestr(Unflagged(path.relative_to(tmp_path / "in").as_posix()), path.read_bytes())
+            archive.writestr(member(path.relative_to(tmp_path / "in").as_posix()), path.read_bytes())
     folder, zipped = (open_training_images(Source(str(tmp_path / name))) for name in ("in", "x.zip"))
     assert list(zipped.paths.names()) == list(folder.paths.names())
     assert data.digest(zipped) == data.digest(folder)

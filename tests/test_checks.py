@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from support.checks import check_images, copied_files, open_checked
 from support.data import ImageFiles, Source
@@ -141,6 +142,14 @@ def test_constant_and_repeated_images_are_named_and_so_are_unreadable_ones(tmp_p
         line.endswith("cannot be read; e.g. {} (cannot identify image file)".format(tmp_path / "broken.png"))
         for line in found
     )
+
+
+def test_images_of_a_dataset_are_checked_and_named_by_their_files(tmp_path, capsys):
+    save_images(tmp_path / "a", 1)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a" / "red.png")
+    check_images(ImageFolder(tmp_path))
+    words = "warning: 1 of 2 checked images are nearly constant: check how they were converted; e.g. "
+    assert capsys.readouterr().out == f"{words}{tmp_path}/a/red.png\n"
 
 
 def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):

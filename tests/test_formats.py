@@ -252,6 +252,7 @@ def test_grey_images_rgb_and_the_demo_for_one_channel(tmp_path):
     shape = open_training_images(Source(demo=True, form=ImageFormat(1)))
     colour = open_training_images(Source(demo=True))[3]
     assert np.array_equal(shape[3][0][0], np.asarray(colour[0].convert("L"))) and shape[3][1] == colour[1]
+    assert len(shape) == 2_048
     for form in (ImageFormat(4), ImageFormat(3, ((0, 1),))):
         with pytest.raises(UserError, match="--demo"):
             open_training_images(Source(demo=True, form=form))
