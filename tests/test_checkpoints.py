@@ -1,6 +1,7 @@
 import argparse
 import collections
 import datetime
+import errno
 import functools
 import http.server
 import os
@@ -23,6 +24,7 @@ import visualize_attention
 from support import backbones, checkpoints
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.errors import UserError
+from support.files import replacing
 from support.pickles import PlainType
 from support.weights import load_backbone
 from tests.conftest import FORGED, TINY, Call, filled_twice
@@ -63,6 +65,32 @@ def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint({"epoch": lambda: None}, path)
     assert load_checkpoint(path) == {"epoch": 1}
+
+
+def test_the_file_before_is_kept_without_links_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")  # as on FAT
+
+    monkeypatch.setattr(os, "link", refuse)
+    path, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_prev.pth"
+    for epoch in (1, 2, 3):
+        save_checkpoint({"epoch": epoch}, path, previous)
+    assert (load_checkpoint(path), load_checkpoint(previous)) == ({"epoch": 3}, {"epoch": 2})
+
+
+def test_an_error_keeps_its_text_and_gets_a_name_where_it_has_none(tmp_path):
+    for error, words in ((OSError("no codec"), "^no codec$"), (OSError(5, "I/O"), "I/O: '.*x'$")):
+        with pytest.raises(OSError, match=words), replacing(tmp_path / "x"):
+            raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_permission_is_named(permissions):
+    path = pathlib.Path("closed.pth")
+    torch.save({}, path)
+    path.chmod(0)
+    with pytest.raises(UserError, match=r"no permission to read \(closed.pth\): change its permissions"):
+        load_checkpoint(path)
 
 
 # ---- which files load

@@ -4,11 +4,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from support.errors import TrainingError, UserError
-from support.lock import FolderLock
+from support.lock import FolderLock, _started
 from tests.conftest import ROOT, run, wait_for
 
 
@@ -108,6 +109,48 @@ def test_who_lost_the_folder_learns_it(tmp_path):
         lock.check()
     lock.release()
     assert path.exists()  # it is not ours
+
+
+def test_who_lost_the_folder_no_longer_writes_to_it(tmp_path):
+    path = tmp_path / "lock"
+    lock = FolderLock(path, beat=0.02)
+    lock.acquire()
+    keeper, other = lock._thread, json.dumps(json.loads(path.read_text()) | {"token": "another"})
+
+    def has_ended() -> bool:
+        path.write_text(other)
+        return not keeper.is_alive()
+
+    wait_for(has_ended, "end of the thread", seconds=60)
+    lock.release()
+    assert path.read_text() == other
+
+
+def test_an_unreadable_moment_of_a_lock_on_another_machine_does_not_free_the_folder(tmp_path):
+    path = tmp_path / "lock"
+    FolderLock(path)._write(0)
+    told = json.loads(path.read_text()) | {"machine": ["elsewhere", "", ""], "pid": 1}
+    path.write_text(json.dumps(told))
+    threading.Timer(0.15, path.write_text, [""]).start()
+    threading.Timer(0.45, path.write_text, [json.dumps(told | {"beats": 7})]).start()
+    with pytest.raises(UserError, match="another run writes to this folder: process 1 on"):
+        FolderLock(path, beat=1).acquire()
+
+
+def test_a_process_of_another_user_holds_the_folder(permissions):
+    path = Path("lock")
+    FolderLock(path)._write(0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": 1, "started": _started(1)}))
+    with pytest.raises(UserError, match="another run writes to this folder: process 1 on"):
+        FolderLock(path).acquire()
+
+
+def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, capsys):
+    lock = FolderLock(tmp_path / "gone" / "lock")
+    lock.acquire()
+    lock.release()
+    said = f"cannot lock {tmp_path}/gone (No such file or directory): do not start a second run in it"
+    assert capsys.readouterr().out == f"warning: {said}\n"
 
 
 ENDS = """

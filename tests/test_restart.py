@@ -301,6 +301,17 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypat
     assert run.newest_whole()[1]["step"] == 2 and not run.damaged.exists()
 
 
+def test_a_checkpoint_without_permission_is_not_damaged(permissions):
+    run = Run(Path(), required=())
+    for step in (1, 2):
+        run.save({"step": step})
+    run.checkpoint.chmod(0)
+    with pytest.raises(UserError, match=r"no permission to read \(checkpoint.pth\): change its permissions"):
+        run.newest_whole()
+    run.checkpoint.chmod(0o600)
+    assert run.newest_whole()[1]["step"] == 2 and not run.damaged.exists()
+
+
 def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
     (tmp_path / "file").touch()
     Run(tmp_path / "file", required=()).save({"step": 1})
