@@ -31,6 +31,7 @@ from support.cli import bool_flag
 from support.data import Images, Source, match_classes
 from support.distributed import (
     all_gather_object,
+    broadcast_buffers,
     fix_random_seeds,
     get_world_size,
     init_distributed_mode,
@@ -242,6 +243,7 @@ class PeriodicKNN:
 
         training = network.training
         network.eval()
+        broadcast_buffers(network)  # those that the checkpoint has
         try:
             return self.evaluate(features)
         finally:

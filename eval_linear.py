@@ -227,14 +227,13 @@ def build_optimizer(classifiers: LinearClassifiers, lrs: list[float]) -> torch.o
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
 
 
-def image_batches(
-    loader: Iterable[tuple[Tensor, Tensor]], features: "Features", device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Loaded uint8 images and labels -> features (B, F) and labels (B,) on the device."""
-    for images, labels in loader:
-        images = normalize(copy_to(images, device), features.frozen.mean, features.frozen.std)
-        # A clone, because a tensor made in inference mode cannot take part in a backward pass.
-        yield features.of(images).clone(), copy_to(labels, device)
+def features_of_images(
+    images: Tensor, labels: Tensor, features: "Features", device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Loaded uint8 images (B, C, H, W) and labels -> features (B, F) and labels (B,) on the device."""
+    images = normalize(copy_to(images, device), features.frozen.mean, features.frozen.std)
+    # A clone, because a tensor made in inference mode cannot take part in a backward pass.
+    return features.of(images).clone(), copy_to(labels, device)
 
 
 def cached_batches(
@@ -248,14 +247,14 @@ def cached_batches(
 
 def train(
     classifiers: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Iterator[Tensor]:
-    """Train one step per batch of features (B, F) and labels (B,); yields its cross-entropies, (H,)."""
+) -> Iterator[tuple[Tensor, int]]:
+    """Train one step per batch of features (B, F) and labels (B,); yield its cross-entropies, (H,), and B."""
     for features, labels in batches:
         losses = torch.stack([F.cross_entropy(scores, labels) for scores in classifiers(features)])
         optimizer.zero_grad()
         losses.sum().backward()  # the gradient of each classifier comes from its own loss only
         optimizer.step()
-        yield losses.detach()
+        yield losses.detach(), len(labels)
 
 
 CHUNK = 4096  # images at a time
@@ -466,17 +465,28 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
     return {name: saved[name] for name in state}
 
 
+class Batches(NamedTuple):
+    """What a classifier trains on, epoch after epoch."""
+
+    loaded: Iterator[tuple[Tensor, Tensor]]
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # to features (B, F) and labels (B,)
+    per_epoch: int  # of one rank
+    images: int  # of all ranks in an epoch
+
+
 def build_batches(
     args: argparse.Namespace, features: Features, images: Images, first_epoch: int, device: torch.device
-) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
-    """Build batches of features (B, F) and labels (B,), epoch after epoch; also their number per epoch."""
+) -> Batches:
+    """Build the batches from this epoch on."""
     order = EpochBatches(len(images), args.batch_size_per_gpu, args.seed, drop_last=False)
     order.first_step, order.last_step = (n * order.steps_per_epoch for n in (first_epoch, args.epochs))
     if args.cache_features:
-        return cached_batches(*extract(args, features, images, device), order), order.steps_per_epoch
+        cached = cached_batches(*extract(args, features, images, device), order)
+        return Batches(cached, lambda *batch: batch, order.steps_per_epoch, len(images))
     augmented = AugmentedImages(images, features.frozen.image_size, args.seed)
     loader = make_loader(augmented, order, args.num_workers, device)
-    return image_batches(loader, features, device), order.steps_per_epoch
+    prepare = functools.partial(features_of_images, features=features, device=device)
+    return Batches(iter(loader), prepare, order.steps_per_epoch, len(images))
 
 
 def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
@@ -499,9 +509,9 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
         if state["epoch"] < args.epochs:  # else the images are not needed
             x, labels = extract(args, features, val_images, device)
             val_data = x, to_classes(labels, val_images, classes, num_labels)
-            batches, steps = build_batches(args, features, train_images, state["epoch"], device)
+            batches = build_batches(args, features, train_images, state["epoch"], device)
             state |= {"args": vars(args), "classes": classes}
-            train_epochs(args, run, state, batches, steps, val_data)
+            train_epochs(args, run, state, batches, val_data)
     report(args.lr, state["best"])
     return state["best"]
 
@@ -520,31 +530,32 @@ def train_epochs(
     args: argparse.Namespace,
     run: Run,
     state: dict,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    steps: int,
+    batches: Batches,
     val_data: tuple[Tensor, Tensor],
 ) -> None:
-    """Train the pieces of the run to `--epochs`, `steps` batches each; validate, log and save.
+    """Train the pieces of the run to `--epochs`; validate, log and save.
 
     Updates `state`: the epoch, and the best validations and classifier. Raises TrainingError if no
     classifier's loss is finite.
     """
     classifiers, optimizer, scheduler = run.pieces.values()
     model = DistributedDataParallel(classifiers) if get_world_size() > 1 else classifiers
-    batch_size = args.batch_size_per_gpu * get_world_size()
+    steps = batches.per_epoch
     for epoch in range(state["epoch"], args.epochs):
-        logger = MetricLogger(images_per_step=batch_size)
-        total = torch.zeros(len(args.lr), device=val_data[0].device)
+        logger = MetricLogger(images_per_step=batches.images / steps)
+        sums = torch.zeros(len(args.lr) + 1, device=val_data[0].device)  # of the losses, and of the images
         left = steps * (args.epochs - epoch - 1)
-        epoch_batches = logger.log_every(
-            itertools.islice(batches, steps), PRINT_FREQ, f"epoch {epoch}", steps, steps_after=left
+        loaded = logger.log_every(
+            itertools.islice(batches.loaded, steps), PRINT_FREQ, f"epoch {epoch}", steps, steps_after=left
         )
-        for step, losses in enumerate(train(model, optimizer, epoch_batches)):
-            total += losses
-            if step % PRINT_FREQ == 0:  # the host waits here
-                logger.update(loss=losses.mean().item())
+        prepared = itertools.starmap(batches.prepare, loaded)
+        for step, (losses, count) in enumerate(train(model, optimizer, prepared)):
+            sums += count * F.pad(losses, (0, 1), value=1.0)
+            if step % PRINT_FREQ == 0:  # the host waits here; the rates that are too high do not show
+                logger.update(loss=losses.nan_to_num(nan=torch.inf).min().item())
         scheduler.step()
-        mean_losses = all_reduce_mean(total / steps).tolist()
+        sums = all_reduce_mean(sums)
+        mean_losses = (sums[:-1] / sums[-1]).tolist()
         if not any(map(math.isfinite, mean_losses)):
             raise TrainingError("the loss of every --lr is not finite", f"epoch {epoch}", "lower --lr")
         rows = zip(args.lr, mean_losses, strict=True)
@@ -574,7 +585,8 @@ def report(lrs: list[float], best: list[dict]) -> None:
     log(f"{'lr':>10} {'top-1':>7} {'top-5':>7}  epoch")
     for lr, row in zip(lrs, best, strict=True):
         log(f"{lr:10g} {row['acc1']:7.2f} {row['acc5']:7.2f}  {row['epoch']}")
-    lr, row = max(zip(lrs, best, strict=True), key=lambda pair: pair[1]["acc1"])
+    # Of equal ones, the first that was reached, as in `keep_best`.
+    lr, row = max(zip(lrs, best, strict=True), key=lambda pair: (pair[1]["acc1"], -pair[1]["epoch"]))
     log(f"Best accuracy: top-1 {row['acc1']:.2f} %, top-5 {row['acc5']:.2f} %, with --lr {lr:g}")
 
 

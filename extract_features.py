@@ -382,7 +382,8 @@ def fill(store: Store, dataset: Rows, model: Callable[[Tensor], Tensor], num_wor
     rounds = math.ceil((store.blocks - first) / ranks)
     blocks = [store.rows(first + ranks * number + get_rank()) for number in range(rounds)]
     loader = make_loader(dataset, [list(rows) for rows in blocks if rows], num_workers, device)
-    logger = MetricLogger(images_per_step=ranks * store.block)
+    images_left = store.shape[0] - first * store.block
+    logger = MetricLogger(images_per_step=images_left / max(rounds, 1))
     every = max(1, RECORD // store.block)
     with contextlib.closing(iter(loader)) as loaded:
         # In the last round, some ranks may have no block.

@@ -443,6 +443,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", "shorten it")
         setattr(args, name, args.epochs / 10)  # as long as in the published recipe, or shorter
         log(f"warning: --{name} shortened from {value} to {args.epochs / 10:g}, as --epochs is {args.epochs}")
+    if args.warmup_epochs == args.epochs:
+        log(
+            f"warning: --warmup_epochs {args.warmup_epochs:g} is the whole run: the learning rate never falls"
+        )
 
 
 WARM_UPS = "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"
@@ -528,10 +532,11 @@ def find_format(args: argparse.Namespace, images: Images, run: Run | None, names
         found, origin = {name: known[name] for name in names}, "from the run to resume"
     else:
         values = sample_values(images, args.in_chans)
-        limits = estimate_range(values) if "value_range" in names else args.value_range
+        limits = estimate_range(values, args.in_chans) if "value_range" in names else args.value_range
         found, origin = {"value_range": limits}, f"estimated from up to {SAMPLE} images"
         if {"mean", "std"} & set(names):
-            found["mean"], found["std"] = estimate_normalization(values, pairs(limits))
+            form = ImageFormat(args.in_chans, pairs(limits))
+            found["mean"], found["std"] = estimate_normalization(values, form)
         found = {name: found[name] for name in names}
     words = " ".join(f"--{name} {' '.join(map(str, numbers))}" for name, numbers in found.items())
     log(f"{origin}: {words}")
@@ -1039,11 +1044,14 @@ def train_one_epoch(
     A batch is as `to_device` yields it: uint8 views on the device, one tensor (B, V, C, H, W) for each size;
     the colours that are still to be applied to them; and (B,) indices of images that were replaced, or -1.
     """
+    per_epoch = t.steps.per_epoch
+    begun = stretch.start % per_epoch
     wanted = logger.log_every(
         itertools.islice(batches, len(stretch)),
         header=f"epoch {epoch}",
-        length=len(stretch),
-        steps_after=t.steps.last - stretch.stop,
+        length=per_epoch,
+        steps_after=t.steps.last - (epoch + 1) * per_epoch,
+        numbers=range(begun + 1, begun + len(stretch) + 1),
     )
     step = stretch.start - 1  # in case a signal ends the loop before the first batch
     for step, (views, colours, unreadable) in enumerate(wanted, stretch.start):

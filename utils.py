@@ -338,9 +338,9 @@ class DINOLoss(nn.Module):
 
     A batch may consist of `accum_steps` parts of one size: the centre is updated after the last one, with
     the mean over all. Then `stats` holds means over the parts, as scalars on the device. In nats: "loss";
-    the teacher's "entropy"; the "spread" of its outputs over the images, i.e. the entropy of their mean
-    minus the mean of their entropies, which is 0 if all images get the same output; "kl",
-    KL(teacher || student). With `adapt_teacher_temp`, also the teacher's temperature, "temp".
+    the teacher's "entropy"; "kl", KL(teacher || student); the "spread" of its outputs over the images of
+    all ranks, i.e. the entropy of their mean minus the mean of their entropies, which is 0 if all images
+    get the same output. With `adapt_teacher_temp`, also the teacher's temperature, "temp".
     """
 
     center: Tensor
@@ -363,7 +363,7 @@ class DINOLoss(nn.Module):
         self.ncrops, self.accum_steps, self.student_temp = ncrops, accum_steps, student_temp
         self.centering, self.center_momentum = centering, center_momentum
         self.adapt_teacher_temp = adapt_teacher_temp
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.stats: dict[str, Tensor] = {}
         self.teacher_temps = warmup_teacher_temp, teacher_temp
@@ -413,15 +413,16 @@ class DINOLoss(nn.Module):
                 loss = -(teacher_p * others).sum(dim=-1).mean() / (self.ncrops - 1)
 
             with torch.no_grad():
-                mean_p = teacher_p.mean(dim=(0, 1))[None]  # (1, K): before torch 2.11, MPS lacks (K,) @ (K,)
-                spread = _entropy(mean_p, mean_p.clamp(min=1e-30).log())[0] - entropy
-                stats = {"loss": loss, "entropy": entropy, "spread": spread, "kl": loss - entropy}
+                stats = {"loss": loss, "entropy": entropy, "kl": loss - entropy}
                 stats |= {"temp": temp} if isinstance(temp, Tensor) else {}
-                self.parts.append((torch.stack([*stats.values()]), teacher_output.float().mean(dim=0)[None]))
+                means = teacher_output.float().mean(dim=0), teacher_p.mean(dim=(0, 1))  # (K,)
+                self.parts.append((torch.stack([*stats.values()]), *means))
                 if len(self.parts) == self.accum_steps:
-                    values, center = (torch.stack(part).mean(0) for part in zip(*self.parts, strict=True))
+                    values, center, p = (torch.stack(part).mean(0) for part in zip(*self.parts, strict=True))
                     self.stats = dict(zip(stats, values.unbind(), strict=True))
-                    self.update_center(center)
+                    p = all_reduce_mean(p)[None]  # (1, K): before torch 2.11, MPS lacks (K,) @ (K,)
+                    self.stats["spread"] = _entropy(p, p.clamp(min=1e-30).log())[0] - self.stats["entropy"]
+                    self.update_center(center[None])
                     self.parts.clear()
         return loss
 

@@ -34,7 +34,8 @@ def attention_map(
     else:
         attention = _timm_attention(backbone, images, layer, rows * cols, number)
     first = attention.shape[-1] - rows * cols  # CLS, registers and other tokens precede the patches
-    if attention.ndim != 3 or (first < 1 and patch is None):
+    has_cls = first > 0 and getattr(backbone, "cls_token", None) is not None  # else a register may be first
+    if attention.ndim != 3 or not (has_cls or patch):
         what = "CLS attention" if patch is None else "attention of patches"
         where = f" in layer {layer} from the end" if layer > 1 else ""
         lacks = f"{type(backbone).__name__} has no {what} over patches{where}"

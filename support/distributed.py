@@ -411,6 +411,13 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give all ranks the first rank's buffers, e.g. the running means of batch norms."""
+    if get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def all_gather(tensor: Tensor) -> Tensor:
     """Tensors of the same shape from all ranks, concatenated along the first dimension."""
     if get_world_size() == 1:

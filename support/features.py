@@ -163,12 +163,13 @@ def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
 def last_cls_tokens(network: Any, images: Tensor, n: int) -> list[Tensor]:
     """Normed CLS tokens after each of the last `n` blocks: n times (B, D).
 
-    Works for our ViTs and for timm's that have a CLS token. Raises UserError as `patch_tokens` does.
+    Works for our ViTs and for timm's that have a CLS token. Raises UserError as `patch_tokens` does, and for
+    networks whose first token is another one, e.g. a register.
     """
     if isinstance(network, VisionTransformer):
         return [layer[:, 0] for layer in network.get_intermediate_layers(images, n)]
     layers: list = []
-    if getattr(network, "num_prefix_tokens", 1):
+    if getattr(network, "cls_token", None) is not None:
         layers = _timm_layers(network, images, n, output_fmt="NLC", return_prefix_tokens=True)
     if not layers or not all(isinstance(layer, tuple) and layer[1].shape[1] for layer in layers):
         raise UserError(

@@ -49,7 +49,7 @@ class SmoothedValue:
 class MetricLogger:
     """Shows an epoch while it runs: a progress bar on a terminal, else a line every `print_freq` steps."""
 
-    def __init__(self, delimiter: str = "  ", images_per_step: int = 0):
+    def __init__(self, delimiter: str = "  ", images_per_step: float = 0):
         """`images_per_step` counts all ranks, for the speed; 0 leaves the speed out."""
         self.delimiter, self.images_per_step = delimiter, images_per_step
         self.start_epoch()
@@ -87,18 +87,22 @@ class MetricLogger:
         header: str = "",
         length: int | None = None,
         steps_after: int = 0,
+        numbers: range | None = None,
     ) -> Iterator:
         """Yield the batches; time them and show the meters in between.
 
-        `length` is the number of batches; if not given, it is `len(iterable)`. The remaining time counts
-        `steps_after` more steps.
+        `length` is the number of batches in an epoch; if not given, it is `len(iterable)`. `numbers` are the
+        places of the batches in it, by default 1 to `length`. The remaining time counts `steps_after` more
+        steps than the epoch's.
         """
         length = len(iterable) if length is None else length
+        numbers = range(1, length + 1) if numbers is None else numbers
         digits = len(str(length))
         show_bar = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
-        with tqdm(total=length, desc=header, leave=False, disable=not show_bar) as bar:
+        begun = numbers.start - 1
+        with tqdm(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
             asked = time.perf_counter()
-            for step, batch in enumerate(iterable, 1):
+            for step, batch in zip(numbers, iterable, strict=False):
                 got = time.perf_counter()
                 yield batch
                 done = time.perf_counter()
@@ -109,7 +113,7 @@ class MetricLogger:
                 left = length - step + steps_after
                 if show_bar:
                     bar.set_postfix_str(self.status(left), refresh=False)
-                elif step % print_freq == 0 or step == length:
+                elif step % print_freq == 0 or step == numbers.stop - 1:
                     log(f"{header} [{step:{digits}d}/{length}] {self.status(left)}")
 
     def status(self, steps_left: int) -> str:

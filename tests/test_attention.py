@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support import backbones
 from support.attention import attention_map, keep_mass
 from support.errors import UserError
+from support.features import last_cls_tokens
 
 
 def test_rows_of_patches_come_out_as_rows_of_the_image():
@@ -138,6 +139,17 @@ def test_registers_are_not_taken_for_patches():
     attention.attn_drop.register_forward_hook(lambda module, inputs, softmax: maps.append(softmax))
     row = attention_map(backbone, images, layer=2, patch=(1, 3))
     torch.testing.assert_close(row.flatten(-2), maps[0][:, :, 5 + 4 + 3, 5:])
+
+
+def test_a_register_is_not_taken_for_the_cls_token():
+    """Some of timm's ViTs have registers and average the patches."""
+    backbone = backbones.build_backbone("vit_little_patch16_reg1_gap_256")[0].eval()
+    images = torch.randn(1, 3, 256, 256)
+    with pytest.raises(UserError, match="has no CLS attention over patches"):
+        attention_map(backbone, images)
+    with pytest.raises(UserError, match="has no CLS token in its blocks"):
+        last_cls_tokens(backbone, images, 2)
+    assert attention_map(backbone, images, patch=(1, 2)).shape[-2:] == (16, 16)
 
 
 def test_a_layer_without_cls_still_has_patches():

@@ -325,6 +325,17 @@ def test_a_fault_of_one_rank_keeps_its_traceback_and_ends_the_other(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_first_ranks_buffers_are_given_to_all(tmp_path):
+    body = """
+norm = torch.nn.BatchNorm1d(3)
+norm.running_mean += rank + 1
+broadcast_buffers(norm)
+assert norm.running_mean.tolist() == [1, 1, 1], norm.running_mean
+"""
+    assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
+
+
+@pytest.mark.slow
 def test_the_main_process_is_first(tmp_path):
     file = str(tmp_path / "file")
     body = (

@@ -196,7 +196,7 @@ def test_the_first_losses_equal_a_plain_loop():
     losses = []
     for epoch in range(4):
         epoch_batches = batches[5 * epoch : 5 * epoch + 5]
-        losses += [loss.item() for loss in eval_linear.train(classifiers, optimizer, epoch_batches)]
+        losses += [loss.item() for loss, _ in eval_linear.train(classifiers, optimizer, epoch_batches)]
         scheduler.step()
     assert len(losses) == 20 and losses == pytest.approx(expected, rel=1e-6)
     assert losses[-1] < losses[0]
@@ -286,6 +286,28 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(labelled, tmp_path, mon
     whole, parts = (load_checkpoint(tmp_path / n / "checkpoint.pth.tar") for n in ("whole", "parts"))
     assert whole["best"] == parts["best"] and whole["epoch"] == parts["epoch"] == 3
     torch.testing.assert_close(whole["classifiers"], parts["classifiers"], rtol=0, atol=0)
+
+
+def test_of_equal_accuracies_the_classifier_that_is_reported_is_the_one_that_is_kept(capsys):
+    classifiers, state = LinearClassifiers(2, 4, 3), {"best": [{"acc1": -1.0}, {"acc1": -1.0}]}
+    kept = []
+    for epoch, accuracies in enumerate([(50.0, 60.0), (60.0, 60.0)]):
+        results = [{"acc1": acc1, "acc5": 90.0 + i} for i, acc1 in enumerate(accuracies)]
+        eval_linear.keep_best(state, classifiers, results, epoch)
+        kept.append(state["state_dict"])
+    assert kept[0] is kept[1] and torch.equal(kept[0]["linear.weight"], classifiers[1].linear.weight)
+    capsys.readouterr()
+    eval_linear.report([0.1, 0.2], state["best"])
+    assert "top-5 91.00 %, with --lr 0.2" in capsys.readouterr().out
+
+
+def test_the_mean_loss_is_over_the_images_not_over_the_batches(labelled, tmp_path):
+    """The last batch of 15 images has one; a learning rate of 0 leaves the classifier as it is."""
+    flags = "--cache_features", "--epochs", 1, "--lr", 1e-20
+    for size in (15, 14):
+        probe(labelled, tmp_path / str(size), *flags, "--batch_size_per_gpu", size)
+    whole, parts = (log_of(tmp_path / name)[0]["train_loss"] for name in ("15", "14"))
+    assert parts == pytest.approx(whole, rel=1e-5)
 
 
 def test_cached_batches_follow_the_sampler():

@@ -202,7 +202,7 @@ def test_an_array_that_holds_no_image_takes_no_part_in_what_is_estimated(tmp_pat
     images = open_training_images(Source(str(tmp_path), form=form))
     with pytest.raises(ValueError, match=message):
         images.pixels(0)
-    sample = sample_values(images, 3)
+    (sample,) = sample_values(images, 3)
     assert np.array_equal(sample, sound.reshape(-1, 3).T) and sample.dtype == sound.dtype
 
 
@@ -228,9 +228,21 @@ def test_8_bit_values_without_a_range_are_the_levels(tmp_path, channels, capsys)
     check_images(images)
     assert "warning" not in capsys.readouterr().out
     sample = sample_values(images, channels)
-    assert np.array_equal(sample, values.reshape(channels, -1))
-    mean = estimate_normalization(sample, None)[0]
+    assert np.array_equal(sample[0], values.reshape(channels, -1))
+    mean = estimate_normalization(sample, images.form)[0]
     assert mean == pytest.approx((values / 255).mean(axis=(1, 2)).tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("limits", [None, ((0.0, 255.0),)])
+def test_estimates_for_grey_from_rgb_are_those_of_the_luma(tmp_path, limits):
+    """Not of the three channels as one."""
+    Image.fromarray(
+        (np.random.default_rng(0).integers(0, 256, (40, 40, 3)) // [1, 4, 9]).astype(np.uint8)
+    ).save(tmp_path / "x.png")
+    images = ImageFiles(tmp_path / "x.png", form=ImageFormat(1, limits))
+    grey = np.asarray(Image.open(tmp_path / "x.png").convert("L")) / 255
+    (mean,), (std,) = estimate_normalization(sample_values(images, 1), images.form)
+    assert (mean, std) == pytest.approx((grey.mean(), grey.std()), rel=1e-3)
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("imagecodecs")), reason="imagecodecs is installed")
@@ -395,9 +407,10 @@ def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, t
     first = weights_of(run)["args"]
     images = open_training_images(Source(str(satellite / "train"), form=ImageFormat(BANDS, ())))
     values = sample_values(images, BANDS)
-    limits = estimate_range(values)
+    limits = estimate_range(values, BANDS)
     assert first["value_range"] == limits
-    assert (first["mean"], first["std"]) == estimate_normalization(values, pairs(limits))
+    form = ImageFormat(BANDS, pairs(limits))
+    assert (first["mean"], first["std"]) == estimate_normalization(values, form)
     again = main_dino.parse_args([f"@{run / 'args.txt'}"])
     assert all(getattr(again, name) == first[name] for name in ("in_chans", "value_range", "mean", "std"))
 
@@ -421,7 +434,7 @@ def test_a_range_is_estimated_beside_a_mean_that_is_given(satellite):
     args = main_dino.parse_args(argv)
     images = open_training_images(Source(str(satellite / "train"), form=main_dino.image_format(args)))
     main_dino.settle_format(args, images)
-    assert args.value_range == estimate_range(sample_values(images, BANDS))
+    assert args.value_range == estimate_range(sample_values(images, BANDS), BANDS)
     assert (args.mean, args.std) == ([0.5] * BANDS, [0.25] * BANDS)
 
 
@@ -467,7 +480,8 @@ def test_each_script_uses_the_recorded_numbers(satellite, run, tmp_path):
             eval_linear.extract(linear, built, val, torch.device("cpu"))[0], expected, atol=1e-5
         )
         augmented = torch.stack([eval_linear.AugmentedImages(val, 32, 0)[0, 0][0]])
-        batch, _ = next(eval_linear.image_batches([(augmented, torch.zeros(1))], built, torch.device("cpu")))
+        device = torch.device("cpu")
+        batch, _ = eval_linear.features_of_images(augmented, torch.zeros(1), built, device)
         center, scale = (torch.tensor(x).view(-1, 1, 1) for x in (frozen.mean, frozen.std))
         assert torch.allclose(batch, frozen.network((augmented / 255 - center) / scale), atol=1e-4)
 

@@ -44,3 +44,10 @@ def test_tensors_are_summed_as_numbers():
     for _ in range(500):
         logger.update(accuracy=torch.tensor(50.0, dtype=torch.bfloat16, requires_grad=True))
     assert json.dumps(logger.averages()["accuracy"]) == "50.0"
+
+
+def test_a_part_of_an_epoch_is_numbered_as_in_the_epoch(capsys):
+    """Between two saves, and after a restart."""
+    list(MetricLogger().log_every("abcdefgh", 4, "epoch 2", length=24, steps_after=-4, numbers=range(14, 22)))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in lines] == ["epoch 2 [16/24", "epoch 2 [20/24", "epoch 2 [21/24"]
