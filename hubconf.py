@@ -113,9 +113,10 @@ def _published(name, pretrained):
         return dino(name)
     with _own_modules():
         from support.checkpoints import PUBLISHED
+        from vision_transformer import VITS
 
         _, arch, patch_size = PUBLISHED[name]
-    return dino("random", arch=arch, patch_size=patch_size)
+    return dino("random", arch=arch, patch_size=patch_size if arch in VITS else None)  # else the name says it
 
 
 def dino_vits16(pretrained=True):

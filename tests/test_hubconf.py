@@ -1,4 +1,5 @@
 import importlib
+import re
 import subprocess
 import sys
 
@@ -61,6 +62,20 @@ def test_published_networks_with_random_weights(name, width):
     assert network(torch.randn(1, 3, 32, 32)).shape == (1, width)
     if name == "dino_vits8":
         assert network.patch_embed.patch_size == 8
+
+
+@pytest.mark.parametrize("name", sorted(NINE))
+def test_published_networks_are_what_their_descriptions_say(name, capsys):
+    with torch.device("meta"):
+        network = load(name, pretrained=False)
+        features = network(torch.zeros(1, 3, 224, 224)).shape[1]
+    words = getattr(hubconf, name).__doc__
+    said, millions = re.search(r": (\d+) features, ([\d.]+) M parameters", words).groups()
+    count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert features == int(said) and f"{count:.{len(millions.partition('.')[2])}f}" == millions
+    if name != "dino_resnet50":
+        assert network.patch_embed.patch_size == int(re.search(r"\d+$", name)[0])
+    assert capsys.readouterr().out == ""  # as no flag without effect was given
 
 
 def test_published_weights_are_read_from_torch_hubs_folder(tmp_path, monkeypatch):
