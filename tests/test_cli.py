@@ -2,6 +2,8 @@ import argparse
 import importlib
 import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,23 @@ def test_the_one_that_knows_says_it(monkeypatch, capsys):
     cli.say(UserError("all of them know"))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: out of memory: no room: lower") and second == "error: cannot read image"
+
+
+def test_who_does_not_know_its_rank_says_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "x"), monkeypatch.setenv("WORLD_SIZE", "2")
+    cli.say(UserError("no such folder"))
+    assert capsys.readouterr().err == "error: no such folder\n"
+
+
+def test_output_that_nobody_reads_ends_the_run_with_a_line():
+    code = "from support import cli; cli.run_script(lambda _: print('a line', flush=True), None)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()  # as `head` does
+    said = process.stderr.read()
+    assert process.wait() == 141 and said.startswith("stopped: the reader of the output has ended: run the")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

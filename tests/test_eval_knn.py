@@ -254,6 +254,11 @@ def test_values_that_are_no_features_or_labels_are_refused(tmp_path, name, chang
 def test_test_labels_that_training_lacks_are_named(tmp_path, capsys):
     saved_features(tmp_path, testlabels=lambda labels: labels + 2)
     assert "warning: 6 of 9 test labels are not among the training labels" in capsys.readouterr().out
+
+
+def test_one_class_is_named_since_all_answers_are_right(tmp_path, capsys):
+    saved_features(tmp_path, trainlabels=torch.zeros_like, testlabels=torch.zeros_like)
+    assert "warning: only one class, so all answers are right" in capsys.readouterr().out
     y, test_y, num_classes = eval_knn.number_classes(torch.tensor([7, 3, 3]), torch.tensor([3, 5, 7, 9]))
     assert (y.tolist(), test_y.tolist(), num_classes) == ([1, 0, 0], [0, -1, 1, -1], 2)
     x = F.normalize(torch.randn(7, 4), dim=1)

@@ -246,6 +246,7 @@ def test_a_name_counts_once_and_a_byte_order_mark_is_no_part_of_it(tmp_path, cap
     write_voc(tmp_path)
     listed = tmp_path / "ImageSets/Segmentation/val.txt"
     listed.write_text("\ufeff" + listed.read_text() + "val 1\nval 1\n", encoding="utf-8")
+    (tmp_path / "JPEGImages" / "val 1.txt").write_text("not an image of this name")
     assert MaskedFiles(tmp_path, "val").stems == ["val 0", "val 1", "val 2", "val 3"]
     assert f"note: 2 repeated lines were left out: {listed}" in capsys.readouterr().out.splitlines()
 
@@ -326,6 +327,14 @@ def spoil_val_class(root):
 LIST = "ImageSets/Segmentation/train.txt"
 
 
+def make_void(root) -> None:
+    """Leave one pixel of each class in the training masks."""
+    mask = np.full((32, 48), 255, np.uint8)
+    mask[0, :4] = 0, 1, 2, 3
+    for path in (root / "SegmentationClass").glob("train *"):
+        Image.fromarray(mask).save(path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -354,6 +363,7 @@ LIST = "ImageSets/Segmentation/train.txt"
             "cannot read mask: .*val 0.png",
         ),
         (lambda root: (root / "JPEGImages").rename(root / "images"), r"No such file .*JPEGImages\)"),
+        (make_void, r"most of each patch is void \(training masks\): give masks with more of the classes"),
     ],
 )
 def test_bad_data_is_one_clear_line_before_the_work(tmp_path, spoil, message):
@@ -373,6 +383,7 @@ def test_bad_data_is_one_clear_line_before_the_work(tmp_path, spoil, message):
         (["--demo"], "no weights given"),
         (["--demo", "--pretrained_weights", "pixels"], "Flatten has no patch tokens"),
         (["--demo", *RANDOM_VIT, "--image_size", "60"], "60"),
+        (["--demo", *RANDOM_VIT, "--data_path", "/x"], r"own images \(--data_path /x\): leave one out"),
     ],
 )
 def test_bad_usage_is_one_clear_line(flags, message):

@@ -376,6 +376,7 @@ def test_numbers_without_leading_zeros_are_in_order(tmp_path):
     for number in (1, 2, 10, 9):
         (tmp_path / f"{number}.jpg").touch()
     (tmp_path / "._1.jpg").touch()
+    (tmp_path / "1.txt").touch(), (tmp_path / "3.jpg").mkdir()
     assert [path.name for path in video._files(tmp_path, ".jpg").values()] == [
         "1.jpg",
         "2.jpg",

@@ -271,15 +271,21 @@ def test_lost_files_are_computed_again(half_done, capsys):
     assert "resuming" not in capsys.readouterr().out and np.isfinite(whole).all(axis=1).sum() == 19
     (half_done / "features.npy").unlink()
     assert np.array_equal(np.load(extract(half_done, *flags)), whole, equal_nan=True)
-    (half_done / "features.json").write_text("{}")
-    with pytest.raises(UserError, match="does not say what the features are"):
-        extract(half_done, *flags)
+    for record in ("{}", '{"identity": {}, "blocks": "2"}', '{"identity": [], "blocks": 2}'):
+        (half_done / "features.json").write_text(record)
+        with pytest.raises(UserError, match="does not say what the features are"):
+            extract(half_done, *flags)
     (half_done / "features.json").unlink()
     with pytest.raises(UserError, match="file is not ours"):
         extract(half_done, *flags)
 
 
-def test_a_file_cut_short_is_refused(half_done):
+def test_a_file_of_another_shape_or_cut_short_is_refused(half_done):
+    path = half_done / "features.npy.partial"
+    rows, width = np.load(path, mmap_mode="r").shape
+    extract_features._create(path, (width, rows), np.dtype("float32"))  # of the same length
+    with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
+        extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
     os.truncate(half_done / "features.npy.partial", 5000)
     with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
         extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")

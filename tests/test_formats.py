@@ -522,6 +522,9 @@ def test_segmentation_uses_the_recorded_numbers(run, tmp_path):
     assert torch.allclose(batch[0], (resized / 255 - 0.9) / 0.1, atol=1e-4)
     argv = ["--pretrained_weights", str(run / "checkpoint.pth"), "--data_path", str(tmp_path)]
     eval_segmentation.main(eval_segmentation.parse_args([*argv, "--num_workers", "0"]))
+    save_tiff(tmp_path / "JPEGImages" / "val.tif", scene(5, 1, 4))
+    with pytest.raises(WrongFormat, match=r"^image has 4 channels, not 13 \(.*val.tif\)"):
+        eval_segmentation.open_masked(str(tmp_path), False, frozen.form)
 
 
 def test_the_loop_normalises_by_the_flags(satellite, tmp_path):

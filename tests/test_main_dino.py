@@ -135,6 +135,7 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--data_path {images} --arch vit_smal", "did you mean vit_small"),
         ("--data_path {images} --mean 124 116 104", r"must be from 0 to 1 \(--mean 124.*by 255"),
         ("--data_path {images} --std 58 57 57", r"must be from 0 to 1 \(--std 58"),
+        ("--demo --init_from x.pth", r"starts from random weights \(--init_from x.pth\): leave it out"),
     ],
 )
 def test_bad_usage_is_one_clear_line(images, tmp_path, capsys, flags, message):
@@ -225,6 +226,13 @@ def test_the_recipes_flags_reach_the_views():
 def test_what_has_no_effect_in_a_recipe_is_said(flags, named, capsys):
     main_dino.check_args(main_dino.parse_args(flags.split()))
     assert re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().out) == named
+
+
+def test_saving_more_rarely_than_each_epoch_is_said(capsys):
+    for every, count in (("4", 0), ("5", 1)):
+        main_dino.count_steps(main_dino.parse_args([*TINY, "--save_every_steps", every]), 20)
+        words = "warning: --save_every_steps has no effect: an epoch has 5 steps, the run 10\n"
+        assert capsys.readouterr().out == words * count
 
 
 def test_local_views_larger_than_global_ones_are_said(capsys):
@@ -976,7 +984,7 @@ def test_one_host_sync_per_step(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_demo_keeps_a_picture_of_the_user(images, tmp_path):
+def test_the_demo_keeps_a_picture_of_the_user(images, tmp_path, monkeypatch, capsys):
     train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1)
     args = main_dino.parse_args([*TINY, "--output_dir", str(tmp_path)])
     knn = {"raw pixels": 1, "random initialisation": 2, "trained teacher": 3}
@@ -984,6 +992,9 @@ def test_the_demo_keeps_a_picture_of_the_user(images, tmp_path):
     path.write_bytes(b"the user's")
     with pytest.raises(UserError, match=r"would overwrite .*demo.png\): give another --output_dir"):
         main_dino.draw_demo(args, str(tmp_path / "checkpoint.pth"), knn)
+    monkeypatch.setattr("support.shapes.Shapes.__len__", lambda shapes: 24)
+    main_dino.report_demo(args)  # the figures come all the same
+    assert re.search(r"trained teacher .* %\n(.*\n)*note: no picture: would overw", capsys.readouterr().out)
     assert path.read_bytes() == b"the user's"
     path.unlink()
     for _ in range(2):  # its own is replaced

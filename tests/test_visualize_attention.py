@@ -423,6 +423,7 @@ def test_the_demo_draws_the_trained_network(tmp_path):
         (["--image_path", "{broken}", "--pca"], "cannot read image: .*broken.png"),
         (["--image_path", "{good}", "--video", "{good}"], "leave out one of the two"),
         (["--demo", "--video", "{good}"], "draws its own images"),
+        (["--in_chans", "13", "--video", "{good}"], r"takes 13 channels \(--video\): give --image_path"),
         (["--video", "/nowhere.mp4"], r"no such file \(--video /nowhere.mp4\)"),
         (["--video", "{broken}"], "cannot read video"),
         (["--video", "{empty}"], "no frames"),
