@@ -663,14 +663,15 @@ def distribute(model: nn.Module, device: torch.device, sizes: Iterable[Size], in
     return model.train()
 
 
-def synchronize_batchnorms(model: MultiCropWrapper, device: torch.device) -> None:
+def synchronize_batchnorms(models: tuple[MultiCropWrapper, ...], device: torch.device) -> None:
     """Make batch norms, in place, use the statistics of all ranks' images, where torch can."""
-    if get_world_size() == 1 or not utils.has_batchnorms(model):
+    if get_world_size() == 1 or not any(map(utils.has_batchnorms, models)):
         return
     if device.type == "cpu":
         log("warning: batch norms see each process's own images: torch synchronises them on GPUs only")
         return
-    backbones.convert_batchnorms(model)
+    for model in models:
+        backbones.convert_batchnorms(model)
 
 
 def check_device(args: argparse.Namespace, device: torch.device) -> None:
@@ -794,8 +795,8 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         if args.norm_last_layer and (lengths != 1).any():
             log("prototypes scaled to unit length, as --norm_last_layer is true")
             nn.init.ones_(lengths)
+    synchronize_batchnorms((student_without_ddp, teacher), device)
     for model in (student_without_ddp, teacher):
-        synchronize_batchnorms(model, device)
         model.to(device)
     check_batch_norms(student_without_ddp.backbone, args, device)
     if args.grad_checkpointing:

@@ -162,6 +162,13 @@ def test_all_ranks_end_and_one_speaks():
     assert result.stderr.count("error: no such folder") == 1
 
 
+@pytest.mark.slow
+def test_batch_norms_of_several_processes_on_cpus_are_a_warning(images, tmp_path):
+    flags = "--use_bn_in_head", "true", "--max_steps", "1", "--data_path", str(images)
+    said = torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path)).stdout
+    assert said.count("warning: batch norms see each process's own images") == 1
+
+
 def test_warmups_left_at_their_defaults_are_shortened(capsys):
     args = main_dino.parse_args(["--epochs", "1"])
     main_dino.check_args(args)
