@@ -1,4 +1,5 @@
 import re
+import sys
 
 import pytest
 import torch
@@ -37,10 +38,13 @@ def test_backbones_by_name_take_both_crop_sizes(arch, dim, sizes):
     assert unused == []  # else DistributedDataParallel would wait for ever
 
 
-def test_batch_norms_over_all_ranks_keep_timms_activations():
+def test_batch_norms_over_all_ranks_keep_timms_activations(monkeypatch):
     model = backbones.convert_batchnorms(backbones.build_backbone("tf_efficientnet_b0")[0])
     norms = [type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert set(norms) == {"SyncBatchNormAct"}
+    model = backbones.convert_batchnorms(backbones.build_backbone("resnet18")[0])
+    assert isinstance(model.bn1, nn.SyncBatchNorm)
+    monkeypatch.delitem(sys.modules, "timm")  # as in a run that does not need it
     model = backbones.convert_batchnorms(backbones.build_backbone("resnet18")[0])
     assert isinstance(model.bn1, nn.SyncBatchNorm)
 

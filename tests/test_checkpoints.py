@@ -24,7 +24,7 @@ import visualize_attention
 from support import backbones, checkpoints
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.errors import UserError
-from support.files import replacing
+from support.files import _sync_folder, replacing
 from support.pickles import PlainType
 from support.weights import load_backbone
 from tests.conftest import FORGED, TINY, Call, filled_twice
@@ -83,6 +83,11 @@ def test_an_error_keeps_its_text_and_gets_a_name_where_it_has_none(tmp_path):
         with pytest.raises(OSError, match=words), replacing(tmp_path / "x"):
             raise error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="not a Linux")
+def test_a_file_system_that_does_not_synchronise_folders_is_no_error():
+    _sync_folder(pathlib.Path("/proc"))
 
 
 def test_a_file_without_permission_is_named(permissions):

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 import eval_knn
 import eval_linear
+import eval_segmentation
+import eval_video_segmentation
+import export
 import main_dino
 import visualize_attention
 from support import cli
@@ -97,6 +100,26 @@ def test_output_that_nobody_reads_ends_the_run_with_a_line():
     said = process.stderr.read()
     assert process.wait() == 141 and said.startswith("stopped: the reader of the output has ended: run the")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (main_dino, ["--preview", "{out}"]),
+        (eval_segmentation, ["--demo"]),
+        (eval_video_segmentation, ["--output_dir", "{out}"]),
+        (export, ["--output_dir", "{out}"]),
+        (visualize_attention, ["--image_path", "x", "--output_dir", "{out}"]),
+    ],
+)
+def test_a_second_process_of_a_script_for_one_says_so_and_does_nothing(
+    script, flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
+    script.main(script.parse_args([flag.format(out=tmp_path / "out.png") for flag in flags]))
+    said = capsys.readouterr()
+    assert said.err.startswith("note: process 1 of 2 has nothing to do: ") and said.err.count("\n") == 1
+    assert said.out == "" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from vision_transformer import VITS, Attention, vit_base, vit_nano, vit_small, vit_tiny
+from vision_transformer import VITS, Attention, VisionTransformer, vit_base, vit_nano, vit_small, vit_tiny
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,19 @@ def test_position_embedding_of_a_rectangle():
     assert vit_nano(8, img_size=[32]).grid == (4, 4)  # as the published code writes it
 
 
+def test_queries_keys_and_values_have_no_bias_by_default():
+    """As in the published class; the published networks give them one."""
+    network = VisionTransformer([32], 8, embed_dim=48, depth=1, num_heads=3)
+    biases = {name: value for name, value in network.named_parameters() if name.endswith("bias")}
+    assert "blocks.0.attn.proj.bias" in biases and "blocks.0.attn.qkv.bias" not in biases
+    assert not any(value.any() for name, value in biases.items() if "patch_embed" not in name)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("cls_only", [False, True])
-def test_fused_attention_is_the_same_attention(cls_only):
+def test_fused_attention_is_the_same_attention(cls_only, qkv_bias):
     torch.manual_seed(0)
-    attention = Attention(48, 3, qkv_bias=True)
+    attention = Attention(48, 3, qkv_bias)
     x = torch.randn(2, 7, 48)
     q, k, v = attention.project(x, cls_only)
     assert q.shape == (2, 3, 1 if cls_only else 7, 16) and k.shape == v.shape == (2, 3, 7, 16)

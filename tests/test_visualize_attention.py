@@ -165,12 +165,6 @@ def test_it_waits_for_no_other_process(tmp_path):
     assert (tmp_path / "sheet.png").exists()
 
 
-def test_a_second_process_says_that_it_has_nothing_to_do(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    look(*RANDOM_VIT, "--image_path", "nowhere")
-    assert "note: process 1 of 2 has nothing to do" in capsys.readouterr().err
-
-
 def test_it_says_what_it_took(tmp_path, capsys):
     save_images(tmp_path, 2)
     look(*RANDOM_VIT, "--image_path", tmp_path, "--image_size", 32, "--output_dir", tmp_path)
