@@ -241,7 +241,7 @@ def cached_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows of features (N, F) and labels (N,) for each batch of (epoch, index)."""
     for batch in batches:
-        rows = torch.tensor([index for _, index in batch], device=features.device)
+        rows = copy_to(torch.tensor([index for _, index in batch]), features.device)
         yield features[rows], labels[rows]
 
 

@@ -674,8 +674,8 @@ def synchronize_batchnorms(models: tuple[MultiCropWrapper, ...], device: torch.d
         backbones.convert_batchnorms(model)
 
 
-def check_device(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise UserError for flags that train wrongly on this device."""
+def check_device(args: argparse.Namespace, device: torch.device, backbone: nn.Module) -> None:
+    """Raise UserError for flags, and for a backbone, that train wrongly on this device."""
     if args.grad_checkpointing and args.drop_path_rate and device.type == "mps":
         # The recomputed blocks would drop other paths (https://github.com/pytorch/pytorch/issues/127676).
         what = "on MPS, PyTorch recomputes activations with other random numbers"
@@ -684,6 +684,11 @@ def check_device(args: argparse.Namespace, device: torch.device) -> None:
         # The fused AdamW takes steps of infinite gradients (https://github.com/pytorch/pytorch/pull/186360).
         what = "on MPS, some releases of PyTorch train on gradients that overflow float16"
         raise UserError(what, "--precision fp16", "use bf16 or fp32")
+    if device.type == "cuda" and torch.__version__ < "2.14":
+        pads = backbones.pads_average_pools(backbone, args.global_crops_size, args.in_chans)
+        if pads:  # in the layout of our views (https://github.com/pytorch/pytorch/issues/188344)
+            what = "average pools with padding get wrong gradients from this torch"
+            raise UserError(what, f"--arch {args.arch}", "upgrade torch to 2.14")
 
 
 def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
@@ -777,13 +782,13 @@ class Training:
 
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
     """Build networks, loss, optimizer and schedules. Raises UserError."""
-    check_device(args, device)
     # Else the last bits of gradients change from run to run: of convolutions, and of attention by cuDNN,
     # whose sums have no fixed order (https://github.com/pytorch/pytorch/pull/182551).
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
     student_without_ddp, teacher = build_networks(args)
+    check_device(args, device, student_without_ddp.backbone)
     center = None
     if args.init_from and not resumes:
         backbone, head = student_without_ddp.backbone, student_without_ddp.head

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.errors import UserError, first_line, nearest
 from support.logger import log
@@ -142,6 +143,26 @@ def check_crop_sizes(
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not ({embed_dim},)", "--arch", fix)
     backbone.train(training)
+
+
+class _PaddedPools(TorchDispatchMode):
+    """Notes whether an average pool pads its input."""
+
+    found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.avg_pool2d.default and len(args) > 3:
+            self.found |= any(args[3])  # after the input, the kernel's size and the stride
+        return func(*args, **(kwargs or {}))
+
+
+def pads_average_pools(backbone: nn.Module, size: Size, in_chans: int = 3) -> bool:
+    """Whether average pools of a backbone on the CPU pad their inputs, for images of this size."""
+    training = backbone.training
+    with torch.no_grad(), _PaddedPools() as pools:
+        backbone.eval()(torch.zeros(2, in_chans, *height_and_width(size)))
+    backbone.train(training)
+    return pools.found
 
 
 def checkpoint_activations(backbone: nn.Module, arch: str) -> None:

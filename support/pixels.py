@@ -257,8 +257,10 @@ def normalized_views(
             fields = (field[:, first : first + count].transpose(0, 1).flatten(0, 1) for field in colours)
             rows = zip(*(field.tolist() for field in fields), strict=True)
             part = apply_colours(part, [Colour(*row) for row in rows])
-        # The layout that a GPU's convolutions use; a ResNet-50 trains almost twice as fast (docs/gpu.md).
-        part = part.contiguous(memory_format=torch.channels_last)
+        # The layout that a GPU's convolutions use; a ResNet-50 trains almost twice as fast (docs/gpu.md). On
+        # MPS, gradients of pools and batch norms are then wrong (https://github.com/pytorch/pytorch/issues/175190).
+        if part.device.type != "mps":
+            part = part.contiguous(memory_format=torch.channels_last)
         done += normalize(part, mean, std).chunk(count)
     return done
 

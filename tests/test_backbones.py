@@ -1,3 +1,4 @@
+import copy
 import re
 import sys
 
@@ -86,3 +87,15 @@ def test_both_sides_have_to_divide():
     ):
         with pytest.raises(UserError, match=re.escape(f"does not divide by --patch_size 16 ({words}")):
             backbones.check_divides("size", size, 16)
+
+
+@pytest.mark.parametrize(
+    ("arch", "padded"), [("inception_v3", True), ("resnet18", False), ("vit_nano", False)]
+)
+def test_average_pools_with_padding_are_found(arch, padded):
+    backbone, _ = backbones.build_backbone(arch, 16, 96)
+    before = copy.deepcopy(backbone.state_dict())
+    assert backbones.pads_average_pools(backbone, 96) == padded and backbone.training
+    torch.testing.assert_close(backbone.state_dict(), before, rtol=0, atol=0)
+    assert backbones.pads_average_pools(nn.AvgPool2d(3, 2, padding=1), 96)
+    assert not backbones.pads_average_pools(nn.AvgPool2d(3, 2), 96)

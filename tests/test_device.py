@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import eval_knn
 import eval_linear
@@ -105,20 +106,36 @@ RECIPES = {
 }
 
 
+BACKBONE = build_backbone("vit_nano")[0]
+
+
 def test_recomputed_blocks_and_drop_path_are_refused_where_torch_draws_other_numbers():
     args = main_dino.parse_args(["--data_path", "x", "--grad_checkpointing"])
     with pytest.raises(UserError, match="--grad_checkpointing.*--drop_path_rate 0"):
-        main_dino.check_device(args, torch.device("mps"))
-    main_dino.check_device(args, torch.device("cuda"))
+        main_dino.check_device(args, torch.device("mps"), BACKBONE)
+    main_dino.check_device(args, torch.device("cuda"), BACKBONE)
     args.drop_path_rate = 0.0
-    main_dino.check_device(args, torch.device("mps"))
+    main_dino.check_device(args, torch.device("mps"), BACKBONE)
 
 
 def test_fp16_is_refused_where_torch_takes_steps_that_overflow():
     args = main_dino.parse_args(["--data_path", "x", "--precision", "fp16"])
     with pytest.raises(UserError, match="--precision fp16.*bf16"):
-        main_dino.check_device(args, torch.device("mps"))
-    main_dino.check_device(args, torch.device("cuda"))
+        main_dino.check_device(args, torch.device("mps"), BACKBONE)
+    main_dino.check_device(args, torch.device("cuda"), BACKBONE)
+
+
+def test_a_network_whose_gradients_an_older_torch_gets_wrong_is_refused(monkeypatch):
+    args = main_dino.parse_args(["--data_path", "x", "--arch", "inception_v3"])
+    backbone, _ = build_backbone("inception_v3")
+    for version, refused in (("2.13.1", True), ("2.14.0", False)):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        words = pytest.raises(
+            UserError, match="wrong gradients .*--arch inception_v3.: upgrade torch to 2.14"
+        )
+        with words if refused else contextlib.nullcontext():
+            main_dino.check_device(args, torch.device("cuda"), backbone)
+    main_dino.check_device(args, torch.device("cpu"), backbone)
 
 
 def test_a_mac_trains_on_the_cpu_when_its_gpu_is_hidden(monkeypatch):

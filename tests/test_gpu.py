@@ -34,7 +34,7 @@ pytestmark = pytest.mark.gpu
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 TRAINING = ["main_dino.py", *TINY, "--seed", "1"]
 # The devices round differently, which Adam enlarges in gradients that are zero, and draw other numbers.
-ALIKE = ["--optimizer", "sgd", "--lr", "0.3", "--drop_path_rate", "0"]
+ALIKE = ["--optimizer", "sgd", "--lr", "0.3", "--drop_path_rate", "0", "--momentum_teacher", "0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_attention_and_its_gradients_equal_float64s(gpu, dtype, tokens, cls_only
         out = attention(there, cls_only)
         with torch.no_grad():  # as the teacher does
             without_gradients = attention(there, cls_only)
-    (out.double() * direction.to(gpu, out.dtype)).sum().backward()
+    (out.float() * direction.to(gpu, torch.float32)).sum().backward()
     limit = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}[dtype]
     pairs = [(out, expected), (without_gradients, expected), (there.grad, x.grad)]
     pairs += [(a.grad, b.grad) for a, b in zip(attention.parameters(), exact.parameters(), strict=True)]
@@ -138,13 +138,13 @@ def test_weights_after_ten_steps_equal_the_cpus(gpu, images, tmp_path, flags, lr
 )
 def test_half_precision_follows_float32(gpu, images, tmp_path, precision, flags):
     skip_float16_without_scaler(gpu, precision)
-    losses = []
-    for name in ("fp32", precision):
-        trained(images, tmp_path / name, *flags, "--precision", name)
-        lines = (tmp_path / name / "log.txt").read_text().splitlines()
-        losses.append([json.loads(line)["train_loss"] for line in lines])
-    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.01)
-    assert losses[1][1] == pytest.approx(losses[0][1], rel=0.05)  # ten steps enlarge what rounding changed
+    flags = [*ALIKE, *flags]
+    begun = trained(images, tmp_path / "begun", *flags, "--max_steps", "1")
+    exact, half = (
+        trained(images, tmp_path / name, *flags, "--precision", name) for name in ("fp32", precision)
+    )
+    for part in ("student", "teacher"):
+        assert distance(half, exact, part) < 0.1 * distance(begun, exact, part)
 
 
 @pytest.mark.parametrize("flag", ["--grad_checkpointing", "--compile", "--augment_on=device"])
@@ -237,7 +237,10 @@ def saved_step(folder: Path) -> int:
     return load_checkpoint(path)["step"] if path.exists() else 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+NO_ORDER = pytest.mark.xfail(reason="fused attention in fp32 has no fixed order: docs/gpu.md")
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=NO_ORDER), "fp16", "bf16"])
 def test_a_killed_run_ends_with_the_same_bits(gpu, images, tmp_path, precision):
     skip_float16_without_scaler(gpu, precision)
     flags = ["--precision", precision, "--save_every_steps", "2", "--num_workers", "2"]
@@ -270,11 +273,13 @@ def test_a_run_in_two_parts_ends_with_the_same_bits(gpu, images, tmp_path, arch,
 def test_a_run_continues_on_another_device(gpu, images, tmp_path, first):
     """With AdamW, whose state has to move, too."""
     envs = [ON_CPU, None] if first == "cpu" else [None, ON_CPU]
-    flags = ["--drop_path_rate", "0"]
+    flags = ["--drop_path_rate", "0", "--lr", "0.1", "--momentum_teacher", "0.9"]
     whole = trained(images, tmp_path / "whole", *flags, env=ON_CPU)
-    trained(images, tmp_path / "moved", *flags, "--max_steps", "5", env=envs[0])
+    half = trained(images, tmp_path / "moved", *flags, "--max_steps", "5", env=envs[0])
     moved = trained(images, tmp_path / "moved", *flags, env=envs[1])
-    assert moved["step"] == whole["step"] == 10 and distance(moved, whole) < 1e-2
+    assert moved["step"] == whole["step"] == 10
+    for part in ("student", "teacher"):
+        assert distance(moved, whole, part) < 0.1 * distance(half, whole, part)
 
 
 # ---- several processes

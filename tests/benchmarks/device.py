@@ -120,6 +120,8 @@ def measure(
     make: Callable[[], Callable], device: torch.device, images: int, rounds: int, count: bool = True
 ) -> Measured:
     """Measure the step that `make()` returns; `count` its operations, which a compiled one does not show."""
+    torch._dynamo.reset()  # a compiled trainer would stay in memory
+    gc.collect()
     try:
         step = make()
         speed = images / seconds(step, device, rounds)
@@ -131,9 +133,6 @@ def measure(
         return Measured(speed, peak, counter.get_total_flops())
     except Exception as error:  # what a device lacks can raise anything; the table goes on
         return Measured(reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}")
-    finally:
-        gc.collect()
-        torch._dynamo.reset()
 
 
 def print_rows(arch: str, device: torch.device, images: int, rounds: int) -> None:
