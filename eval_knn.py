@@ -172,7 +172,8 @@ def knn_top1(
     test_x, test_y = extract_features(model, val, transform, device, num_workers=num_workers)
     y, test_y, num_classes = number_classes(y, test_y)
     data = F.normalize(x, dim=1, out=x), y, F.normalize(test_x, dim=1, out=test_x), test_y
-    return knn_classifier(*data, min(20, len(train)), T=0.07, num_classes=num_classes)[0]
+    k = min(20, len(train))
+    return knn_accuracies(*data, [k], T=0.07, num_classes=num_classes)[k][0]
 
 
 def number_classes(y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, int]:

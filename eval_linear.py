@@ -552,7 +552,7 @@ def train_epochs(
         for step, (losses, count) in enumerate(train(model, optimizer, prepared)):
             sums += count * F.pad(losses, (0, 1), value=1.0)
             if step % PRINT_FREQ == 0:  # the host waits here; the rates that are too high do not show
-                logger.update(loss=losses.nan_to_num(nan=torch.inf).min().item())
+                logger.update(loss=losses.nan_to_num(nan=torch.inf, posinf=torch.inf).min().item())
         scheduler.step()
         sums = all_reduce_mean(sums)
         mean_losses = (sums[:-1] / sums[-1]).tolist()

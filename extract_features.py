@@ -45,6 +45,7 @@ from support.data import (
     open_any_images,
     read_image,
     short_name,
+    transformed,
 )
 from support.distributed import (
     all_gather_object,
@@ -60,9 +61,9 @@ from support.errors import ImageError, UserError, first_line, reason_of
 from support.features import (
     cls_and_patches,
     compute,
+    has_cls,
     last_cls_tokens,
     load_by_flags,
-    patch_size_of,
     patch_tokens,
     with_mean,
 )
@@ -128,7 +129,7 @@ def _output_and_mean(network: nn.Module, images: Tensor) -> Tensor:
     if isinstance(network, torchvision.models.VisionTransformer):
         what = "torchvision's ViT does not give its patch tokens"
         raise UserError(what, "--kind avgpool", "give timm's name of the architecture")
-    if patch_size_of(network) == 1:  # a convolutional network's output is its average pool
+    if not has_cls(network):  # its output is its average pool
         return network(images)
     return with_mean(*cls_and_patches(network, images))
 
@@ -157,11 +158,12 @@ class Rows(Dataset[tuple[Tensor, int, bool]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
         try:
             image, label = read_image(self.images, index)
+            pixels = transformed(image, self.transform, self.images, index)
         except ImageError as error:
             if self.skip_unreadable:
                 return torch.full_like(self.blank, torch.nan), -1, False
             raise ImageError(f"{error}, or add --skip_unreadable") from None
-        return self.transform(image), class_number(label) if self.labelled else -1, True
+        return pixels, class_number(label) if self.labelled else -1, True
 
 
 # ---------------------------------------------------------------------------------------------

@@ -634,6 +634,8 @@ def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCro
         for drop_path_rate in (args.drop_path_rate, 0.0)
     )
     backbones.check_crop_sizes(teacher_backbone, args.arch, embed_dim, crop_sizes(args), args.in_chans)
+    if backbones.has_dropout(teacher_backbone):
+        log(f"note: {args.arch} has dropout, which acts in the teacher too, as in the published code")
     student_head, teacher_head = head(embed_dim), head(embed_dim)
     student_head.defer_last_layer = True
     student = MultiCropWrapper(student_backbone, student_head)
@@ -806,6 +808,8 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
     check_batch_norms(student_without_ddp.backbone, args, device)
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student_without_ddp.backbone, args.arch)
+        if utils.has_batchnorms(student_without_ddp.backbone):
+            log("warning: --grad_checkpointing updates the student's means of batch norms twice a step")
     student = distribute(student_without_ddp, device, crop_sizes(args), args.in_chans)
     if args.compile:
         compile_in_place(student_without_ddp, teacher)

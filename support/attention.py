@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from support.errors import UserError, first_line
-from support.features import patch_size_of
+from support.features import has_cls, patch_size_of
 from vision_transformer import VisionTransformer
 
 
@@ -34,8 +34,7 @@ def attention_map(
     else:
         attention = _timm_attention(backbone, images, layer, rows * cols, number)
     first = attention.shape[-1] - rows * cols  # CLS, registers and other tokens precede the patches
-    has_cls = first > 0 and getattr(backbone, "cls_token", None) is not None  # else a register may be first
-    if attention.ndim != 3 or not (has_cls or patch):
+    if attention.ndim != 3 or not (patch or (first > 0 and has_cls(backbone))):
         what = "CLS attention" if patch is None else "attention of patches"
         where = f" in layer {layer} from the end" if layer > 1 else ""
         lacks = f"{type(backbone).__name__} has no {what} over patches{where}"

@@ -74,7 +74,7 @@ def build_backbone(
         try:
             model = timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
             names = model.default_cfg["classifier"]  # two for a distilled ViT
-            model.dropped_classifiers = (names,) if isinstance(names, str) else tuple(names)
+            model.dropped_classifiers = (names,) if isinstance(names, str) else tuple(names or ())
             # MobileNetV3 and similar networks have a layer after the pooling.
             return model, getattr(model, "head_hidden_size", None) or model.num_features
         except TypeError as error:  # most convnets accept neither argument
@@ -154,6 +154,11 @@ class _PaddedPools(TorchDispatchMode):
         if func is torch.ops.aten.avg_pool2d.default and len(args) > 3:
             self.found |= any(args[3])  # after the input, the kernel's size and the stride
         return func(*args, **(kwargs or {}))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether any module drops values in training."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
 
 
 def pads_average_pools(backbone: nn.Module, size: Size, in_chans: int = 3) -> bool:

@@ -1,6 +1,7 @@
 """Checks images before they are used, and warns of likely mistakes in how they were prepared."""
 
 import functools
+import itertools
 import os
 import random
 import time
@@ -37,8 +38,9 @@ def check_on_first_rank(images: Images, alike: bool = True) -> None:
 def open_checked(source: Source) -> tuple[Images, Images]:
     """`open_train_and_val` on all ranks, and `check_images` for both parts. Raises UserError."""
     train, val = on_all_ranks(open_train_and_val, source)
-    if is_main_process():
-        warn_of_shared(train, val)
+    with same_error_on_all_ranks():
+        if is_main_process():
+            warn_of_shared(train, val)
     for images in (train, val):
         check_on_first_rank(images, alike=False)
     return train, val
@@ -58,7 +60,7 @@ def warn_of_shared(train: Images, val: Images) -> None:
     elif copies := copied_files(train.paths, val.paths):
         first, second = copies[0]
         what = f"at least {len(copies)} of {len(val)} images of val are copies of images of train"
-        log(f"warning: {what}: the accuracy is too high; e.g. {first} and {second}")
+        log(f"warning: {what}: the accuracy may be too high; e.g. {first} and {second}")
 
 
 def shared_files(train: Paths, val: Paths) -> list[str]:
@@ -77,19 +79,26 @@ def shared_files(train: Paths, val: Paths) -> list[str]:
     return [os.path.normpath(path) for path in val if place(path) in known]
 
 
-def copied_files(train: Paths, val: Paths, most: int = 10_000) -> list[tuple[str, str]]:
-    """Pairs of files of val and of train with the same bytes, among at most so many files of each."""
+def copied_files(train: Paths, val: Paths, most: int = 10_000, seconds: float = 5.0) -> list[tuple[str, str]]:
+    """Pairs of files of val and of train with the same bytes, among at most so many files of each.
+
+    Reads files for about `seconds`.
+    """
     by_size: dict[int, list[int]] = {}
+    end = time.monotonic() + seconds
     for index in evenly_spread(len(train), most):
         by_size.setdefault(train.size(index), []).append(index)
 
     @functools.cache
     def known(size: int) -> dict[bytes, int]:
-        return {train.middle(index, 4096): index for index in by_size[size]}
+        alike = itertools.takewhile(lambda _: time.monotonic() < end, by_size[size])
+        return {train.middle(index, 4096): index for index in alike}
 
     alike = [index for index in evenly_spread(len(val), most) if val.size(index) in by_size]
     copies = []
     for index in [alike[i] for i in evenly_spread(len(alike), 1_000)]:
+        if time.monotonic() > end:
+            break
         size = val.size(index)
         other = known(size).get(val.middle(index, 4096))
         if (

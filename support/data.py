@@ -748,6 +748,20 @@ def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
         raise ImageError(f"cannot read image: {first_line(error)}", name, "repair or remove it") from None
 
 
+def transformed(
+    image: Image.Image | Tensor,
+    transform: Callable[[Image.Image | Tensor], Tensor],
+    images: Images,
+    index: int,
+) -> Tensor:
+    """`transform(image)` of a sample. Raises ImageError for values that it does not take."""
+    try:
+        return transform(image)
+    except ValueError as error:
+        name, fix = sample_name(images, index), "convert or remove it"
+        raise ImageError(f"cannot use image: {first_line(error)}", name, fix) from None
+
+
 def class_number(label: Any) -> int:
     """The label as a class number, -1 if it is none: several labels, or a regression target."""
     try:

@@ -139,12 +139,16 @@ def patch_size_of(network: nn.Module) -> int:
 def cls_and_patches(network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """The last block's normed tokens: the CLS token (B, D) and the patches (B, R, C, D).
 
-    For timm's networks, the output stands for the CLS token. Raises UserError as `patch_tokens` does.
+    For timm's networks that do not give a CLS token, the output stands for it. Raises UserError as
+    `patch_tokens` does.
     """
     if isinstance(network, VisionTransformer):
         tokens = network.get_intermediate_layers(images, 1)[0]
         return tokens[:, 0], _grid(network, images, tokens)
-    return network(images), patch_tokens(network, images)
+    patches = patch_tokens(network, images)
+    with contextlib.suppress(UserError):
+        return last_cls_tokens(network, images, 1)[0], patches
+    return network(images), patches
 
 
 def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
@@ -160,6 +164,11 @@ def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
     return _timm_layers(network, images, layer, output_fmt="NCHW")[0].permute(0, 2, 3, 1)
 
 
+def has_cls(network: Any) -> bool:
+    """Whether a ViT has a CLS token, and not registers alone; NaFlexViT keeps it in `embeds`."""
+    return getattr(getattr(network, "embeds", network), "cls_token", None) is not None
+
+
 def last_cls_tokens(network: Any, images: Tensor, n: int) -> list[Tensor]:
     """Normed CLS tokens after each of the last `n` blocks: n times (B, D).
 
@@ -169,7 +178,7 @@ def last_cls_tokens(network: Any, images: Tensor, n: int) -> list[Tensor]:
     if isinstance(network, VisionTransformer):
         return [layer[:, 0] for layer in network.get_intermediate_layers(images, n)]
     layers: list = []
-    if getattr(network, "cls_token", None) is not None:
+    if has_cls(network):
         layers = _timm_layers(network, images, n, output_fmt="NLC", return_prefix_tokens=True)
     if not layers or not all(isinstance(layer, tuple) and layer[1].shape[1] for layer in layers):
         raise UserError(

@@ -38,7 +38,9 @@ PATCHES = "patch_embed.proj.weight"
 BESIDE = re.compile(
     r"head|proj|predictor|classifier|prototype|queue|pooler|decoder|linear|fc|center|n_averaged|mask_token"
 )
-WITHIN = re.compile(r"(mask_token|masked_embed|n_averaged)$|(decoder|pooler|classifier|projector|predictor)")
+WITHIN = re.compile(
+    r"(mask_token|masked_embed|n_averaged)$|(decoder|pooler|classifier|projector|predictor|aux\d|Aux)"
+)
 
 
 def is_state(value) -> TypeGuard[Mapping[str, Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from support.data import Images, pixels_of, read_labelled, sample_name, why_unreadable
+from support.data import Images, pixels_of, read_labelled, sample_name, transformed, why_unreadable
 from support.distributed import get_rank, get_world_size
 from support.errors import ImageError, Interrupted, WrongFormat, lacks_resources
 from support.monitor import ignore_signals
@@ -84,7 +84,7 @@ class EvalImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image, label = read_labelled(self.images, index)
-        return self.transform(image), label, index
+        return transformed(image, self.transform, self.images, index), label, index
 
 
 class EpochBatches:

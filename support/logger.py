@@ -102,7 +102,7 @@ class MetricLogger:
         begun = numbers.start - 1
         with tqdm(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
             asked = time.perf_counter()
-            for step, batch in zip(numbers, iterable, strict=False):
+            for step, batch in enumerate(iterable, numbers.start):
                 got = time.perf_counter()
                 yield batch
                 done = time.perf_counter()

@@ -21,8 +21,8 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> nn.Lin
 
     Minimises the mean cross-entropy plus l2 / 2 times the sum of the squared weights, by L-BFGS. The
     penalty is on the weights of standardised features and not on the biases; scikit-learn's C is
-    1 / (N l2). The classifier takes features as they are, on the device and in the type of `features`, but at
-    least in float32.
+    1 / (N l2). The classifier takes features as they are, on the device and in the type of `features`, or in
+    float32 if these are in half precision.
     """
     features = _at_least_float32(features)
     std, mean = _spread(features)

@@ -9,6 +9,7 @@ import json
 import math
 import numbers
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,9 @@ def load_strictly(
     ]
     if found:
         raise UserError("weights do not fit: " + ", ".join(found), source, fix)
-    module.load_state_dict(state)
+    versioned = OrderedDict(state)  # torchvision's MNASNet looks for the version of its layers
+    versioned._metadata = own._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(versioned)
 
 
 def _is_floating_point(value) -> bool:
@@ -184,25 +187,35 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
 
 
 def _description_beside(weights: str) -> dict:
-    """What transformers and timm write beside a file of weights: the fields of `config.json`, in timm's the
-    network as "arch"; "mean" and "std" of the images. Logs what it read; {} if there is nothing.
+    """What transformers and timm write beside a file of weights; {} if there is nothing. Logs it.
+
+    "arch" (timm), or "num_attention_heads" and "hidden_act" (transformers); "mean" and "std" of the images.
+    Raises UserError for means and deviations that are none.
     """
     path = Path(weights).expanduser()
     if path.name not in ("model.safetensors", "pytorch_model.bin"):
         return {}
-    files = {name: _read_fields(path.with_name(name)) for name in ("config.json", "preprocessor_config.json")}
-    config, images = files.values()
-    if not (config or images):
-        return {}
-    log(f"note: {weights}: described by {' and '.join(name for name in files if files[name])} beside it")
+    config, images = (_read_fields(path.with_name(n)) for n in ("config.json", "preprocessor_config.json"))
+    found: dict[str, Any] = {}
     if "architecture" in config:
-        images = config.get("pretrained_cfg") or {}
+        found["arch"] = config["architecture"]
+        images = config.get("pretrained_cfg", config)  # older files are flat
+        names = {"mean": "mean", "std": "std"}
         if config.get("model_args"):
             log(f"warning: {weights}: the model_args in config.json have no effect: {config['model_args']}")
-        return {"arch": config["architecture"], "mean": images.get("mean"), "std": images.get("std")}
-    if not images.get("do_normalize", True):
-        images |= {"image_mean": [0.0], "image_std": [1.0]}
-    return config | {"mean": images.get("image_mean"), "std": images.get("image_std")}
+    else:
+        found |= {name: config[name] for name in ("num_attention_heads", "hidden_act") if name in config}
+        names = {"image_mean": "mean", "image_std": "std"}
+    if isinstance(images, dict):
+        found |= {ours: images[theirs] for theirs, ours in names.items() if theirs in images}
+        if images.get("do_normalize") is False:
+            found |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    if "mean" in found or "std" in found:
+        _recorded_normalization(found, str(path.parent))
+    if found:
+        words = ", ".join(f"{name} {value}" for name, value in found.items())
+        log(f"note: {weights}: by the files beside it, {words}")
+    return found
 
 
 def _read_fields(path: Path) -> dict:
@@ -270,7 +283,9 @@ def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor
         fix = f"give --checkpoint_key {prefix.removesuffix('.')} to take that part alone"
         raise UserError(f"parts of unknown purpose in file: {groups(unknown)}", weights.source, fix)
     backbone = _as_timm_reads_it(backbone, model)
-    classifiers = tuple(f"{name}." for name in getattr(model, "dropped_classifiers", ()))
+    # timm's LeViT and others drop a norm beside the classifier, which is in one module with it.
+    dropped = getattr(model, "dropped_classifiers", ())
+    classifiers = tuple(f"{name.rpartition('.')[0] or name}." for name in dropped)
     extra = [n for n in backbone if n not in own and (n.startswith(classifiers) or WITHIN.match(n))]
     if rest or extra:
         log(f"note: {weights.source}: not used: {groups([*extra, *rest])}")
@@ -318,10 +333,13 @@ def load_pretrained_weights(model: nn.Module, weights: Weights) -> tuple[dict[st
             if any(part in name for name in state):
                 fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
                 raise UserError(f"weights have {words}, which our ViTs lack", weights.source, fix)
-        ours = {"num_attention_heads": model.num_heads, "hidden_act": "gelu"}  # transformers' names
-        for name, value in ours.items():
-            if (theirs := weights.trained.get(name, value)) != value:
-                what = f"the network has {name} {theirs}, our ViT of this width {value}"
+        ours: dict[str, list] = {
+            "num_attention_heads": [model.num_heads],
+            "hidden_act": ["gelu", "gelu_python"],
+        }
+        for name, values in ours.items():  # transformers' names
+            if (theirs := weights.trained.get(name, values[0])) not in values:
+                what = f"the network has {name} {theirs}, our ViT of this width {values[0]}"
                 raise UserError(what, weights.source, "use another file")
     load_strictly(model, state, weights.source)
     return head, prefix
@@ -406,6 +424,8 @@ def load_backbone(
     arch, patch_size, trained_size = settle_architecture(known, arch, patch_size, image_size)
     is_ours = canonical(arch) in VITS
     model, embed_dim = build_backbone(arch, patch_size, trained_size, in_chans=in_chans)
+    if wants_transform(known, model):
+        model.transform_input = True  # type: ignore[assignment]
     words = [canonical(arch), *([f"patch {patch_size}"] if is_ours else [])]
     normalization = unknown_normalization(in_chans)
     if weights != "random":
@@ -434,6 +454,15 @@ def assumed_heads(model: nn.Module, weights: Weights) -> list[str]:
     if is_known or not isinstance(model, VisionTransformer):
         return []
     return [f"{model.num_heads} heads assumed"]
+
+
+def wants_transform(weights: Weights, model: nn.Module) -> bool:
+    """Whether these are torchvision's own weights of GoogLeNet or Inception v3.
+
+    They were trained with another mean and deviation, and their networks change the input from ImageNet's.
+    """
+    is_ours = "arch" in weights.trained or weights.normalization
+    return bool(weights.state) and not is_ours and hasattr(model, "transform_input")
 
 
 def timm_config(weights: Weights, model: nn.Module) -> dict:
@@ -517,6 +546,9 @@ def init_from(
         what = f"weights of {in_chans} channels cannot start a network of {len(mean)}"
         raise UserError(what, weights, f"give --in_chans {in_chans}, or weights of three channels")
     backbone, _ = build_backbone(arch, patch_size, size, in_chans=in_chans)
+    if wants_transform(known, backbone):
+        fix = "use another network, or start from random weights"
+        raise UserError(f"torchvision's weights of {arch} expect other pixels", weights, fix)
     head, _ = load_pretrained_weights(backbone, known)
     if in_chans == len(mean):
         theirs = tuple(map(tuple, normalization_of(known, backbone, in_chans)))

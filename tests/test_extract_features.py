@@ -177,6 +177,14 @@ def test_kinds_of_other_networks():
     cls, patches = cls_and_patches(timm, x)
     torch.testing.assert_close(both[:, ::2], cls)
     torch.testing.assert_close(both[:, 1::2], patches.mean(dim=(1, 2)))
+    averaging = TimmViT(img_size=64, embed_dim=32, depth=2, num_heads=2, global_pool="avg", num_classes=0)
+    cls, patches = cls_and_patches(averaging.eval(), x)
+    tokens = averaging.forward_intermediates(x, norm=True, intermediates_only=True, return_prefix_tokens=True)
+    torch.testing.assert_close(cls, tokens[-1][1][:, 0])  # not its output, which is the mean of the patches
+    without = TimmViT(
+        img_size=64, embed_dim=32, depth=2, num_heads=2, global_pool="avg", class_token=False, num_classes=0
+    ).eval()
+    torch.testing.assert_close(kinds["avgpool"](without, x), without(x))
     four = kinds["last4"](timm, x)
     assert four.shape == (2, 4 * 192)
     torch.testing.assert_close(four[:, -192:], timm.forward_features(x)[:, 0])

@@ -854,6 +854,14 @@ def test_accumulated_batches_train_as_one_large_batch(images, tmp_path, processe
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
+def test_what_other_networks_do_in_training_is_said(capsys):
+    for arch, dropout in (("mobilenet_v2", True), ("resnet18", False)):
+        argv = ["--arch", arch, "--grad_checkpointing", "--drop_path_rate", "0"]
+        main_dino.build_networks(main_dino.parse_args(argv))
+        said = f"note: {arch} has dropout, which acts in the teacher too" in capsys.readouterr().out
+        assert said == dropout
+
+
 def test_what_saves_time_or_memory_leaves_the_training_as_it_is(images, tmp_path):
     flags = ["--data_path", images, "--drop_path_rate", 0.3, "--optimizer", "sgd", "--freeze_last_layer", 0]
     flags += ["--max_steps", 3]

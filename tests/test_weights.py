@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
 
 import utils
 from support import backbones, weights
@@ -473,7 +474,8 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
     assert (frozen.mean, frozen.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     assert frozen.description == f"{path}: vit, vit_nano, patch 8"  # nothing is assumed
     said = capsys.readouterr().out
-    assert f"note: {path}: described by config.json and preprocessor_config.json beside it" in said
+    words = "num_attention_heads 4, hidden_act gelu, mean [0.5, 0.4, 0.3], std [0.2, 0.2, 0.2]"
+    assert f"note: {path}: by the files beside it, {words}" in said
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(frozen.network(images), model(images).last_hidden_state[:, 0])
     new = students(32)
@@ -488,6 +490,13 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
     assert (frozen.mean, frozen.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     (tmp_path / "preprocessor_config.json").write_text("[broken")
     assert load_backbone(path).description.endswith("patch 8, ImageNet's mean and deviation assumed")
+    (tmp_path / "config.json").write_text('{"optimizer": "adam"}')  # of another program
+    capsys.readouterr()
+    assert "4 heads assumed" in load_backbone(path).description and "beside" not in capsys.readouterr().out
+    wrong = settings | {"image_mean": [0.5] * 3, "image_std": [0.0] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match="normalization is"):
+        load_backbone(path)
 
 
 @pytest.mark.parametrize(
@@ -507,13 +516,16 @@ def test_what_timm_writes_beside_its_weights_is_read(tmp_path, capsys):
     state = timm.create_model("vit_tiny_patch16_224").state_dict()
     path = write(state, tmp_path / "model.safetensors")
     settings = {"architecture": "vit_tiny_patch16_224", "num_classes": 1000}
-    pretrained = {"mean": [0.1, 0.2, 0.3], "std": [0.4], "input_size": [3, 224, 224]}
+    pretrained = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.4, 0.4], "input_size": [3, 224, 224]}
     (tmp_path / "config.json").write_text(json.dumps(settings | {"pretrained_cfg": pretrained}))
     frozen = load_backbone(path)
     assert (frozen.mean, frozen.std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    assert frozen.arch == "vit_tiny_patch16_224"
     assert (
-        frozen.arch == "vit_tiny_patch16_224" and "described by config.json beside" in capsys.readouterr().out
+        "by the files beside it, arch vit_tiny_patch16_224, mean [0.1, 0.2, 0.3]" in capsys.readouterr().out
     )
+    (tmp_path / "config.json").write_text(json.dumps(settings | pretrained))  # as timm wrote it before
+    assert load_backbone(path).mean == (0.1, 0.2, 0.3)
     (tmp_path / "config.json").write_text(json.dumps(settings | {"model_args": {"norm_layer": "rms"}}))
     assert load_backbone(path).mean == (0.5, 0.5, 0.5)  # of timm's network
     assert (
@@ -523,7 +535,7 @@ def test_what_timm_writes_beside_its_weights_is_read(tmp_path, capsys):
     own = {"teacher": students(32).state_dict(), "args": VIT_ARGS}
     torch.save(own, tmp_path / "pytorch_model.bin")  # says itself what it is
     assert load_backbone(str(tmp_path / "pytorch_model.bin")).arch == "vit_nano"
-    assert "described" not in capsys.readouterr().out
+    assert "beside it" not in capsys.readouterr().out
 
 
 def test_ibots_training_file_is_read(vits, tmp_path, capsys):
@@ -730,3 +742,28 @@ def test_a_run_from_weights_that_expect_other_pixels_is_warned(vits, tmp_path, c
     assert expected in capsys.readouterr().out
     init_from(new.backbone, new.head, path, "vit_nano", 8, 32, **options | {"value_range": ((0.0, 4095.0),)})
     assert "expects" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_torchvisions_weights_get_the_pixels_that_they_were_trained_with(arch, tmp_path):
+    theirs = torchvision.models.get_model(arch, weights=None, init_weights=True, transform_input=True).eval()
+    path = write(theirs.state_dict(), tmp_path / "full.pth")  # with the auxiliary classifiers
+    theirs.fc = nn.Identity()
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(load_backbone(path, arch=arch, image_size=96).network(images), theirs(images))
+    with pytest.raises(UserError, match=f"torchvision's weights of {arch} expect other pixels"):
+        init_from(theirs, theirs, path, arch, 16, 96)
+    trained = {"teacher": backbones.build_backbone(arch)[0].state_dict(), "args": {"arch": arch}}
+    network = load_backbone(write(trained, tmp_path / "ours.pth"), image_size=96).network
+    assert not network.transform_input
+
+
+@pytest.mark.parametrize("arch", ["levit_128s", "repvit_m0_9"])
+def test_what_timm_drops_beside_a_classifier_is_dropped_too(arch, tmp_path):
+    path = write(timm.create_model(arch).state_dict(), tmp_path / "full.pth")
+    assert load_backbone(path, arch=arch).arch == arch
+
+
+def test_a_network_whose_state_has_a_version_loads(tmp_path):
+    path = write(torchvision.models.mnasnet0_5().state_dict(), tmp_path / "full.pth")
+    assert load_backbone(path, arch="mnasnet0_5", image_size=64).arch == "mnasnet0_5"
