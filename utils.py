@@ -418,11 +418,11 @@ class DINOLoss(nn.Module):
                 means = teacher_output.float().mean(dim=0), teacher_p.mean(dim=(0, 1))  # (K,)
                 self.parts.append((torch.stack([*stats.values()]), *means))
                 if len(self.parts) == self.accum_steps:
-                    values, center, p = (torch.stack(part).mean(0) for part in zip(*self.parts, strict=True))
-                    self.stats = dict(zip(stats, values.unbind(), strict=True))
-                    p = all_reduce_mean(p)[None]  # (1, K): before torch 2.11, MPS lacks (K,) @ (K,)
+                    values, centers, p = map(torch.stack, zip(*self.parts, strict=True))
+                    self.stats = dict(zip(stats, values.mean(dim=0).unbind(), strict=True))
+                    p = all_reduce_mean(p.mean(dim=0)[None])  # before torch 2.11, MPS lacks (K,) @ (K,)
                     self.stats["spread"] = _entropy(p, p.clamp(min=1e-30).log())[0] - self.stats["entropy"]
-                    self.update_center(center[None])
+                    self.update_center(centers)
                     self.parts.clear()
         return loss
 

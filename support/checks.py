@@ -91,15 +91,16 @@ def copied_files(train: Paths, val: Paths, most: int = 10_000, seconds: float = 
 
     @functools.cache
     def known(size: int) -> dict[bytes, int]:
-        alike = itertools.takewhile(lambda _: time.monotonic() < end, by_size[size])
-        return {train.middle(index, 4096): index for index in alike}
+        in_time = itertools.takewhile(lambda _: time.monotonic() < end, by_size[size])
+        return {train.middle(index, 4096): index for index in in_time}
 
-    alike = [index for index in evenly_spread(len(val), most) if val.size(index) in by_size]
+    sizes = {index: val.size(index) for index in evenly_spread(len(val), most)}
+    alike = [index for index, size in sizes.items() if size in by_size]
     copies = []
     for index in [alike[i] for i in evenly_spread(len(alike), 1_000)]:
         if time.monotonic() > end:
             break
-        size = val.size(index)
+        size = sizes[index]
         other = known(size).get(val.middle(index, 4096))
         if (
             other is not None

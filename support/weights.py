@@ -119,6 +119,11 @@ class Weights(NamedTuple):
     value_range: Range | None = None  # of the images' values, which became grey levels
     named: str | None = None  # the architecture that a file of another program names
 
+    @property
+    def are_dinos(self) -> bool:
+        """Whether the file records DINO's training, or one like it; timm's defaults do not hold for it."""
+        return "arch" in self.trained or self.normalization is not None
+
 
 def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "") -> Weights:
     """Read weights by file, or by the name of a published model, which is downloaded.
@@ -461,14 +466,12 @@ def wants_transform(weights: Weights, model: nn.Module) -> bool:
 
     They were trained with another mean and deviation, and their networks change the input from ImageNet's.
     """
-    is_ours = "arch" in weights.trained or weights.normalization
-    return bool(weights.state) and not is_ours and hasattr(model, "transform_input")
+    return bool(weights.state) and not weights.are_dinos and hasattr(model, "transform_input")
 
 
 def timm_config(weights: Weights, model: nn.Module) -> dict:
     """timm's preprocessing of its own weights; {} for weights that DINO trained."""
-    is_ours = "arch" in weights.trained or weights.normalization
-    return {} if is_ours else getattr(model, "default_cfg", {})
+    return {} if weights.are_dinos else getattr(model, "default_cfg", {})
 
 
 def stated_normalization(weights: Weights, model: nn.Module, in_chans: int) -> tuple | None:
@@ -476,7 +479,7 @@ def stated_normalization(weights: Weights, model: nn.Module, in_chans: int) -> t
 
     One number is for all channels, as in timm's training script.
     """
-    if weights.normalization or "arch" in weights.trained:
+    if weights.are_dinos:
         return weights.normalization
     found = []
     for name in ("mean", "std"):
