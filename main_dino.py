@@ -1007,10 +1007,11 @@ def keep_init_from(args: argparse.Namespace, found: dict) -> None:
 def first_step(found: dict, steps: Steps) -> int:
     """The step at which to resume from a checkpoint; 0 for a new run.
 
-    A checkpoint counts images, because the number of images per step may have changed.
+    A checkpoint counts images, because the number of images per step may have changed. At least one step
+    of a begun epoch remains, at whose end the epoch is recorded.
     """
     seen = (found.get("sampler") or {}).get("seen", 0)
-    return found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch)
+    return found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch - 1)
 
 
 def end_of_stretch(step: int, steps: Steps, save_every: int) -> int:

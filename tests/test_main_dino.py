@@ -582,6 +582,15 @@ def test_changed_flags_are_listed_and_refused_until_allowed(images, tmp_path, ca
     train(*again, "--batch_size_per_gpu", 2, "--num_workers", 1, "--max_steps", 14)  # no change of maths
 
 
+def test_an_epoch_that_larger_batches_have_seen_whole_still_ends_with_its_record(images, tmp_path):
+    """16 of 20 images are all that batches of 8 take: without another step, epoch 0 would have no copy."""
+    flags = "--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1
+    train(*flags, "--max_steps", 4)
+    train(*flags, "--batch_size_per_gpu", 8, "--allow_changed_args")
+    assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1]
+    assert (tmp_path / "checkpoint0000.pth").exists()
+
+
 def test_a_changed_number_of_images_is_named(tmp_path):
     save_images(tmp_path / "data", 8)
     train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 1)
