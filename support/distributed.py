@@ -3,8 +3,8 @@
 from __future__ import annotations  # dist.Store does not exist in a torch without torch.distributed
 
 import argparse
+import atexit
 import contextlib
-import ctypes
 import os
 import random
 import re
@@ -18,6 +18,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -298,26 +299,33 @@ def in_group() -> bool:
 def leave_group() -> None:
     """Leave the group at the end of a process.
 
-    If that takes longer than a minute, end the process at once, with the exit code of its pending error.
+    Ends the process at once, as `_end_process` does, in a group of gloo, or if leaving takes a minute.
     """
     if not in_group():
         return
     if dist.get_backend() == "gloo":
-        # Keep a reference, so that the group is never freed. torch 2.5 holds the interpreter's lock while it
-        # frees the group and joins threads that may need that lock; a finished run could then hang.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-    error = sys.exc_info()[1]
+        # Its threads may still hold tensors of the last collective. While Python shuts down, freeing them
+        # aborts the process (https://github.com/pytorch/pytorch/pull/179291), and destroying the group can
+        # wait forever in torch 2.7 (https://github.com/pytorch/pytorch/pull/154976).
+        _end_process()
     thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
     thread.start()
     thread.join(60)
-    if not thread.is_alive():
-        return
+    if thread.is_alive():
+        print("note: the process group did not end within 60 s", file=sys.stderr)
+        _end_process()
+
+
+def _end_process() -> NoReturn:
+    """End the process as Python does, with the exit code of its pending error, but free no objects."""
+    error = sys.exc_info()[1]
     code = error.code if isinstance(error, SystemExit) else error
     if error and not isinstance(error, SystemExit):
         traceback.print_exception(error)
-    print("note: the process group did not end within 60 s", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # the reader has ended, or the shell closed it
+            stream.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 

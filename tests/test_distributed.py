@@ -361,6 +361,24 @@ def test_a_group_with_unfinished_work_does_not_keep_a_process(ending, code, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise UserError('wrong')", 2), ("sys.exit(75)", 75)])
+def test_a_process_of_a_group_ends_before_python_frees_its_objects(ending, code, tmp_path):
+    """A thread of the group that frees a tensor at that time would abort the process."""
+    body = f"""
+import atexit
+class Object:
+    def __del__(self):
+        print("freed", file=sys.__stderr__, flush=True)
+globals()["an_object"] = Object()
+atexit.register(print, f"exit handler of {{rank}}", file=sys.stderr)
+barrier()
+{ending}
+"""
+    for rank, (found, said) in enumerate(two_processes(tmp_path, body)):
+        assert found == code and f"exit handler of {rank}" in said and "freed" not in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "message"),
     [
