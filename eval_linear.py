@@ -41,6 +41,7 @@ from support.cli import bool_flag
 from support.data import (
     Images,
     Source,
+    class_names,
     digest,
     on_all_ranks,
     open_labelled_images,
@@ -56,12 +57,13 @@ from support.distributed import (
 )
 from support.errors import TrainingError, UserError
 from support.features import compute, concat_patches, extract_features, frozen_features, load_by_flags
+from support.layouts import is_state
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize, to_rgb
 from support.restart import Run, comparable
 from support.subsets import FewImages, draw_few, few_shot, labels_of
-from support.weights import Frozen, check_finite, digest_weights, is_state, load_strictly
+from support.weights import Frozen, check_finite, digest_weights, load_strictly
 from vision_transformer import VisionTransformer
 
 
@@ -285,20 +287,14 @@ def validate_network(classifiers: nn.Module, features: Tensor, labels: Tensor) -
 # ---------------------------------------------------------------------------------------------
 
 
-def class_names(images: Images) -> list[str] | None:
-    """Names of the classes, in the order of the labels; None if the dataset does not name them."""
-    names = getattr(images, "classes", None)
-    return None if names is None else [str(name) for name in names]
-
-
 def count_classes(images: Images, num_labels: int | None) -> int:
     """The number of classes: `num_labels`, or as many as the data names. Raises UserError."""
     names = class_names(images)
     if num_labels is None:
-        if names is None:
+        if not names:
             raise UserError("dataset does not name its classes", "--num_labels", "give their number")
         return len(names)
-    if names is not None and num_labels < len(names):
+    if num_labels < len(names):
         raise UserError(f"the data has {len(names)} classes", f"--num_labels {num_labels}", "leave it out")
     return num_labels
 
@@ -398,7 +394,6 @@ def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers
     state = checkpoint.get("state_dict", checkpoint)
     if not is_state(state):
         raise UserError("no classifier in file", weights, "use another file")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
     check_finite(state, weights)
     num_labels = len(state["linear.bias"]) if "linear.bias" in state else 1000
     classifiers = LinearClassifiers(1, features.width, num_labels)
@@ -510,7 +505,7 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
             x, labels = extract(args, features, val_images, device)
             val_data = x, to_classes(labels, val_images, classes, num_labels)
             batches = build_batches(args, features, train_images, state["epoch"], device)
-            state |= {"args": vars(args), "classes": classes}
+            state |= {"args": vars(args), "classes": classes or None}
             train_epochs(args, run, state, batches, val_data)
     report(args.lr, state["best"])
     return state["best"]

@@ -51,9 +51,9 @@ from support.files import readable_extensions
 from support.formats import RGB, ImageFormat, extensions_of
 from support.loading import EvalImages, make_loader
 from support.logger import log
-from support.masks import VOID, compare_palettes, read_mask, warn_of_turned
+from support.masks import VOID, compare_palettes, jaccard, read_mask, warn_of_turned
 from support.pictures import enlarge
-from support.pixels import as_tensor, height_and_width, in_channels, jaccard, normalize
+from support.pixels import as_tensor, height_and_width, in_channels, normalize
 from support.shapes import Shapes
 from support.weights import Frozen
 

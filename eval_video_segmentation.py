@@ -29,17 +29,19 @@ from support.data import ImageFiles, read_labelled, text_lines
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, first_line
 from support.features import patch_size_of, patch_tokens
-from support.files import extension, readable_extensions, replacing
+from support.files import extension, file_id, readable_extensions, replacing
 from support.logger import log
 from support.masks import (
     VOID,
     compare_palettes,
+    jaccard,
     read_mask,
     read_mask_and_palette,
     require_numbers,
+    share,
     warn_of_turned,
 )
-from support.pixels import IMAGENET_STD, jaccard, normalize, share, to_pixels
+from support.pixels import IMAGENET_STD, normalize, to_pixels
 from support.weights import Frozen, load_backbone
 
 CLIPS, FRAMES, MASKS = "ImageSets/2017/val.txt", "JPEGImages/480p", "Annotations/480p"
@@ -213,10 +215,9 @@ def check_outputs(clips: list[Clip], output_dir: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """The file itself, whatever links or mounts lead to it; None if there is none."""
+    """`file_id`; None if there is no file."""
     with contextlib.suppress(OSError):
-        status = path.stat()
-        return status.st_dev, status.st_ino
+        return file_id(path)
     return None
 
 
@@ -349,11 +350,6 @@ def track(
 # ---------------------------------------------------------------------------------------------
 
 
-def region_similarity(masks: Tensor, truth: Tensor) -> Tensor:
-    """J, intersection over union of masks, bool (K, H, W) -> (K,); 1 where both are empty."""
-    return jaccard(masks, truth)
-
-
 def boundary_accuracy(masks: Tensor, truth: Tensor) -> Tensor:
     """F, harmonic mean of the precision and the recall of the boundary, bool (K, H, W) -> (K,).
 
@@ -392,11 +388,14 @@ def dilate(masks: Tensor, radius: int) -> Tensor:
 
 
 def score(labels: np.ndarray, truth: np.ndarray, objects: Sequence[int]) -> Tensor:
-    """J and F of the objects with these numbers in one frame, (objects, 2), from labels (H, W)."""
+    """J and F of the objects with these numbers in one frame, (objects, 2), from labels (H, W).
+
+    J, the region similarity, is the Jaccard index; F is the boundary accuracy.
+    """
     numbers = torch.tensor(objects)[:, None, None]
     counted = torch.from_numpy(truth != VOID)
     masks, real = ((torch.from_numpy(part) == numbers) & counted for part in (labels, truth))
-    return torch.stack([region_similarity(masks, real), boundary_accuracy(masks, real)], dim=1)
+    return torch.stack([jaccard(masks, real), boundary_accuracy(masks, real)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from support.data import (
     ImageFiles,
     Images,
     Source,
+    class_names,
     class_number,
     digest,
     name_and_reason,
@@ -72,7 +73,6 @@ from support.formats import extensions_of
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
-from support.pictures import lies_below
 from support.pixels import copy_to
 from support.restart import comparable
 from support.weights import Frozen, digest_weights
@@ -153,7 +153,7 @@ class Rows(Dataset[tuple[Tensor, int, bool]]):
         self.images, self.skip_unreadable = images, skip_unreadable
         self.transform, self.blank = frozen.transform, frozen.zeros(1)[0]
         # Image files without classes have the label 0.
-        self.labelled = bool(getattr(images, "classes", None)) or not isinstance(images, ImageFiles)
+        self.labelled = bool(class_names(images)) or not isinstance(images, ImageFiles)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
         try:
@@ -440,7 +440,7 @@ def names_of(images: Images) -> list[str]:
 
 def check_lies_outside(path: Path, source: Source) -> None:
     """Raise UserError if this file would become one of the images."""
-    if extension(path) in extensions_of(source.form) and lies_below(path, source.places()):
+    if extension(path) in extensions_of(source.form) and source.holds(path):
         what, fix = f"{path.name} would become one of the images", "give a folder outside --data_path"
         raise UserError(what, f"--output_dir {path.parent}", fix)
 
@@ -481,7 +481,7 @@ def main(args: argparse.Namespace) -> Path:
         fill(store, Rows(images, frozen, args.skip_unreadable), model, args.num_workers, device)
         with main_process_first():
             if is_main_process():
-                store.finish(names, [str(name) for name in getattr(images, "classes", None) or []])
+                store.finish(names, class_names(images))
         if store.unreadable:
             log(f"warning: {len(store.unreadable)} rows are NaN: features.json lists the images")
         log(f"written: {store.final}")

@@ -70,7 +70,6 @@ from support.pictures import (
     check_free,
     contact_sheet,
     glow,
-    lies_below,
     save_picture,
     titled_rows,
 )
@@ -337,7 +336,7 @@ FREE_FLAGS = {
 
 def only_local_differs(args: argparse.Namespace, name: str) -> bool:
     """Whether only the LOCAL value of a flag was changed, although there are no local views."""
-    usual = (demo_defaults() if args.demo else {}).get(name, getattr(PAPER, name))
+    usual = parser_for(args).get_default(name)
     return not args.local_crops_number and tuple(getattr(args, name)[:2]) == usual[:2]
 
 
@@ -372,21 +371,6 @@ def no_effect(a: argparse.Namespace) -> list[tuple[str, object, str]]:
     ]  # fmt: skip
 
 
-# The panels of curves.png: a title, and the numbers of log.txt in it.
-PANELS = [
-    ("loss", ["train_loss"]),
-    ("teacher entropy and KL from the student, nats", ["train_entropy", "train_kl"]),
-    ("learning rate", ["train_lr"]),
-    ("weight decay", ["train_wd"]),
-    ("teacher momentum", ["train_momentum"]),
-    ("k-NN, %", ["knn_teacher", "knn_student"]),
-]
-
-
-# What to try when the loss is not finite.
-ADVICE = "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.3"
-
-
 def parse_args(
     argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None
 ) -> argparse.Namespace:
@@ -407,6 +391,13 @@ def set_dependent_defaults(parser: argparse.ArgumentParser, args: argparse.Names
         parser.set_defaults(**demo_defaults())
     if args.in_chans != 3:
         parser.set_defaults(mean=AUTO, std=AUTO)
+
+
+def parser_for(args: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser with the defaults that hold for these flags."""
+    parser = get_args_parser()
+    set_dependent_defaults(parser, args)
+    return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -431,8 +422,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
     check_format(args)
-    parser = get_args_parser()
-    set_dependent_defaults(parser, args)
+    parser = parser_for(args)
     cli.warn_no_effect(args, parser, no_effect(args))
 
     for name in WARM_UPS:
@@ -459,8 +449,7 @@ def is_too_long(warm_up: str, value: float, epochs: int) -> bool:
 
 def shortened(args: argparse.Namespace) -> list[str]:
     """The warm-ups of the length that `check_args` gives them if their default is too long."""
-    parser = get_args_parser()
-    set_dependent_defaults(parser, args)
+    parser = parser_for(args)
     defaults = {name: parser.get_default(name) for name in WARM_UPS}
     found = (name for name in WARM_UPS if is_too_long(name, defaults[name], args.epochs))
     return [name for name in found if getattr(args, name) == args.epochs / 10]
@@ -882,6 +871,20 @@ def run_identity(args: argparse.Namespace, images: Images, dtype: torch.dtype | 
 # ---------------------------------------------------------------------------------------------
 
 
+# The panels of curves.png: a title, and the numbers of log.txt in it.
+PANELS = [
+    ("loss", ["train_loss"]),
+    ("teacher entropy and KL from the student, nats", ["train_entropy", "train_kl"]),
+    ("learning rate", ["train_lr"]),
+    ("weight decay", ["train_wd"]),
+    ("teacher momentum", ["train_momentum"]),
+    ("k-NN, %", ["knn_teacher", "knn_student"]),
+]
+
+# What to try when the loss is not finite.
+ADVICE = "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.3"
+
+
 def train_dino(args: argparse.Namespace) -> None:
     """Set up, resume the run in --output_dir if there is one, train, save."""
     check_args(args)
@@ -890,10 +893,11 @@ def train_dino(args: argparse.Namespace) -> None:
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
 
-    images = on_all_ranks(open_training_images, Source.of(args, image_format(args)))
+    source = Source.of(args, image_format(args))
+    images = on_all_ranks(open_training_images, source)
     steps = count_steps(args, len(images))
     with same_error_on_all_ranks():
-        folder = make_run_folder(args)
+        folder = make_run_folder(args.output_dir, source)
     run = Run(folder, required=("student", "teacher", "optimizer"), advice=ADVICE)
     settle_format(args, images, run)
     training = build_training(args, device, steps, resumes=all_gather_object(run.exists())[0])
@@ -932,7 +936,7 @@ def train_dino(args: argparse.Namespace) -> None:
                 monitor.start_epoch()
                 logger.start_epoch()
             stretch = range(step, end_of_stretch(step, steps, args.save_every_steps))
-            step = train_one_epoch(training, batches, epoch, stretch, monitor, logger)
+            step = train_one_epoch(training, batches, stretch, monitor, logger)
             stopped = monitor.stopping or step < stretch.stop
             record = None
             if step in (steps.last, (epoch + 1) * steps.per_epoch):
@@ -948,17 +952,12 @@ def train_dino(args: argparse.Namespace) -> None:
     monitor.raise_if_stopped(step, steps.last, run.folder)
 
 
-def lies_among_images(path: Path, args: argparse.Namespace) -> bool:
-    """Whether a picture at this path would become one of the training images."""
-    return lies_below(path, Source.of(args, image_format(args)).places())
-
-
-def make_run_folder(args: argparse.Namespace) -> Path:
+def make_run_folder(output_dir: str, source: Source) -> Path:
     """Make the folder of the run. Raises UserError, also if its picture would be one of the images."""
-    if lies_among_images(Path(args.output_dir, "curves.png"), args):
+    if source.holds(Path(output_dir, "curves.png")):
         what, fix = "the run's curves.png would become one of the images", "give a folder outside --data_path"
-        raise UserError(what, f"--output_dir {args.output_dir}", fix)
-    return cli.make_folder(args.output_dir)
+        raise UserError(what, f"--output_dir {output_dir}", fix)
+    return cli.make_folder(output_dir)
 
 
 ARGS_TITLE = "# The settings of a run of main_dino.py, written by it"  # identifies our file
@@ -1045,7 +1044,6 @@ def save(
 def train_one_epoch(
     t: Training,
     batches: Iterator[tuple[list[Tensor], list[Tensor], Tensor]],
-    epoch: int,
     stretch: range,
     monitor: Monitor,
     logger: MetricLogger,
@@ -1056,7 +1054,7 @@ def train_one_epoch(
     the colours that are still to be applied to them; and (B,) indices of images that were replaced, or -1.
     """
     per_epoch = t.steps.per_epoch
-    begun = stretch.start % per_epoch
+    epoch, begun = divmod(stretch.start, per_epoch)
     wanted = logger.log_every(
         itertools.islice(batches, len(stretch)),
         header=f"epoch {epoch}",
@@ -1139,7 +1137,7 @@ def draw_preview(args: argparse.Namespace) -> None:
     if path.suffix.lower() != ".png":
         raise UserError("the picture is a PNG", where, "give a name that ends in .png")
     source = Source.of(args, image_format(args))
-    if lies_among_images(path, args):
+    if source.holds(path):
         raise UserError("the picture would become one of the images", where, fix)
     check_free(path, PREVIEW_MARK, fix=fix)
     images = open_training_images(source)
@@ -1163,8 +1161,8 @@ def report_demo(args: argparse.Namespace) -> None:
     """Evaluate before and after training as a user would; save a picture of the attention."""
     weights = str(Path(args.output_dir, "checkpoint.pth"))
     size = ["--image_size", *map(str, height_and_width(args.global_crops_size))]
-    # The seed gives the weights that the training started from.
     channels = f"--in_chans {args.in_chans}".split()
+    # The seed gives the weights that the training started from.
     start = f"--arch {args.arch} --patch_size {args.patch_size} --seed {args.seed}".split()
     networks = {
         "raw pixels": ["pixels", *size, *channels],

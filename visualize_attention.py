@@ -38,6 +38,7 @@ from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
 from support.features import patch_size_of, patch_tokens
+from support.files import lies_below
 from support.formats import ImageFormat
 from support.logger import MetricLogger, log
 from support.pca import SIDES, PatchColours
@@ -49,7 +50,6 @@ from support.pictures import (
     enlarge,
     has_mark,
     heat_map,
-    lies_below,
     mark_patch,
     save_picture,
     side_by_side,

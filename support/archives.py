@@ -279,7 +279,7 @@ def _cached_index(path: str) -> Index:
     """The index of an archive, from the cache if there is one. Raises UserError."""
     try:
         status = os.stat(path)
-        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may set the first as it was
+        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may restore the first
         key = f"7\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):

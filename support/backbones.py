@@ -130,19 +130,25 @@ def check_crop_sizes(
     backbone: nn.Module, arch: str, embed_dim: int, sizes: Iterable[Size], in_chans: int = 3
 ) -> None:
     """Raise UserError unless the backbone maps images of each size to (B, D)."""
-    training = backbone.training
-    backbone.eval()
     for size in sizes:
         fix = "choose another image size or --arch"
         try:
-            with torch.no_grad():
-                shape = tuple(backbone(torch.zeros(2, in_chans, *height_and_width(size))).shape)
+            shape = tuple(features_of_blanks(backbone, size, in_chans).shape)
         except Exception as error:  # a model may raise anything for a size that it does not accept
             what = f"{arch} takes no images of {size_words(size)} pixels: {first_line(error)}"
             raise UserError(what, "--arch", fix) from None
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not ({embed_dim},)", "--arch", fix)
-    backbone.train(training)
+
+
+@torch.no_grad()
+def features_of_blanks(backbone: nn.Module, size: Size, in_chans: int) -> torch.Tensor:
+    """What a backbone on the CPU gives for two blank images of this size, in evaluation mode."""
+    training = backbone.training
+    try:
+        return backbone.eval()(torch.zeros(2, in_chans, *height_and_width(size)))
+    finally:
+        backbone.train(training)
 
 
 class _PaddedPools(TorchDispatchMode):
@@ -163,10 +169,8 @@ def has_dropout(model: nn.Module) -> bool:
 
 def pads_average_pools(backbone: nn.Module, size: Size, in_chans: int = 3) -> bool:
     """Whether average pools of a backbone on the CPU pad their inputs, for images of this size."""
-    training = backbone.training
-    with torch.no_grad(), _PaddedPools() as pools:
-        backbone.eval()(torch.zeros(2, in_chans, *height_and_width(size)))
-    backbone.train(training)
+    with _PaddedPools() as pools:
+        features_of_blanks(backbone, size, in_chans)
     return pools.found
 
 

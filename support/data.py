@@ -36,6 +36,7 @@ from support.files import (
     all_extensions,
     appearing,
     extension,
+    lies_below,
     select_images,
 )
 from support.formats import RGB, ImageFormat, extensions_of, load_image, load_pixels
@@ -48,6 +49,11 @@ LABELS = ("labels", "targets", "_labels")  # the attributes in which datasets ke
 
 def _folder(root: str | Path | Folder) -> Folder:
     return root if isinstance(root, Folder) else Folder(root)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sets of images
+# ---------------------------------------------------------------------------------------------
 
 
 class Images(Protocol):
@@ -114,7 +120,7 @@ class ImageFiles(Dataset):
 
 def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Iterable[str]) -> str:
     """The extension of files beside the images that hold their classes, as in WebDataset's shards; "" if
-    there are none. Then archives, whose names would be the classes, are only parts of the images.
+    there are none. With such files, `classes`, the names of folders or archives, are not those of the images.
     """
     if images.left_out[".cls"]:
         return ".cls"
@@ -295,6 +301,11 @@ def in_format(images: Images, form: ImageFormat, flag: str) -> Images:
     return images if form.channels == 3 else Grey(images)
 
 
+# ---------------------------------------------------------------------------------------------
+# Opening what the flags name
+# ---------------------------------------------------------------------------------------------
+
+
 class Source(NamedTuple):
     """Where images come from: a folder, a torchvision dataset by class name in a folder, or the demo."""
 
@@ -324,15 +335,15 @@ class Source(NamedTuple):
         """One source for each data path."""
         return [self._replace(data_path=path, more=()) for path in (self.data_path, *self.more)]
 
-    def places(self) -> list[Path]:
-        """Where the images of each data path, or of its split, lie; nowhere for a dataset or the demo."""
+    def holds(self, path: Path) -> bool:
+        """Whether an image at this path would become one of these images; never for a dataset or the demo."""
         if self.dataset or self.demo:
-            return []
-        return [Path(part.data_path, part.split) for part in self.each() if part.data_path]
+            return False
+        return lies_below(path, [Path(part.data_path, part.split) for part in self.each() if part.data_path])
 
 
 def open_training_images(source: Source) -> Images:
-    """Open the images to train on; items are (PIL image, label), and training ignores the label.
+    """Open the images to train on, which ignores their labels.
 
     From a torchvision dataset, takes `source.split` if given, else a split of unlabelled images if there is
     one, else the training split. Logs what was taken. Raises UserError.
@@ -364,7 +375,7 @@ def _join(sets: list[ImageFiles], called: str) -> ImageFiles:
         return sets[0]
     images = JoinedFiles(sets)
     log(f"{called}: {len(sets)} sets: {describe(images)}")
-    if not images.classes and any(getattr(each, "classes", None) for each in sets):
+    if not images.classes and any(map(class_names, sets)):
         log("note: some sets have no classes: labels ignored")
     return images
 
@@ -375,6 +386,17 @@ def _one_part(source: Source) -> Folder | Path:
     if source.split and os.path.isfile(root) and not is_archive(root):
         raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
     return _split_of(root, source.split) if source.split else _open_place(root)
+
+
+def _existing_path(data_path: str) -> Path:
+    if not data_path:
+        raise UserError(
+            "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
+        )
+    root = Path(data_path).expanduser()
+    if not os.path.isdir(root) and not os.path.isfile(root):
+        raise UserError("no such folder", f"--data_path {root}", "check the path")
+    return root
 
 
 # A word in the names of folders that hold the parts of a dataset; COCO's have a year.
@@ -434,7 +456,7 @@ def _check_not_empty(images: ImageFiles, place: Folder | Path) -> None:
 
 
 def open_any_images(source: Source) -> Images:
-    """Open any images, labelled or not, e.g. to compute features of; items are (PIL image, label).
+    """Open any images, labelled or not, e.g. to compute features of.
 
     `data_path` is a folder, an archive, an image or a list of images; see `FolderFiles` and `ListedFiles`.
     Of a dataset or the demo, takes `source.split`, where "train" (also the default) and "val" are the parts
@@ -472,7 +494,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     The validation part may lack classes; the training part has to have all classes.
     """
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
-    known, seen = (list(getattr(images, "classes", None) or []) for images in (train, val))
+    known, seen = class_names(train), class_names(val)
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}: every prediction is right; check the class folders")
     if known == seen:
@@ -491,13 +513,13 @@ def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
     Raises UserError if val has others.
     """
     numbers = {name: number for number, name in enumerate(known)}
-    unknown = [str(name) for name in seen if name not in numbers]
+    unknown = [name for name in seen if name not in numbers]
     if unknown:
         fix = "give train/ images of these classes, or remove them from val/"
         raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}", where, fix)
     absent = sorted(numbers.keys() - set(seen), key=known.index)
     if absent:
-        log(f"note: val lacks {len(absent)} of {len(known)} classes: {', '.join(map(str, absent[:5]))}")
+        log(f"note: val lacks {len(absent)} of {len(known)} classes: {', '.join(absent[:5])}")
     return [numbers[name] for name in seen]
 
 
@@ -528,15 +550,25 @@ def _split_of(root: Path, split: str) -> Folder | Path:
     raise UserError(f"no folder {split}/", f"--data_path {root}", fix)
 
 
+# ---------------------------------------------------------------------------------------------
+# What a set of images is, in words and in digits
+# ---------------------------------------------------------------------------------------------
+
+
 def _by_extension(files: Counter) -> str:
     """List counts by extension, the most frequent first, e.g. ".jpg 20, .txt 4"."""
     common = sorted(files.items(), key=lambda pair: (-pair[1], pair[0]))[:6]
     return ", ".join([f"{name} {count:,}" for name, count in common] + ["..."] * (len(files) > len(common)))
 
 
+def class_names(images: Images) -> list[str]:
+    """The names of the classes, in the order of the labels; [] if the set does not name them."""
+    return list(map(str, getattr(images, "classes", None) or []))
+
+
 def describe(images: Images) -> str:
     """State the numbers of images and classes, e.g. "1,281,167 images, 1,000 classes"."""
-    classes = getattr(images, "classes", None)
+    classes = class_names(images)
     return f"{len(images):,} images" + (f", {len(classes):,} classes" if classes else "")
 
 
@@ -562,7 +594,7 @@ def digest(images: Images) -> str:
     """
     kind = getattr(images, "kind", type(images).__name__)
     facts = [kind, len(images), getattr(images, "split", getattr(images, "train", None))]
-    facts += [getattr(images, "size", None), list(map(str, getattr(images, "classes", None) or []))]
+    facts += [getattr(images, "size", None), class_names(images)]
     summary = hashlib.sha256(repr(facts).encode())
     if isinstance(images, ImageFiles):
         summary.update(images.paths.digest)
@@ -579,15 +611,9 @@ def digest(images: Images) -> str:
     return summary.hexdigest()[:12]
 
 
-def _existing_path(data_path: str) -> Path:
-    if not data_path:
-        raise UserError(
-            "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
-        )
-    root = Path(data_path).expanduser()
-    if not os.path.isdir(root) and not os.path.isfile(root):
-        raise UserError("no such folder", f"--data_path {root}", "check the path")
-    return root
+# ---------------------------------------------------------------------------------------------
+# torchvision's datasets
+# ---------------------------------------------------------------------------------------------
 
 
 def _torchvision_dataset(source: Source, split: str, called: str = "training images") -> Images:
@@ -673,6 +699,10 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
     raise UserError(f"no {part} split: {refusal}", f"--dataset {name}", "use a folder instead")
 
 
+# ---------------------------------------------------------------------------------------------
+# Opening on all ranks
+# ---------------------------------------------------------------------------------------------
+
 # What a function that opens images returns.
 Opened = TypeVar("Opened", Images, tuple[Images, Images])
 
@@ -688,6 +718,11 @@ def on_all_ranks(open_images: Callable[..., Opened], *args) -> Opened:
         seen = "; ".join(f"{describe(images)}, digest {digest(images)}" for images in sets)
     agree("images", seen)
     return opened
+
+
+# ---------------------------------------------------------------------------------------------
+# Single images
+# ---------------------------------------------------------------------------------------------
 
 
 def sample_name(dataset: Images, index: int) -> str:

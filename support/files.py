@@ -24,12 +24,24 @@ from support.logger import log
 
 def evenly_spread(count: int, most: int) -> list[int]:
     """Up to `most` integers below `count`, evenly spread, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+    return np.linspace(0, count - 1, min(count, most), dtype=int).tolist()
 
 
 def extension(path: str | Path) -> str:
     """The extension of a file's name, in lower case."""
     return os.path.splitext(path)[1].lower()
+
+
+def file_id(path: str | Path) -> tuple[int, int]:
+    """Identifies a file or a folder, whatever links or mounts lead to it. Raises OSError."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def lies_below(path: Path, folders: Iterable[str | Path]) -> bool:
+    """Whether a file at this path would be found in a search of one of these folders."""
+    above = path.expanduser().resolve().parents
+    return any(Path(folder).expanduser().resolve() in above for folder in folders)
 
 
 def open_file(path: str, content: bytes | None) -> IO[bytes]:
@@ -163,8 +175,8 @@ def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, li
     """Yield `root` and each folder below it, following links: the path relative to `root`, the names of the
     files, and the number of hidden names.
 
-    A folder that several links lead to is entered once, by its own path if that is below `root`. `entered`
-    holds the folders that are left out, and then also those that were entered.
+    A folder that several links lead to is entered once, by its own path if that is below `root`. Folders in
+    `entered` are left out; those that are entered are added to it.
     """
     waiting: list[str] = [""]
     links: list[str] = []
@@ -172,10 +184,10 @@ def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, li
         folder = waiting.pop() if waiting else heapq.heappop(links)  # by name: the same on every machine
         path, names, hidden = os.path.join(root, folder) if folder else root, [], 0
         try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in entered:
+            own = file_id(path)
+            if own in entered:
                 continue
-            entered.add((status.st_dev, status.st_ino))
+            entered.add(own)
             with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
@@ -255,8 +267,7 @@ class Folder:
 
     def entered(self) -> set[tuple[int, int]]:
         """The folder's entry in `entered`, so that `find_images` does not follow links back to it."""
-        status = os.stat(self.root)
-        return {(status.st_dev, status.st_ino)}
+        return {file_id(self.root)}
 
     def file_names(self) -> list[str]:
         """List the names of the files in the folder itself, except hidden ones."""

@@ -33,10 +33,10 @@ from support.pixels import copy_to
 class TrainingViews(Dataset):
     """Views of images. Item (epoch, i) depends on the seed, the epoch and i alone.
 
-    An item is (views, colours, index). `make_views(pixels, rng)` takes uint8 (C, H, W) and a
+    An item is (views, colours, unreadable). `make_views(pixels, rng)` takes uint8 (C, H, W) and a
     `random.Random`; it returns uint8 views, one tensor (V, C, H, W) for each size, and the colours that
-    `pixels.normalized_views` still has to apply. The index is -1; if an image cannot be read and another
-    one replaces it, it is the index of the unreadable image, so that training can name and count it.
+    `pixels.normalized_views` still has to apply. `unreadable` is -1, or the index of an image that cannot be
+    read and that another one replaces, so that training can name and count it.
     """
 
     TRIES = 30  # other images, before the data as a whole is considered unreadable

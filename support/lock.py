@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 from support.errors import TrainingError, UserError, reason_of
+from support.files import file_id
 from support.logger import log
 
 
@@ -122,8 +123,7 @@ class FolderLock:
 
     def _folder(self) -> list[int]:
         """Identifies the folder on its machine, so that a copy of it is not taken for it."""
-        status = os.stat(self.path.parent)
-        return [status.st_dev, status.st_ino]
+        return list(file_id(self.path.parent))
 
     def _is_dead(self, holder: dict) -> bool:
         if holder["machine"] == _machine() and os.name != "nt":  # on Windows, signal 0 would end the process

@@ -1,4 +1,4 @@
-"""Masks in image files, one whole number for each pixel: read, and checked for likely mistakes.
+"""Masks in image files, one whole number for each pixel: read, checked for likely mistakes, compared.
 
 Shapes: H x W pixels.
 """
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.ExifTags import Base
+from torch import Tensor
 
 from support.errors import UserError, first_line
 from support.files import evenly_spread
@@ -80,3 +82,13 @@ def _is_turned(path: str | Path) -> bool:
     with contextlib.suppress(Exception), Image.open(path) as image:  # a broken file can raise nearly anything
         return image.getexif().get(Base.Orientation, 1) > 1
     return False
+
+
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole of counts; 1 where there is no whole."""
+    return torch.where(whole > 0, part / whole.clamp(min=1), 1.0)
+
+
+def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union of masks, bool (..., H, W) -> (...); 1 where both are empty."""
+    return share((masks & truth).sum(dim=(-2, -1)), (masks | truth).sum(dim=(-2, -1)))

@@ -1,7 +1,7 @@
 """Reads pickled data: arrays, numbers, text and containers. Anything else in a file is refused.
 
 The array types here stand in for NumPy's, with which a file could set an array's pointers and flags at will;
-`support/weights.py` uses them too.
+`support/checkpoints.py` uses them too.
 """
 
 import collections

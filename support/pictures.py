@@ -5,7 +5,7 @@ Shapes: H x W pixels, R x C patches.
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +48,6 @@ def save_picture(
     text.add_text("Software", mark)
     with replacing(path) as file:
         picture.save(file, "PNG", pnginfo=text, optimize=optimize)
-
-
-def lies_below(path: Path, folders: Iterable[str | Path]) -> bool:
-    """Whether a picture at this path would be found among the images of one of these folders."""
-    return any(
-        Path(folder).expanduser().resolve() in path.expanduser().resolve().parents for folder in folders
-    )
 
 
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:

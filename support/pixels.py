@@ -163,16 +163,6 @@ def eval_transform(
     )
 
 
-def share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole of counts; 1 where there is no whole."""
-    return torch.where(whole > 0, part / whole.clamp(min=1), 1.0)
-
-
-def jaccard(masks: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of masks, bool (..., H, W) -> (...); 1 where both are empty."""
-    return share((masks & truth).sum(dim=(-2, -1)), (masks | truth).sum(dim=(-2, -1)))
-
-
 # ---------------------------------------------------------------------------------------------
 # Views
 # ---------------------------------------------------------------------------------------------

@@ -44,9 +44,13 @@ from support.pixels import (
 )
 from vision_transformer import VITS, VisionTransformer
 
+# ---------------------------------------------------------------------------------------------
+# State dicts
+# ---------------------------------------------------------------------------------------------
+
 
 def load_strictly(
-    module: nn.Module, state: dict, source: str, fix: str = "check --arch and the file"
+    module: nn.Module, state: Mapping, source: str, fix: str = "check --arch and the file"
 ) -> None:
     """Load a state dict. Raises UserError, which names in one line what does not fit."""
     own = module.state_dict()
@@ -78,7 +82,7 @@ def _is_plain(value: Tensor) -> bool:
     return value.layout == torch.strided and not (value.is_quantized or value.is_nested)
 
 
-def check_finite(state: dict[str, Tensor], source: str) -> None:
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError if a weight is infinite or NaN, since its output could still look like a result.
 
     Also for tensors without values, and for those that are sparse, quantized or nested.
@@ -105,6 +109,14 @@ def digest_weights(module: nn.Module) -> str:
     return sha.hexdigest()[:12]
 
 
+# ---------------------------------------------------------------------------------------------
+# Weights in files
+# ---------------------------------------------------------------------------------------------
+
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
+
+
 class Weights(NamedTuple):
     """The state dict chosen from a file, and what the file records about it."""
 
@@ -114,7 +126,7 @@ class Weights(NamedTuple):
     entry: str = ""  # of the file, "" for a file of weights alone
     key: str | None = None  # the part of `state` that the user asks for
     epoch: int | None = None
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and deviation
+    normalization: Normalization | None = None
     center: Tensor | None = None  # of the loss, (1, K); belongs to the teacher's head
     value_range: Range | None = None  # of the images' values, which became grey levels
     named: str | None = None  # the architecture that a file of another program names
@@ -265,6 +277,11 @@ def _recorded_normalization(record, source: str):
     return (mean, std), value_range
 
 
+# ---------------------------------------------------------------------------------------------
+# From a file into a network
+# ---------------------------------------------------------------------------------------------
+
+
 def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Select a backbone's tensors, a DINO head's ({} for none), and the network's prefix in the file.
 
@@ -353,6 +370,11 @@ def load_pretrained_weights(model: nn.Module, weights: Weights) -> tuple[dict[st
 NOT_OURS = {"ls1.gamma": "LayerScale", "register_tokens": "register tokens", "reg_token": "register tokens"}
 
 
+# ---------------------------------------------------------------------------------------------
+# Frozen networks
+# ---------------------------------------------------------------------------------------------
+
+
 class Frozen(NamedTuple):
     """A frozen network and the images that it expects."""
 
@@ -416,13 +438,15 @@ def load_backbone(
         raise UserError(
             "no weights given", "--pretrained_weights", "give a file, a published model, or random"
         )
+    if isinstance(image_size, list):
+        image_size = tuple(image_size)
     if weights in ("random", "pixels") and checkpoint_key:
         log(f"note: --checkpoint_key has no effect on {weights}")
     if weights == "pixels":
         size = image_size or FALLBACK["image_size"]
         count = in_chans or FALLBACK["in_chans"]
         scale, limits = unknown_normalization(count), pairs(value_range, count)
-        return _frozen(nn.Flatten(), size, scale, "pixels: no network", "", limits)
+        return Frozen(nn.Flatten().eval(), size, *scale, "pixels: no network", "", limits)
     known = Weights({}, weights, {}) if weights == "random" else read_weights(weights, checkpoint_key)
     in_chans = settle_channels(known, in_chans)
     limits = settle_range(known, pairs(value_range, in_chans))
@@ -450,7 +474,8 @@ def load_backbone(
         check_divides("image_size", size, patch_size)
     check_crop_sizes(model, arch, embed_dim, [size], in_chans)
     description = f"{weights}: {', '.join(words)}"
-    return _frozen(model, size, normalization, description, canonical(arch), limits)
+    model.eval().requires_grad_(False)
+    return Frozen(model, size, *normalization, description, canonical(arch), limits)
 
 
 def assumed_heads(model: nn.Module, weights: Weights) -> list[str]:
@@ -474,7 +499,7 @@ def timm_config(weights: Weights, model: nn.Module) -> dict:
     return {} if weights.are_dinos else getattr(model, "default_cfg", {})
 
 
-def stated_normalization(weights: Weights, model: nn.Module, in_chans: int) -> tuple | None:
+def stated_normalization(weights: Weights, model: nn.Module, in_chans: int) -> Normalization | None:
     """Mean and deviation that are recorded in the file or beside it, else timm's for timm's weights.
 
     One number is for all channels, as in timm's training script.
@@ -487,10 +512,11 @@ def stated_normalization(weights: Weights, model: nn.Module, in_chans: int) -> t
         if not (isinstance(values, list) and all(isinstance(value, int | float) for value in values)):
             values = timm_config(weights, model).get(name, ())
         found.append(tuple(values) * (in_chans if len(values) == 1 else 1))
-    return tuple(found) if all(found) else None
+    mean, std = found
+    return (mean, std) if mean and std else None
 
 
-def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> tuple:
+def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> Normalization:
     """Mean and deviation that weights expect. Raises UserError if they are unknown for other than three
     channels.
     """
@@ -503,25 +529,16 @@ def normalization_of(weights: Weights, model: nn.Module, in_chans: int) -> tuple
     return known
 
 
-def unknown_normalization(in_chans: int) -> tuple:
+def unknown_normalization(in_chans: int) -> Normalization:
     """Mean and deviation where nothing is known: ImageNet's, or those of evenly distributed levels."""
     if in_chans == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (0.5,) * in_chans, (0.29,) * in_chans
 
 
-def _frozen(
-    network: nn.Module,
-    image_size: Size,
-    normalization: tuple,
-    description: str,
-    arch: str,
-    value_range: Range | None,
-) -> Frozen:
-    mean, std = normalization
-    network = network.eval().requires_grad_(False)
-    image_size = tuple(image_size) if isinstance(image_size, Sequence) else image_size
-    return Frozen(network, image_size, tuple(mean), tuple(std), description, arch, value_range)
+# ---------------------------------------------------------------------------------------------
+# The start of a training
+# ---------------------------------------------------------------------------------------------
 
 
 def init_from(
@@ -554,7 +571,7 @@ def init_from(
         raise UserError(f"torchvision's weights of {arch} expect other pixels", weights, fix)
     head, _ = load_pretrained_weights(backbone, known)
     if in_chans == len(mean):
-        theirs = tuple(map(tuple, normalization_of(known, backbone, in_chans)))
+        theirs = normalization_of(known, backbone, in_chans)
         if theirs != (tuple(mean), tuple(std)):
             log(f"warning: {weights} expects mean {theirs[0]}, deviation {theirs[1]}; "
                 f"the training uses {tuple(mean)} and {tuple(std)}")  # fmt: skip
@@ -595,6 +612,10 @@ def in_more_channels(state: dict[str, Tensor], own: dict[str, Tensor], source: s
     log(f"{source}: filters for three channels adapted to {count}: {', '.join(names)}")
     return state | {name: adapt_input_conv(count, state[name]) for name in names}
 
+
+# ---------------------------------------------------------------------------------------------
+# What the network is: flags, records and shapes
+# ---------------------------------------------------------------------------------------------
 
 # What a network is if neither the flags nor the file say it.
 FALLBACK: dict[str, Any] = {"arch": "vit_small", "patch_size": 16, "image_size": 224, "in_chans": 3}

@@ -83,7 +83,7 @@ def training_on(device: torch.device, images, *flags: str):
     monitor, logger = Monitor(9), MetricLogger()
     loader = main_dino.build_loader(args, data, steps, 0, device, monitor.stop_asked)
     with contextlib.closing(to_device(iter(loader), device)) as batches:
-        yield lambda steps: main_dino.train_one_epoch(training, batches, 0, steps, monitor, logger)
+        yield lambda steps: main_dino.train_one_epoch(training, batches, steps, monitor, logger)
 
 
 def train_two_steps(images, *flags: str) -> int:

@@ -220,7 +220,7 @@ def test_region_similarity_by_hand():
         drawn((0, 10, 0, 10), (0, 0, 0, 0), (0, 0, 0, 0)),
         drawn((0, 10, 5, 15), (0, 0, 0, 0), (0, 1, 0, 1)),
     )
-    assert video.region_similarity(masks, truth).tolist() == pytest.approx([50 / 150, 1, 0])
+    assert video.jaccard(masks, truth).tolist() == pytest.approx([50 / 150, 1, 0])
 
 
 def test_boundary_pixels_differ_from_a_neighbour_to_the_right_or_below():

@@ -755,7 +755,7 @@ def mean_gradient(images, precision: str) -> torch.Tensor:
     training.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision == "fp16")
     loader = main_dino.build_loader(args, data, steps, 0, cpu, lambda: False)
     with contextlib.closing(to_device(iter(loader), cpu)) as batches:
-        main_dino.train_one_epoch(training, batches, 0, range(2), Monitor(9), MetricLogger())
+        main_dino.train_one_epoch(training, batches, range(2), Monitor(9), MetricLogger())
     return torch.cat([state["exp_avg"].flatten() for state in training.optimizer.state.values()])
 
 

@@ -70,7 +70,7 @@ class OurTrainer:
 
     def steps(self, batches: Iterator[tuple]) -> None:
         stretch = range(self.training.steps.last)
-        main_dino.train_one_epoch(self.training, batches, 0, stretch, Monitor(1), Quiet())
+        main_dino.train_one_epoch(self.training, batches, stretch, Monitor(1), Quiet())
 
     def step(self, batch: tuple) -> None:
         self.steps(iter([batch]))
