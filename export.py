@@ -317,7 +317,7 @@ def fit_to_size(frozen: Frozen) -> None:
     network = frozen.network
     if isinstance(network, VisionTransformer):
         sides = height_and_width(frozen.image_size)
-        position, patch_size = network.interpolate_pos_encoding(*sides), network.patch_embed.patch_size
+        position, patch_size = network.interpolate_pos_encoding(None, *sides), network.patch_embed.patch_size
         if position is not network.pos_embed:
             log(f"note: position embedding interpolated to {size_words(frozen.image_size)} pixels")
             network.pos_embed = nn.Parameter(position, requires_grad=False)

@@ -86,7 +86,7 @@ from support.restart import Run
 from support.shapes import USUAL, Shapes
 from support.weights import init_from, load_backbone
 from utils import PAPER, CollapseWatch, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper, Recipe
-from vision_transformer import VITS
+from vision_transformer import VITS, VisionTransformer
 
 
 def demo_defaults() -> dict:
@@ -627,6 +627,9 @@ def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCro
         log(f"note: {args.arch} has dropout, which acts in the teacher too, as in the published code")
     student_head, teacher_head = head(embed_dim), head(embed_dim)
     student_head.defer_last_layer = True
+    for backbone in (student_backbone, teacher_backbone):
+        if isinstance(backbone, VisionTransformer):
+            backbone.cls_only = True
     student = MultiCropWrapper(student_backbone, student_head)
     teacher = MultiCropWrapper(teacher_backbone, teacher_head)
     return student, teacher.requires_grad_(False)

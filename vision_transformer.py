@@ -22,7 +22,10 @@ from torchvision.ops import StochasticDepth
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), and the attention itself, (B, h, N, N).
+
+    The attention is None where a fused kernel does not give it.
+    """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
@@ -46,16 +49,17 @@ class Attention(nn.Module):
         """Attention of each query's token (row) over all tokens: (B, h, N, N); rows sum to 1."""
         return (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
 
-    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.project(x, cls_only)
         # On the CPU, the fused kernel saves memory for many tokens, but it is slower for the few tokens of
         # small crops, and in bfloat16 for any number of tokens. For a single query it saves nothing, and
         # MPS of torch 2.8 to 2.11 computes it wrongly (https://github.com/pytorch/pytorch/issues/181133).
         if not cls_only and (x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training)):
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            attention, out = None, F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
-            out = self.weights(q, k) @ v
-        return self.proj(out.transpose(1, 2).flatten(2))  # (B, h, N, D/h) -> (B, N, D)
+            attention = self.weights(q, k)
+            out = attention @ v
+        return self.proj(out.transpose(1, 2).flatten(2)), attention  # (B, h, N, D/h) -> (B, N, D)
 
 
 class Block(nn.Module):
@@ -72,10 +76,11 @@ class Block(nn.Module):
         )
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, cls_only: bool = False) -> Tensor:
         """With `cls_only`, computes the first token only, with the same result: (B, 1, D)."""
-        attended = self.drop_path(self.attn(self.norm1(x), cls_only))
-        x = (x[:, :1] if cls_only else x) + attended
+        normed = self.norm1(x)
+        attended = (self.attn(normed, cls_only=True) if cls_only else self.attn(normed))[0]
+        x = (x[:, :1] if cls_only else x) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -113,6 +118,8 @@ class VisionTransformer(nn.Module):
 
     # Keep only the blocks' inputs and recompute the rest in the backward pass: less memory, more time.
     grad_checkpointing = False
+    # In training, compute only the CLS token in the last block: less time. Forward hooks there see no other.
+    cls_only = False
 
     def __init__(
         self,
@@ -132,7 +139,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         sides = (img_size,) if isinstance(img_size, int) else img_size
         self.grid = sides[0] // patch_size, sides[-1] // patch_size  # rows and columns of the embedding
-        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.embed_dim = self.num_features = embed_dim
+        self.num_heads = num_heads
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), embed_dim))
@@ -151,8 +159,11 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """Position embedding for an image of height x width pixels: (1, N, D)."""
+    def interpolate_pos_encoding(self, x: Tensor | None, height: int, width: int) -> Tensor:
+        """Position embedding for an image of height x width pixels: (1, N, D).
+
+        `x`, the tokens, has no effect: other projects replace this method, by its published signature.
+        """
         patch = self.patch_embed.patch_size
         rows, cols = height // patch, width // patch
         if (rows, cols) == self.grid:
@@ -171,16 +182,14 @@ class VisionTransformer(nn.Module):
         if H % patch or W % patch:
             raise ValueError(f"a {H}x{W} image does not divide into patches of {patch}")
         tokens = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(x)], dim=1)
-        return tokens + self.interpolate_pos_encoding(H, W)
+        return tokens + self.interpolate_pos_encoding(tokens, H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
         x = self.prepare_tokens(x)
         for block in self.blocks[:-1]:
             x = self._run(block, x)
-        # Training uses the CLS token only. In evaluation, forward hooks on the last block, its `attn.qkv`
-        # or `norm` expect all tokens.
-        x = self._run(self.blocks[-1], x, cls_only=self.training)
+        x = self._run(self.blocks[-1], x, **({"cls_only": True} if self.cls_only and self.training else {}))
         return self.head(self.norm(x)[:, 0])
 
     def _run(self, block: nn.Module, x: Tensor, **kwargs) -> Tensor:

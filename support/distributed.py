@@ -258,13 +258,16 @@ _FIRST = "blocks of the main process that have ended"
 def init_distributed_mode(dist_url: str | argparse.Namespace = "env://") -> torch.device:
     """Choose this process's device, and join the group if there are several processes. Raises UserError.
 
-    `dist_url` may be a Namespace that holds it, as in the published code.
+    `dist_url` may be a Namespace that holds it; as in the published code, it then gets `rank`, `world_size`
+    and `gpu`.
     """
     global _store, _first_blocks
     url = dist_url if isinstance(dist_url, str) else dist_url.dist_url
     check_launch()
     device = choose_device()
     rank, world_size, _ = launched_as()
+    if isinstance(dist_url, argparse.Namespace):
+        dist_url.rank, dist_url.world_size, dist_url.gpu = rank, world_size, device.index or 0
     if world_size > 1 and not dist.is_initialized():
         try:
             _store, _first_blocks = meet(url, rank, world_size), 0

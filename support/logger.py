@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.distributed import is_main_process
+from support.distributed import all_gather_object, is_main_process
 
 
 def log(message: str) -> None:
@@ -28,12 +28,12 @@ class SmoothedValue:
         self.recent: deque[float] = deque(maxlen=window_size)
         self.total, self.count = 0.0, 0
 
-    def update(self, value: float | Tensor) -> None:
-        """Append a value, or that of a tensor of one element, for which the host waits."""
+    def update(self, value: float | Tensor, n: int = 1) -> None:
+        """Append the mean of `n` values; of a tensor of one element, for which the host waits."""
         value = float(value)  # a tensor would sum in its own precision
         self.recent.append(value)
-        self.total += value
-        self.count += 1
+        self.total += value * n
+        self.count += n
 
     @property
     def avg(self) -> float:
@@ -74,6 +74,18 @@ class MetricLogger:
         for name, (total, count) in state.items():
             own = self.step_time if name == "step_time" else self.meters.setdefault(name, SmoothedValue())
             own.total, own.count = float(total), int(count)
+
+    def synchronize_between_processes(self) -> None:
+        """Make each series' mean that over all ranks, as published training loops do after an epoch.
+
+        Ours need not: their numbers are means over the ranks.
+        """
+        for meter in self.meters.values():
+            totals, counts = zip(*all_gather_object((meter.total, meter.count)), strict=True)
+            meter.total, meter.count = sum(totals), sum(counts)
+
+    def __str__(self) -> str:
+        return self.delimiter.join(f"{name} {meter.global_avg:.4g}" for name, meter in self.meters.items())
 
     def averages(self) -> dict[str, float]:
         """The mean of each series over the epoch, and the images per second."""

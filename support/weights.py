@@ -580,7 +580,7 @@ def init_from(
             f"the training uses {range_words(value_range) or '8-bit values'}")  # fmt: skip
     state = in_more_channels(backbone.state_dict(), own_backbone.state_dict(), weights)
     if isinstance(backbone, VisionTransformer):
-        state["pos_embed"] = backbone.interpolate_pos_encoding(*height_and_width(image_size))
+        state["pos_embed"] = backbone.interpolate_pos_encoding(None, *height_and_width(image_size))
     load_strictly(own_backbone, state, weights)
     taken = "backbone" if not head else "backbone, head" if known.center is None else "backbone, head, centre"
     log(f"starting from the weights of {weights}: {', '.join([taken, *assumed_heads(backbone, known)])}")

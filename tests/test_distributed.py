@@ -143,8 +143,9 @@ def test_an_address_that_the_user_sets_is_kept_without_asking_slurm(launch, monk
 
 def test_the_published_call_is_accepted(launch):
     launch({})
-    args = argparse.Namespace(dist_url="env://", gpu=0)
+    args = argparse.Namespace(dist_url="env://")
     assert distributed.init_distributed_mode(args) == distributed.choose_device()
+    assert (args.rank, args.world_size, args.gpu) == (0, 1, 0)
 
 
 # A torch that was built with USE_DISTRIBUTED=0 lacks these functions, and torch.distributed then has little
@@ -331,6 +332,20 @@ norm = torch.nn.BatchNorm1d(3)
 norm.running_mean += rank + 1
 broadcast_buffers(norm)
 assert norm.running_mean.tolist() == [1, 1, 1], norm.running_mean
+"""
+    assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
+
+
+@pytest.mark.slow
+def test_means_of_a_published_loop_are_those_of_all_ranks(tmp_path):
+    body = """
+from utils import MetricLogger
+logger = MetricLogger(delimiter="  ")
+logger.update(loss=1.0, acc=rank)
+for _ in range(rank):
+    logger.meters["loss"].update(4.0, n=2)
+logger.synchronize_between_processes()
+assert str(logger) == "loss 2.5  acc 0.5", str(logger)
 """
     assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
 

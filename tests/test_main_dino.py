@@ -1097,6 +1097,14 @@ def test_a_run_among_its_images_is_refused(images, tmp_path):
     assert not (images / "run").exists()
 
 
+def test_training_computes_only_the_cls_token_in_the_last_block():
+    for network in main_dino.build_networks(main_dino.parse_args(TINY)):
+        seen = []
+        network.backbone.norm.register_forward_hook(lambda _, inputs, out, seen=seen: seen.append(out.shape))
+        network([torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 16, 16)])
+        assert seen == [(2, 1, 128)] * 2
+
+
 def test_the_state_of_another_optimizer_is_refused(images, tmp_path):
     flags = "--data_path", images, "--output_dir", tmp_path, "--allow_changed_args"
     train(*flags, "--max_steps", "1")

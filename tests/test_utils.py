@@ -498,7 +498,7 @@ def test_loss_is_the_mean_cross_entropy_over_pairs_of_different_views(views, bat
     torch.testing.assert_close(loss_fn.center, 0.9 * center + 0.1 * teacher.mean(0, keepdim=True))
 
     entropy = -(torch.cat(targets) * torch.cat(targets).clamp(min=1e-30).log()).sum(-1).mean()
-    torch.testing.assert_close(loss_fn.stats["entropy"], entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_fn.stats["entropy"], entropy, rtol=1e-4, atol=1e-4)  # logits up to 300
     torch.testing.assert_close(loss_fn.stats["kl"], loss.detach() - entropy, rtol=1e-3, atol=1e-4)
 
 

@@ -1,3 +1,5 @@
+import types
+
 import pytest
 import timm
 import torch
@@ -53,11 +55,11 @@ def test_a_size_that_does_not_divide_is_an_error():
 
 def test_position_embedding_is_exact_at_its_own_size_and_oriented_elsewhere():
     model = vit_nano(8, img_size=32)
-    assert model.interpolate_pos_encoding(32, 32) is model.pos_embed
+    assert model.interpolate_pos_encoding(None, 32, 32) is model.pos_embed
     with torch.no_grad():  # an embedding that only grows from top to bottom
         rows = torch.arange(4.0).repeat_interleave(4)
         model.pos_embed[0, 1:] = rows[:, None]
-        grid = model.interpolate_pos_encoding(64, 16)[0, 1:, 0].reshape(8, 2)
+        grid = model.interpolate_pos_encoding(None, 64, 16)[0, 1:, 0].reshape(8, 2)
     assert (grid.diff(dim=0)[1:-1] > 0).all()
     torch.testing.assert_close(grid[:, 0], grid[:, 1])
 
@@ -65,11 +67,11 @@ def test_position_embedding_is_exact_at_its_own_size_and_oriented_elsewhere():
 def test_position_embedding_of_a_rectangle():
     model = vit_nano(8, img_size=(64, 32))
     assert model.pos_embed.shape == (1, 1 + 8 * 4, 128)
-    assert model.interpolate_pos_encoding(64, 32) is model.pos_embed
+    assert model.interpolate_pos_encoding(None, 64, 32) is model.pos_embed
     with torch.no_grad():  # an embedding that only grows from left to right
         model.pos_embed[0, 1:] = torch.arange(4.0).repeat(8)[:, None]
         for rows, cols in ((4, 8), (8, 8), (4, 4)):
-            grid = model.interpolate_pos_encoding(8 * rows, 8 * cols)[0, 1:, 0].reshape(rows, cols)
+            grid = model.interpolate_pos_encoding(None, 8 * rows, 8 * cols)[0, 1:, 0].reshape(rows, cols)
             assert (grid.diff(dim=1)[:, 1:-1] > 0).all()
             torch.testing.assert_close(grid, grid[:1].expand(rows, -1))
     assert vit_nano(8, img_size=[32]).grid == (4, 4)  # as the published code writes it
@@ -94,10 +96,14 @@ def test_fused_attention_is_the_same_attention(cls_only, qkv_bias):
     expected = attention.proj((attention.weights(q, k) @ v).transpose(1, 2).flatten(2))
     kernels = []
     for training in (True, False):  # on a CPU, explicit, then fused, which is for several queries
-        out = attention.train(training)(x, cls_only)
+        out, weights = attention.train(training)(x, cls_only=cls_only)
         torch.testing.assert_close(out, expected)
+        if training or cls_only:
+            torch.testing.assert_close(weights, attention.weights(q, k))
+        else:
+            assert weights is None
         with torch.profiler.profile() as profile:
-            attention(x, cls_only)
+            attention(x, cls_only=cls_only)
         kernels.append({event.name for event in profile.events()})
     fused = "aten::scaled_dot_product_attention"
     assert [fused in names for names in kernels] == [False, not cls_only]
@@ -107,6 +113,7 @@ def test_fused_attention_is_the_same_attention(cls_only, qkv_bias):
 def test_the_last_block_computes_the_cls_token_as_if_it_computed_all(dtype):
     torch.manual_seed(0)
     model = vit_nano(8, img_size=32, drop_path_rate=0.5)
+    model.cls_only = True
     images, weights = torch.randn(6, 3, 32, 16), torch.randn(6, 128)
     results = []
     for forward in (model, lambda x: model.get_intermediate_layers(x)[0][:, 0]):
@@ -169,11 +176,64 @@ def test_hooks_in_evaluation_get_all_tokens():
     assert torch.equal(out, seen["norm"][:, 0])
 
 
-def test_training_computes_the_cls_token_only():
+def test_the_last_block_computes_the_cls_token_only_if_asked_to_and_in_training():
     model, seen = vit_nano(8, img_size=32), []
-    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    model(torch.randn(2, 3, 32, 32))
-    assert seen == [(2, 1, 128)]
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    for model.cls_only in (False, True):
+        for training in (False, True):
+            model.train(training)(torch.randn(2, 3, 32, 32))
+    assert seen == [17, 17, 17, 1]
+
+
+# ---- what code for the published network does with it
+
+
+def test_forward_hooks_see_all_tokens_in_training_too():
+    """The hooks of Splice and dino-vit-features; a module sets a frozen network inside it to training."""
+    model, seen = vit_nano(8, img_size=32), []
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        block.attn.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        model.train()(x), model.eval()(x)
+    assert len(seen) == 2 * 3 * 6 and all(output.shape[:2] == (1, 17) for output in seen)
+    torch.testing.assert_close(seen[:18], seen[18:])
+
+
+def test_blocks_and_attention_can_be_wrapped_and_removed():
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = vit_nano(8, img_size=32)
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    model.blocks[-1].attn = Adapter(model.blocks[-1].attn)
+    model.blocks[-1] = Adapter(model.blocks[-1])
+    torch.testing.assert_close(model(x), expected)
+    tokens, model.blocks[-1] = model.get_intermediate_layers(x, 2)[0], torch.nn.Identity()
+    torch.testing.assert_close(model(x), tokens[:, 0])
+
+
+def test_overlapping_patches_as_other_projects_make_them():
+    """dino-vit-features sets a smaller stride and replaces `interpolate_pos_encoding(x, w, h)`."""
+    model = vit_nano(8, img_size=32).eval()
+    model.patch_embed.proj.stride = 4
+
+    def replacement(self, x, w, h):
+        assert x.shape[1] == 1 + 15 * 7
+        grid = self.pos_embed[:, 1:].unflatten(1, (4, 4)).movedim(3, 1)
+        grid = torch.nn.functional.interpolate(grid, ((w - 8) // 4 + 1, (h - 8) // 4 + 1), mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], dim=1)
+
+    model.interpolate_pos_encoding = types.MethodType(replacement, model)
+    assert model.get_last_selfattention(torch.randn(2, 3, 64, 32)).shape == (2, 4, 106, 106)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -232,7 +292,7 @@ def test_the_row_of_a_token_needs_no_map_of_all_tokens():
 def test_gradient_of_the_position_embedding_has_one_order_of_sums():
     """No step of its backward pass is that of F.interpolate, whose bits differ from run to run on a GPU."""
     model = vit_nano(8, img_size=32)
-    names, steps = set(), [model.interpolate_pos_encoding(48, 16).grad_fn]
+    names, steps = set(), [model.interpolate_pos_encoding(None, 48, 16).grad_fn]
     while steps:
         step = steps.pop()
         names.add(step.name())
@@ -245,7 +305,7 @@ def test_position_embedding_keeps_double_precision():
     grid = model.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     scale = (6.1 / 4, 2.1 / 4)
     expected = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).mT
-    found = model.interpolate_pos_encoding(48, 16)[:, 1:]
+    found = model.interpolate_pos_encoding(None, 48, 16)[:, 1:]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
 
 

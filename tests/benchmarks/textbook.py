@@ -55,10 +55,10 @@ class Views:
         return [view(image) for view in self.views]
 
 
-def textbook_attention(attn: nn.Module, x: Tensor, cls_only: bool = False) -> Tensor:
+def textbook_attention(attn: nn.Module, x: Tensor) -> tuple[Tensor, None]:
     """softmax(q k^T) v, also where the module would use a fused kernel."""
-    q, k, v = attn.project(x, cls_only)
-    return attn.proj((attn.weights(q, k) @ v).transpose(1, 2).flatten(2))
+    q, k, v = attn.project(x)
+    return attn.proj((attn.weights(q, k) @ v).transpose(1, 2).flatten(2)), None
 
 
 class WholeViT(nn.Module):
