@@ -45,7 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--cpus_per_task", default=10, type=cli.number(int, at_least=1),
         help="cores per process; --num_workers plus one is best: 11 with its default of 10")
     group.add_argument("--mem_gb", default=None, type=cli.number(float, at_least=0),
-        help="memory per node; by default 40 per GPU, and for a CPU job the cluster's default")
+        help="memory per node, 0 for all of it; by default 40 per GPU, and for a CPU job the cluster's "
+             "default")
     group.add_argument("--slurm_extra", default=[], nargs="+", metavar="OPTION",
         help="further options of sbatch without the leading dashes, e.g. reservation=dino "
              "gpus-per-node=a100:8 exclude=node7 exclusive; they override the job's own")
@@ -82,7 +83,7 @@ class Trainer:
             launch.master_addr = "127.0.0.1"  # this machine's name need not resolve
             launch.export(set_cuda_visible_devices=False, overwrite=True)
         args = vars(self.args) | {"output_dir": self.args.output_dir.replace("%j", job.job_id)}
-        cli.run_script(self.train, argparse.Namespace(**args))
+        cli.run_script(self.train, argparse.Namespace(**args), resumable=True)
 
     def train(self, args: argparse.Namespace) -> None:
         """Train; if the training is stopped, but not by `scancel`, have the job requeued."""
@@ -150,7 +151,10 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
     constraint = job.constraint
     if job.use_volta32:
         constraint = f"({constraint})&volta32" if constraint else "volta32"
-    mem_gb = 40 * job.ngpus if job.mem_gb is None else job.mem_gb
+    mem_gb = job.mem_gb if job.mem_gb is not None else 40 * job.ngpus or None
+    further = sbatch_options(job.slurm_extra)
+    if any(name.startswith("mem_per_") for name in further):  # sbatch refuses both
+        mem_gb = None
     executor.update_parameters(
         job_name="dino",
         time=job.timeout,
@@ -158,7 +162,7 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
         ntasks_per_node=max(job.ngpus, 1),
         gpus_per_node=job.ngpus or None,
         cpus_per_task=job.cpus_per_task,
-        mem=f"{int(mem_gb * 1024)}MB" if mem_gb else None,
+        mem=f"{int(mem_gb * 1024)}MB" if mem_gb is not None else None,
         partition=job.partition or None,
         comment=job.comment or None,
         account=job.account or None,
@@ -169,7 +173,7 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
         signal_delay_s=120,
         # srun does not inherit the job's cores; if one process ends, the others have to end too.
         srun_args=[f"--cpus-per-task={job.cpus_per_task}", "--kill-on-bad-exit=1"],
-        additional_parameters={"requeue": True} | sbatch_options(job.slurm_extra),
+        additional_parameters={"requeue": True} | further,
     )
     return executor
 
@@ -202,7 +206,9 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
         submitted = executor.submit(Trainer(args))
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = re.findall(r"sbatch: error: (.*)", str(error)) or str(error).splitlines()
-        raise UserError(f"sbatch refused: {reasons[-1]}", "", "change the flags of the job") from None
+        unreachable = re.search("config source|Unable to contact", reasons[-1])
+        fix = "go to a login node, or try --local" if unreachable else "change the flags of the job"
+        raise UserError(f"sbatch refused: {reasons[-1]}", "", fix) from None
     except OSError as error:
         raise UserError(reason_of(error), f"--shared_dir {folder}", "choose another") from None
     print(f"job {submitted.job_id}, output in {args.output_dir.replace('%j', submitted.job_id)}")

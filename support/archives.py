@@ -303,6 +303,8 @@ def _cache_folder() -> Path:
 
 def _keep(index: Index, cache: Path) -> None:
     """Write an index. Raises OSError."""
+    if not cache.is_absolute():
+        raise FileNotFoundError("no home directory")
     cache.parent.mkdir(parents=True, exist_ok=True)
     names = np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in index.names), np.uint8)
     with appearing(cache) as file:

@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from support import logger
 from support.distributed import in_group, launched_as, leave_group
 from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of
 from support.loading import kill_workers
@@ -337,14 +338,16 @@ def say(error: UserError) -> None:
     if _is_first() or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
-        print(f"{error.label}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # its reader has ended, or the disk is full
+            print(f"{error.label}: {line}", file=sys.stderr, flush=True)
 
 
 @functools.cache
 def say_once(line: str) -> None:
     """Print a line that is not an error, from the first rank, once: some scripts parse their flags twice."""
     if _is_first():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _is_first() -> bool:
@@ -370,17 +373,23 @@ MEMORY_ADVICE = {
 }
 
 
+WORKER_DIED = "DataLoader worker (pid"  # how torch's words begin; an exception in a worker reads differently
+
+
 def as_user_error(error: Exception, args: object = None) -> UserError | None:
     """Turn an error that the machine caused, not the program, into one clear line; None for others.
 
     `args` are the script's flags, for advice.
     """
+    before = error.__context__
+    if isinstance(before, Exception) and str(before).startswith(WORKER_DIED):  # e.g. within torch.save
+        error = before
     message = first_line(error)
     if lacks_memory(error):
         fix = " or ".join(words for name, words in MEMORY_ADVICE.items() if hasattr(args, name))
         fix = fix or "close other programs"
         return TrainingError(f"out of memory: {message}", "", fix, alone=True)
-    if message.startswith("DataLoader worker (pid"):  # it died; an exception in a worker reads differently
+    if message.startswith(WORKER_DIED):
         what = f"a data-loading worker died: {message}"
         return Interrupted(what, "", "run the same command to resume", alone=True)
     if "Duplicate GPU detected" in str(error):  # NCCL's words
@@ -390,6 +399,8 @@ def as_user_error(error: Exception, args: object = None) -> UserError | None:
         if cause := re.search(r"Last error:\s*(\S.*)", str(error)):  # NCCL's words
             message += f": {cause[1].strip()}"
         return Interrupted(f"lost another process: {message}", "", "run the same command to resume")
+    if message.startswith("Could not determine home directory"):
+        return UserError("no home directory for a path that begins with ~", "", "write the path in full")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return UserError(f"cannot compile the network: {message}", "--compile", "leave it out")
     if isinstance(error, OSError):
@@ -418,11 +429,17 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
     A `resumable` script exits with 75 ("resume me") on a scheduler's signal that `main` does not handle.
     """
     for number in SCHEDULERS if resumable else ():
-        signal.signal(number, _end_by_signal)
+        if signal.getsignal(number) is signal.SIG_DFL:  # else it is submitit's
+            signal.signal(number, _end_by_signal)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
+        logger.write()  # what is still to be flushed
+        if logger.lost and not resumable:  # it may have been the result
+            raise logger.lost[0]
+        if logger.lost:
+            say_once(f"warning: some output was lost: {reason_of(logger.lost[0])}")
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
@@ -431,7 +448,6 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
         stop.exit_code = 130  # what a shell reports for SIGINT
         end_at_once(stop)
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         stop = Interrupted("the reader of the output has ended", "", "run the same command to resume")
         stop.exit_code = 141  # what a shell reports for SIGPIPE
         end_at_once(stop)
@@ -442,7 +458,18 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
         end_at_once(outside)
     finally:
         kill_workers(multiprocessing.active_children())
+        flush_output()
         leave_group()
+
+
+def flush_output() -> None:
+    """Flush what was printed. Drop what cannot be written: Python would try again, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:  # None if the shell has closed it
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end_by_signal(signum: int, _):

@@ -13,12 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import urllib.parse
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -302,34 +300,33 @@ def in_group() -> bool:
 def leave_group() -> None:
     """Leave the group at the end of a process.
 
-    Ends the process at once, as `_end_process` does, in a group of gloo, or if leaving takes a minute.
+    After a group of gloo, or if leaving takes a minute, Python will end without freeing its objects.
     """
     if not in_group():
         return
-    if dist.get_backend() == "gloo":
-        # Its threads may still hold tensors of the last collective. While Python shuts down, freeing them
-        # aborts the process (https://github.com/pytorch/pytorch/pull/179291), and destroying the group can
-        # wait forever in torch 2.7 (https://github.com/pytorch/pytorch/pull/154976).
-        _end_process()
-    thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
-    thread.start()
-    thread.join(60)
-    if thread.is_alive():
+    # Threads of gloo may still hold tensors of the last collective. While Python frees its objects, freeing
+    # these aborts the process (https://github.com/pytorch/pytorch/pull/179291), and destroying the group can
+    # wait forever in torch 2.7 (https://github.com/pytorch/pytorch/pull/154976).
+    if dist.get_backend() != "gloo":
+        thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        thread.start()
+        thread.join(60)
+        if not thread.is_alive():
+            return
         print("note: the process group did not end within 60 s", file=sys.stderr)
-        _end_process()
-
-
-def _end_process() -> NoReturn:
-    """End the process as Python does, with the exit code of its pending error, but free no objects."""
     error = sys.exc_info()[1]
     code = error.code if isinstance(error, SystemExit) else error
-    if error and not isinstance(error, SystemExit):
-        traceback.print_exception(error)
+    atexit.register(_end_process, code if isinstance(code, int) else int(code is not None))
+
+
+def _end_process(code: int) -> None:
+    """An exit handler that runs the others, then ends the process."""
+    atexit.unregister(_end_process)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError):  # the reader has ended, or the shell closed it
             stream.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    os._exit(code or int(hasattr(sys, "last_value")))  # set by an error that came later
 
 
 def get_rank() -> int:

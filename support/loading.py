@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,12 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
-from tqdm import tqdm
 
 from support.data import Images, pixels_of, read_labelled, sample_name, transformed, why_unreadable
 from support.distributed import get_rank, get_world_size
-from support.errors import ImageError, Interrupted, WrongFormat, lacks_resources
-from support.monitor import ignore_signals
+from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
+from support.logger import write
+from support.monitor import begin_worker
 from support.pixels import copy_to
 
 
@@ -194,7 +195,7 @@ class Loader(DataLoader):
                 raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW_ADVICE, alone=True)
             if waited > (warned + 1) * self.warn_every:
                 warned += 1
-                tqdm.write(f"warning: no batch of images for {waited:.0f} s: {SLOW_ADVICE}")
+                write(f"warning: no batch of images for {waited:.0f} s: {SLOW_ADVICE}")
 
 
 SLOW_ADVICE = "check that the file system of --data_path responds, or lower --num_workers"
@@ -222,6 +223,10 @@ def _explained():
         for cause, fix in CAUSES.items():
             if re.search(cause, message):
                 raise Interrupted(f"data loading failed: {message}", "", fix, alone=True) from error
+        if isinstance(error, OSError) and error.errno and not error.filename:  # of a semaphore or a socket
+            what, places = f"data loading failed: {message}", f"/dev/shm, {tempfile.gettempdir()}"
+            fix = "keep them writable during the run, or give --num_workers 0"
+            raise Interrupted(what, places, fix, alone=True) from error
         raise
 
 
@@ -256,14 +261,19 @@ def make_loader(
 ) -> Loader:
     """Build the DataLoader of training and of evaluation; `batches` yields the items of each batch.
 
-    `stop_asked()` returns whether this process was asked to stop.
+    `stop_asked()` returns whether this process was asked to stop. Raises UserError if workers cannot send
+    their batches.
     """
+    # A worker sends them by TMPDIR/pymp-XXXXXXXX/listener-XXXXXXXX, a socket of up to 107 bytes.
+    if num_workers and os.name != "nt" and len(os.fsencode(tempfile.gettempdir())) > 75:
+        what, fix = "path is too long for sockets", "set TMPDIR to a shorter one, e.g. /tmp"
+        raise UserError(what, f"TMPDIR {tempfile.gettempdir()}", fix)
     return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,  # a scheduler signals the whole job, but only the training stops
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # its own: loading does not change the global random stream
         timeout=Loader.poll if num_workers else 0,
         stop_asked=stop_asked,

@@ -63,7 +63,8 @@ class FolderLock:
             self._thread.join()
             self._thread = None
             if (self._read() or {}).get("token") == self.token:
-                self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the lock of a dead process does not count
+                    self.path.unlink()
 
     def check(self, error: type[UserError] = TrainingError) -> None:
         """Raise `error` if another process has taken the folder, e.g. while this one was suspended."""

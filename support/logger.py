@@ -16,9 +16,27 @@ from support.distributed import all_gather_object, is_main_process
 def log(message: str) -> None:
     """Print from the main process only, above a progress bar if there is one."""
     if is_main_process():
-        tqdm.write(message)
+        write(message)
+
+
+# Errors of the disk that the output goes to. It may be that of the checkpoints; they do not end a training.
+lost: list[OSError] = []
+
+
+def write(message: str | None = None) -> None:
+    """Print from this process, above a progress bar if there is one; flush what was printed before.
+
+    Adds an error of the disk to `lost`.
+    """
+    try:
+        if message is not None:
+            tqdm.write(message)
         if sys.stdout:  # None if the shell has closed it
             sys.stdout.flush()
+    except BrokenPipeError:  # the reader has ended
+        raise
+    except OSError as error:
+        lost.append(error)
 
 
 class SmoothedValue:

@@ -1,6 +1,8 @@
 """Watches a training run: the signals that ask it to stop, and the numbers of every step."""
 
 import math
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -9,10 +11,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from support.distributed import all_reduce_mean, get_world_size
 from support.errors import Interrupted, TrainingError, UserError
+from support.logger import write
 
 # Windows lacks some of them. A closed terminal sends SIGHUP, Ctrl-C SIGINT.
 SCHEDULERS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, n)]
@@ -21,10 +23,21 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_I
 SIGNALS = [*SCHEDULERS, signal.SIGINT]
 
 
-def ignore_signals(*_) -> None:
-    """For a data-loading worker: schedulers signal the whole job, but only the training stops."""
+def begin_worker(*_) -> None:
+    """Prepare a data-loading worker: it ignores signals, and ends with its parent.
+
+    Schedulers signal the whole job, but only the training stops. torch looks at a worker's parent process,
+    which for the start method "forkserver" outlives the training.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 class Watch(Protocol):
@@ -116,7 +129,7 @@ class Monitor:
         """
         failed = [index for index in unreadable.tolist() if index >= 0]
         for index in sorted(set(failed) - self.named):
-            tqdm.write(f"warning: cannot read {self.name_of(index)}: another image takes its place")
+            write(f"warning: cannot read {self.name_of(index)}: another image takes its place")
         self.named.update(failed)
 
         values = torch.stack(list(stats.values()))

@@ -31,6 +31,7 @@ from tests.conftest import ROOT
         (RuntimeError("MPS backend out of memory (x)"), 1, "error: out of memory: MPS backend"),
         (OSError(12, "Cannot allocate memory", "/x"), 1, "error: out of memory: [Errno 12] Cannot allocate"),
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): correct"),
+        (RuntimeError("Could not determine home directory."), 2, "error: no home directory for a path that"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), 75, "stopped: a data-loading worker"),
         (RuntimeError("[/a/gloo/b.cc:5] Read error [1]: Reset. This is"), 75, "stopped: lost another proc"),
         (
@@ -76,6 +77,14 @@ def test_what_is_a_fault_of_the_program_keeps_its_traceback():
     assert cli.as_user_error(in_a_worker) is None
 
 
+def test_a_worker_that_dies_while_a_checkpoint_is_written_is_what_is_said():
+    """torch raises the one error within the writing, which then fails in its turn."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9277696 vs 9277584")
+    error.__context__ = RuntimeError("DataLoader worker (pid 25204) is killed by signal: Killed.")
+    said = cli.as_user_error(error)
+    assert said.exit_code == 75 and "worker (pid 25204)" in str(said)
+
+
 def test_the_one_that_knows_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(cli.as_user_error(MemoryError("no room"), argparse.Namespace(batch_size_per_gpu=4)))
@@ -89,6 +98,35 @@ def test_who_does_not_know_its_rank_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "x"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(UserError("no such folder"))
     assert capsys.readouterr().err == "error: no such folder\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("resumable", "code", "said"),
+    [
+        (True, 0, "warning: some output was lost: No space left on device\n"),
+        (False, 1, "error: No space left on device: correct this, then run the same command\n"),
+    ],
+)
+def test_output_to_a_full_disk_fails_a_script_whose_result_it_is_and_no_training(resumable, code, said):
+    text = (
+        f"from support import cli, logger; cli.run_script(lambda _: logger.log('a line'), None, {resumable})"
+    )
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", text], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (code, said)
+
+
+def test_no_reader_of_output_and_errors_has_the_exit_code_of_no_reader():
+    """As for `main_dino.py 2>&1 | head`."""
+    code = "from support import cli; cli.run_script(lambda _: print('a line', flush=True), None)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert ended.returncode == 141
 
 
 def test_output_that_nobody_reads_ends_the_run_with_a_line():

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from support.data import (
 from support.errors import Interrupted, UserError
 from support.loading import EpochBatches, EvalImages, Loader, TrainingViews, make_loader
 from support.pixels import eval_transform, normalized_views
-from tests.conftest import ROOT, TINY, save_images, wait_for_words
+from tests.conftest import ROOT, TINY, save_images, wait_for, wait_for_words
 from utils import DataAugmentationDINO
 
 
@@ -285,6 +287,10 @@ cli.run_script(main, None)
             ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1m none /dev/shm; exec "$@"', "sh"],
             r"/dev/shm more room \(docker run --shm-size",
         ),
+        (
+            ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o ro none /dev/shm; exec "$@"', "sh"],
+            r"Read-only file system \(/dev/shm, .*--num_workers 0",
+        ),
     ],
 )
 def test_a_batch_lost_for_lack_of_files_or_shared_memory_ends_with_the_fix(images, limit, fix):
@@ -293,8 +299,51 @@ def test_a_batch_lost_for_lack_of_files_or_shared_memory_ends_with_the_fix(image
         pytest.skip("not allowed here")
     command = [*limit, sys.executable, "-c", LOAD, str(images)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    last = ended.stderr.splitlines()[-1]
-    assert ended.returncode == 75 and re.search("stopped: data loading failed: .*" + fix, last), ended.stderr
+    said = re.search("^stopped: data loading failed: .*" + fix, ended.stderr, re.M)
+    assert ended.returncode == 75 and said, ended.stderr
+
+
+def test_a_folder_for_sockets_whose_path_is_too_long_is_refused(images, tmp_path, monkeypatch):
+    """The thread of a worker that sends a batch would fail, and the batch be lost."""
+    for length, fits in ((75, True), (76, False)):
+        monkeypatch.setattr(loading.tempfile, "gettempdir", lambda length=length: "x" * length)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="TMPDIR x.*a shorter one"):
+            make_loader(images, [[0]], 1, torch.device("cpu"))
+    make_loader(images, [[0]], 0, torch.device("cpu"))  # no worker, no socket
+
+
+KILLED = """
+import multiprocessing, os, sys
+import torch
+from support.loading import make_loader
+from tests.test_loading import Waiting
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    batches = iter(make_loader(Waiting(8, never=3), [[i] for i in range(8)], 2, torch.device("cpu")))
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_end_with_a_training_that_is_killed(method, tmp_path):
+    """With "forkserver", Python 3.14's default on Linux, their parent is the server, which lives on."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = subprocess.run(
+        [sys.executable, tmp_path / "killed.py", method],
+        stdout=subprocess.PIPE, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    workers = killed.stdout.split()
+    assert killed.returncode == -signal.SIGKILL and len(workers) == 2
+
+    def runs(worker: str) -> bool:
+        stat = Path("/proc", worker, "stat")
+        return stat.exists() and stat.read_text().rpartition(") ")[2][0] != "Z"
+
+    wait_for(lambda: not any(map(runs, workers)), "end of the workers")
 
 
 def test_views_of_one_size_travel_as_one_tensor(images):

@@ -174,6 +174,17 @@ def test_a_process_that_ends_leaves_no_lock_and_those_it_forked_do_not_touch_it(
     assert (result.stdout, result.stderr) == ("True\n", "refused\n") and not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_became_read_only_does_not_hide_how_the_run_ended(tmp_path, monkeypatch):
+    lock = FolderLock(tmp_path / "lock")
+    lock.acquire()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(lock.path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    lock.release()
+
+
 def test_what_is_no_lock_of_ours_holds_nothing(tmp_path):
     path = tmp_path / "lock"
     for content in ("", "[]", "{}", "\x00"):

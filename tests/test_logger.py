@@ -1,8 +1,13 @@
+import errno
 import json
+import os
+import sys
 
+import pytest
 import torch
 
-from support.logger import MetricLogger, SmoothedValue
+from support import logger
+from support.logger import MetricLogger, SmoothedValue, log
 
 
 def test_smoothed_value():
@@ -20,6 +25,17 @@ def test_a_line_every_ten_steps(capsys):
     assert [line.split("]")[0] for line in lines] == ["epoch 0 [10/25", "epoch 0 [20/25", "epoch 0 [25/25"]
     assert all(word in lines[0] for word in ("loss 4.5", "img/s", "data ", "eta "))
     assert logger.averages()["loss"] == 12
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_under_the_output_does_not_end_a_run(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(logger, "lost", [])
+        log("cannot be written")
+        assert [error.errno for error in logger.lost] == [errno.ENOSPC]
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # Python flushes it when it closes
 
 
 def test_a_closed_stderr_is_no_terminal(monkeypatch, capsys):

@@ -221,6 +221,13 @@ def test_dry_run_prints_the_script(tmp_path):
     ):  # fmt: skip
         assert f"\n{line}\n" in out
     assert "--partition" not in out and "--wckey" not in out and not list(tmp_path.iterdir())
+    for flags, memory in (
+        (["--mem_gb", "0"], "#SBATCH --mem=0MB"),  # all of a node's
+        (["--slurm_extra", "mem-per-cpu=4G"], "#SBATCH --mem-per-cpu=4G"),
+        (["--ngpus", "0"], ""),
+    ):
+        out = run("run_with_submitit.py", "--dry_run", *flags).stdout
+        assert [line for line in out.splitlines() if "--mem" in line] == [memory] * bool(memory)
     assert (
         "\n#SBATCH --wckey=mine\n"
         in run("run_with_submitit.py", "--dry_run", "--slurm_extra", "wckey=mine").stdout
