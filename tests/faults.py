@@ -184,7 +184,7 @@ def strike(children: list[int], folder: Path, aim: str, rng: random.Random) -> b
             break
         time.sleep(0.0002)
     victim = children[0] if aim == "write" else rng.choice(children)
-    before = {path for path in temporary if path.exists()}
+    before = {path for path in temporary if path.exists() and writing.get(path) != path.stat().st_mtime_ns}
     kill(victim)
     return victim == children[0] and bool(before & {path for path in temporary if path.exists()})
 

@@ -15,6 +15,7 @@ compared with labels. k-NN (20 neighbours) looks up held-out images among the tr
 import argparse
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -42,8 +43,10 @@ import utils
 from eval_segmentation import MaskedShapes, measure_attention, resized_batches
 from support import backbones
 from support.checkpoints import save_checkpoint
+from support.cli import number
 from support.data import Source, open_labelled_images
 from support.distributed import fix_random_seeds
+from support.loading import kill_workers
 from support.pixels import normalize, to_pixels
 from support.shapes import CLOSE_UP, Shapes
 from support.weights import load_backbone
@@ -402,6 +405,7 @@ def do(jobs: list[Callable[[], None]], at_a_time: int) -> None:
                 done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            kill_workers(multiprocessing.active_children())  # else they go on with the next jobs
             raise
 
 
@@ -665,6 +669,7 @@ def save_figures(runs: Runs) -> None:
 
 def main() -> None:
     """Do what is not yet done, then write the table and the figures."""
+    count = number(int, at_least=1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data_path", default="", help="folder with FashionMNIST/raw; without it, shapes only"
@@ -673,9 +678,9 @@ def main() -> None:
         "--output_dir", default="miniature", help="for a folder per budget, in it one per run"
     )
     parser.add_argument(
-        "--jobs", default=os.cpu_count() or 1, type=int, help="processes at a time, of one thread"
+        "--jobs", default=os.cpu_count() or 1, type=count, help="processes at a time, of one thread"
     )
-    parser.add_argument("--seeds", type=int, help="how many; 3, or 1 if quick, unless given")
+    parser.add_argument("--seeds", type=count, help="how many; 3, or 1 if quick, unless given")
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the epochs, shapes only")
     parser.add_argument("--compare", metavar="FILE", help="results.json of an earlier run, to compare with")
     parser.add_argument(
@@ -686,6 +691,14 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.data_path and (args.quick or args.tiny or args.sweeps is not None):
+        parser.error("--data_path has no effect here: only the whole miniature trains on Fashion-MNIST")
+    if args.data_path and not Path(args.data_path, "FashionMNIST", "raw").is_dir():
+        parser.error(f"--data_path {args.data_path}: no folder FashionMNIST/raw in it")
+    if not importlib.util.find_spec("matplotlib"):
+        parser.error("draws figures: pip install matplotlib")
+    if args.compare and not Path(args.compare).is_file():
+        parser.error(f"--compare {args.compare}: no such file")
     before = json.loads(Path(args.compare).read_text()) if args.compare else None
     os.environ["OMP_NUM_THREADS"] = "1"  # for the trainings
     name, budget = ("tiny", TINY) if args.tiny else ("quick", QUICK) if args.quick else ("full", FULL)
@@ -703,20 +716,19 @@ def main() -> None:
         print(text)
         return
     jobs = [shapes_jobs(out, budget), demo_jobs(out, budget)]
-    has_fashion = name == "full" and args.data_path and Path(args.data_path, "FashionMNIST", "raw").is_dir()
-    if has_fashion:
+    if args.data_path:
         jobs.append(fashion_jobs(out, str(Path(args.data_path).absolute()), budget.seeds))
     for together in zip(*jobs, strict=True):  # first all trainings, then all evaluations
         do([*itertools.chain(*together)], args.jobs)
 
     runs = Runs(out, budget.seeds)
     rows = shapes_rows(runs)
-    if has_fashion:
+    if args.data_path:
         rows += [feature_row(runs, "fashion_", kind, "", f"Fashion-MNIST: {what}, %")
                  for kind, what in {"knn": "k-NN", "linear": "linear probe"}.items()]  # fmt: skip
     text = (
         f"{budget.seeds} seed(s); {budget.epochs} epochs of {budget.images} shapes, {budget.held_out} held "
-        f"out; Fashion-MNIST {'in' if has_fashion else 'left out'}; torch {torch.__version__}, "
+        f"out; Fashion-MNIST {'in' if args.data_path else 'left out'}; torch {torch.__version__}, "
         f"{args.jobs} processes of one thread; {(time.monotonic() - begun) / 60:.1f} minutes for what was "
         f"left to do\n\n{table(rows)}\n"
     )

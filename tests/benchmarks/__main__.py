@@ -3,7 +3,8 @@
     python -m tests.benchmarks [augmentation|containers|step|training|loss|knn|linear|start|all]
     python -m tests.benchmarks --device cuda        # the training step on a GPU: device.py
 
-Needs the photographs of tests/benchmarks/requirements.txt. Measure with nothing else running. A row
+Run it in the repository's folder, with nothing else running. Needs the photographs of
+tests/benchmarks/requirements.txt. With `--device`, one side is measured after the other. A row
 gives the medians of both sides, the median of their ratios round by round, and the smallest and
 largest ratio; "a : b" compares with b instead of the textbook. Peak memory is that of separate
 processes, above what they held before.
@@ -11,6 +12,7 @@ processes, above what they held before.
 
 import argparse
 import functools
+import importlib.util
 import platform
 import statistics
 import subprocess
@@ -31,6 +33,7 @@ import utils
 from eval_knn import knn_accuracies
 from eval_linear import LinearClassifiers, build_optimizer, train
 from support import backbones
+from support.cli import number
 from support.data import ImageFiles
 from support.features import frozen_features
 from support.formats import load_pixels
@@ -152,9 +155,9 @@ def augmentation(rounds: int) -> None:
             files = [path.with_suffix(kind) for path in paths]
             assert all(torch.equal(to_pixels(read(f)), decode_image(str(f))) for f in files)
             compare(
-                f"decoding {kind[1:]}, Pillow : torchvision, same pixels",
-                lambda files=files: [to_pixels(read(f)) for f in files],
+                f"decoding {kind[1:]}, torchvision : Pillow, same pixels",
                 lambda files=files: [decode_image(str(f)) for f in files],
+                lambda files=files: [to_pixels(read(f)) for f in files],
                 rounds,
                 n,
                 "img/s",
@@ -363,15 +366,24 @@ INPUTS = {"loss": loss_inputs, "knn": knn_inputs}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    count = number(int, at_least=1)
     parser.add_argument("which", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
-    parser.add_argument("--rounds", type=int, default=7, help="how often both sides are timed")
-    parser.add_argument("--device", default="", help="measure the training step on this device instead")
-    parser.add_argument("--images", type=int, default=64, help="images per step, with --device")
+    parser.add_argument("--rounds", type=count, default=7, help="how often both sides are timed")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda", "mps"], help="measure the training step on this device instead"
+    )
+    parser.add_argument("--images", type=count, default=64, help="images per step, with --device")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device and args.which != "all":
+        parser.error("--device measures the step of all networks: leave the name out")
+    if args.device and not getattr(torch, args.device).is_available():
+        parser.error(f"--device {args.device}: there is none here")
     if args.device:
         device.run(torch.device(args.device), args.images, args.rounds)
         return
+    if not importlib.util.find_spec("skimage"):
+        parser.error("needs photographs: pip install -r tests/benchmarks/requirements.txt")
     if args.peak:
         benchmark, side = args.peak
         INPUTS[benchmark]()
