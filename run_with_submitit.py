@@ -7,6 +7,7 @@ All flags of main_dino.py, and those of the job. `%j` in a path becomes the job'
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -153,7 +154,9 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
         constraint = f"({constraint})&volta32" if constraint else "volta32"
     mem_gb = job.mem_gb if job.mem_gb is not None else 40 * job.ngpus or None
     further = sbatch_options(job.slurm_extra)
-    if any(name.startswith("mem_per_") for name in further):  # sbatch refuses both
+    if per_part := [name for name in further if name.startswith("mem_per_")]:  # sbatch refuses both
+        if job.mem_gb is not None:
+            raise UserError(f"contradicts {per_part[0]}", f"--mem_gb {job.mem_gb:g}", "give one of the two")
         mem_gb = None
     executor.update_parameters(
         job_name="dino",
@@ -162,7 +165,7 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
         ntasks_per_node=max(job.ngpus, 1),
         gpus_per_node=job.ngpus or None,
         cpus_per_task=job.cpus_per_task,
-        mem=f"{int(mem_gb * 1024)}MB" if mem_gb is not None else None,
+        mem=f"{math.ceil(mem_gb * 1024)}MB" if mem_gb is not None else None,
         partition=job.partition or None,
         comment=job.comment or None,
         account=job.account or None,

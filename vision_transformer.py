@@ -78,8 +78,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, cls_only: bool = False) -> Tensor:
         """With `cls_only`, computes the first token only, with the same result: (B, 1, D)."""
-        normed = self.norm1(x)
-        attended = (self.attn(normed, cls_only=True) if cls_only else self.attn(normed))[0]
+        attended = self.attn(self.norm1(x), **({"cls_only": True} if cls_only else {}))[0]
         x = (x[:, :1] if cls_only else x) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -118,7 +117,8 @@ class VisionTransformer(nn.Module):
 
     # Keep only the blocks' inputs and recompute the rest in the backward pass: less memory, more time.
     grad_checkpointing = False
-    # In training, compute only the CLS token in the last block: less time. Forward hooks there see no other.
+    # In training, compute only the CLS token in the last block: less time. Forward hooks there see no other,
+    # and neither the block nor its `attn` can be wrapped.
     cls_only = False
 
     def __init__(

@@ -382,8 +382,8 @@ def as_user_error(error: Exception, args: object = None) -> UserError | None:
     `args` are the script's flags, for advice.
     """
     before = error.__context__
-    if isinstance(before, Exception) and str(before).startswith(WORKER_DIED):  # e.g. within torch.save
-        error = before
+    if isinstance(error, RuntimeError) and isinstance(before, RuntimeError):
+        error = before if str(before).startswith(WORKER_DIED) else error  # e.g. within torch.save
     message = first_line(error)
     if lacks_memory(error):
         fix = " or ".join(words for name, words in MEMORY_ADVICE.items() if hasattr(args, name))
@@ -429,7 +429,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
     A `resumable` script exits with 75 ("resume me") on a scheduler's signal that `main` does not handle.
     """
     for number in SCHEDULERS if resumable else ():
-        if signal.getsignal(number) is signal.SIG_DFL:  # else it is submitit's
+        if signal.getsignal(number) is signal.SIG_DFL:  # keep a handler of submitit
             signal.signal(number, _end_by_signal)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -438,8 +438,6 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
         logger.write()  # what is still to be flushed
         if logger.lost and not resumable:  # it may have been the result
             raise logger.lost[0]
-        if logger.lost:
-            say_once(f"warning: some output was lost: {reason_of(logger.lost[0])}")
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
@@ -458,6 +456,8 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
         end_at_once(outside)
     finally:
         kill_workers(multiprocessing.active_children())
+        if logger.lost and resumable:
+            say_once(f"warning: some output was lost: {reason_of(logger.lost[0])}")
         flush_output()
         leave_group()
 
@@ -466,7 +466,7 @@ def flush_output() -> None:
     """Flush what was printed. Drop what cannot be written: Python would try again, and exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream:  # None if the shell has closed it
+            if stream and not stream.closed:  # None if the shell has closed it
                 stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -300,7 +300,8 @@ def in_group() -> bool:
 def leave_group() -> None:
     """Leave the group at the end of a process.
 
-    After a group of gloo, or if leaving takes a minute, Python will end without freeing its objects.
+    After a group of gloo, or if leaving takes a minute, the end of Python runs the exit handlers and then
+    ends the process without freeing objects, with the exit code of the error that is pending now.
     """
     if not in_group():
         return
@@ -324,9 +325,10 @@ def _end_process(code: int) -> None:
     atexit.unregister(_end_process)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # the reader has ended, or the shell closed it
+        # The reader may have ended, and the stream may be closed or None.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    os._exit(code or int(hasattr(sys, "last_value")))  # set by an error that came later
+    os._exit(code or int(hasattr(sys, "last_value")))  # an error that came later, e.g. in submitit
 
 
 def get_rank() -> int:

@@ -4,6 +4,7 @@ Shapes: B images, V views, H x W pixels.
 """
 
 import contextlib
+import errno
 import math
 import multiprocessing
 import os
@@ -203,6 +204,7 @@ SLOW_ADVICE = "check that the file system of --data_path responds, or lower --nu
 # Patterns in the message of a lost worker or batch, and what to do in each case.
 CAUSES = {
     "Too many open files|ancdata": "raise the limit of open files (ulimit -n), or lower --num_workers",
+    "Resource temporarily unavailable": "raise the limit of processes (ulimit -u), or lower --num_workers",
     "Bus error|shared memory|No space left on device|Cannot allocate memory": (
         "give /dev/shm more room (docker run --shm-size 8g), or lower --num_workers"
     ),
@@ -223,7 +225,9 @@ def _explained():
         for cause, fix in CAUSES.items():
             if re.search(cause, message):
                 raise Interrupted(f"data loading failed: {message}", "", fix, alone=True) from error
-        if isinstance(error, OSError) and error.errno and not error.filename:  # of a semaphore or a socket
+        # Semaphores and sockets of workers have no file names.
+        refused = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ECONNREFUSED}
+        if isinstance(error, OSError) and error.errno in refused and not error.filename:
             what, places = f"data loading failed: {message}", f"/dev/shm, {tempfile.gettempdir()}"
             fix = "keep them writable during the run, or give --num_workers 0"
             raise Interrupted(what, places, fix, alone=True) from error

@@ -19,14 +19,14 @@ def log(message: str) -> None:
         write(message)
 
 
-# Errors of the disk that the output goes to. It may be that of the checkpoints; they do not end a training.
+# The first error of the disk that the output goes to, if any. It does not end a training.
 lost: list[OSError] = []
 
 
 def write(message: str | None = None) -> None:
     """Print from this process, above a progress bar if there is one; flush what was printed before.
 
-    Adds an error of the disk to `lost`.
+    Puts the first error of the disk into `lost`.
     """
     try:
         if message is not None:
@@ -36,7 +36,8 @@ def write(message: str | None = None) -> None:
     except BrokenPipeError:  # the reader has ended
         raise
     except OSError as error:
-        lost.append(error)
+        if not lost:
+            lost.append(error.with_traceback(None))  # which would keep the callers' tensors
 
 
 class SmoothedValue:
@@ -47,7 +48,7 @@ class SmoothedValue:
         self.total, self.count = 0.0, 0
 
     def update(self, value: float | Tensor, n: int = 1) -> None:
-        """Append the mean of `n` values; of a tensor of one element, for which the host waits."""
+        """Append a value, the mean of `n`. A tensor must have one element; the host waits for it."""
         value = float(value)  # a tensor would sum in its own precision
         self.recent.append(value)
         self.total += value * n

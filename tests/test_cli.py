@@ -83,6 +83,9 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written_is_what_is_said():
     error.__context__ = RuntimeError("DataLoader worker (pid 25204) is killed by signal: Killed.")
     said = cli.as_user_error(error)
     assert said.exit_code == 75 and "worker (pid 25204)" in str(said)
+    fault = TypeError("a fault of the program")
+    fault.__context__ = error.__context__
+    assert cli.as_user_error(fault) is None
 
 
 def test_the_one_that_knows_says_it(monkeypatch, capsys):

@@ -221,6 +221,10 @@ def test_dry_run_prints_the_script(tmp_path):
     ):  # fmt: skip
         assert f"\n{line}\n" in out
     assert "--partition" not in out and "--wckey" not in out and not list(tmp_path.iterdir())
+    both = run(
+        "run_with_submitit.py", *"--mem_gb 1 --slurm_extra mem-per-gpu=4G --dry_run".split(), check=False
+    )
+    assert both.returncode == 2 and "contradicts mem_per_gpu (--mem_gb 1)" in both.stderr
     for flags, memory in (
         (["--mem_gb", "0"], "#SBATCH --mem=0MB"),  # all of a node's
         (["--slurm_extra", "mem-per-cpu=4G"], "#SBATCH --mem-per-cpu=4G"),
