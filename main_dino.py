@@ -334,14 +334,12 @@ FREE_FLAGS = {
 }  # fmt: skip
 
 
-def only_local_differs(args: argparse.Namespace, name: str) -> bool:
-    """Whether only the LOCAL value of a flag was changed, although there are no local views."""
-    usual = parser_for(args).get_default(name)
-    return not args.local_crops_number and tuple(getattr(args, name)[:2]) == usual[:2]
+def no_effect(a: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tuple[str, object, str]]:
+    """Flags, whether each has no effect, given the other flags `a`, and why; `parser` has their defaults."""
 
+    def only_local_differs(name: str) -> bool:  # although there are no local views
+        return not a.local_crops_number and tuple(getattr(a, name)[:2]) == parser.get_default(name)[:2]
 
-def no_effect(a: argparse.Namespace) -> list[tuple[str, object, str]]:
-    """Flags, whether each has no effect, given the other flags `a`, and why."""
     return [
         ("warmup_teacher_temp", not a.warmup_teacher_temp_epochs and a.warmup_teacher_temp != a.teacher_temp,
          "--warmup_teacher_temp_epochs is 0"),
@@ -352,9 +350,9 @@ def no_effect(a: argparse.Namespace) -> list[tuple[str, object, str]]:
         ("jitter", not a.jitter_p, "--jitter_p is 0"),
         ("jitter_p", not any(a.jitter), "--jitter is 0 0 0 0"),
         ("blur_p", not any(a.blur_sigma), "--blur_sigma is 0 0"),
-        ("blur_p", only_local_differs(a, "blur_p"), "--local_crops_number is 0"),
+        ("blur_p", only_local_differs("blur_p"), "--local_crops_number is 0"),
         ("blur_sigma", not any(a.blur_p[: 3 if a.local_crops_number else 2]), "--blur_p is 0"),
-        ("solarize_p", only_local_differs(a, "solarize_p"), "--local_crops_number is 0"),
+        ("solarize_p", only_local_differs("solarize_p"), "--local_crops_number is 0"),
         ("vflip_p", a.quarter_turns and a.hflip_p == 0.5,
          "--quarter_turns with --hflip_p 0.5 gives all orientations"),
         ("gray_p", a.in_chans != 3 and a.gray_p, "it needs three channels"),
@@ -423,7 +421,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
     check_format(args)
     parser = parser_for(args)
-    cli.warn_no_effect(args, parser, no_effect(args))
+    cli.warn_no_effect(args, parser, no_effect(args, parser))
 
     for name in WARM_UPS:
         value = getattr(args, name)

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from support import logger
-from support.distributed import in_group, launched_as, leave_group
+from support.distributed import flush_output, in_group, launched_as, leave_group
 from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of
-from support.loading import kill_workers
+from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
 from support.monitor import SCHEDULERS
 
@@ -373,9 +373,6 @@ MEMORY_ADVICE = {
 }
 
 
-WORKER_DIED = "DataLoader worker (pid"  # how torch's words begin; an exception in a worker reads differently
-
-
 def as_user_error(error: Exception, args: object = None) -> UserError | None:
     """Turn an error that the machine caused, not the program, into one clear line; None for others.
 
@@ -460,16 +457,6 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
             say_once(f"warning: some output was lost: {reason_of(logger.lost[0])}")
         flush_output()
         leave_group()
-
-
-def flush_output() -> None:
-    """Flush what was printed. Drop what cannot be written: Python would try again, and exit with 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream and not stream.closed:  # None if the shell has closed it
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end_by_signal(signum: int, _):

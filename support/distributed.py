@@ -324,11 +324,18 @@ def _end_process(code: int) -> None:
     """An exit handler that runs the others, then ends the process."""
     atexit.unregister(_end_process)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        # The reader may have ended, and the stream may be closed or None.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    flush_output()
     os._exit(code or int(hasattr(sys, "last_value")))  # an error that came later, e.g. in submitit
+
+
+def flush_output() -> None:
+    """Flush what was printed. Drop what cannot be written: Python would try again, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream and not stream.closed:  # None if the shell has closed it
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def get_rank() -> int:

@@ -145,9 +145,10 @@ def cls_and_patches(network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(network, VisionTransformer):
         tokens = network.get_intermediate_layers(images, 1)[0]
         return tokens[:, 0], _grid(network, images, tokens)
-    patches = patch_tokens(network, images)
     with contextlib.suppress(UserError):
-        return last_cls_tokens(network, images, 1)[0], patches
+        patches, cls = _timm_patches_and_cls(network, images, 1, "NCHW")[0]
+        return cls, patches.permute(0, 2, 3, 1)
+    patches = patch_tokens(network, images)
     return network(images), patches
 
 
@@ -177,14 +178,24 @@ def last_cls_tokens(network: Any, images: Tensor, n: int) -> list[Tensor]:
     """
     if isinstance(network, VisionTransformer):
         return [layer[:, 0] for layer in network.get_intermediate_layers(images, n)]
+    return [cls for _, cls in _timm_patches_and_cls(network, images, n, "NLC")]
+
+
+def _timm_patches_and_cls(
+    network: Any, images: Tensor, n: int, output_fmt: str
+) -> list[tuple[Tensor, Tensor]]:
+    """For each of the last `n` blocks, normed: its patches in timm's format, and its CLS token (B, D).
+
+    Raises UserError as `last_cls_tokens` does.
+    """
     layers: list = []
     if has_cls(network):
-        layers = _timm_layers(network, images, n, output_fmt="NLC", return_prefix_tokens=True)
+        layers = _timm_layers(network, images, n, output_fmt=output_fmt, return_prefix_tokens=True)
     if not layers or not all(isinstance(layer, tuple) and layer[1].shape[1] for layer in layers):
         raise UserError(
             f"{type(network).__name__} has no CLS token in its blocks", "--arch", "use another ViT"
         )
-    return [prefix[:, 0] for _, prefix in layers]
+    return [(patches, prefix[:, 0]) for patches, prefix in layers]
 
 
 def _timm_layers(network: Any, images: Tensor, n: int, **kwargs) -> list:

@@ -201,6 +201,8 @@ class Loader(DataLoader):
 
 SLOW_ADVICE = "check that the file system of --data_path responds, or lower --num_workers"
 
+WORKER_DIED = "DataLoader worker (pid"  # how torch's words begin; an exception in a worker reads differently
+
 # Patterns in the message of a lost worker or batch, and what to do in each case.
 CAUSES = {
     "Too many open files|ancdata": "raise the limit of open files (ulimit -n), or lower --num_workers",
@@ -208,7 +210,7 @@ CAUSES = {
     "Bus error|shared memory|No space left on device|Cannot allocate memory": (
         "give /dev/shm more room (docker run --shm-size 8g), or lower --num_workers"
     ),
-    r"^DataLoader worker \(pid": (
+    "^" + re.escape(WORKER_DIED): (
         "run the same command to resume; if memory was short, lower --num_workers; if shared memory was, "
         "give /dev/shm more room (docker run --shm-size 8g)"
     ),
