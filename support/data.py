@@ -118,6 +118,21 @@ class ImageFiles(Dataset):
         return load_pixels(*self.paths.file(index), self.form)
 
 
+class FilesWithClasses(ImageFiles):
+    """Image files, each of a class if `classes` has any."""
+
+    classes: list[str]
+    labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        return self.image(index), int(self.labels[index]) if self.classes else 0
+
+    def renumber(self, classes: list[str]) -> None:
+        """Number the classes as `classes` does, which has to contain all of them."""
+        self.labels = np.array([classes.index(name) for name in self.classes])[self.labels]
+        self.classes = classes
+
+
 def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Iterable[str]) -> str:
     """The extension of files beside the images that hold their classes, as in WebDataset's shards; "" if
     there are none. With such files, `classes`, the names of folders or archives, are not those of the images.
@@ -131,14 +146,11 @@ def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Itera
     return next((name for name in (".json", ".txt") if 0 < count == images.left_out[name]), "")
 
 
-class LabelledFiles(ImageFiles):
+class LabelledFiles(FilesWithClasses):
     """Image files below class folders; the classes are the names of the folders, sorted.
 
     Raises UserError, also for a class without images.
     """
-
-    classes: list[str]
-    labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
 
     def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
         super().__init__(form=form)
@@ -160,16 +172,8 @@ class LabelledFiles(ImageFiles):
         self.paths = folder.paths(names)
         self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
-        return self.image(index), int(self.labels[index]) if self.classes else 0
 
-    def renumber(self, classes: list[str]) -> None:
-        """Number the classes as `classes` does, which has to contain all of them."""
-        self.labels = np.array([classes.index(name) for name in self.classes])[self.labels]
-        self.classes = classes
-
-
-class FolderFiles(LabelledFiles):
+class FolderFiles(FilesWithClasses):
     """All image files below a folder. If all of them lie in folders of it, these folders are the classes.
 
     `classes` is empty, and labels are 0, if there are images beside the folders, or files of classes
@@ -177,7 +181,7 @@ class FolderFiles(LabelledFiles):
     """
 
     def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
-        ImageFiles.__init__(self, root, form=form)
+        super().__init__(root, form=form)
         folders = [name.partition(os.sep) for name in self.paths.names()]
         self.classes, self.labels = [], np.zeros(len(self), int)
         beside = [name for name, separator, _ in folders if not separator]
@@ -191,7 +195,7 @@ class FolderFiles(LabelledFiles):
                 self.classes, self.labels = names.tolist(), labels
 
 
-class ListedFiles(LabelledFiles):
+class ListedFiles(FilesWithClasses):
     """The image files that a text file lists, one a line, in that order.
 
     A line is a path, or a path and a class, separated by a tab or comma; the classes are sorted by name, and
@@ -201,7 +205,7 @@ class ListedFiles(LabelledFiles):
     """
 
     def __init__(self, path: str | Path, labelled: bool = False, form: ImageFormat = RGB):
-        ImageFiles.__init__(self, form=form)
+        super().__init__(form=form)
         root, names, classes, lacking = os.path.dirname(path), [], [], []
         for number, line in text_lines(path):
             name, label = _path_and_class(line, root)
@@ -256,17 +260,17 @@ def _path_and_class(line: str, root: str) -> tuple[str, str]:
     return name.strip(), label.strip()
 
 
-class JoinedFiles(LabelledFiles):
+class JoinedFiles(FilesWithClasses):
     """Several sets of image files, one after the other, with the classes of all, sorted.
 
     `classes` is empty, and labels are 0, if one of the sets has no classes.
     """
 
     def __init__(self, sets: list[ImageFiles]):
-        ImageFiles.__init__(self, form=sets[0].form)
+        super().__init__(form=sets[0].form)
         self.paths = JoinedPaths([images.paths for images in sets])
         self.classes, self.labels = [], np.zeros(0, int)
-        named = [images for images in sets if isinstance(images, LabelledFiles) and images.classes]
+        named = [images for images in sets if isinstance(images, FilesWithClasses) and images.classes]
         if len(named) == len(sets):
             classes = sorted({name for images in named for name in images.classes})
             for images in named:
@@ -501,7 +505,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
         return train, val
     where = f"--data_path {source.data_path}"
     match_classes(known, seen, where)
-    if not isinstance(val, LabelledFiles):
+    if not isinstance(val, FilesWithClasses):
         raise UserError("train and val number their classes differently", where, "use a folder instead")
     val.renumber(known)
     return train, val

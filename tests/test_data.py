@@ -507,6 +507,29 @@ def test_the_digest_tells_files_of_the_same_names_and_sizes_apart(tmp_path):
     assert data.digest(one) != data.digest(ImageFiles(tmp_path / "one"))
 
 
+def test_the_digest_of_known_files_stays_as_it_was(tmp_path):
+    """Checkpoints record it; a run refuses to resume on images of another."""
+    for name in ("train/a/x.jpg", "train/b/y.jpg", "val/a/z.jpg", "val/b/w.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "list.txt").write_text("train/a/x.jpg\ta\nval/b/w.jpg\tb\n")
+    one, joined = Source(str(tmp_path / "train")), Source(str(tmp_path), more=(str(tmp_path),))
+    sets = [
+        open_training_images(one),
+        open_any_images(one),
+        open_any_images(Source(str(tmp_path / "list.txt"))),
+        open_labelled_images(Source(str(tmp_path)), "val"),
+        open_labelled_images(joined, "train"),
+    ]
+    assert list(map(data.digest, sets)) == [
+        "778e856d5eee",
+        "f4bf234b2692",
+        "31b0b7869b0f",
+        "4cf6fa77ec7f",
+        "d1bf022b6cfb",
+    ]
+
+
 @pytest.mark.parametrize("label", [0.73, torch.tensor([0, 1, 1]), torch.tensor(2.5), "cat", -1, None, (1, 2)])
 def test_a_label_that_is_no_class_number_is_one_clear_line(label):
     with pytest.raises(UserError, match=r"label is not a class number \(image 0: ") as error:
