@@ -1011,7 +1011,10 @@ def first_step(found: dict, steps: Steps) -> int:
     of a begun epoch remains, at whose end the epoch is recorded.
     """
     seen = (found.get("sampler") or {}).get("seen", 0)
-    return found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch - 1)
+    step = found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch - 1)
+    if step != found.get("step", step):
+        log(f"note: with {steps.batch} images a step, this is step {step}")
+    return step
 
 
 def end_of_stretch(step: int, steps: Steps, save_every: int) -> int:
