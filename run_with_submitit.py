@@ -208,8 +208,8 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
         executor = local_executor(job, folder) if job.local else slurm_executor(job, folder)
         submitted = executor.submit(Trainer(args))
     except (FailedJobError, FailedSubmissionError) as error:
-        reasons = re.findall(r"sbatch: error: (.*)", str(error)) or str(error).splitlines()
-        unreachable = re.search("config source|Unable to contact", reasons[-1])
+        reasons = re.findall(r"sbatch: (?:error|fatal): (.*)", str(error)) or str(error).splitlines()
+        unreachable = re.search("configuration (file|source)|Unable to contact", " ".join(reasons))
         fix = "go to a login node, or try --local" if unreachable else "change the flags of the job"
         raise UserError(f"sbatch refused: {reasons[-1]}", "", fix) from None
     except OSError as error:

@@ -253,6 +253,25 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.skipif(not shutil.which("sbatch"), reason="no sbatch here")
+@pytest.mark.parametrize(
+    ("conf", "reason"),
+    [
+        ("", "Unable to process configuration file"),
+        ("SlurmctldHost=localhost\nSlurmctldPort=1\n", "Unable to contact slurm controller.*"),
+    ],
+)
+def test_a_machine_outside_the_cluster_is_one_line(conf, reason, images, tmp_path, monkeypatch):
+    (tmp_path / "slurm.conf").write_text(
+        f"ClusterName=c\nNodeName=n CPUs=99\nPartitionName=p Nodes=n\n{conf}"
+    )
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    flags = "--ngpus", 0, "--data_path", images, "--output_dir", tmp_path / "out"
+    result = run("run_with_submitit.py", *flags, check=False)
+    line = rf"^error: sbatch refused: (.*: )?{reason}: go to a login node, or try --local$"
+    assert result.returncode == 2 and re.search(line, result.stderr, re.M), result.stderr
+
+
 @pytest.mark.slow
 @needs_slurm
 def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
