@@ -266,7 +266,7 @@ def test_a_machine_outside_the_cluster_is_one_line(conf, reason, images, tmp_pat
         f"ClusterName=c\nNodeName=n CPUs=99\nPartitionName=p Nodes=n\n{conf}"
     )
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    flags = "--ngpus", 0, "--data_path", images, "--output_dir", tmp_path / "out"
+    flags = "--ngpus", "0", "--data_path", images, "--output_dir", tmp_path / "out"
     result = run("run_with_submitit.py", *flags, check=False)
     line = rf"^error: sbatch refused: (.*: )?{reason}: go to a login node, or try --local$"
     assert result.returncode == 2 and re.search(line, result.stderr, re.M), result.stderr
