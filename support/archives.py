@@ -344,7 +344,7 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file)
-        while member := tar.next():
+        while tar.offset > start and (member := tar.next()):  # Python 3.10 fails in a tar without members
             tar.members.clear()  # type: ignore[attr-defined]  # about a kilobyte for each
             name = _clean(member.name)
             if member.offset_data + member.size * member.isreg() > end:

@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -120,9 +121,13 @@ def test_bands_that_training_drops_are_named(tmp_path, capsys):
 def test_pages_that_training_does_not_read_are_named(tmp_path, capsys):
     pages = [Image.fromarray(noise(i, 32, 32, 3).astype(np.uint8)) for i in range(3)]
     pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
-    pages[0].save(tmp_path / "photograph and preview.jpg", "MPO", save_all=True, append_images=pages[1:])
+    photograph = tmp_path / "photograph and preview.jpg"
+    pages[0].save(photograph, "MPO", save_all=True, append_images=pages[1:])
+    if Image.open(photograph).format != "MPO":  # older versions of Pillow damage it
+        photograph.unlink()
+    save_images(tmp_path, 1)
     found = warnings(tmp_path, capsys, alike=False)
-    assert len(found) == 1 and "1 of 2 checked images have several pages or frames" in found[0]
+    assert len(found) == 1 and re.search("1 of [23] checked images have several pages or frames", found[0])
     assert found[0].endswith("stack.tif")
 
 

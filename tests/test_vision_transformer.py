@@ -321,8 +321,8 @@ class LowRank(nn.Linear):
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features)
         self.load_state_dict(base.state_dict())
-        self.down = nn.Parameter(torch.randn(2, base.in_features))
-        self.up = nn.Parameter(torch.randn(base.out_features, 2))
+        self.down = nn.Parameter(torch.randn(2, base.in_features) / 10)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2) / 10)
 
     def forward(self, x):
         return super().forward(x) + x @ self.down.T @ self.up.T
