@@ -1,5 +1,6 @@
 """Watches a training run: the signals that ask it to stop, and the numbers of every step."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from support.distributed import all_reduce_mean, get_world_size
+from support.distributed import all_reduce_mean, get_world_size, is_main_process
 from support.errors import Interrupted, TrainingError, UserError
 from support.logger import write
 
@@ -53,8 +54,8 @@ class Watch(Protocol):
 class Monitor:
     """Checks every step: ends a run that cannot continue, counts unreadable images, notes signals.
 
-    Within its `with` block, a signal to stop is noted and does not end the process; a second Ctrl-C ends
-    it at once. `stopping` becomes true on all ranks at the same step after any rank got a signal.
+    Within its `with` block, a signal to stop is noted, said, and does not end the process; a second Ctrl-C
+    ends it at once. `stopping` becomes true on all ranks at the same step after any rank got a signal.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class Monitor:
     def _note(self, number: int, _) -> None:
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
+        if number != self.received and is_main_process():
+            again = "; a second Ctrl-C stops at once, without saving" if number == signal.SIGINT else ""
+            words = f"{signal.Signals(number).name}: stopping after this step{again}\n"
+            with contextlib.suppress(OSError):
+                os.write(2, words.encode())  # a signal can interrupt `print`, which cannot be called again
         self.received = signal.Signals(number)
 
     def stop_asked(self) -> bool:
@@ -135,7 +141,7 @@ class Monitor:
         values = torch.stack(list(stats.values()))
         own = [len(failed), self.stop_asked()]
         # Zeros are made on the device; a copy to it would wait.
-        counts = values.new_tensor(own) if any(own) else torch.zeros_like(values[:2])
+        counts = values.new_tensor(own) if any(own) else values.new_zeros(2)
         *means, mean_failed, stop = all_reduce_mean(torch.cat([values, counts])).tolist()
         numbers = dict(zip(stats, means, strict=True))
         if not math.isfinite(numbers["loss"]):

@@ -112,13 +112,16 @@ def test_unreadable_images_are_named_once_and_counted(capsys):
     guard.check(3, good, torch.tensor([7]))
 
 
-def test_a_signal_is_noted_and_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_a_signal_is_noted_and_a_second_ctrl_c_stops_at_once(tmp_path, capfd):
     before = signal.getsignal(signal.SIGTERM)
     with Monitor(10) as monitor:
         assert not monitor.stop_asked()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
             assert monitor.stop_asked() and monitor.received == number and not monitor.stopping
+        said = capfd.readouterr().err.splitlines()
+        assert said[0] == "SIGTERM: stopping after this step" and len(said) == 5
+        assert said[-1] == "SIGINT: stopping after this step; a second Ctrl-C stops at once, without saving"
         monitor.check(0, numbers(1.0), NONE_UNREADABLE)
         assert monitor.stopping
         monitor.raise_if_stopped(3, 3, tmp_path)
