@@ -246,6 +246,13 @@ def test_boxes_beyond_their_images_are_named(ground_truth, capsys):
     assert "warning: the boxes of 1 of 7 queries reach beyond their images" in capsys.readouterr().out
 
 
+def test_a_box_may_end_a_pixel_outside_on_either_side(tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg")
+    boxes = [0, 0, 60, 40], [0, 0, 61, 41], [0, 0, 62, 40], [0, 0, 60, 42]
+    found = [eval_image_retrieval._reaches_out(tmp_path / "a.jpg", box) for box in boxes]
+    assert found == [False, False, True, True]
+
+
 def test_a_box_that_is_none_is_refused_if_queries_are_cropped(ground_truth):
     folder, rewrite = ground_truth
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, 10, 30]))

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -47,6 +48,12 @@ def test_classifier_equals_brute_force(n, m, classes, k, chunk, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_knn, "CHUNK", chunk)  # the test images in one part or in several
         assert eval_knn.knn_classifier(*args) == pytest.approx(brute_force(*args))
+
+
+def test_short_rows_are_normalised_too(capsys):
+    rows = F.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    torch.testing.assert_close(eval_knn._unit_rows(rows / 4, "file"), rows)
+    assert "rows of length 0.25 to 0.25 normalised" in capsys.readouterr().out
 
 
 def test_all_k_at_once_equal_one_k_at_a_time():
@@ -279,6 +286,33 @@ def test_the_temperature_is_the_flags(tmp_path):
     saved_features(tmp_path)
     flags = "--load_features", str(tmp_path), "--nb_knn", "30", "--temperature"
     assert evaluate(*flags, "0.001") != evaluate(*flags, "100")
+
+
+def test_the_seed_of_random_weights_is_the_flags(labelled, tmp_path):
+    rows = []
+    for seed in ("0", "0", "1"):
+        flags = (
+            "--pretrained_weights",
+            "random",
+            "--arch",
+            "vit_nano",
+            "--patch_size",
+            "8",
+            "--image_size",
+            "16",
+        )
+        evaluate(
+            *flags,
+            "--data_path",
+            str(labelled),
+            "--seed",
+            seed,
+            "--dump_features",
+            str(tmp_path / "features"),
+        )
+        rows.append(torch.load(tmp_path / "features" / "testfeat.pth"))
+        shutil.rmtree(tmp_path / "features")
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
 def test_a_small_temperature_leaves_the_nearest_alone():

@@ -8,6 +8,7 @@ from torch import nn
 import eval_segmentation
 from eval_segmentation import (
     VOC_CLASSES,
+    AttentionScores,
     MaskedFiles,
     MaskedShapes,
     count_pixels,
@@ -16,6 +17,7 @@ from eval_segmentation import (
     jaccard,
     knn_segmenter,
     patch_labels,
+    report_attention,
     resized_batches,
     sample_tokens,
     score_attention,
@@ -116,6 +118,13 @@ def test_each_class_takes_its_best_head_and_void_counts_nowhere():
     assert scores.objects.tolist() == [[pytest.approx(1 / 2), pytest.approx(1 / 3)]]
     assert scores.on_objects.tolist() == [[1, 0.5]]
     assert scores.area.item() == pytest.approx(8 / 28)
+
+
+def test_one_head_for_all_images_is_the_one_of_the_best_jaccard(capsys):
+    objects, on_objects = torch.tensor([[0.2, 0.6], [0.2, 0.4]]), torch.tensor([[0.9, 0.5], [0.9, 0.5]])
+    scores = AttentionScores(torch.ones(2), objects, on_objects, torch.ones(2))
+    assert report_attention(scores, 0.6, 2)["jaccard_one_head"] == pytest.approx(50)
+    assert "head 1 for all images" in capsys.readouterr().out
 
 
 # ---- patch tokens

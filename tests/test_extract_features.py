@@ -232,6 +232,8 @@ def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
     partial = np.load(half_done / "features.npy.partial", mmap_mode="r+")
     partial[3] = 7  # a value that no image has: it stays only if the row is not computed again
     del partial
+    record = json.loads((half_done / "features.json").read_text()) | {"unreadable": ["nested/000.png"]}
+    (half_done / "features.json").write_text(json.dumps(record))  # as if it had been so before the stop
     (half_done / "images").rename(half_done / "moved")
     flags = "--data_path", str(half_done / "moved"), "--batch_size_per_gpu", "4", "--skip_unreadable"
     extract(half_done, *flags)
@@ -241,8 +243,9 @@ def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
     assert np.array_equal(rows[kept], whole[kept]) and (rows[3] == 7).all() and np.isnan(rows[10]).all()
     said = capsys.readouterr().out
     assert "resuming" in said and "at row 8 of 20" in said
-    assert "warning: row 10 is NaN: " in said and "warning: 1 rows are NaN" in said
-    assert json.loads((half_done / "features.json").read_text())["unreadable"] == ["nested/002.png"]
+    assert "warning: row 10 is NaN: " in said and "warning: 2 rows are NaN" in said
+    record = json.loads((half_done / "features.json").read_text())
+    assert record["unreadable"] == ["nested/000.png", "nested/002.png"]
     extract(half_done, *flags)
     assert "is complete already" in capsys.readouterr().out
 

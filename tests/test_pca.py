@@ -80,6 +80,18 @@ def test_one_fit_serves_all_images():
     assert torch.equal(together(mixed)[3, 3], together(second)[4, 4])  # equal tokens, equal colours
 
 
+def test_full_colour_stands_for_two_deviations():
+    rows = torch.zeros(1, 400, 4)
+    rows[..., :3] = torch.randn(400, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [3.0, 2, 1]
+    )
+    colours = PatchColours(lambda: [rows], "all")
+    scores, picture = colours.components.scores(rows), colours(rows)
+    assert ((picture > 25) & (picture < 255))[scores.abs() < 1.99].all() and (
+        picture[scores > 2] == 255
+    ).all()
+
+
 def test_without_a_background_all_patches_have_colours():
     tokens, _ = scene()
     colours = PatchColours(lambda: [tokens], "all")

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from support.data import Source, digest, open_labelled_images, sample_name
+from support.data import Source, digest, in_format, open_labelled_images, sample_name
 from support.errors import UserError
+from support.formats import ImageFormat
 from support.subsets import FewImages, draw_few, few_shot, labels_of
 
 LABELS = np.array([2] * 10 + [0] * 200 + [1] * 30)
@@ -32,8 +33,10 @@ def test_a_subset_follows_the_seed_and_is_part_of_the_larger_ones(few, more, see
     assert set(small) <= set(draw_few(LABELS, str(min(10, few + more)), seed))
 
 
-def test_other_seeds_draw_other_images():
+def test_other_seeds_and_other_classes_draw_other_images():
     assert not np.array_equal(draw_few(LABELS, "5", 0), draw_few(LABELS, "5", 1))
+    first, second = draw_few(np.repeat([0, 1], 200), "5", 0).reshape(2, 5)
+    assert not np.array_equal(first, second - 200)
 
 
 def test_the_class_that_is_too_small_is_named():
@@ -66,6 +69,15 @@ def test_labels_of_a_set_without_a_list_are_read(capsys):
     few = FewImages(shapes, range(5))
     assert labels_of(few).tolist() == [shapes[i][1] for i in range(5)]
     assert "reading the labels of 5 images" in capsys.readouterr().out
+
+
+def test_grey_images_keep_the_list_of_labels(capsys):
+    class Listed(list):
+        targets = torch.tensor([3, 1])
+
+    images = Listed([(Image.new("RGB", (2, 2)), 3), (Image.new("RGB", (2, 2)), 1)])
+    assert labels_of(in_format(images, ImageFormat(1), "--dataset")).tolist() == [3, 1]
+    assert "reading" not in capsys.readouterr().out
 
 
 def test_labels_of_several_columns_are_read_from_the_images(capsys):
