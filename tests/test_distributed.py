@@ -141,6 +141,20 @@ def test_an_address_that_the_user_sets_is_kept_without_asking_slurm(launch, monk
     assert os.environ["MASTER_PORT"] == "29500"
 
 
+def test_jobs_steps_and_attempts_take_different_ports(monkeypatch):
+    ports = set()
+    for changes in ({}, {"SLURM_JOB_ID": "8"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}):
+        for name in ("MASTER_PORT", "SLURM_RESTART_COUNT"):
+            monkeypatch.delenv(name, raising=False)
+        base = {"MASTER_ADDR": "10.0.0.1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+        for name, value in (base | changes).items():
+            monkeypatch.setenv(name, value)
+        distributed._set_slurm_address()
+        ports.add(os.environ["MASTER_PORT"])
+    monkeypatch.delenv("MASTER_PORT")
+    assert len(ports) == 4
+
+
 def test_the_published_call_is_accepted(launch):
     launch({})
     args = argparse.Namespace(dist_url="env://")
@@ -351,6 +365,41 @@ assert str(logger) == "loss 2.5  acc 0.5", str(logger)
 
 
 @pytest.mark.slow
+def test_the_numbers_of_a_step_are_those_of_all_ranks(tmp_path):
+    body = """
+from support.monitor import Monitor
+seen = []
+class Watch:
+    def __call__(self, numbers): seen.append(numbers)
+monitor = Monitor(10, watch=Watch())
+monitor.check(0, {"loss": torch.tensor(1.0 + rank)}, torch.tensor([3 if rank else -1]))
+assert seen == [{"loss": 1.5}] and monitor.unreadable == 1, (seen, monitor.unreadable)
+"""
+    assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
+
+
+@pytest.mark.slow
+def test_ranks_train_with_drop_path_of_their_own(tmp_path):
+    body = f"""
+import main_dino
+from support.logger import MetricLogger
+from support.monitor import Monitor
+args = main_dino.parse_args({[*TINY, "--drop_path_rate", "0.5", "--data_path", "x"]!r})
+training = main_dino.build_training(args, torch.device("cpu"), main_dino.count_steps(args, 20), resumes=False)
+drawn = []
+draw = lambda module, *_: drawn.append(module.training and torch.rand(()).item())
+training.student_without_ddp.backbone.blocks[-1].drop_path.register_forward_hook(draw)
+views = [torch.zeros(4, 2, 3, size, size, dtype=torch.uint8) for size in (32, 16)]
+batch = views, (), torch.full((4,), -1)
+main_dino.train_one_epoch(training, iter([batch]), range(1), Monitor(9), MetricLogger())
+first, second = all_gather_object(drawn)
+assert len(first) == 4 and all(first) and all(second) and not set(first) & set(second), (first, second)
+"""
+    found = two_processes(tmp_path, body)
+    assert [code for code, _ in found] == [0, 0], found
+
+
+@pytest.mark.slow
 def test_the_main_process_is_first(tmp_path):
     file = str(tmp_path / "file")
     body = (
@@ -435,4 +484,5 @@ def test_seeds_decide_every_generator():
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     assert draw(0, 1, 2) == draw(0, 1, 2)
-    assert draw(0, 1, 2) != draw(0, 2, 1)
+    for numbers in zip(draw(0, 1, 2), draw(0, 2, 1), draw(0, 1, 1), draw(1, 1, 2), strict=True):
+        assert len(set(numbers)) == 4  # of each generator

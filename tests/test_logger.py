@@ -27,6 +27,46 @@ def test_a_line_every_ten_steps(capsys):
     assert logger.averages()["loss"] == 12
 
 
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """The time in seconds that the log sees."""
+    now = [0.0]
+    monkeypatch.setattr("support.logger.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_the_time_left_and_the_wait_for_data(capsys, now):
+    def batches():
+        for i in range(10):
+            now[0] += 25  # of 100 s for a step
+            yield i
+
+    for _ in MetricLogger(images_per_step=200).log_every(batches(), 10, length=10, steps_after=1000):
+        now[0] += 75
+    line = capsys.readouterr().out
+    assert "2 img/s" in line and "data 25%" in line and "eta 1d 03:46:40" in line
+
+
+def test_the_speed_of_an_epoch_goes_on_after_a_restart(now):
+    state = {}
+    for seconds in (1, 3):
+        logger = MetricLogger(images_per_step=10)
+        logger.load_state_dict(state)
+        for _ in logger.log_every(range(5)):
+            now[0] += seconds
+        state = logger.state_dict()
+    assert logger.averages()["images_per_second"] == pytest.approx(10 / 2)
+
+
+def test_averages_are_of_the_epoch_and_the_line_of_the_last_steps(capsys, now):
+    logger = MetricLogger(images_per_step=10)
+    for step in logger.log_every(range(100), 100):
+        logger.update(loss=step)
+        now[0] += 1 if step < 50 else 3
+    assert logger.averages()["images_per_second"] == pytest.approx(10 / 2)
+    assert "loss 89.5" in capsys.readouterr().out  # the mean of the last 20
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_under_the_output_does_not_end_a_run(monkeypatch):
     with open("/dev/full", "w") as full:

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalize, normalized_views, to_pixels
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
-from utils import PAPER, DINOHead, Recipe
+from utils import PAPER, CollapseWatch, DINOHead, Recipe
 
 PUBLISHED = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
@@ -228,6 +229,8 @@ def test_the_recipes_flags_reach_the_views():
         ("--knn_data x --knn_share 0.5", ["knn_data", "knn_share"]),
         ("--demo --local_crops_number 0 --solarize_p 0 0.2 0", []),
         ("--dist_url tcp://localhost:9999", ["dist_url"]),
+        ("--epochs 20 --knn_every 21 --knn_data x", ["knn_every"]),
+        ("--warmup_teacher_temp_epochs 3", ["warmup_teacher_temp_epochs"]),
     ],
 )
 def test_what_has_no_effect_in_a_recipe_is_said(flags, named, capsys):
@@ -252,6 +255,22 @@ def test_local_views_larger_than_global_ones_are_said(capsys):
     main_dino.check_args(main_dino.parse_args([]))
     main_dino.check_args(main_dino.parse_args(["--demo"]))
     assert "local views" not in capsys.readouterr().out
+
+
+def test_local_views_as_large_as_global_ones_are_not_said(capsys):
+    flags = "--local_crops_size 224 --local_crops_scale 0.1 1 --global_crops_scale 0.4 0.9"
+    main_dino.check_args(main_dino.parse_args(flags.split()))
+    assert "local views" not in capsys.readouterr().out
+
+
+def test_trials_shorter_than_a_freeze_or_a_save_are_said(capsys):
+    for steps, frozen, saved in ((4, 1, 1), (5, 1, 0), (6, 0, 0)):
+        args = main_dino.parse_args([*TINY, "--max_steps", str(steps), "--save_every_steps", "4"])
+        main_dino.count_steps(args, 20)
+        said = capsys.readouterr().out
+        assert said.count("keeps the prototypes frozen") == frozen
+        assert said.count("--save_every_steps has no effect") == saved
+    assert main_dino.count_steps(main_dino.parse_args([*TINY, "--max_steps", "99"]), 20).last == 10
 
 
 def test_a_run_does_not_resume_under_another_recipe(images, tmp_path):
@@ -524,7 +543,42 @@ def test_precision(precision, use_fp16, device, dtype):
     assert main_dino.autocast_dtype(precision, use_fp16, torch.device(device)) == dtype
 
 
+def test_images_of_all_ranks_are_counted():
+    """Two processes of two images each, at step 8 of five an epoch."""
+    steps, saved = main_dino.Steps(per_rank=2, batch=4, per_epoch=5, last=10), {}
+    run = types.SimpleNamespace(save=lambda values, *_: saved.update(values))
+    main_dino.save(run, main_dino.parse_args(TINY), 8, steps, None, last=False)
+    assert saved["sampler"] == {"seen": 12} and main_dino.first_step(saved, steps) == 8
+
+
 # ---- real runs
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_the_networks_compute_in_the_precision_of_the_flag(images, tmp_path, monkeypatch, precision, dtype):
+    seen, forward = set(), main_dino.DINOLoss.forward
+
+    def noted(loss, student, teacher, epoch):
+        seen.add((student.features.dtype, teacher.dtype))
+        return forward(loss, student, teacher, epoch)
+
+    monkeypatch.setattr(main_dino.DINOLoss, "forward", noted)
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1, "--precision", precision)
+    assert seen == {(dtype, dtype)}
+
+
+def test_a_run_is_watched_for_collapse(images, tmp_path, monkeypatch):
+    seen = []
+
+    class Watch(CollapseWatch):
+        def __call__(self, numbers):
+            seen.append((self.max_entropy, sorted(numbers)))
+
+    monkeypatch.setattr(main_dino, "CollapseWatch", Watch)
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 2)
+    assert seen == [(math.log(64), ["entropy", "kl", "loss", "spread"])] * 2
 
 
 def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
@@ -597,6 +651,17 @@ def test_a_changed_number_of_images_is_named(tmp_path):
     save_images(tmp_path / "data", 9)
     with pytest.raises(UserError, match=r"images 8 -> 9"):
         train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
+
+
+def test_another_precision_and_renamed_images_do_not_resume(tmp_path):
+    save_images(tmp_path / "data", 8)
+    flags = "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps"
+    train(*flags, 1)
+    with pytest.raises(UserError, match=r"dtype torch.float32 -> torch.bfloat16"):
+        train(*flags, 2, "--precision", "bf16")
+    (tmp_path / "data" / "000.png").rename(tmp_path / "data" / "zzz.png")
+    with pytest.raises(UserError, match=r"digest of the images"):
+        train(*flags, 2)
 
 
 def test_a_new_run_begins_with_given_weights_and_a_resumed_one_does_not(images, tmp_path, capsys):
@@ -677,6 +742,13 @@ def test_each_epoch_is_counted_and_averaged_by_itself(tmp_path):
     assert [record["train_lr"] for record in records] == pytest.approx(lr.reshape(2, 2).mean(axis=1))
 
 
+def test_an_unreadable_image_of_a_training_is_named_by_its_path(tmp_path, capsys):
+    save_images(tmp_path / "data", 4)
+    (tmp_path / "data" / "003.png").write_bytes(b"broken")
+    train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 1)
+    assert re.search(r"warning: cannot read .*003\.png.*: another image", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(("place", "fields"), [("worker", 0), ("device", 5)])
 def test_colours_change_where_the_flag_says(images, place, fields):
     args = main_dino.parse_args([*TINY, "--augment_on", place])
@@ -688,6 +760,19 @@ def test_knn_is_measured_every_so_many_epochs(images, labelled, tmp_path):
     knn = "--epochs", 3, "--knn_every", 2, "--knn_data", labelled, "--knn_share", 1
     train("--data_path", images, "--output_dir", tmp_path, *knn)
     assert ["knn_teacher" in record for record in log_of(tmp_path)] == [False, True, False]
+
+
+def test_knn_computes_in_the_precision_of_the_training(images, labelled, tmp_path, monkeypatch):
+    seen, accuracy = [], eval_knn.PeriodicKNN.accuracy
+
+    def noted(knn, network):
+        seen.append(knn.dtype)
+        return accuracy(knn, network)
+
+    monkeypatch.setattr(eval_knn.PeriodicKNN, "accuracy", noted)
+    knn = "--knn_every", 1, "--knn_data", labelled, "--knn_share", 1, "--precision", "bf16"
+    train("--data_path", images, "--output_dir", tmp_path, "--epochs", 1, *knn)
+    assert seen == [torch.bfloat16] * 2
 
 
 def test_an_unreadable_image_of_knn_data_does_not_end_the_training(images, labelled, tmp_path, capsys):

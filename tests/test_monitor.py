@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from support.errors import Interrupted, TrainingError, UserError
 from support.monitor import Monitor
+from tests.conftest import run
 from utils import CollapseWatch, DINOLoss
 
 NONE_UNREADABLE = torch.full((8,), -1)
@@ -80,6 +81,24 @@ def test_a_collapse_that_does_not_last_is_not_named(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("collapsed", "sound"),  # shares of ln K: loss, entropy and spread; and the temperature
+    [
+        ((1.0, 0.996, 1.0, 1), (1.0, 0.994, 1.0, 1)),
+        ((1.004, 1.0, 1.0, 1), (1.006, 1.0, 1.0, 1)),
+        ((0.5, 0.5, 0.004, 1), (0.5, 0.5, 0.006, 1)),
+        ((0.5, 0.5, 0.5, 9e-4), (0.5, 0.5, 0.5, 1.1e-3)),
+    ],
+)
+def test_how_near_to_a_collapse_is_one(collapsed, sound, capsys):
+    for (*shares, temp), named in ((collapsed, 1), (sound, 0)):
+        values = [share * math.log(64) for share in shares]
+        watch = CollapseWatch(64, patience=1)
+        watch(dict(zip(("loss", "entropy", "spread"), values, strict=True), temp=temp))
+        assert capsys.readouterr().out.count("collapse: for") == named
+    assert CollapseWatch(64).patience == 200
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(value):
     monitor = Monitor(10, advice="try --lr 1")
@@ -130,6 +149,14 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_stops_at_once(tmp_path, capfd):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    code = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from support.monitor import Monitor\n"
+    )
+    code += "with Monitor(1) as m: signal.raise_signal(signal.SIGHUP); print(m.received)"
+    assert run("-c", code).stdout == "None\n"
 
 
 def test_a_restart_keeps_the_counts():

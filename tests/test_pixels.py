@@ -67,6 +67,10 @@ def test_denormalisation_is_the_inverse():
         assert torch.equal(px.denormalize(px.normalize(levels, *statistics), *statistics), levels)
 
 
+def test_levels_out_of_range_are_clipped():
+    assert px.denormalize(torch.tensor([-9.0, 9.0]).expand(3, 1, 2)).unique().tolist() == [0, 255]
+
+
 def test_normalisation_takes_other_statistics():
     mean, std = [0.5, 0.4, 0.3], [0.1, 0.2, 0.3]
     pixels = to_pixels(picture())

@@ -111,6 +111,11 @@ def test_flip_half_the_views():
         assert is_close_share(flipped.float().mean().item(), 0.5, 400)
 
 
+def test_a_crop_that_never_fits_is_the_largest_at_the_centre():
+    for size, box in (((100, 10), (0, 43, 10, 13)), ((10, 100), (43, 0, 13, 10))):
+        assert utils.draw_box(*size, (1, 1), random.Random(0), (3 / 4, 4 / 3)) == box
+
+
 def test_grey_one_view_in_five():
     for views in draw_views(Image.new("RGB", (8, 8), (200, 60, 40)), 600):
         grey = (views[:, 0] == views[:, 1]).flatten(1).all(1) & (views[:, 1] == views[:, 2]).flatten(1).all(1)
@@ -464,6 +469,13 @@ def test_head_layers(use_bn, nlayers):
     assert head(torch.randn(4, 12)).shape == (4, 40)
 
 
+def test_the_head_begins_with_small_weights_and_no_bias():
+    torch.manual_seed(0)
+    layers = [m for m in DINOHead(128, 8, hidden_dim=64, bottleneck_dim=32).mlp if isinstance(m, nn.Linear)]
+    assert all(layer.weight.std().item() == pytest.approx(0.02, rel=0.1) for layer in layers)
+    assert not any(layer.bias.any() for layer in layers)
+
+
 # ---------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------
@@ -557,6 +569,28 @@ def test_half_precision_does_not_overflow_with_few_prototypes(dtype):
     targets = F.one_hot(torch.zeros(2, 768, dtype=torch.long), 64).float()
     utils._FusedCrossEntropy.apply(features, weight, targets, 0.1).backward()
     assert weight.grad.isfinite().all() and weight.grad.any()
+
+
+def test_half_precision_keeps_the_gradients_of_small_probabilities():
+    angles = torch.linspace(0, math.pi, 16)
+    weight = torch.stack([angles.cos(), angles.sin()], dim=1)  # from the features' direction to its opposite
+    features, targets = torch.tensor([[1.0, 0.0]] * 2), F.one_hot(torch.zeros(2, 1, dtype=torch.long), 16)
+    gradients = []
+    for dtype in (torch.float64, torch.float16):
+        w = weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        utils._FusedCrossEntropy.apply(features.to(dtype), w, targets.to(w.dtype), 0.1).backward()
+        gradients.append(w.grad[1:, 0].double())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.05, atol=0)
+
+
+def test_the_spread_counts_prototypes_of_few_images():
+    k = 4096  # half of the images have one prototype, each of the others its own
+    teacher = torch.full((k, k), -1.0).fill_diagonal_(1.0)
+    teacher[::2] = teacher[0]
+    loss_fn = DINOLoss(k, 2, 0.04, 0.04, 0, 1)
+    loss_fn(torch.zeros(2 * k, k), torch.cat([teacher, teacher]), 0)
+    p = torch.softmax(teacher / 0.04, -1).mean(0)
+    assert loss_fn.stats["spread"].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
 
 
 def test_fused_loss_has_the_gradients_of_autograd_and_gives_them_once():
@@ -717,6 +751,11 @@ def test_cosine_schedule_at_its_ends(base, final, epochs, steps, warmup):
         assert abs(values[-1] - final) <= abs(base - final) * (math.pi / (epochs * steps)) ** 2
 
 
+def test_a_warm_up_of_half_an_epoch():
+    values = utils.cosine_scheduler(1, 0, 2, 10, warmup_epochs=0.5)
+    assert values[:6].tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1]) and len(values) == 20
+
+
 # ---------------------------------------------------------------------------------------------
 # Optimisation
 # ---------------------------------------------------------------------------------------------
@@ -772,6 +811,10 @@ def test_lars_adapts_weights_and_leaves_biases_alone():
     torch.testing.assert_close(weight.detach(), torch.tensor([[3.0, 4.0]]) - 0.1 * ratio * update)
     torch.testing.assert_close(bias.detach(), torch.tensor([1.0 - 0.1 * 2.0]))
     torch.testing.assert_close(zero.detach(), torch.full((1, 2), -0.1))
+
+
+def test_lars_has_the_published_default():
+    assert utils.LARS([nn.Parameter(torch.ones(1))]).defaults["eta"] == 0.001
 
 
 def test_a_batch_that_does_not_divide_into_parts_is_an_error():

@@ -1,3 +1,4 @@
+import copy
 import types
 
 import pytest
@@ -162,6 +163,27 @@ def test_drop_path_grows_with_depth_and_acts_in_training_only():
     assert torch.equal(model(x), model(x))
 
 
+def test_drop_path_drops_each_branch_of_each_image_by_itself():
+    torch.manual_seed(0)
+    block = vit_nano(8, img_size=32, drop_path_rate=0.5).blocks[-1]
+    x, ways = torch.randn(400, 2, 128), []
+    with torch.no_grad():
+        out = block(x)
+        for first in (x, x + 2 * block.attn(block.norm1(x))[0]):
+            ways += [first, first + 2 * block.mlp(block.norm2(first))]
+    shares = [torch.isclose(out, way, atol=1e-4).flatten(1).all(1).float().mean().item() for way in ways]
+    assert sum(shares) == pytest.approx(1) and shares == pytest.approx([0.25] * 4, abs=0.1)
+
+
+@pytest.mark.parametrize(("make", "std"), [(vit_nano, 0.09), (vit_tiny, 0.02)])
+def test_weights_begin_with_the_published_deviations(make, std):
+    torch.manual_seed(0)
+    model = make()
+    first, last = model.blocks[0].attn.qkv.weight, model.blocks[-1].mlp.fc1.weight
+    for weight, expected in ((model.pos_embed, 0.02), (model.cls_token, 0.02), (first, std), (last, std)):
+        assert weight.std().item() == pytest.approx(expected, rel=0.15)
+
+
 def test_hooks_in_evaluation_get_all_tokens():
     """As LOST, TokenCut and code that extracts features set them."""
     model = vit_nano(8, img_size=32).eval()
@@ -298,6 +320,20 @@ def test_gradient_of_the_position_embedding_has_one_order_of_sums():
         names.add(step.name())
         steps += [before for before, _ in step.next_functions if before]
     assert any("Bmm" in name for name in names) and not any("Upsample" in name for name in names)
+
+
+def test_a_position_embedding_in_half_precision_is_rounded_once():
+    model = vit_nano(8, img_size=32)
+    exact = model.interpolate_pos_encoding(None, 48, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.interpolate_pos_encoding(None, 48, 16), exact)
+    model = model.bfloat16()
+    expected = copy.deepcopy(model).float().interpolate_pos_encoding(None, 48, 16).bfloat16()
+    assert torch.equal(model.interpolate_pos_encoding(None, 48, 16), expected)
+
+
+def test_a_classifier_that_is_asked_for_is_applied():
+    assert vit_nano(8, img_size=32, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_position_embedding_keeps_double_precision():
