@@ -78,6 +78,17 @@ def test_the_file_before_is_kept_without_links_too(tmp_path, monkeypatch):
     assert (load_checkpoint(path), load_checkpoint(previous)) == ({"epoch": 3}, {"epoch": 2})
 
 
+def test_the_file_is_never_absent_where_there_are_links(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (moved.append(pathlib.Path(old).name), replace(old, new))
+    )
+    path = tmp_path / "checkpoint.pth"
+    for epoch in (1, 2, 3):
+        save_checkpoint({"epoch": epoch}, path, tmp_path / "checkpoint_prev.pth")
+    assert len(moved) == 3 and "checkpoint.pth" not in moved
+
+
 def test_an_error_keeps_its_text_and_gets_a_name_where_it_has_none(tmp_path):
     for error, words in ((OSError("no codec"), "^no codec$"), (OSError(5, "I/O"), "I/O: '.*x'$")):
         with pytest.raises(OSError, match=words), replacing(tmp_path / "x"):

@@ -153,6 +153,28 @@ def test_a_sample_of_patches_is_bounded_and_follows_the_seed(voc):
     assert len(whole) == 6 * 31 * 32 and set(whole.tolist()) == {0, 1, 3}  # all but the void row
 
 
+def test_each_image_has_a_sample_of_its_own(voc):
+    class Places(nn.Module):
+        """Its tokens are the numbers of the patches."""
+
+        def forward_intermediates(self, images, **_):
+            return [
+                torch.arange(images[0, 0].numel())
+                .view(1, 1, *images.shape[2:])
+                .expand(len(images), -1, -1, -1)
+            ]
+
+    images = MaskedFiles(voc, "train")
+    tokens, _ = sample_tokens(Places(), images, resized_batches(pixels(32), images, CPU), 600, 0)
+    assert len(tokens.view(6, 100).unique(dim=0)) == 6
+
+
+def test_shares_of_the_votes():
+    tokens, labels = torch.eye(4)[[0, 1, 2, 3, 0]], torch.tensor([0, 1, 2, 0, 1])
+    shares = knn_segmenter(tokens, labels, 2, 0.07, 3)(torch.tensor([[9.0, 0, 0, 0], [0.1, 0.1, 0, 0]]))
+    assert shares[0].tolist() == [0.5, 0.5, 0] and shares.sum(dim=1).tolist() == pytest.approx([1, 1])
+
+
 def test_images_are_resized_to_height_and_width(voc):
     images = MaskedFiles(voc, "train")
     (_, batch), *_ = resized_batches(pixels((24, 16)), images, CPU)
