@@ -223,12 +223,16 @@ def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
     return ImageFiles(*kept, form=form)
 
 
-def folder_names(paths: list[str]) -> list[str]:
-    """Name each image's folder after its file, with a number if another image has that name."""
+def folder_names(paths: list[str], given: Sequence[str]) -> list[str]:
+    """Name each image's folder after its file, for a file in a given folder with the path from there.
+
+    Adds a number if another image has that name.
+    """
     names: list[str] = []
-    for path in paths:
-        stem = name = Path(path).stem
-        number = len(names)
+    for path in map(Path, paths):
+        below = [path.relative_to(root) for root in given if Path(root) in path.parents]
+        stem = name = str((below or [Path(path.name)])[0].with_suffix(""))
+        number = 2
         while name in names:
             name, number = f"{stem}-{number}", number + 1
         names.append(name)
@@ -367,8 +371,8 @@ def readable(images: Images) -> Iterator[Image.Image | Tensor]:
                 raise
 
 
-def visualize(images: ImageFiles, show: Show, output_dir: Path) -> None:
-    """Write the pictures of each image, in separate folders if there are several, and the sheet.
+def visualize(images: ImageFiles, given: Sequence[str], show: Show, output_dir: Path) -> None:
+    """Write the pictures of each image, in separate folders (`folder_names`) if there are several; the sheet.
 
     Logs and skips an image that cannot be read. Raises TrainingError at the end if there was any,
     ImageError if no image could be read, UserError if it would overwrite a file of another program.
@@ -377,7 +381,7 @@ def visualize(images: ImageFiles, show: Show, output_dir: Path) -> None:
     inputs = {Path(path).resolve() for path in paths}
     check_free(output_dir / "sheet.png", MARK, inputs)  # at the start, not after all the work
     shown, broken = [], []
-    for i, name in enumerate(folder_names(paths)):
+    for i, name in enumerate(folder_names(paths, given)):
         try:
             image = read_image(images, i)[0]
         except ImageError as error:
@@ -508,7 +512,7 @@ def main(args: argparse.Namespace) -> None:
         if args.pca:
             colours = fit_components(viewer, lambda: readable(images), args.foreground)
             show = functools.partial(show_components, viewer, colours)
-        visualize(images, show, output_dir)
+        visualize(images, args.image_path, show, output_dir)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def test_a_random_vit_has_the_patch_size_of_the_help(tmp_path, capsys, arch, wor
 
 def test_every_image_has_a_folder_of_its_own():
     paths = ["x/a.png", "x/a-2.png", "y/a.png", "y/b.png", "z/a.jpg"]
-    assert visualize_attention.folder_names(paths) == ["a", "a-2", "a-3", "b", "a-4"]
+    assert visualize_attention.folder_names(paths, paths) == ["a", "a-2", "a-3", "b", "a-4"]
+    paths = ["x/a.png", "x/y/a.jpg", "x/y/a.png", "x/y/z.b.png", "a.png", "x.zip/y/a.png"]
+    names = ["a", "y/a", "y/a-2", "y/z.b", "a-2", "y/a-3"]
+    assert visualize_attention.folder_names(paths, ["./x/", "a.png", "x.zip"]) == names
 
 
 def test_any_patch_size_will_do(tmp_path):
