@@ -15,7 +15,6 @@ import copy
 import importlib.util
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +61,7 @@ from support.errors import UserError, reason_of
 from support.estimates import SAMPLE, estimate_normalization, estimate_range, sample_values
 from support.files import replacing
 from support.formats import ImageFormat, pairs
-from support.loading import EpochBatches, TrainingViews, make_loader, to_device
+from support.loading import EpochBatches, TrainingViews, make_loader, num_cores, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
 from support.pictures import (
@@ -91,7 +90,6 @@ from vision_transformer import VITS, VisionTransformer
 
 def demo_defaults() -> dict:
     """Defaults of flags under `--demo`: a recipe for a tiny network and tiny images, for minutes on a CPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return dict(
         arch="vit_nano",
         patch_size=16,
@@ -121,7 +119,7 @@ def demo_defaults() -> dict:
         blur_sigma=(0.1, 1.0),
         solarize_p=(0.0, 0.0, 0.0),
         num_workers=1,
-        cpu_threads=max(1, cores - 1),  # one core draws the images
+        cpu_threads=max(1, num_cores() - 1),  # one core draws the images
         output_dir="demo_run",
         saveckp_freq=0,
     )
@@ -407,6 +405,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.jitter[3] > 0.5:
         where = f"--jitter {' '.join(map(str, args.jitter))}"
         raise UserError("the hue changes by at most 0.5", where, "give H <= 0.5")
+    backbones.check_known(args.arch)
     if args.arch in VITS:
         for size, name in zip(crop_sizes(args), ("global_crops_size", "local_crops_size"), strict=False):
             backbones.check_divides(name, size, args.patch_size)

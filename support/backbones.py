@@ -27,10 +27,24 @@ def canonical(arch: str) -> str:
 
 def is_known(arch: str) -> bool:
     """Whether this is the name of a network that `build_backbone` builds."""
+    arch = canonical(arch)
+    if arch in VITS or arch in torchvision_names():
+        return True
     import timm  # half a second, so only when it is needed
 
-    arch = canonical(arch)
-    return arch in VITS or arch in torchvision_names() or timm.is_model(arch)
+    return timm.is_model(arch)
+
+
+def check_known(arch: str) -> None:
+    """Raise UserError unless this is the name of a network."""
+    if is_known(arch):
+        return
+    import timm
+
+    known = [*VITS, *torchvision_names(), *timm.list_models()]
+    longer = sorted((name for name in known if arch and name.startswith(arch)), key=len)[:4]
+    fix = f"did you mean {', '.join(longer)}?" if longer else nearest(arch, known)
+    raise UserError("unknown architecture", f"--arch {arch}", fix)
 
 
 def torchvision_names() -> list[str]:
@@ -60,13 +74,9 @@ def build_backbone(
         if drop_path_rate:
             log(f"note: --drop_path_rate has no effect on torchvision's {arch}")
         return _torchvision_backbone(arch, in_chans)
+    check_known(arch)
     import timm
 
-    if not is_known(arch):
-        known = [*VITS, *torchvision_names(), *timm.list_models()]
-        longer = sorted((name for name in known if arch and name.startswith(arch)), key=len)[:4]
-        fix = f"did you mean {', '.join(longer)}?" if longer else nearest(arch, known)
-        raise UserError("unknown architecture", f"--arch {arch}", fix)
     kwargs: dict[str, Any] = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate}
     if in_chans != 3:
         kwargs["in_chans"] = in_chans

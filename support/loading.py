@@ -5,6 +5,7 @@ Shapes: B images, V views, H x W pixels.
 
 import contextlib
 import errno
+import functools
 import math
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from support.data import Images, pixels_of, read_labelled, sample_name, transformed, why_unreadable
 from support.distributed import get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
-from support.logger import write
+from support.logger import log, write
 from support.monitor import begin_worker
 from support.pixels import copy_to
 
@@ -132,6 +133,18 @@ class EpochBatches:
                 step += 1
 
 
+def num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+
+
+@functools.cache
+def _note_workers(num_workers: int) -> None:
+    cores = num_cores()
+    if num_workers > cores:
+        log(f"note: {num_workers} workers on {cores} cores: --num_workers {cores} is enough")
+
+
 class Loader(DataLoader):
     """A DataLoader that does not wait forever for a batch, and whose workers end with each pass.
 
@@ -147,6 +160,10 @@ class Loader(DataLoader):
     def __init__(self, dataset: Dataset, stop_asked: Callable[[], bool], **kwargs):
         super().__init__(dataset, collate_fn=collate, **kwargs)
         self.stop_asked = stop_asked
+
+    def check_worker_number_rationality(self) -> None:
+        """Replace torch's warning about more workers than cores, which it gives twice for each loader."""
+        _note_workers(self.num_workers)
 
     def __iter__(self) -> Any:  # a generator; torch says that it is a private class
         others = set(multiprocessing.active_children())

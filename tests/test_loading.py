@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,18 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no image can be read, in 31 tries: cannot identify .*000.png"):
         dataset[0, 0]
+
+
+def test_more_workers_than_cores_are_said_once(images, capsys):
+    loading._note_workers.cache_clear()
+    workers = loading.num_cores() + 1
+    evaluation = EvalImages(ImageFiles(images), eval_transform(16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's own
+        for _ in range(2):
+            assert len(list(make_loader(evaluation, [[0], [1]], workers, torch.device("cpu")))) == 2
+    words = f"note: {workers} workers on {workers - 1} cores: --num_workers {workers - 1} is enough\n"
+    assert capsys.readouterr().out == words
 
 
 class MostlyBroken(ImageFiles):

@@ -103,6 +103,7 @@ def test_help_is_whole_and_does_not_import_timm():
     ("flags", "message"),
     [
         ("--epochs ten", "--epochs: 'ten' is not a whole number"),
+        ("--batch_size 8", "--batch_size 8: did you mean --batch_size_per_gpu, --patch_size?"),
         ("--epoch 3", "unrecognized arguments: --epoch"),
         ("--norm_last_layer maybe", "neither true nor false"),
         ("--precision int8", "--precision"),
@@ -133,7 +134,7 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--data_path docs --preview {images}/p.png", "no images found"),
         ("--data_path {images} --local_crops_number -1", "must be at least 0, not -1"),
         ("--data_path {images} --teacher_temp 0", "must be above 0, not 0"),
-        ("--data_path {images} --arch vit_smal", "did you mean vit_small"),
+        ("--data_path {images} --arch vit_smal --batch_size_per_gpu 99", "did you mean vit_small"),
         ("--data_path {images} --mean 124 116 104", r"must be from 0 to 1 \(--mean 124.*by 255"),
         ("--data_path {images} --std 58 57 57", r"must be from 0 to 1 \(--std 58"),
         ("--demo --init_from x.pth", r"starts from random weights \(--init_from x.pth\): leave it out"),
