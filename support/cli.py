@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import functools
 import io
 import math
@@ -78,7 +79,18 @@ class ArgumentParser(argparse.ArgumentParser):
         words = [word for word in words if word.startswith("-")] or words
         places = list(dict.fromkeys(place for word in words for place in self.places.get(word, [])))
         where = "" if places == [COMMAND_LINE] else " or ".join(places)
-        exit_with(UserError(message, where, "see --help"))
+        unknown = message.startswith("unrecognized") and words[0].startswith("--")
+        near = self._near(words[0].partition("=")[0]) if unknown else []
+        fix = f"did you mean {', '.join(near)}?" if near else "see --help"
+        exit_with(UserError(message, where, fix))
+
+    def _near(self, unknown: str) -> list[str]:
+        """Up to three flags that begin with an unknown one, or are similar."""
+        known = [flag[2:] for action in self._actions for flag in action.option_strings if flag[:2] == "--"]
+        name = unknown[2:].replace("-", "_")
+        near = [flag for flag in known if flag.startswith(name)]
+        near += difflib.get_close_matches(name, known, cutoff=0.7)
+        return [f"--{flag}" for flag in dict.fromkeys(near)][:3]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,8 +450,8 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        goes_on = "to resume from what is saved" if resumable else "to begin again"
-        stop = Interrupted("at once, by Ctrl-C", "", f"run the same command {goes_on}")
+        goes_on = ", which resumes if anything is saved" if resumable else " to begin again"
+        stop = Interrupted("at once, by Ctrl-C", "", f"run the same command{goes_on}")
         stop.exit_code = 130  # what a shell reports for SIGINT
         end_at_once(stop)
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does

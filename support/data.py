@@ -428,6 +428,10 @@ def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
         if train and len({name.lower() for name in names}) > 1:
             there = "/ and ".join([*train, *sorted(names - set(train))])
             mixed[os.path.join(around, train[0])] = f"{around or 'folder'} has {there}/"
+    lone = parts.get(("", ""), set())
+    if len(lone) == 1 and not top and all(folder.split("/")[0] in lone for folder in images.folders):
+        if "train" not in (name := next(iter(lone))).lower():
+            log(f"warning: {place}: all images lie in {name}/")
     if mixed:
         first, what = next(iter(mixed.items()))
         what += f"; {len(mixed) - 1} more like it" * (len(mixed) > 1)
@@ -688,7 +692,8 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
         raise UserError("dataset has no train/val split", f"--dataset {name}", "use a folder instead")
     refusal = ""
     for choice in choices:
-        words = "".join(f", {key} {value}" for key, value in choice.items())
+        taken = choice.get("split") or ("train" if choice.get("train") else "test")
+        words = f", split {taken}" if choice else ""
         try:
             return make(source.data_path, **choice, **kwargs), words
         except ValueError as error:  # this dataset calls its split by another name
@@ -697,7 +702,11 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
             raise UserError(str(error), f"--dataset {name}", "use a folder instead") from None
         except (RuntimeError, OSError) as error:
             fix = "check the folder, or add --download" if not source.download else "check the network"
-            raise UserError(first_line(error), f"--dataset {name}", fix) from None
+            what = first_line(error)
+            if "download=True" in what:  # torchvision's advice, for its own callers
+                what = "not found, or damaged, in this folder"
+            where = f"--dataset {name} --data_path {source.data_path}"
+            raise UserError(what, where, fix) from None
     if own:
         raise UserError(refusal, f"--split {own}", "name one of the dataset's splits")
     raise UserError(f"no {part} split: {refusal}", f"--dataset {name}", "use a folder instead")

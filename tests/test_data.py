@@ -49,6 +49,15 @@ def test_images_are_found_in_any_folder_and_other_files_are_not(images, tmp_path
         open_training_images(Source(str(tmp_path)))
 
 
+def test_a_folder_of_one_part_other_than_train_is_named(tmp_path, capsys):
+    for part, named in (("val", True), ("train", False), ("evaluation of 2019", False)):
+        save_images(tmp_path / part / part / "a", 2)
+        open_training_images(Source(str(tmp_path / part)))
+        assert (
+            f"warning: {tmp_path}/{part}: all images lie in {part}/\n" in capsys.readouterr().out
+        ) == named
+
+
 @pytest.mark.parametrize("parts", [("Train", "Val"), ("training", "testing"), ("train", "test"),
                                    ("train2017", "val2017"), ("img_train", "img_val")])  # fmt: skip
 def test_a_folder_of_two_parts_is_not_trained_on_as_one(tmp_path, parts):

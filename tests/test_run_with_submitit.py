@@ -54,7 +54,7 @@ def test_published_flags_and_defaults():
         ("--epochs 0", "argument --epochs: must be at least 1, not 0: see --help"),
         ("--local --dry_run", "a local job has no script (--dry_run): leave out one of --local, --dry_run"),
         ("--shared_dir /proc/x", "No such file or directory (--shared_dir /proc/x): choose another"),
-        ("--partition_ low", "unrecognized arguments: --partition_ low: see --help"),
+        ("--partition_ low", "unrecognized arguments: --partition_ low: did you mean --partition?"),
     ],
 )
 def test_bad_usage_is_one_clear_line(flags, message, capsys):
