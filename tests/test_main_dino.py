@@ -544,6 +544,15 @@ def test_precision(precision, use_fp16, device, dtype):
     assert main_dino.autocast_dtype(precision, use_fp16, torch.device(device)) == dtype
 
 
+@pytest.mark.parametrize(("precision", "scales"), [("fp16", True), ("bf16", False), ("fp32", False)])
+def test_only_fp16_scales_the_loss(precision, scales):
+    args = main_dino.parse_args([*TINY, "--precision", precision])
+    training = main_dino.build_training(
+        args, torch.device("cpu"), main_dino.count_steps(args, 20), resumes=False
+    )
+    assert training.scaler.is_enabled() == scales
+
+
 def test_images_of_all_ranks_are_counted():
     """Two processes of two images each, at step 8 of five an epoch."""
     steps, saved = main_dino.Steps(per_rank=2, batch=4, per_epoch=5, last=10), {}

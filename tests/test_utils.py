@@ -713,6 +713,13 @@ def test_the_temperature_follows_the_outputs_while_they_differ_little():
     assert "temp" not in plain.stats
 
 
+def test_an_adapted_temperature_stays_below_the_warm_up():
+    loss_fn = DINOLoss(5, 2, 0.01, 0.04, 2, 9, adapt_teacher_temp=2)
+    for epoch, temp in ((0, 0.01), (1, 0.04)):
+        loss_fn(torch.randn(8, 5), torch.randn(8, 5), epoch)
+        torch.testing.assert_close(loss_fn.stats["temp"], torch.tensor(temp))
+
+
 def test_an_adapted_temperature_is_finite_for_equal_outputs():
     loss_fn = DINOLoss(5, 2, 0.04, 0.04, 0, 1, adapt_teacher_temp=2)
     assert loss_fn(torch.randn(8, 5), torch.full((8, 5), 0.3), 0).isfinite()
