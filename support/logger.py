@@ -120,7 +120,7 @@ class MetricLogger:
         steps_after: int = 0,
         numbers: range | None = None,
     ) -> Iterator:
-        """Yield the batches; time them and show the meters in between.
+        """Yield the batches; time them and show the meters, at least once a minute if steps are slow.
 
         `length` is the number of batches in an epoch; if not given, it is `len(iterable)`. `numbers` are the
         places of the batches in it, by default 1 to `length`. The remaining time counts `steps_after` more
@@ -132,7 +132,7 @@ class MetricLogger:
         show_bar = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
         begun = numbers.start - 1
         with tqdm(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
-            asked = time.perf_counter()
+            asked = said = time.perf_counter()
             for step, batch in enumerate(iterable, numbers.start):
                 got = time.perf_counter()
                 yield batch
@@ -144,8 +144,9 @@ class MetricLogger:
                 left = length - step + steps_after
                 if show_bar:
                     bar.set_postfix_str(self.status(left), refresh=False)
-                elif step % print_freq == 0 or step == numbers.stop - 1:
+                elif step % print_freq == 0 or step == numbers.stop - 1 or done - said > 60:
                     log(f"{header} [{step:{digits}d}/{length}] {self.status(left)}")
+                    said = done
 
     def status(self, steps_left: int) -> str:
         """Meters, speed, share of time spent waiting for data, time left, peak GPU memory."""

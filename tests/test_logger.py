@@ -47,6 +47,20 @@ def test_the_time_left_and_the_wait_for_data(capsys, now):
     assert "2 img/s" in line and "data 25%" in line and "eta 1d 03:46:40" in line
 
 
+def test_slow_steps_have_a_line_a_minute(capsys, now):
+    for step in MetricLogger().log_every(range(20)):
+        now[0] += 31 if step < 8 else 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in lines] == [
+        " [ 2/20",
+        " [ 4/20",
+        " [ 6/20",
+        " [ 8/20",
+        " [10/20",
+        " [20/20",
+    ]
+
+
 def test_the_speed_of_an_epoch_goes_on_after_a_restart(now):
     state = {}
     for seconds in (1, 3):
