@@ -49,7 +49,7 @@ class Frames:
             found = ImageFiles(path)
             log(f"frames: {path}: {describe(found)}")
             self.images = ImageFiles(*sorted(found.paths, key=_by_number))
-        self.count, self.size = 0, (0, 0)
+        self.count, self.size, self.stated = 0, (0, 0), 0
         for frame in self:
             self.size = self.size if self.count else frame.size
             if frame.size != self.size:
@@ -59,6 +59,9 @@ class Frames:
             self.count += 1
         if not self.count:
             raise UserError("no frames", f"--video {path}", "give a video file, or a folder of images")
+        if self.count < self.stated:  # PyAV does not always raise an error for them
+            lost = self.stated - self.count
+            log(f"warning: {path}: {lost} of {self.stated} frames cannot be read: it is cut short or damaged")
 
     def __len__(self) -> int:
         return self.count
@@ -82,7 +85,7 @@ class Frames:
                 ]
                 if not streams:
                     raise UserError("no video in the file", where, fix)
-                self.rate = streams[0].average_rate
+                self.rate, self.stated = streams[0].average_rate, streams[0].frames
                 for frame in file.decode(streams[0]):
                     number += 1
                     yield frame.to_image().rotate(frame.rotation, expand=True)
