@@ -59,9 +59,9 @@ class Frames:
             self.count += 1
         if not self.count:
             raise UserError("no frames", f"--video {path}", "give a video file, or a folder of images")
-        if self.count < self.stated:  # PyAV does not always raise an error for them
-            lost = self.stated - self.count
-            log(f"warning: {path}: {lost} of {self.stated} frames cannot be read: it is cut short or damaged")
+        if self.count < self.stated:  # PyAV does not always raise an error
+            what = f"states {self.stated} frames, but has {self.count}"
+            log(f"warning: {path} {what}: check whether it is cut short, trimmed or damaged")
 
     def __len__(self) -> int:
         return self.count
