@@ -21,6 +21,7 @@ from support import data
 from support.checks import open_checked
 from support.data import (
     ImageFiles,
+    JoinedFiles,
     Source,
     open_any_images,
     open_labelled_images,
@@ -31,7 +32,7 @@ from support.data import (
 )
 from support.errors import UserError
 from support.estimates import sample_values
-from support.files import Paths
+from support.files import Paths, replacing, select_images
 from support.formats import load_image
 from support.loading import TrainingViews
 from support.pixels import to_pixels
@@ -558,3 +559,38 @@ def test_a_tiff_that_says_how_many_bits_it_uses_is_scaled_by_them(tmp_path):
     said, silent = (np.asarray(load_image(str(tmp_path / name)))[..., 0] for name in ("said.tif", "not.tif"))
     np.testing.assert_array_equal(said, values >> 4)
     np.testing.assert_array_equal(silent, values >> 8)
+
+
+def test_the_order_of_images_does_not_depend_on_the_order_of_the_disk(tmp_path):
+    contents = [("", ["z.png", "y.png"], 0), ("a", ["2.png", "1.png"], 0), ("b", ["0.png"], 0)]
+    expected = ["y.png", "z.png", "a/1.png", "a/2.png", "b/0.png"]
+    for order in (contents, contents[::-1]):
+        assert select_images(order, {".png"}).names == expected
+    save_images(tmp_path / "other", 1)
+    (tmp_path / "root").mkdir()
+    for name in "edcba":
+        (tmp_path / "root" / name).symlink_to(tmp_path / "other")
+    assert list(ImageFiles(tmp_path / "root").paths.names()) == ["a/000.png"]
+
+
+def test_the_digest_tells_the_middles_of_files_and_the_order_of_sets_apart(tmp_path):
+    found = []
+    for middle in (b"a", b"b"):
+        (tmp_path / "x.npy").write_bytes(bytes(10_000) + middle + bytes(10_000))
+        found.append(Paths(["x.npy"], str(tmp_path)).digest)
+    assert found[0] != found[1]
+    for name in "ab":
+        save_images(tmp_path / name, 2, seed=ord(name))
+    first, second = ImageFiles(tmp_path / "a"), ImageFiles(tmp_path / "b")
+    assert data.digest(JoinedFiles([first, second])) != data.digest(JoinedFiles([second, first]))
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    """A power cut could leave an empty file, or undo the rename."""
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: (done.append(n), f(*a)))
+    with replacing(tmp_path / "x") as file:
+        file.write(b"x")
+    assert done == ["fsync", "replace", "fsync"]

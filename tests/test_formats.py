@@ -733,3 +733,15 @@ def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
         main_dino.main(main_dino.parse_args([*flags, "--mean", "0.5", "0.5", "0.5"]))
     main_dino.main(main_dino.parse_args([*flags, "--max_steps", "2"]))
     assert weights_of(tmp_path)["step"] == 2
+
+
+def test_a_hot_pixel_does_not_decide_the_range():
+    values = np.arange(10_000, dtype=np.float32)[None]
+    low, high = estimate_range([values, np.full((1, 5), 1e9, np.float32)], 1)
+    assert 9 <= low <= 11 and 9_985 <= high <= 9_999
+
+
+def test_a_narrow_range_far_from_zero_keeps_its_levels():
+    """float32 has steps of 4 there."""
+    values = 2**25 + np.arange(256, dtype=np.int32)[None, None]
+    assert to_levels(values, ((2**25, 2**25 + 255),), "x").flatten().tolist() == list(range(256))

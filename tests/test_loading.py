@@ -411,3 +411,26 @@ def test_a_training_that_waits_for_a_stalled_file_stops_when_asked(tmp_path, pro
         stalled.unlink()
         again = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
         assert again.returncode == 0 and "from step 0 " not in again.stdout, again.stderr
+
+
+class Broken(ImageFiles):
+    def pixels(self, index):
+        if index == 3:
+            raise OSError("broken")
+        return super().pixels(index)
+
+
+def test_an_unreadable_image_has_another_replacement_in_each_epoch_and_with_each_seed(images):
+    datasets = small_views(images), small_views(images, seed=1)
+    for dataset in datasets:
+        dataset.images = Broken(images)
+    drawn = {datasets[0].readable(epoch, 3)[0].numpy().tobytes() for epoch in range(9)}
+    assert len(drawn) > 3
+    first, second = (dataset.readable(0, 3)[0] for dataset in datasets)
+    assert first.tolist() != second.tolist()
+
+
+def test_a_loader_does_not_touch_the_global_random_stream():
+    state = torch.get_rng_state()
+    assert len(list(make_loader(Waiting(2), [[0], [1]], 0, torch.device("cpu")))) == 2
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,13 @@ import pytest
 from support.errors import TrainingError, UserError
 from support.lock import FolderLock, _started
 from tests.conftest import ROOT, run, wait_for
+
+
+def taken_by(lock: FolderLock, **changes) -> None:
+    """Another process, the one that started this one, takes the folder."""
+    lock._write(0)
+    other = {"token": "another", "pid": os.getppid(), "started": ""} | changes
+    lock.path.write_text(json.dumps(json.loads(lock.path.read_text()) | other))
 
 
 def holder(path, beat: float = 10.0) -> subprocess.Popen:
@@ -193,3 +201,19 @@ def test_what_is_no_lock_of_ours_holds_nothing(tmp_path):
         lock = FolderLock(path)
         lock.acquire()
         lock.release()
+
+
+def test_a_process_id_that_is_used_again_holds_nothing(tmp_path):
+    lock = FolderLock(tmp_path / "lock")
+    taken_by(lock, started="1")  # another process had this ID
+    lock.acquire()
+    lock.release()
+
+
+def test_of_two_that_find_the_holder_dead_the_last_to_write_has_the_folder(tmp_path, monkeypatch):
+    lock = FolderLock(tmp_path / "lock", beat=0.1)
+    taken_by(lock, pid=os.getpid())  # dead
+    monkeypatch.setattr("support.lock.time.sleep", lambda _: taken_by(FolderLock(lock.path)))
+    with pytest.raises(UserError, match="has taken this folder") as error:
+        lock.acquire()
+    assert error.value.exit_code == 2 and lock._thread is None

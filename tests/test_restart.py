@@ -17,6 +17,7 @@ from support.errors import TrainingError, UserError
 from support.restart import Run, add_records, read_log
 from tests.conftest import ROOT, TINY, torchrun, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
+from tests.test_lock import taken_by
 
 
 def train(*flags) -> None:
@@ -405,3 +406,62 @@ def test_flags_that_change_the_maths_are_not_free():
         "crop_aspect in_chans value_range mean std dataset seed"
     )
     assert flags - FREE_FLAGS == set(maths.split()) and flags >= FREE_FLAGS
+
+
+def test_a_run_keeps_others_out_and_does_not_save_into_a_folder_that_another_took(tmp_path):
+    run, other = Run(tmp_path, required=()), Run(tmp_path, required=())
+    taken_by(other.lock)
+    with pytest.raises(UserError, match="another run writes to this folder"):
+        run.resume({}, {})
+    run.lock.path.unlink()
+    with run:
+        run.resume({}, {})
+        run.save({"step": 1})
+        taken_by(other.lock)
+        with pytest.raises(TrainingError, match="has taken this folder"):
+            run.save({"step": 2}, [{"epoch": 0}])
+    assert load_checkpoint(run.checkpoint)["step"] == 1 and not run.log_file.exists()
+
+
+def test_an_epochs_line_and_its_copy_are_written_before_the_checkpoint(tmp_path, monkeypatch):
+    """Else a run killed in between would resume behind them, and they would be lost."""
+    written, write = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (written.append(Path(new).name), write(old, new)))
+    Run(tmp_path, required=()).save({"step": 1}, [{"epoch": 0}], "checkpoint0000.pth")
+    assert written == ["log.txt", "checkpoint0000.pth", "checkpoint.pth"]
+
+
+@pytest.mark.parametrize("name", ["log.txt", "checkpoint0000.pth"])
+def test_whatever_the_last_save_cannot_write_is_an_error(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(TrainingError, match=f"cannot save: .*{name}"):
+        Run(tmp_path, required=()).save({"step": 1}, [{"epoch": 0}], "checkpoint0000.pth", last=True)
+
+
+@pytest.mark.parametrize("ruined", [-2e19, -torch.inf])
+def test_large_negative_weights_are_not_saved(tmp_path, ruined):
+    network = torch.nn.Linear(1, 1)
+    run = Run(tmp_path, required=())
+    run.pieces = {"student": network}
+    torch.nn.init.constant_(network.bias, ruined)
+    with pytest.raises(TrainingError, match="student has weights .*: not saved"):
+        run.save({"step": 1, "epoch": 0})
+
+
+def test_a_run_of_which_only_the_checkpoint_before_is_left_exists_and_keeps_its_flags(tmp_path):
+    run = Run(tmp_path, required=())
+    for step in (1, 2):
+        run.save({"step": step, "args": {"mean": [step]}})
+    assert run.recorded_args() == {"mean": [2]}
+    run.checkpoint.write_bytes(b"x")
+    assert run.recorded_args() == {"mean": [1]}
+    run.checkpoint.unlink()
+    assert run.exists()
+
+
+def test_a_run_in_full_precision_goes_on_with_loss_scaling(tmp_path):
+    run, scaler = Run(tmp_path, required=()), torch.amp.GradScaler("cpu")
+    torch.save({"epoch": 0, "fp16_scaler": {}}, run.checkpoint)
+    with run:
+        run.resume({"fp16_scaler": scaler}, {})
+    assert scaler.get_scale() == 65_536

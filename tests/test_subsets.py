@@ -88,3 +88,20 @@ def test_labels_of_several_columns_are_read_from_the_images(capsys):
 
     images = Columns([(Image.new("RGB", (2, 2)), 3), (Image.new("RGB", (2, 2)), 1)])
     assert labels_of(images).tolist() == [3, 1] and "reading the labels of 2" in capsys.readouterr().out
+
+
+def test_a_share_is_rounded_and_targets_of_a_regression_are_no_classes():
+    labels = np.repeat([0, 1], [19, 14])
+    assert np.bincount(labels[draw_few(labels, "10%", 0)]).tolist() == [2, 1]
+
+    class Ages(torch.utils.data.Dataset):
+        targets = [20.5, 31.0]
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return torch.zeros(3, 4, 4, dtype=torch.uint8), self.targets[index]
+
+    with pytest.raises(UserError, match="label is not a class number"):
+        labels_of(Ages())
