@@ -320,3 +320,23 @@ def test_files_that_are_no_weights_are_named_for_what_they_are(name, content, me
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / name)
+
+
+def test_a_changed_bit_is_damage(tmp_path):
+    torch.save({"student": {"weight": torch.full((9,), 0.5)}}, tmp_path / "x.pth")
+    whole = bytearray((tmp_path / "x.pth").read_bytes())
+    whole[whole.index(torch.full((9,), 0.5).numpy().tobytes()) + 3] ^= 1
+    (tmp_path / "x.pth").write_bytes(whole)
+    with pytest.raises(UserError, match=r"file is damaged or of another kind \(.*x.pth\)"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_each_published_model_is_its_own_file():
+    stems = {name: stem for name, (stem, *_) in checkpoints.PUBLISHED.items()}
+    assert stems == {name: name for name in stems if "xcit" in name or "resnet" in name} | {
+        "dino_vits16": "dino_deitsmall16",
+        "dino_vits16_landmarks": "dino_vitsmall16_googlelandmark",
+        "dino_vits8": "dino_deitsmall8",
+        "dino_vitb16": "dino_vitbase16",
+        "dino_vitb8": "dino_vitbase8",
+    }

@@ -305,3 +305,12 @@ def test_two_processes_print_what_one_prints(paper_inputs):
         for process in (run(*flags), torchrun(2, *flags))
     ]
     assert len(lines[0]) == 20 and lines[0] == lines[1]
+
+
+def test_the_whitening_is_the_flags(blocks, tmp_path, monkeypatch):
+    save_images(tmp_path / "others", 5, seed=1)
+    seen, whiten = [], eval_copy_detection.whiten
+    monkeypatch.setattr(eval_copy_detection, "whiten", lambda x, c: seen.append(c) or whiten(x, c))
+    for more in ((), ("--whiten_centred",)):
+        evaluate(blocks, *RANDOM, "--whitening_path", str(tmp_path / "others"), *more)
+    assert seen == [False, True]

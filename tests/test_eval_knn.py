@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 import eval_knn
 from support.distributed import fix_random_seeds
 from support.errors import UserError
+from support.pixels import as_tensor
 from support.weights import load_backbone
 from tests.conftest import run, run_on_full_disk, save_images, torchrun
+from utils import MultiCropWrapper
 
 
 def brute_force(train, train_labels, test, test_labels, k, T, num_classes):
@@ -430,3 +433,39 @@ def test_two_processes_give_what_one_gives(labelled):
         for process in (run(*flags), torchrun(2, *flags))
     ]
     assert len(lines[0]) == 1 and lines[0] == lines[1]
+
+
+def test_the_knn_of_a_training_asks_twenty_neighbours():
+    """By increasing distance, 9 images of class 0, 11 of class 1 and 10 of class 0."""
+    train = [(Image.new("RGB", (4, 4), (i, i, i)), int(9 <= i < 20)) for i in range(30)]
+    val = [(Image.new("RGB", (4, 4)), 1)]
+
+    def model(images):
+        angle = images.float().mean(dim=(1, 2, 3)) / 1000
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    assert eval_knn.knn_top1(model, train, val, as_tensor, torch.device("cpu")) == 100
+
+
+def test_knn_takes_its_share_of_the_time_since_the_start(monkeypatch):
+    now, seen, stopped = [0.0], [], [False]
+    monkeypatch.setattr(eval_knn.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(eval_knn, "broadcast_buffers", seen.append)
+    network = MultiCropWrapper(nn.Linear(3, 3), nn.Identity())
+
+    def evaluate(model) -> float:
+        now[0] += 10
+        features = model(torch.randn(4, 3))
+        seen.append((network.training, torch.equal(features, features.bfloat16().float())))
+        return 50.0
+
+    knn, taken = eval_knn.PeriodicKNN(evaluate, 1, 0.1, torch.bfloat16, lambda: stopped[0]), []
+    for epoch in range(9):
+        now[0] += 50
+        taken.append(bool(knn(epoch, {"teacher": network})))
+        assert network.training
+    # At 50, 110, 170, 220, 280, 330, 390, 440 and 500 seconds, after 0, 10, 20, 20, 30, 30, 40, 40 and 50.
+    assert taken == [True, True, False, True, False, True, False, True, True]
+    assert seen == [network, (False, True)] * 6  # one rank's buffers, in evaluation mode, in bf16
+    now[0], stopped[0] = 10_000.0, True
+    assert knn(9, {"teacher": network}) == {} and network.training

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import functools
 import json
@@ -247,6 +248,12 @@ def test_a_classifier_that_ran_away_has_nothing_right():
 def test_with_three_classes_top5_counts_all():
     result = validate_network(LinearClassifiers(1, 4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
     assert result[0]["acc5"] == 100
+
+
+def test_classifiers_start_with_small_weights():
+    first, other = LinearClassifiers(2, 1000, 50)
+    assert first.linear.weight.std().item() == pytest.approx(0.01, rel=0.05) and not first.linear.bias.any()
+    assert torch.equal(first.linear.weight, other.linear.weight)
 
 
 # ---- real runs
@@ -608,7 +615,10 @@ def test_evaluation_needs_no_training_images(labelled, tmp_path):
     assert probe(tmp_path, tmp_path / "out", "--evaluate")[0]["acc1"] == best[0]["acc1"]
 
 
-@pytest.mark.parametrize(("name", "before"), [("pixels", (24, 24)), ("mean", (0.1, 0.2, 0.3))])
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("pixels", (24, 24)), ("mean", (0.1, 0.2, 0.3)), ("std", (0.1, 0.2, 0.3)), ("values", ((0.0, 9.0),))],
+)
 def test_a_classifier_of_other_pixels_is_refused(labelled, tmp_path, name, before):
     probe(labelled, tmp_path / "out")
     checkpoint = torch.load(tmp_path / "out" / "checkpoint.pth.tar")
@@ -716,3 +726,40 @@ def test_two_processes_fit_what_one_does(labelled):
         for process in (run(*flags), torchrun(2, *flags))
     ]
     assert len(lines[0]) == 1 and lines[0] == lines[1]
+
+
+def test_all_that_determines_a_probe_makes_another_run(labelled):
+    args = eval_linear.parse_args([*FLAGS, "--data_path", str(labelled)])
+    features = eval_linear.build_features(args, torch.device("cpu"))
+    images, _ = data.open_train_and_val(data.Source(str(labelled)))
+
+    def identity(frozen=features.frozen, **flags) -> dict:
+        given = argparse.Namespace(**vars(args) | flags)
+        return eval_linear.run_identity(given, features._replace(frozen=frozen), 3, images, images)
+
+    flags = dict(seed=1, batch_size_per_gpu=5, epochs=4, lr=[0.1], cache_features=True, precision="bf16")
+    flags |= dict(n_last_blocks=3, avgpool_patchtokens=True, concat_patchtokens=True, few_shot="2")
+    for name, value in flags.items():
+        assert identity(**{name: value}) != identity(), name
+    pixels = dict(image_size=24, mean=(0.1, 0.2, 0.3), std=(0.1, 0.2, 0.3), value_range=((0.0, 9.0),))
+    for name, value in pixels.items():
+        assert identity(features.frozen._replace(**{name: value})) != identity(), name
+
+
+def test_a_classifier_that_is_not_finite_is_refused(labelled, tmp_path):
+    state = {"linear.weight": torch.full((3, 512), torch.nan), "linear.bias": torch.zeros(3)}
+    torch.save({"state_dict": state}, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"weights are not finite: linear.weight \(.*nan.pth\)"):
+        probe(labelled, tmp_path, "--evaluate", "--linear_weights", tmp_path / "nan.pth")
+
+
+def test_mean_and_deviation_of_several_subsets(labelled, tmp_path, capsys, monkeypatch):
+    rows, seeds = iter([(10.0, 50.0), (20.0, 70.0), (60.0, 90.0)]), []
+    monkeypatch.setattr(logistic, "choose_l2", lambda *data: seeds.append(data[-1]) or 0.1)
+    monkeypatch.setattr(
+        eval_linear, "validate_network", lambda *_: [dict(zip(("acc1", "acc5"), next(rows), strict=True))]
+    )
+    probe(labelled, tmp_path, "--logistic", "--few_shot", "3", "--few_shot_seeds", "3", "--seed", "4")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "mean and deviation of 3 subsets: top-1 30.00 ± 26.46 %, top-5 70.00 ± 20.00 %"
+    assert seeds == [4, 5, 6]

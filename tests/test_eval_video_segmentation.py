@@ -559,11 +559,12 @@ def test_frames_and_masks_of_capital_extensions_count_too(tmp_path):
     assert segment(data, tmp_path / "output") == usual
 
 
-def test_frames_that_viewers_turn_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("orientation", [2, 3])
+def test_frames_that_viewers_turn_are_named(tmp_path, capsys, orientation):
     data = make_clip(tmp_path / "data")
     path = data / video.FRAMES / "clip" / "00002.jpg"
     turned = Image.Exif()
-    turned[Base.Orientation] = 3
+    turned[Base.Orientation] = orientation
     with Image.open(path) as frame:
         frame.save(path, quality=95, exif=turned)
     segment(data, tmp_path / "output")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import export
+from support.checkpoints import load_checkpoint
 from support.errors import TrainingError, UserError
 from support.pixels import eval_transform
 from support.weights import Frozen, load_backbone
@@ -219,3 +220,39 @@ def test_a_wrong_export_leaves_no_file(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="features differ by"):
         write(tmp_path, checkpoint, "--to", "timm")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x, y: y * (1 + 3e-4), "features differ by"),
+        (lambda x, y: y * torch.nan, "features differ by"),
+        (lambda x, y: y + (len(x) == 1), "features differ by"),
+        (lambda x, y: y + (len(x) == 3), "features differ by"),
+        (lambda x, y: y[:1], r"3 images give \(1, 128\), not \(3, 128\)"),
+    ],
+)
+def test_features_that_differ_are_refused(shallow, tmp_path, monkeypatch, wrong, message):
+    def written(frozen, path):
+        path.write_text("")
+        return lambda images: wrong(images, frozen.network(images))
+
+    monkeypatch.setitem(export.EXPORTS, "timm", ("timm.safetensors", written))
+    with pytest.raises(TrainingError, match=message):
+        export.export(shallow, "timm", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_file_that_reads_back_as_another_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "records", lambda frozen: {"args": {"arch": "vit_nano", "patch_size": 8}})
+    with pytest.raises(TrainingError, match=r"reads back as .32, .0.485, .* not .32, .0.5, 0.4, 0.3"):
+        write(tmp_path, checkpoint, "--to", "backbone")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_seed_of_random_weights_is_the_flags(tmp_path):
+    flags = "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32", "--seed"
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        write(tmp_path / name, "random", *flags, seed)
+    a, b, c = (load_checkpoint(tmp_path / n / "backbone.pth")["state_dict"]["cls_token"] for n in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)

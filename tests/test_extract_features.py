@@ -480,3 +480,22 @@ def test_values_that_are_not_finite_are_refused(images, tmp_path):
 )
 def test_labels_that_are_class_numbers(label, number):
     assert class_number(label) == number
+
+
+@pytest.mark.parametrize("fact", ["kind", "network", "pixels", "mean", "std", "value_range"])
+def test_features_of_another_network_do_not_belong_together(labelled, tmp_path, fact):
+    extract_both(labelled, tmp_path)
+    path = tmp_path / "val" / "features.json"
+    record = json.loads(path.read_text())
+    record["identity"][fact] = "other"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rf"train/ and val/ differ in {fact} \("):
+        knn("--load_features", str(tmp_path))
+    with pytest.raises(UserError, match=f"differs from the features in it: {fact} other -> "):
+        extract(tmp_path / "val", "--data_path", str(labelled / "val"))
+
+
+def test_cls_tokens_stand_before_registers():
+    network = TimmViT(img_size=32, embed_dim=32, depth=2, num_heads=2, reg_tokens=3, num_classes=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(last_cls_tokens(network, x, 1)[0], network.forward_features(x)[:, 0])

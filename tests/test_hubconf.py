@@ -182,3 +182,14 @@ def test_it_loads_from_a_foreign_project(foreign, weights, has_all):
     ended = subprocess.run(command, cwd=foreign, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["(2, 128) foreign", "foreign foreign" if has_all else "True"]
+
+
+def test_the_flags_of_the_scripts_are_arguments(tmp_path):
+    torch.manual_seed(3)
+    student, teacher = (vit_nano(8, img_size=32).eval() for _ in range(2))
+    torch.save({"student": student.state_dict(), "teacher": teacher.state_dict()}, tmp_path / "x.pth")
+    network = load("dino", weights=tmp_path / "x.pth", checkpoint_key="student", image_size=16)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(x), student(x)) and not torch.equal(network(x), teacher(x))
+    assert network.transform(picture()).shape == (3, 16, 16)
+    assert load("dino", weights="random", arch="vit_nano", in_chans=2).patch_embed.proj.in_channels == 2

@@ -457,3 +457,10 @@ def test_a_number_out_of_range_is_one_clear_line(capsys, flags, message):
         visualize_attention.parse_args(flags)
     said = capsys.readouterr().err
     assert end.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_the_rate_is_the_flags(tmp_path):
+    bright_and_dark(tmp_path / "in.mp4", 2)
+    flags = *RANDOM_VIT, "--video", tmp_path / "in.mp4", "--image_size", 64, "--output_dir", tmp_path
+    look(*flags, "--fps", 5)
+    assert Frames(str(tmp_path / "video.mp4")).rate == 5

@@ -767,3 +767,21 @@ def test_what_timm_drops_beside_a_classifier_is_dropped_too(arch, tmp_path):
 def test_a_network_whose_state_has_a_version_loads(tmp_path):
     path = write(torchvision.models.mnasnet0_5().state_dict(), tmp_path / "full.pth")
     assert load_backbone(path, arch="mnasnet0_5", image_size=64).arch == "mnasnet0_5"
+
+
+@pytest.mark.parametrize("broken", ["head", "center"])
+def test_a_head_that_is_not_finite_starts_no_training(tmp_path, broken):
+    old, new = students(32), students(32)
+    state, center = dict(old.state_dict()), torch.zeros(1, 64)
+    if broken == "head":
+        name = next(n for n in state if n.startswith("head."))
+        state[name] = torch.full_like(state[name], torch.nan)
+    else:
+        center[0, 3] = torch.nan
+    torch.save({"teacher": state, "dino_loss": {"center": center}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="weights are not finite"):
+        init_from(new.backbone, new.head, str(tmp_path / "x.pth"), "vit_nano", 8, 32)
+
+
+def test_levels_without_a_record_are_taken_for_evenly_distributed():
+    assert weights.unknown_normalization(2) == ((0.5, 0.5), (0.29, 0.29))  # 1 / sqrt(12)
