@@ -407,11 +407,11 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
     features = build_features(args, device)
     images = on_all_ranks(open_labelled_images, Source.of(args, features.frozen.form), "val")
     check_on_first_rank(images, alike=False)
-    trained = Path(args.output_dir, "checkpoint.pth.tar")
+    trained = Path(args.output_dir, "checkpoint.pth.tar").expanduser()
     with same_error_on_all_ranks():
         if not args.linear_weights and not trained.exists():
             fix = "give the folder of the probe, or --linear_weights"
-            raise UserError(f"no {trained.name} in it", f"--output_dir {args.output_dir}", fix)
+            raise UserError(f"folder has no {trained.name}", f"--output_dir {args.output_dir}", fix)
         classifier, classes = load_classifier(args.linear_weights or str(trained), features)
     num_labels = classifier.num_labels
     if args.num_labels not in (None, num_labels):

@@ -1012,7 +1012,7 @@ def first_step(found: dict, steps: Steps) -> int:
     seen = (found.get("sampler") or {}).get("seen", 0)
     step = found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch - 1)
     if step != found.get("step", step):
-        log(f"note: with {steps.batch} images a step, this is step {step}")
+        log(f"note: counted in steps of {steps.batch} images, this is step {step}")
     return step
 
 

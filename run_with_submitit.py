@@ -209,6 +209,7 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
         submitted = executor.submit(Trainer(args))
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = re.findall(r"sbatch: (?:error|fatal): (.*)", str(error)) or str(error).splitlines()
+        reasons = reasons or ["it gives no reason"]
         unreachable = re.search("configuration (file|source)|Unable to contact", " ".join(reasons))
         fix = "go to a login node, or try --local" if unreachable else "change the flags of the job"
         raise UserError(f"sbatch refused: {reasons[-1]}", "", fix) from None

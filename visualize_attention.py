@@ -228,15 +228,16 @@ def folder_names(paths: list[str], given: Sequence[str]) -> list[str]:
 
     Adds a number if another image has that name.
     """
-    names: list[str] = []
+    names: dict[str, None] = {}  # an ordered set
+    roots = {Path(root) for root in given}
     for path in map(Path, paths):
-        below = [path.relative_to(root) for root in given if Path(root) in path.parents]
-        stem = name = str((below or [Path(path.name)])[0].with_suffix(""))
+        root = next((folder for folder in path.parents if folder in roots), path.parent)
+        stem = name = str(path.relative_to(root).with_suffix(""))
         number = 2
         while name in names:
             name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def _near(self, unknown: str) -> list[str]:
         """Up to three flags that begin with an unknown one, or are similar."""
         known = [flag[2:] for action in self._actions for flag in action.option_strings if flag[:2] == "--"]
-        name = unknown[2:].replace("-", "_")
+        name = unknown[2:].replace("-", "_").lower()
+        if not name:
+            return []
         near = [flag for flag in known if flag.startswith(name)]
         near += difflib.get_close_matches(name, known, cutoff=0.7)
         return [f"--{flag}" for flag in dict.fromkeys(near)][:3]

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -92,9 +93,11 @@ class Monitor:
     def _note(self, number: int, _) -> None:
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        if number != self.received and is_main_process():
+        # Without stderr, Python's is None, and number 2 is another file, such as a checkpoint.
+        if number != self.received and is_main_process() and sys.stderr is not None:
             again = "; a second Ctrl-C stops at once, without saving" if number == signal.SIGINT else ""
             words = f"{signal.Signals(number).name}: stopping after this step{again}\n"
+            words = "\n" * os.isatty(2) + words  # below a progress bar
             with contextlib.suppress(OSError):
                 os.write(2, words.encode())  # a signal can interrupt `print`, which cannot be called again
         self.received = signal.Signals(number)

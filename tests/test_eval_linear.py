@@ -398,7 +398,7 @@ def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
         (["--output_dir", __file__], "File exists"),
         (["--num_labels", "2"], "the data has 3 classes"),
         (["--linear_weights", "x.pth"], "add --evaluate"),
-        (["--evaluate"], "no checkpoint.pth.tar in it .--output_dir"),
+        (["--evaluate"], "folder has no checkpoint.pth.tar .--output_dir"),
         (["--evaluate", "--logistic"], "does not save a classifier .*--logistic"),
         (["--pretrained_weights", ""], "no weights given"),
         (["--data_path", "/nowhere"], "no such folder"),

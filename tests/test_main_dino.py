@@ -642,7 +642,7 @@ def test_changed_flags_are_listed_and_refused_until_allowed(images, tmp_path, ca
     train(*again, "--batch_size_per_gpu", 2, "--allow_changed_args", "--max_steps", 13)
     out = capsys.readouterr().out
     assert "warning: resuming with batch_size_per_gpu 4 -> 2: a new run would give another result" in out
-    assert "note: with 2 images a step, this is step 12\n" in out and "from step 12 to 13" in out
+    assert "note: counted in steps of 2 images, this is step 12\n" in out and "from step 12 to 13" in out
     train(*again, "--batch_size_per_gpu", 2, "--num_workers", 1, "--max_steps", 14)  # no change of maths
 
 

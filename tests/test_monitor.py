@@ -1,5 +1,7 @@
 import math
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 
 from support.errors import Interrupted, TrainingError, UserError
 from support.monitor import Monitor
-from tests.conftest import run
+from tests.conftest import ROOT, run
 from utils import CollapseWatch, DINOLoss
 
 NONE_UNREADABLE = torch.full((8,), -1)
@@ -157,6 +159,15 @@ def test_a_run_under_nohup_outlives_its_terminal():
     )
     code += "with Monitor(1) as m: signal.raise_signal(signal.SIGHUP); print(m.received)"
     assert run("-c", code).stdout == "None\n"
+
+
+def test_a_signal_writes_into_no_file_where_stderr_is_closed(tmp_path):
+    code = "import signal, sys; from support.monitor import Monitor\n"
+    code += "file = open(sys.argv[1], 'wb'); assert file.fileno() == 2\n"
+    code += "with Monitor(1) as m: signal.raise_signal(signal.SIGTERM); assert m.stop_asked()"
+    command = f'{sys.executable} -c "$0" "$1" 2>&-'
+    subprocess.run(["sh", "-c", command, code, str(tmp_path / "x")], cwd=ROOT, check=True)
+    assert (tmp_path / "x").read_bytes() == b""
 
 
 def test_a_restart_keeps_the_counts():

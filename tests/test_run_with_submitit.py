@@ -253,6 +253,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow  # sbatch tries again
 @pytest.mark.skipif(not shutil.which("sbatch"), reason="no sbatch here")
 @pytest.mark.parametrize(
     ("conf", "reason"),
