@@ -1,6 +1,6 @@
 """Evaluate frozen features with a weighted k-nearest-neighbour classifier.
 
-    python eval_knn.py --pretrained_weights runs/vit_small/checkpoint.pth --data_path /data/imagenet
+    python eval_knn.py --pretrained_weights runs/vits16/checkpoint.pth --data_path /data/imagenet
 
 Architecture, patch size, image size, mean and deviation come from the checkpoint. The classifier follows
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018),
@@ -222,6 +222,7 @@ class PeriodicKNN:
         try:
             found = {f"knn_{name}": self.accuracy(network) for name, network in networks.items()}
         except self.Stopped:
+            log(f"epoch {epoch}: no k-NN accuracy: stopped by a signal")
             return {}
         except ImageError as error:  # an image to evaluate with should not end a training
             if get_world_size() > 1:  # the other ranks wait for this one

@@ -1,6 +1,6 @@
 """Export a frozen backbone for other programs.
 
-    python export.py --pretrained_weights runs/vit_small/checkpoint.pth --output_dir exported \\
+    python export.py --pretrained_weights runs/vits16/checkpoint.pth --output_dir exported \\
         --to backbone timm hf onnx torch_export
 
 | --to | file in --output_dir | for |

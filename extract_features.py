@@ -1,6 +1,6 @@
 """Compute features of any images and save them, as many as the disk holds.
 
-    python extract_features.py --pretrained_weights runs/vit_small/checkpoint.pth --data_path photos \\
+    python extract_features.py --pretrained_weights runs/vits16/checkpoint.pth --data_path photos \\
         --output_dir features
     torchrun --nproc_per_node=8 extract_features.py --pretrained_weights dino_vits16 \\
         --data_path /data/imagenet --split train --output_dir features/train

@@ -1,6 +1,6 @@
 """Show what a ViT attends to, or the principal components of its patches, in images and videos.
 
-    python visualize_attention.py --pretrained_weights runs/vit_small/checkpoint.pth \\
+    python visualize_attention.py --pretrained_weights runs/vits16/checkpoint.pth \\
         --image_path cat.jpg photos/ --threshold 0.6 --output_dir attention
     python visualize_attention.py --pretrained_weights ... --image_path cat.jpg --query 310 95 --layer 2
     python visualize_attention.py --pretrained_weights ... --image_path photos/ --pca
