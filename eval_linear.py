@@ -1,7 +1,7 @@
 """Evaluate frozen features with a linear classifier.
 
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights runs/vits16/checkpoint.pth \\
-        --data_path /data/imagenet --lr 0.001 0.003 0.01 --output_dir runs/vit_small/linear
+        --data_path /data/imagenet --lr 0.001 0.003 0.01 --output_dir runs/vits16/linear
     python eval_linear.py --pretrained_weights ... --data_path ... --output_dir ... --evaluate
     python eval_linear.py --pretrained_weights ... --data_path ... --few_shot 1% --few_shot_seeds 3 --logistic
 

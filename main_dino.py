@@ -2,7 +2,7 @@
 
     python main_dino.py --demo                                          # minutes on a CPU
     torchrun --nproc_per_node=8 main_dino.py --arch vit_small \\
-        --data_path /data/imagenet/train --output_dir runs/vit_small    # one node, 8 GPUs
+        --data_path /data/imagenet/train --output_dir runs/vits16    # one node, 8 GPUs
     srun python main_dino.py ...                                        # in a SLURM job
 
 A run resumes from `checkpoint.pth` in its `--output_dir` when there is one. `@FILE` stands for the flags in a

@@ -430,7 +430,8 @@ def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
             mixed[os.path.join(around, train[0])] = f"{around or 'folder'} has {there}/"
     lone = parts.get(("", ""), set())
     if len(lone) == 1 and not top and all(folder.split("/")[0] in lone for folder in images.folders):
-        if "train" not in (name := next(iter(lone))).lower():
+        (name,) = lone
+        if "train" not in name.lower():
             log(f"warning: {place}: all images lie in {name}/")
     if mixed:
         first, what = next(iter(mixed.items()))

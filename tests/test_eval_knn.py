@@ -1,5 +1,4 @@
 import itertools
-import shutil
 
 import numpy as np
 import pytest
@@ -292,29 +291,12 @@ def test_the_temperature_is_the_flags(tmp_path):
 
 
 def test_the_seed_of_random_weights_is_the_flags(labelled, tmp_path):
+    random = "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 16".split()
     rows = []
-    for seed in ("0", "0", "1"):
-        flags = (
-            "--pretrained_weights",
-            "random",
-            "--arch",
-            "vit_nano",
-            "--patch_size",
-            "8",
-            "--image_size",
-            "16",
-        )
-        evaluate(
-            *flags,
-            "--data_path",
-            str(labelled),
-            "--seed",
-            seed,
-            "--dump_features",
-            str(tmp_path / "features"),
-        )
-        rows.append(torch.load(tmp_path / "features" / "testfeat.pth"))
-        shutil.rmtree(tmp_path / "features")
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        flags = "--data_path", str(labelled), "--seed", seed, "--dump_features", str(tmp_path / name)
+        evaluate(*random, *flags)
+        rows.append(torch.load(tmp_path / name / "testfeat.pth"))
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 

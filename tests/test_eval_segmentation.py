@@ -158,11 +158,8 @@ def test_each_image_has_a_sample_of_its_own(voc):
         """Its tokens are the numbers of the patches."""
 
         def forward_intermediates(self, images, **_):
-            return [
-                torch.arange(images[0, 0].numel())
-                .view(1, 1, *images.shape[2:])
-                .expand(len(images), -1, -1, -1)
-            ]
+            places = torch.arange(images[0, 0].numel()).view(images.shape[2:])
+            return [places.expand(len(images), 1, -1, -1)]
 
     images = MaskedFiles(voc, "train")
     tokens, _ = sample_tokens(Places(), images, resized_batches(pixels(32), images, CPU), 600, 0)
