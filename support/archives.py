@@ -280,7 +280,7 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may restore the first
-        key = f"7\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        key = f"8\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:
@@ -365,6 +365,10 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
     file.seek(offset)
     if offset + BLOCK > end or file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
         raise UserError(f"archive is cut short or damaged at byte {offset - start:,}", path, fix)
+    while rest := file.read(min(1 << 20, end - file.tell())):  # usually some blocks of zeros
+        if rest.strip(b"\0"):
+            what = "data follows the end of the archive, as if several were joined by cat"
+            raise UserError(what, path, "give them in a folder, or unpack it with tar --ignore-zeros")
     _resolve(links, places, path, "pack it with --dereference")
     return places
 
@@ -388,11 +392,15 @@ def _resolve(links: dict[str, str], places: Places, path: str, fix: str) -> None
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """A member's name. Linux's zip writes UTF-8 without the flag for it, so that Python reads cp437."""
+    """A member's name. Linux's zip writes UTF-8 without the flag for it, so that Python reads cp437.
+
+    Windows' PowerShell 5 writes a backslash between folders.
+    """
+    name = member.filename if member.create_system else member.filename.replace("\\", "/")
     if not member.flag_bits & 0x800:
         with contextlib.suppress(UnicodeError):
-            return member.filename.encode("cp437").decode()
-    return member.filename
+            return name.encode("cp437").decode()
+    return name
 
 
 def _zip_places(file: IO[bytes], path: str, size: int) -> Places:

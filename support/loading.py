@@ -141,8 +141,10 @@ def num_cores() -> int:
 @functools.cache
 def _note_workers(num_workers: int) -> None:
     cores = num_cores()
-    if num_workers > cores:
-        log(f"note: {num_workers} workers on {cores} cores: --num_workers {cores} is enough")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if get_world_size() > 1 else 1
+    if num_workers * processes > max(cores, processes):
+        enough = max(cores // processes, 1)
+        log(f"note: {num_workers * processes} workers on {cores} cores: --num_workers {enough} is enough")
 
 
 class Loader(DataLoader):

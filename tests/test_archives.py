@@ -571,6 +571,17 @@ def test_other_bad_archives(own, tmp_path):
         open_training_images(Source(str(pack(tmp_path / "outer.tar", tmp_path / "tars"))))
 
 
+def test_archives_joined_by_cat_are_refused(own, tmp_path):
+    """A reader of tars stops at the end of the first."""
+    first, second = (pack(tmp_path / f"{name}.tar", own / "train" / name) for name in "ab")
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(UserError, match=r"data follows the end of the archive.*joined.tar\): .*--ignore-zeros"):
+        open_training_images(Source(str(joined)))
+    joined.write_bytes(first.read_bytes() + bytes(3 << 20))
+    assert len(open_training_images(Source(str(joined)))) == len(open_training_images(Source(str(first))))
+
+
 def test_an_archive_that_is_cut_later_is_an_unreadable_image(own, tmp_path):
     for kind, words in (("tar", "cut short"), ("zip", "cut short|damaged")):
         path = pack(tmp_path / f"x.{kind}", own / "train")
@@ -640,7 +651,15 @@ class Dos(zipfile.ZipInfo):
         return self.filename.encode("cp437"), self.flag_bits
 
 
-@pytest.mark.parametrize("member", [Unflagged, Dos, zipfile.ZipInfo])
+class PowerShell(zipfile.ZipInfo):
+    """A member with backslashes between its folders."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.filename, self.create_system = name.replace("/", "\\"), 0
+
+
+@pytest.mark.parametrize("member", [Unflagged, Dos, PowerShell, zipfile.ZipInfo])
 def test_names_in_a_zip_are_those_in_the_folder(tmp_path, member):
     save_images(tmp_path / "in" / "ünï code", 2)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:

@@ -23,6 +23,7 @@ from support.distributed import fix_random_seeds
 from support.errors import UserError
 from support.features import cls_and_patches, frozen_features, last_cls_tokens, patch_tokens
 from support.formats import load_image
+from support.loading import num_cores
 from support.pixels import eval_transform
 from tests.conftest import ROOT, run, save_images, torchrun, wait_for
 
@@ -356,11 +357,12 @@ def test_a_killed_run_gives_the_file_of_one_that_was_not(tmp_path):
 
 @pytest.mark.slow
 def test_processes_write_what_one_writes(labelled, tmp_path):
-    flags = [*VIT, "--data_path", str(labelled / "train"), "--num_workers", "1", "--batch_size_per_gpu", "4"]
+    flags = [*VIT, "--data_path", str(labelled / "train"), "--num_workers", "2", "--batch_size_per_gpu", "4"]
     for count in (1, 3):  # of four blocks, so in the last round only one process has work
         command = "extract_features.py", *flags, "--output_dir", str(tmp_path / f"{count}")
         ended = torchrun(count, *command) if count > 1 else run(*command)
         assert ended.stdout.count("written: ") == 1
+        assert (f"note: {2 * count} workers on" in ended.stdout) == (2 * count > num_cores())
     for name in ("features.npy", "labels.npy", "names.txt", "features.json"):
         assert len({(tmp_path / f"{count}" / name).read_bytes() for count in (1, 3)}) == 1
 
