@@ -678,7 +678,9 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
     name, part = source.dataset, "val" if split == "val" else "train"
     # Subclasses of MNIST pass their arguments on as **kwargs.
     takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
-    kwargs = {"download": True} if source.download and "download" in takes else {}
+    kwargs = {"download": source.download} if "download" in takes else {}  # some would by default
+    if source.download and not kwargs:
+        log(f"note: --download has no effect: torchvision does not download {name}")
     own = source.split if split == "unlabelled" else ""  # evaluations choose the split themselves
     choices: list[dict[str, bool | str]]
     if "train" in takes:
@@ -701,16 +703,25 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
             refusal = str(error)
         except TypeError as error:  # it needs more arguments
             raise UserError(str(error), f"--dataset {name}", "use a folder instead") from None
-        except (RuntimeError, OSError) as error:
-            fix = "check the folder, or add --download" if not source.download else "check the network"
-            what = first_line(error)
-            if "download=True" in what:  # torchvision's advice, for its own callers
-                what = "not found, or damaged, in this folder"
-            where = f"--dataset {name} --data_path {source.data_path}"
-            raise UserError(what, where, fix) from None
+        except (RuntimeError, OSError, ImportError) as error:
+            raise _explained(error, source, "download" in takes) from None
     if own:
         raise UserError(refusal, f"--split {own}", "name one of the dataset's splits")
     raise UserError(f"no {part} split: {refusal}", f"--dataset {name}", "use a folder instead")
+
+
+def _explained(error: Exception, source: Source, downloads: bool) -> UserError:
+    """The error for a dataset that torchvision does not open; `downloads` says whether it downloads it."""
+    where = f"--dataset {source.dataset}"
+    missing = error if isinstance(error, ImportError) else error.__context__
+    if isinstance(missing, ImportError):
+        return UserError(f"needs the package {missing.name}", where, f"pip install {missing.name}")
+    what, fix = first_line(error), "check the folder"
+    if "download=True" in what:  # torchvision's advice, for its own callers
+        what = "not found, or damaged, in this folder"
+    if downloads:
+        fix = "check the network" if source.download else f"{fix}, or add --download"
+    return UserError(what, f"{where} --data_path {source.data_path}", fix)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -123,6 +123,10 @@ def test_a_link_to_the_folder_of_the_classes_adds_no_images(tmp_path, link):
         ({"data_path": "/nowhere", "dataset": "FashionMNIST"}, "--download"),
         ({"data_path": "/nowhere", "dataset": "EMNIST"}, "use a folder instead"),
         ({"data_path": "/nowhere", "dataset": "Places365"}, r"no train split: .*--dataset Places365\): use"),
+        ({"data_path": "/nowhere", "dataset": "SEMEION"}, "not found, or damaged, in this"),  # not fetched
+        ({"data_path": "/nowhere", "dataset": "ImageNet"}, r"\(--dataset ImageNet .*\): check the folder$"),
+        ({"data_path": "/nowhere", "dataset": "LSUN"}, "needs the package lmdb .*: pip install lmdb"),
+        ({"data_path": "/nowhere", "dataset": "PCAM"}, "needs the package h5py .*: pip install h5py"),
         ({"data_path": "/nowhere", "dataset": "MNIST", "split": "val"}, r"train and test \(--split val\)"),
         ({"demo": True, "split": "train"}, r"has no effect with --demo \(--split train\): leave it out"),
     ],
@@ -131,6 +135,13 @@ def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
     with pytest.raises(UserError, match=message) as error:
         open_training_images(Source(**kwargs))
     assert "\n" not in str(error.value)
+
+
+def test_a_dataset_that_cannot_be_downloaded_is_named(capsys):
+    with pytest.raises(UserError, match="check the folder$"):
+        open_training_images(Source("/nowhere", "ImageNet", download=True))
+    words = "note: --download has no effect: torchvision does not download ImageNet\n"
+    assert capsys.readouterr().out == words
 
 
 def test_training_on_a_folder_with_train_and_val_would_mix_them(labelled):
