@@ -29,7 +29,7 @@ from support.data import Images, pixels_of, read_labelled, sample_name, transfor
 from support.distributed import get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
 from support.logger import log, write
-from support.monitor import begin_worker
+from support.monitor import begin_worker, signals_held
 from support.pixels import copy_to
 
 
@@ -169,7 +169,7 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Any:  # a generator; torch says that it is a private class
         others = set(multiprocessing.active_children())
-        with _explained():
+        with _explained(), signals_held():
             batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
         return self._pass(batches, set(multiprocessing.active_children()) - others)
 

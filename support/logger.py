@@ -1,6 +1,7 @@
 """Prints a run's messages, and averages the numbers of an epoch."""
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,6 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.distributed import all_gather_object, is_main_process
+
+
+class Bar(tqdm):
+    """A progress bar of this process alone.
+
+    tqdm's lock between processes would make Python start a helper, which a signal to the whole job ends.
+    """
+
+
+Bar.set_lock(threading.RLock())
 
 
 def log(message: str) -> None:
@@ -30,7 +41,7 @@ def write(message: str | None = None) -> None:
     """
     try:
         if message is not None:
-            tqdm.write(message)
+            Bar.write(message)
         if sys.stdout:  # None if the shell has closed it
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended
@@ -131,7 +142,7 @@ class MetricLogger:
         digits = len(str(length))
         show_bar = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
         begun = numbers.start - 1
-        with tqdm(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
+        with Bar(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
             asked = said = time.perf_counter()
             for step, batch in enumerate(iterable, numbers.start):
                 got = time.perf_counter()

@@ -361,6 +361,37 @@ def test_workers_end_with_a_training_that_is_killed(method, tmp_path):
     wait_for(lambda: not any(map(runs, workers)), "end of the workers")
 
 
+SIGNALLED = """
+import multiprocessing, os, signal, sys
+import torch
+from support.loading import make_loader
+from support.logger import log
+from support.monitor import Monitor
+from tests.test_loading import Waiting
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    log("begun")
+    with Monitor(0) as monitor:
+        batches = iter(make_loader(Waiting(8), [[i] for i in range(8)], 2, torch.device("cpu")))
+        next(batches)
+        os.killpg(0, signal.SIGUSR1)
+        print(len(list(batches)), monitor.stop_asked())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_signal_to_the_whole_job_ends_no_process_of_the_loader(method, tmp_path):
+    """As SLURM sends it, also to the processes that Python starts for "spawn" and "forkserver"."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "signalled.py", method], start_new_session=True,
+        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (ended.stdout, ended.stderr) == ("begun\n7 True\n", "SIGUSR1: stopping after this step\n")
+
+
 def test_views_of_one_size_travel_as_one_tensor(images):
     """Each tensor costs open files in the worker and in the training."""
     dataset = small_views(images)
