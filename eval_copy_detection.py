@@ -36,10 +36,11 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError
-from support.features import cls_and_patches, extract_features, load_by_flags
+from support.features import cls_and_patches, extract_features, log_network
 from support.files import Folder
 from support.logger import log
-from support.pixels import normalize
+from support.pixels import rgb_transform
+from support.weights import Frozen, load_backbone
 
 NEAREST = 20  # images of the database that count for a query
 POWER = 4  # of the generalised mean
@@ -181,13 +182,7 @@ def copy_features(network: Any, images: Tensor) -> Tensor:
 
 def input_transform(imsize: int, mean: Sequence[float], std: Sequence[float]) -> Callable:
     """Resize and normalise: an RGB image -> (3, imsize, imsize), float32."""
-    return transforms.Compose(
-        [
-            transforms.Resize((imsize, imsize), transforms.InterpolationMode.BICUBIC),
-            transforms.PILToTensor(),
-            functools.partial(normalize, mean=mean, std=std),
-        ]
-    )
+    return rgb_transform(transforms.Resize((imsize, imsize), transforms.InterpolationMode.BICUBIC), mean, std)
 
 
 def fit_whitening(features: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
@@ -265,13 +260,18 @@ def paper_line(weights: str, imsize: int, centred: bool, counts: dict[str, int])
     return f"paper, Table 4: eval on strong mAP={result:.3f}"
 
 
-def network_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags as `load_by_flags` reads them. Random weights are of a ViT-B/8, the published default."""
+def load_network(args: argparse.Namespace) -> Frozen:
+    """Load the network by the flags, and log it. All ranks call this together. Raises UserError.
+
+    Random weights are of a ViT-B/8, the published default.
+    """
     untold = args.pretrained_weights == "random" and args.arch is None
     arch, patch_size = ("vit_base", args.patch_size or 8) if untold else (args.arch, args.patch_size)
-    own = {"image_size": args.imsize, "arch": arch, "patch_size": patch_size}
-    own |= {"in_chans": None, "value_range": None}
-    return argparse.Namespace(**vars(args) | own)
+    with same_error_on_all_ranks():
+        frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, arch, patch_size, args.imsize)
+        frozen.require_rgb("the benchmark's photographs")
+    log_network(frozen, f"{args.imsize} pixels")
+    return frozen
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -288,8 +288,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     agree("images", "; ".join(f"{name}: {describe(x)}, digest {digest(x)}" for name, x in sets.items()))
     counts = {name: len(images) for name, images in sets.items()}
     log("images: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    frozen = load_by_flags(network_flags(args))
-    frozen.require_rgb("the benchmark's photographs")
+    frozen = load_network(args)
     model = functools.partial(copy_features, frozen.network.to(device))
     transform = input_transform(args.imsize, frozen.mean, frozen.std)
     images = ImageFiles(*(path for part in sets.values() for path in part.paths))

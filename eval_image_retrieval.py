@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import transforms
 
 from support import cli
 from support.cli import bool_flag
@@ -37,11 +36,11 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError, first_line
-from support.features import extract_features, patch_size_of
+from support.features import extract_features, log_network, patch_size_of
 from support.formats import load_image
 from support.logger import log
 from support.pickles import load_pickle
-from support.pixels import normalize
+from support.pixels import rgb_transform
 from support.weights import Frozen, load_backbone
 
 DATASETS = {"roxford5k": (4_993, 70), "rparis6k": (6_322, 70)}  # images of the database, queries
@@ -233,17 +232,6 @@ def reduce(image: Image.Image, longest: int) -> Image.Image:
     return image
 
 
-def input_transform(imsize: int, mean: Sequence[float], std: Sequence[float]) -> Callable:
-    """Reduce and normalise: an RGB image -> (3, H, W), float32."""
-    return transforms.Compose(
-        [
-            functools.partial(reduce, longest=imsize),
-            transforms.PILToTensor(),
-            functools.partial(normalize, mean=mean, std=std),
-        ]
-    )
-
-
 SCALES = (1, math.sqrt(1 / 2), 1 / 2)
 
 
@@ -297,9 +285,7 @@ def load_network(args: argparse.Namespace) -> Frozen:
         frozen.require_rgb("the benchmark's photographs")
         with torch.inference_mode():
             check_takes_any_size(frozen.network, args.imsize, args.multiscale)
-    log(f"weights: {frozen.description}")
-    size = f"longer side at most {args.imsize} pixels" + ", three scales" * args.multiscale
-    log(f"preprocessing: {size}, {frozen.value_words}")
+    log_network(frozen, f"longer side at most {args.imsize} pixels", *["three scales"] * args.multiscale)
     return frozen
 
 
@@ -384,7 +370,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     log(f"{args.dataset}: {len(database):,} images, {len(queries):,} queries{cropped}")
     frozen = load_network(args)
     model = global_features(frozen.network.to(device), args.multiscale)
-    transform = input_transform(args.imsize, frozen.mean, frozen.std)
+    transform = rgb_transform(functools.partial(reduce, longest=args.imsize), frozen.mean, frozen.std)
     # One image at a time, because their sizes differ.
     extract = functools.partial(
         extract_features, model, transform=transform, device=device, batch_size=1,

@@ -208,14 +208,14 @@ class PeriodicKNN:
         """
         self.evaluate, self.every, self.share = evaluate, every, share
         self.dtype, self.stop_asked = dtype, stop_asked
-        self.begun, self.spent = time.perf_counter(), 0.0
+        self.run_begun, self.spent = time.perf_counter(), 0.0
 
     def __call__(self, epoch: int, networks: dict[str, MultiCropWrapper]) -> dict[str, float]:
         """{"knn_" + name: percent}; {} if no evaluation is due. All ranks call this together."""
-        begun = time.perf_counter()
-        late = self.spent > self.share * (begun - self.begun)  # each rank has its own clock
         if (epoch + 1) % self.every:
             return {}
+        begun = time.perf_counter()
+        late = self.spent > self.share * (begun - self.run_begun)  # each rank has its own clock
         if all_gather_object(late)[0]:
             log(f"epoch {epoch}  no k-NN: it takes more than --knn_share {self.share:g} of the time")
             return {}
@@ -289,11 +289,12 @@ def load_features(folder: str, device: torch.device) -> Data:
     else:
         tensors = [load_file(root / name) for name in names]
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
-    fit = [len(shape) for shape in shapes] == [2, 1, 2, 1] and all(map(min, shapes))
-    (N, D), n, (M, d), m = shapes if fit else ((0, 0), (), (1, 1), ())
-    if not (n == (N,) and m == (M,) and D == d):
+    x_shape, y_shape, test_x_shape, test_y_shape = shapes
+    fit = len(x_shape) == len(test_x_shape) == 2 and x_shape[1] == test_x_shape[1]
+    if not (fit and all(map(min, shapes)) and y_shape == x_shape[:1] and test_y_shape == test_x_shape[:1]):
         what = f"features and labels do not fit together: {', '.join(map(str, shapes))}"
         raise UserError(what, f"--load_features {folder}", "save (N, D), (N,), (M, D) and (M,)")
+    (N, D), (M, _) = x_shape, test_x_shape
     rows = list(zip(tensors, (f"{folder}/{name}" for name in names), strict=True))
     features = [_unit_rows(x, where) for x, where in rows[::2]]
     if torch.equal(*features):

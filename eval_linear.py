@@ -476,7 +476,8 @@ def build_batches(
 ) -> Batches:
     """Build the batches from this epoch on."""
     order = EpochBatches(len(images), args.batch_size_per_gpu, args.seed, drop_last=False)
-    order.first_step, order.last_step = (n * order.steps_per_epoch for n in (first_epoch, args.epochs))
+    order.first_step = first_epoch * order.steps_per_epoch
+    order.last_step = args.epochs * order.steps_per_epoch
     if args.cache_features:
         cached = cached_batches(*extract(args, features, images, device), order)
         return Batches(cached, lambda *batch: batch, order.steps_per_epoch, len(images))
@@ -547,7 +548,7 @@ def train_epochs(
         )
         prepared = itertools.starmap(batches.prepare, loaded)
         for step, (losses, count) in enumerate(train(model, optimizer, prepared)):
-            sums += count * F.pad(losses, (0, 1), value=1.0)
+            sums += count * torch.cat([losses, losses.new_ones(1)])
             if step % PRINT_FREQ == 0:  # the host waits here; the rates that are too high do not show
                 logger.update(loss=losses.nan_to_num(nan=torch.inf, posinf=torch.inf).min().item())
         scheduler.step()

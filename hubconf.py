@@ -64,10 +64,9 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
 
     The arguments after `weights` are those of the scripts' flags; None takes what the file records. The
     network is in evaluation mode, and its weights can be trained. Its attribute `transform` makes the input
-    (C, H, W) from a PIL image or uint8 (C, H, W); its attribute `read` makes the latter
-    from the path of a file, with the values of training. Its attribute `description` says what was loaded,
-    and what was assumed because the file does not record it. Raises an error, in one line, for weights that
-    do not fit.
+    (C, H, W) from a PIL image or uint8 (C, H, W); its attribute `read` makes the latter from the path of a
+    file, with the values of training. Its attribute `description` says what was loaded, and what was assumed
+    because the file does not record it. Raises an error, in one line, for weights that do not fit.
     """
     with _own_modules():
         from support.weights import load_backbone

@@ -333,9 +333,12 @@ FREE_FLAGS = {
 
 
 def no_effect(a: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tuple[str, object, str]]:
-    """Flags, whether each has no effect, given the other flags `a`, and why; `parser` has their defaults."""
+    """Rules for `cli.warn_no_effect`: a flag, whether the flags `a` leave it without effect, and why.
 
-    def only_local_differs(name: str) -> bool:  # although there are no local views
+    `parser` has the defaults.
+    """
+
+    def only_local_differs(name: str) -> bool:  # only the value of local views, and there are none
         return not a.local_crops_number and tuple(getattr(a, name)[:2]) == parser.get_default(name)[:2]
 
     return [
@@ -445,7 +448,7 @@ def is_too_long(warm_up: str, value: float, epochs: int) -> bool:
 
 
 def shortened(args: argparse.Namespace) -> list[str]:
-    """The warm-ups of the length that `check_args` gives them if their default is too long."""
+    """The names of the warm-ups that `check_args` has shortened, as their value shows."""
     parser = parser_for(args)
     defaults = {name: parser.get_default(name) for name in WARM_UPS}
     found = (name for name in WARM_UPS if is_too_long(name, defaults[name], args.epochs))
@@ -458,7 +461,8 @@ def check_local_views(args: argparse.Namespace) -> None:
         return
     whole, part = (math.prod(height_and_width(size)) for size in crop_sizes(args))
     if part > whole:
-        log(f"warning: local views are larger than global ones: --local_crops_size {args.local_crops_size}")
+        size = " ".join(map(str, height_and_width(args.local_crops_size)))
+        log(f"warning: local views are larger than global ones: --local_crops_size {size}")
     if sum(args.local_crops_scale) > sum(args.global_crops_scale):
         scale = " ".join(map(str, args.local_crops_scale))
         log(f"warning: local views show more of an image than global ones: --local_crops_scale {scale}")
@@ -682,7 +686,7 @@ def check_device(args: argparse.Namespace, device: torch.device, backbone: nn.Mo
             raise UserError(what, f"--arch {args.arch}", "upgrade torch to 2.14")
 
 
-def check_batch_norms(backbone: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+def check_batch_norms(args: argparse.Namespace, device: torch.device, backbone: nn.Module) -> None:
     """Raise UserError if a step would give batch norm one value per channel, on which it cannot train."""
     if args.batch_size_per_gpu * args.local_crops_number != 1:
         return
@@ -773,8 +777,8 @@ class Training:
 
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
     """Build networks, loss, optimizer and schedules. Raises UserError."""
-    # Else the last bits of gradients change from run to run: of convolutions, and of attention by cuDNN,
-    # whose sums have no fixed order (https://github.com/pytorch/pytorch/pull/182551).
+    # Only kernels whose sums have a fixed order. With cuDNN's others, for convolutions and attention,
+    # gradients have other last bits in each run (https://github.com/pytorch/pytorch/pull/182551).
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Weights come from 1. the run to resume, later; 2. --init_from; 3. the random seed.
@@ -794,7 +798,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
     synchronize_batchnorms((student_without_ddp, teacher), device)
     for model in (student_without_ddp, teacher):
         model.to(device)
-    check_batch_norms(student_without_ddp.backbone, args, device)
+    check_batch_norms(args, device, student_without_ddp.backbone)
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student_without_ddp.backbone, args.arch)
         if utils.has_batchnorms(student_without_ddp.backbone):
@@ -882,7 +886,7 @@ PANELS = [
 ]
 
 # What to try when the loss is not finite.
-ADVICE = "try --use_fp16 false, --precision fp32, a lower --lr or --clip_grad 0.3"
+ADVICE = "try --precision fp32, a lower --lr or --clip_grad 0.3"
 
 
 def train_dino(args: argparse.Namespace) -> None:
@@ -902,7 +906,7 @@ def train_dino(args: argparse.Namespace) -> None:
     settle_format(args, images, run)
     training = build_training(args, device, steps, resumes=all_gather_object(run.exists())[0])
 
-    # More than 1 % of an epoch is an error, but fewer than ten never are.
+    # Unreadable images end the run if they are more than 1 % of an epoch and at least ten.
     unreadable_limit = max(9, len(images) // 100)
     monitor = Monitor(unreadable_limit, partial(name_and_reason, images), CollapseWatch(args.out_dim), ADVICE)
     logger = MetricLogger(images_per_step=steps.batch)
@@ -920,7 +924,7 @@ def train_dino(args: argparse.Namespace) -> None:
         monitor.advice_at_first = f"{ADVICE}; or remove {run.checkpoint} to resume from {run.previous.name}"
     else:
         check_on_first_rank(images)
-    purge_from = step + (step % steps.per_epoch == 0)  # rewrites a record within an epoch
+    purge_from = step + (step % steps.per_epoch == 0)  # drops the record of an epoch cut by --max_steps
     curves = Curves(run.folder, PANELS, args.tensorboard, purge_from) if is_main_process() else None
     log(
         f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "
@@ -973,7 +977,7 @@ def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> Non
     """
     if not is_main_process() or step >= last:
         return
-    settings = argparse.Namespace(**vars(args) | dict.fromkeys(["allow_changed_args", *shortened(args)]))
+    settings = argparse.Namespace(**(vars(args) | dict.fromkeys(["allow_changed_args", *shortened(args)])))
     path = run.folder / "args.txt"
     try:
         old = path.read_text(errors="surrogateescape") if path.exists() else ARGS_TITLE
@@ -1058,7 +1062,7 @@ def train_one_epoch(
     """
     per_epoch = t.steps.per_epoch
     epoch, begun = divmod(stretch.start, per_epoch)
-    wanted = logger.log_every(
+    logged = logger.log_every(
         itertools.islice(batches, len(stretch)),
         header=f"epoch {epoch}",
         length=per_epoch,
@@ -1066,12 +1070,12 @@ def train_one_epoch(
         numbers=range(begun + 1, begun + len(stretch) + 1),
     )
     step = stretch.start - 1  # in case a signal ends the loop before the first batch
-    for step, (views, colours, unreadable) in enumerate(wanted, stretch.start):
+    for step, (views, colours, unreadable) in enumerate(logged, stretch.start):
         # schedules and random numbers (drop path) of this step
         lr, wd, momentum = (float(t.schedules[name][step]) for name in ("lr", "wd", "momentum"))
         utils.set_schedules(t.optimizer, lr, wd)
         fix_random_seeds(t.seed, get_rank(), step)
-        progress = step / t.steps.per_epoch  # in epochs
+        progress = step / per_epoch  # in epochs
 
         # forward: the teacher sees the global views, the student all; backward
         views = normalized_views(views, colours, t.mean, t.std)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,7 +74,8 @@ def draw_view(width: int, height: int, kind: Kind, rng, recipe: Recipe = PAPER) 
     """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
     quarters = rng.randrange(4) if recipe.quarter_turns else 0
     high, wide = kind.size[::-1] if quarters % 2 else kind.size  # before the turn
-    return View(  # drawn in this order; what is off draws nothing, so the default draws are the paper's
+    # Drawn in this order, also what is off; only the flags that the paper lacks draw nothing when they are.
+    return View(
         size=kind.size,
         box=draw_box(width, height, kind.scale, rng, [wide / high * aspect for aspect in recipe.crop_aspect]),
         flip=happens(recipe.hflip_p, rng),
@@ -129,27 +130,6 @@ def draw_jitter(rng, p: float, strengths: Sequence[float]) -> tuple[Sequence[int
 def draw_radius(p: float, rng, smallest: float, largest: float) -> float:
     """Draw a radius of blur in pixels, with probability `p`; else 0."""
     return rng.uniform(smallest, largest) if happens(p, rng) else 0.0
-
-
-class GaussianBlur:
-    """With probability `p`, blur an image with a radius (in pixels) from the given range."""
-
-    def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
-        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        radius = draw_radius(self.p, rng, self.radius_min, self.radius_max)
-        return image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
-
-
-class Solarization:
-    """With probability `p`, invert the pixels of 128 and above."""
-
-    def __init__(self, p: float):
-        self.p = p
-
-    def __call__(self, image: Image.Image, rng=random) -> Image.Image:
-        return ImageOps.solarize(image, 128) if happens(self.p, rng) else image
 
 
 class DataAugmentationDINO:
@@ -215,11 +195,6 @@ def by_size(views: Iterable[View]) -> list[list[View]]:
 # ---------------------------------------------------------------------------------------------
 
 
-def has_batchnorms(model: nn.Module) -> bool:
-    """Whether any module normalises over the batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
 class MultiCropWrapper(nn.Module):
     """Applies a backbone and a head to views of several sizes.
 
@@ -272,8 +247,8 @@ class Prototypes(NamedTuple):
     That output would be the largest tensor of the step; `DINOLoss` computes it in parts.
     """
 
-    features: Tensor  # (N, bottleneck), in the precision of the output
-    weight: Tensor  # (K, bottleneck)
+    features: Tensor  # (V*B, d), in the precision of the output; d is the head's bottleneck
+    weight: Tensor  # (K, d)
 
 
 class DINOHead(nn.Module):
@@ -340,7 +315,8 @@ class DINOLoss(nn.Module):
     the mean over all. Then `stats` holds means over the parts, as scalars on the device. In nats: "loss";
     the teacher's "entropy"; "kl", KL(teacher || student); the "spread" of its outputs over the images of
     all ranks, i.e. the entropy of their mean minus the mean of their entropies, which is 0 if all images
-    get the same output. With `adapt_teacher_temp`, also the teacher's temperature, "temp".
+    get the same output. With `adapt_teacher_temp`, also the teacher's temperature, "temp". They are this
+    rank's numbers, which `Monitor.check` averages; only the mean in "spread" is already that of all ranks.
     """
 
     center: Tensor
@@ -412,19 +388,26 @@ class DINOLoss(nn.Module):
                 others = student_logp.sum(dim=0) - student_logp[:2]  # (2, B, K)
                 loss = -(teacher_p * others).sum(dim=-1).mean() / (self.ncrops - 1)
 
-            with torch.no_grad():
-                stats = {"loss": loss, "entropy": entropy, "kl": loss - entropy}
-                stats |= {"temp": temp} if isinstance(temp, Tensor) else {}
-                means = teacher_output.float().mean(dim=0), teacher_p.mean(dim=(0, 1))  # (K,)
-                self.parts.append((torch.stack([*stats.values()]), *means))
-                if len(self.parts) == self.accum_steps:
-                    values, centers, p = map(torch.stack, zip(*self.parts, strict=True))
-                    self.stats = dict(zip(stats, values.mean(dim=0).unbind(), strict=True))
-                    p = all_reduce_mean(p.mean(dim=0)[None])  # before torch 2.11, MPS lacks (K,) @ (K,)
-                    self.stats["spread"] = _entropy(p, p.clamp(min=1e-30).log())[0] - self.stats["entropy"]
-                    self.update_center(centers)
-                    self.parts.clear()
+            numbers = {"loss": loss.detach(), "entropy": entropy, "kl": loss.detach() - entropy}
+            if isinstance(temp, Tensor):  # adapted
+                numbers["temp"] = temp
+            self.end_part(numbers, teacher_output.float().mean(dim=0), teacher_p.mean(dim=(0, 1)))
         return loss
+
+    @torch.no_grad()
+    def end_part(self, numbers: dict[str, Tensor], output: Tensor, p: Tensor) -> None:
+        """Keep a part's numbers and the means (K,) of the teacher's outputs and of their softmax; after the
+        last part, set `stats` and move the centre.
+        """
+        self.parts.append((torch.stack(list(numbers.values())), output, p))
+        if len(self.parts) < self.accum_steps:
+            return
+        values, outputs, ps = (torch.stack(kept) for kept in zip(*self.parts, strict=True))
+        self.parts.clear()
+        self.stats = dict(zip(numbers, values.mean(dim=0).unbind(), strict=True))
+        p = all_reduce_mean(ps.mean(dim=0)[None])  # (1, K): before torch 2.11, MPS lacks (K,) @ (K,)
+        self.stats["spread"] = _entropy(p, p.clamp(min=1e-30).log())[0] - self.stats["entropy"]
+        self.update_center(outputs)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
@@ -527,7 +510,7 @@ class CollapseWatch:
     """
 
     ADVICE = {
-        "uniform collapse": "try --adapt_teacher_temp 2 --centering sinkhorn, or a lower --teacher_temp",
+        "uniform collapse": "try --centering sinkhorn --teacher_temp 0.01, or with --adapt_teacher_temp 2",
         "constant collapse": "try --centering sinkhorn, --use_bn_in_head true or a lower --lr",
     }
 
@@ -689,6 +672,7 @@ class LARS(torch.optim.Optimizer):
 # Names of the published `utils` that are now in support/
 # ---------------------------------------------------------------------------------------------
 
+from support.backbones import has_batchnorms  # noqa: E402, F401
 from support.cli import bool_flag  # noqa: E402, F401
 from support.distributed import (  # noqa: E402, F401
     fix_random_seeds,
@@ -698,3 +682,4 @@ from support.distributed import (  # noqa: E402, F401
     is_main_process,
 )
 from support.logger import MetricLogger, SmoothedValue  # noqa: E402, F401
+from support.published import GaussianBlur, Solarization  # noqa: E402, F401

@@ -52,9 +52,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, *, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.project(x, cls_only)
         # On the CPU, the fused kernel saves memory for many tokens, but it is slower for the few tokens of
-        # small crops, and in bfloat16 for any number of tokens. For a single query it saves nothing, and
-        # MPS of torch 2.8 to 2.11 computes it wrongly (https://github.com/pytorch/pytorch/issues/181133).
-        if not cls_only and (x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training)):
+        # training's small crops, and in bfloat16 for any number of tokens. For a single query it saves
+        # nothing, and MPS of torch 2.8 to 2.11 computes it wrongly
+        # (https://github.com/pytorch/pytorch/issues/181133).
+        fused = x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training)
+        if fused and not cls_only:
             attention, out = None, F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             attention = self.weights(q, k)
@@ -78,7 +80,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, cls_only: bool = False) -> Tensor:
         """With `cls_only`, computes the first token only, with the same result: (B, 1, D)."""
-        attended = self.attn(self.norm1(x), **({"cls_only": True} if cls_only else {}))[0]
+        given = {"cls_only": True} if cls_only else {}  # another project's attention takes x alone
+        attended = self.attn(self.norm1(x), **given)[0]
         x = (x[:, :1] if cls_only else x) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -189,7 +192,8 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         for block in self.blocks[:-1]:
             x = self._run(block, x)
-        x = self._run(self.blocks[-1], x, **({"cls_only": True} if self.cls_only and self.training else {}))
+        given = {"cls_only": True} if self.cls_only and self.training else {}  # as in `Block.forward`
+        x = self._run(self.blocks[-1], x, **given)
         return self.head(self.norm(x)[:, 0])
 
     def _run(self, block: nn.Module, x: Tensor, **kwargs) -> Tensor:

@@ -37,7 +37,7 @@ from support.checks import check_images
 from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
-from support.features import patch_size_of, patch_tokens
+from support.features import log_network, patch_size_of, patch_tokens
 from support.files import lies_below
 from support.formats import ImageFormat
 from support.logger import MetricLogger, log
@@ -272,10 +272,10 @@ def patch_at(
     if x >= width or y >= height:
         fix = f"give X below {width} and Y below {height}"
         raise UserError(f"outside of the {width} x {height} image", f"--query {x} {y}", fix)
-    resized = get_dimensions(resize(image, image_size))[:0:-1]
+    _, new_height, new_width = get_dimensions(resize(image, image_size))
     column, row = (
         min(int((place + 0.5) * after / before), after - after % patch_size - 1) // patch_size
-        for place, before, after in zip(query, (width, height), resized, strict=True)
+        for place, before, after in zip(query, (width, height), (new_width, new_height), strict=True)
     )
     return row, column
 
@@ -476,8 +476,7 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
         raise UserError(what, "--demo" if args.demo else "--video", "give --image_path")
     for size in args.image_size if args.demo else ():  # cropped images would not match the true masks
         check_divides("image_size", size, patch_size_of(frozen.network))
-    log(f"weights: {frozen.description}")
-    log(f"preprocessing: {frozen.value_words}")
+    log_network(frozen)
     frozen.network.to(device)
     return Viewer(frozen, device, args.image_size, args.layer, args.query)
 

@@ -42,9 +42,7 @@ def check_known(arch: str) -> None:
     import timm
 
     known = [*VITS, *torchvision_names(), *timm.list_models()]
-    longer = sorted((name for name in known if arch and name.startswith(arch)), key=len)[:4]
-    fix = f"did you mean {', '.join(longer)}?" if longer else nearest(arch, known)
-    raise UserError("unknown architecture", f"--arch {arch}", fix)
+    raise UserError("unknown architecture", f"--arch {arch}", nearest(arch, known))
 
 
 def torchvision_names() -> list[str]:
@@ -175,6 +173,11 @@ class _PaddedPools(TorchDispatchMode):
 def has_dropout(model: nn.Module) -> bool:
     """Whether any module drops values in training."""
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+
+
+def has_batchnorms(model: nn.Module) -> bool:
+    """Whether any module normalises over the batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def pads_average_pools(backbone: nn.Module, size: Size, in_chans: int = 3) -> bool:

@@ -110,7 +110,7 @@ def find_file(name: str | Path) -> Path:
             "is a folder", str(name), f"give a file in it: {', '.join(files[:3]) or 'it has no weights'}"
         )
     if not path.is_file():
-        raise UserError("no such file", str(name), nearest(str(name), PUBLISHED))
+        raise UserError("no such file", str(name), nearest(str(name), list(PUBLISHED)))
     if not os.access(path, os.R_OK):
         raise UserError("no permission to read", str(name), "change its permissions")
     return path

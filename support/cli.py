@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import functools
 import io
 import math
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from support import logger
 from support.distributed import flush_output, in_group, launched_as, leave_group
-from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of
+from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, nearest, reason_of
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
 from support.monitor import SCHEDULERS
@@ -79,20 +78,11 @@ class ArgumentParser(argparse.ArgumentParser):
         words = [word for word in words if word.startswith("-")] or words
         places = list(dict.fromkeys(place for word in words for place in self.places.get(word, [])))
         where = "" if places == [COMMAND_LINE] else " or ".join(places)
-        unknown = message.startswith("unrecognized") and words[0].startswith("--")
-        near = self._near(words[0].partition("=")[0]) if unknown else []
-        fix = f"did you mean {', '.join(near)}?" if near else "see --help"
+        fix = "see --help"
+        if message.startswith("unrecognized") and (unknown := re.match(r"--\w[\w-]*", words[0])):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            fix = nearest(f"--{unknown[0][2:].replace('-', '_').lower()}", known, otherwise=fix)
         exit_with(UserError(message, where, fix))
-
-    def _near(self, unknown: str) -> list[str]:
-        """Up to three flags that begin with an unknown one, or are similar."""
-        known = [flag[2:] for action in self._actions for flag in action.option_strings if flag[:2] == "--"]
-        name = unknown[2:].replace("-", "_").lower()
-        if not name:
-            return []
-        near = [flag for flag in known if flag.startswith(name)]
-        near += difflib.get_close_matches(name, known, cutoff=0.7)
-        return [f"--{flag}" for flag in dict.fromkeys(near)][:3]
 
 
 # ---------------------------------------------------------------------------------------------

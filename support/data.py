@@ -347,7 +347,7 @@ class Source(NamedTuple):
 
 
 def open_training_images(source: Source) -> Images:
-    """Open the images to train on, which ignores their labels.
+    """Open the images to train on; their labels are ignored.
 
     From a torchvision dataset, takes `source.split` if given, else a split of unlabelled images if there is
     one, else the training split. Logs what was taken. Raises UserError.
@@ -410,9 +410,10 @@ PART = re.compile(
 
 
 def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
-    """Raise UserError for images of train/ and of another part of a dataset beside it.
+    """Raise UserError if images of train/ and of another part of a dataset, e.g. val/, are mixed.
 
-    Training looks at any depth. Where features are computed, only the folders at the top would be classes.
+    Looks at any depth for training. For features it looks at the top only, whose folders would be the
+    classes. For training, also warns if all images lie in one part other than train/.
     """
     top = isinstance(images, FolderFiles)
     archives = [[Path(file).stem] for file in place.files] if isinstance(place, Archive) else []
@@ -640,7 +641,7 @@ def _torchvision_dataset(source: Source, split: str, called: str = "training ima
         for archive in Path(root, name, "raw").glob("*-ubyte.gz"):  # MNIST's layout, not yet unpacked
             if not archive.with_suffix("").exists():
                 _unpack(archive)
-        images, taken = _open_split(make, source, split)
+        images, taken = _open_split(make, source._replace(data_path=root), split)
     log(f"{'val images' if split == 'val' else called}: {name}{taken}: {describe(images)}")
     return in_format(images, source.form, f"--dataset {name}")
 

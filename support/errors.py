@@ -3,7 +3,7 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -68,7 +68,8 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error) or type(error).__name__).splitlines()[0]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint with the known names that are most similar to `name`."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else "check the name"
+def nearest(name: str, known: Sequence[str], otherwise: str = "check the name") -> str:
+    """A hint with up to three known names that begin with `name`, or are similar."""
+    longer = sorted((each for each in known if name and each.startswith(name)), key=len)
+    near = list(dict.fromkeys([*longer, *difflib.get_close_matches(name, known)]))[:3]
+    return f"did you mean {', '.join(near)}?" if near else otherwise

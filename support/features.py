@@ -38,9 +38,14 @@ def load_by_flags(args: argparse.Namespace) -> Frozen:
             args.in_chans,
             args.value_range,
         )
-    log(f"weights: {frozen.description}")
-    log(f"preprocessing: {size_words(frozen.image_size)} pixels, {frozen.value_words}")
+    log_network(frozen, f"{size_words(frozen.image_size)} pixels")
     return frozen
+
+
+def log_network(frozen: Frozen, *sizes: str) -> None:
+    """Log what was loaded, and how images become its input; `sizes` say how they are resized."""
+    log(f"weights: {frozen.description}")
+    log(f"preprocessing: {', '.join([*sizes, frozen.value_words])}")
 
 
 def extract_features(

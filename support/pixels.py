@@ -163,6 +163,12 @@ def eval_transform(
     )
 
 
+def rgb_transform(resize: Callable, mean: Sequence[float], std: Sequence[float]) -> Callable:
+    """`resize`, then normalise: an RGB image -> float32 (3, H, W)."""
+    steps = [resize, transforms.PILToTensor(), functools.partial(normalize, mean=mean, std=std)]
+    return transforms.Compose(steps)
+
+
 # ---------------------------------------------------------------------------------------------
 # Views
 # ---------------------------------------------------------------------------------------------

@@ -34,11 +34,6 @@ class Scene(NamedTuple):
 
 
 USUAL = Scene()
-# Objects that fill nearly half of an image, in strong colours: for images of 4 x 4 patches.
-CLOSE_UP = Scene(
-    size=64, radius=(0.38, 0.5), center=(0.4, 0.6), contrast=(0.25, 0.4), periods=(0.36, 0.19, 0.1),
-    warps=(0.4, 0.4, 0.4), blobs=(9, 24), shades=(0.1, 0.3), ground=(0.6, 0.3),
-)  # fmt: skip
 
 
 class Shapes(Dataset):

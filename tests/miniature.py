@@ -48,7 +48,7 @@ from support.data import Source, open_labelled_images
 from support.distributed import fix_random_seeds
 from support.loading import kill_workers
 from support.pixels import normalize, to_pixels
-from support.shapes import CLOSE_UP, Shapes
+from support.shapes import Scene, Shapes
 from support.weights import load_backbone
 from tests.conftest import ROOT
 
@@ -156,6 +156,13 @@ TINY = Budget(  # to try this program
     demo_epochs=1,
     long_epochs=dict(constant_rate=4, long_crops_0=5, long_crops_2=4, long_crops_6=3, long_crops_10=2),
 )
+
+
+# Objects that fill nearly half of an image, in strong colours: for images of 4 x 4 patches.
+CLOSE_UP = Scene(
+    size=64, radius=(0.38, 0.5), center=(0.4, 0.6), contrast=(0.25, 0.4), periods=(0.36, 0.19, 0.1),
+    warps=(0.4, 0.4, 0.4), blobs=(9, 24), shades=(0.1, 0.3), ground=(0.6, 0.3),
+)  # fmt: skip
 
 
 def draw_shapes(folder: Path, counts: dict[str, int]) -> None:

@@ -298,7 +298,10 @@ def test_every_script_takes_argument_files(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("--seed 1\n\n--sed 2\n", "unrecognized arguments: --sed 2 ({file}, line 3): did you mean --seed?"),
+        (
+            "--seed 1\n\n--sed 2\n",
+            "unrecognized arguments: --sed 2 ({file}, line 3): did you mean --seed, --std?",
+        ),
         ("--epochs 1 8\n", "unrecognized arguments: 8 ({file}, line 1): see --help"),
         ("seed 1\n", "unrecognized arguments: seed 1 ({file}, line 1): see --help"),
         ("--seed 1\n--lr fast", "argument --lr: 'fast' is not a number ({file}, line 2): see --help"),
@@ -351,7 +354,7 @@ def test_a_list_given_twice_is_named_since_only_the_last_counts(tmp_path, capsys
             "--epochs x",
             "argument --epochs: 'x' is not a whole number ({file}, line 1 or the command line): see --help",
         ),
-        ("--sed 3", "unrecognized arguments: --sed 3: did you mean --seed?"),
+        ("--sed 3", "unrecognized arguments: --sed 3: did you mean --seed, --std?"),
     ],
 )
 def test_an_error_of_the_command_line_is_not_blamed_on_the_file(flags, message, tmp_path, capsys):

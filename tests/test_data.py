@@ -137,6 +137,15 @@ def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_home_directory_of_a_dataset_is_expanded(tmp_path, monkeypatch):
+    """Not all of torchvision's datasets do it."""
+    folder = tmp_path / "gtsrb" / "GTSRB" / "Training" / "00000"
+    folder.mkdir(parents=True)
+    picture().save(folder / "0.ppm")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_training_images(Source("~", "GTSRB"))) == 1
+
+
 def test_a_dataset_that_cannot_be_downloaded_is_named(capsys):
     with pytest.raises(UserError, match="check the folder$"):
         open_training_images(Source("/nowhere", "ImageNet", download=True))

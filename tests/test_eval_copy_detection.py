@@ -10,6 +10,7 @@ from eval_copy_detection import fit_whitening, mean_average_precision, positives
 from support.backbones import build_backbone
 from support.data import ImageFiles
 from support.errors import UserError
+from support.features import patch_size_of
 from tests.conftest import picture, run, save_images, torchrun
 
 
@@ -272,14 +273,13 @@ def test_a_network_that_does_not_suit_is_one_clear_line(blocks, flags, message):
 
 def test_random_weights_are_of_the_published_default_network():
     def settled(*flags: str) -> tuple:
-        args = eval_copy_detection.parse_args(["--pretrained_weights", *flags])
-        flags = eval_copy_detection.network_flags(args)
-        return flags.arch, flags.patch_size, flags.image_size
+        args = eval_copy_detection.parse_args(["--pretrained_weights", "random", *flags])
+        frozen = eval_copy_detection.load_network(args)
+        return frozen.arch, patch_size_of(frozen.network), frozen.image_size
 
-    assert settled("random") == ("vit_base", 8, 320)
-    assert settled("random", "--patch_size", "16") == ("vit_base", 16, 320)
-    assert settled("random", "--arch", "vit_small") == ("vit_small", None, 320)
-    assert settled("x.pth", "--imsize", "96") == (None, None, 96)
+    assert settled() == ("vit_base", 8, 320)
+    assert settled("--patch_size", "16") == ("vit_base", 16, 320)
+    assert settled("--arch", "vit_small", "--imsize", "96") == ("vit_small", 16, 96)
 
 
 def test_published_flags_and_defaults():

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.shapes import CLOSE_UP, Scene, Shapes
+from support.shapes import Scene, Shapes
+from tests.miniature import CLOSE_UP
 
 
 def test_images_depend_on_split_and_index_alone():
