@@ -345,29 +345,37 @@ def load_pretrained_weights(model: nn.Module, weights: Weights) -> tuple[dict[st
     state, head, prefix = select_weights(model, weights)
     check_finite(state, weights.source)
     if isinstance(model, VisionTransformer):
-        if model.embed_dim == 384:
-            what = "MoCo v3's vit_small has 12 heads, ours 6, and shapes do not show it"
-            if f".{prefix}".endswith((".base_encoder.", ".momentum_encoder.")):
-                raise UserError(what, weights.source, "use another file")
-            if "pos_embed" in state and not state["pos_embed"].flatten()[:384].any():
-                log(f"warning: {weights.source}: the CLS token has the position zero, as in MoCo v3: {what}")
-        for part, words in NOT_OURS.items():
-            if any(part in name for name in state):
-                fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
-                raise UserError(f"weights have {words}, which our ViTs lack", weights.source, fix)
-        ours: dict[str, list] = {
-            "num_attention_heads": [model.num_heads],
-            "hidden_act": ["gelu", "gelu_python"],
-        }
-        for name, values in ours.items():  # transformers' names
-            if (theirs := weights.trained.get(name, values[0])) not in values:
-                what = f"the network has {name} {theirs}, our ViT of this width {values[0]}"
-                raise UserError(what, weights.source, "use another file")
+        check_is_ours(model, state, prefix, weights)
     load_strictly(model, state, weights.source)
     return head, prefix
 
 
 NOT_OURS = {"ls1.gamma": "LayerScale", "register_tokens": "register tokens", "reg_token": "register tokens"}
+
+
+def check_is_ours(model: VisionTransformer, state: dict[str, Tensor], prefix: str, weights: Weights) -> None:
+    """Raise UserError for weights of a ViT that differs from ours where names and shapes do not show it.
+
+    `prefix` is the network's in the file. Warns of what may be MoCo v3's.
+    """
+    if model.embed_dim == 384:
+        what = "MoCo v3's vit_small has 12 heads, ours 6, and shapes do not show it"
+        if f".{prefix}".endswith((".base_encoder.", ".momentum_encoder.")):
+            raise UserError(what, weights.source, "use another file")
+        if "pos_embed" in state and not state["pos_embed"].flatten()[:384].any():
+            log(f"warning: {weights.source}: the CLS token has the position zero, as in MoCo v3: {what}")
+    for part, words in NOT_OURS.items():
+        if any(part in name for name in state):
+            fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
+            raise UserError(f"weights have {words}, which our ViTs lack", weights.source, fix)
+    ours: dict[str, list] = {
+        "num_attention_heads": [model.num_heads],
+        "hidden_act": ["gelu", "gelu_python"],
+    }
+    for name, values in ours.items():  # transformers' names
+        if (theirs := weights.trained.get(name, values[0])) not in values:
+            what = f"the network has {name} {theirs}, our ViT of this width {values[0]}"
+            raise UserError(what, weights.source, "use another file")
 
 
 # ---------------------------------------------------------------------------------------------
