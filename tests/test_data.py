@@ -285,17 +285,18 @@ def test_an_image_beside_class_folders_takes_their_classes_away_and_is_named(tmp
     assert f"note: {tmp_path}: no classes, because images lie beside folders, e.g. cover.png" in said
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_lies_beside_class_folders_is_left_out_and_counted(tmp_path, packed):
-    root = tmp_path / "val"
+@pytest.mark.parametrize(
+    ("place", "packed"), [("data", ""), ("data.tar", "data"), ("in/val.tar", "data/val")]
+)
+def test_what_lies_beside_class_folders_is_left_out_and_counted(tmp_path, place, packed):
+    root = tmp_path / "data" / "val"
     for name in ("cat", "dog"):
         save_images(root / name, 2)
     save_images(root, 3)  # e.g. not yet sorted
     (root / "labels.csv").write_text("no image")
     if packed:
-        shutil.make_archive(str(root), "tar", root)
-        shutil.rmtree(root)
-    images = open_labelled_images(Source(str(tmp_path)), "val")
+        shutil.make_archive(str(tmp_path / place).removesuffix(".tar"), "tar", tmp_path / packed)
+    images = open_labelled_images(Source(str(tmp_path / place.removesuffix("val.tar"))), "val")
     assert (len(images), images.classes) == (4, ["cat", "dog"]) and images.taken == {".png": 4}
     assert images.left_out == {"images beside class folders": 3, ".csv": 1}
 
