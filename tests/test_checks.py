@@ -23,8 +23,11 @@ def warnings(folder, capsys, **kwargs) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_images_without_fault_are_not_mentioned(images, capsys):
+def test_images_without_fault_are_not_mentioned(images, tmp_path, capsys):
     assert warnings(images, capsys) == []
+    red = noise(0, 32, 32, 3) * (1, 0, 0)  # one channel is enough
+    Image.fromarray(red.astype(np.uint8)).save(tmp_path / "red.png")
+    assert warnings(tmp_path, capsys) == []
     check_images(Shapes("train", 300))
     assert capsys.readouterr().out == ""
 
@@ -32,8 +35,8 @@ def test_images_without_fault_are_not_mentioned(images, capsys):
 @pytest.mark.parametrize("extension", ["png", "tif"])
 def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_path, capsys, extension):
     for i in range(3):
-        values = noise(i, 32, 32, most=4095).astype(np.uint16)
-        values[0, 0] = 4095
+        values = noise(i, 32, 32, most=1000).astype(np.uint16)
+        values[0, 0] = 1000 if i else 4095  # the largest one counts, in whatever order they are read
         Image.fromarray(values).save(tmp_path / f"{i}.{extension}")
     found = [line for line in warnings(tmp_path, capsys) if "16 bits" in line]
     assert len(found) == 1 and "3 of 3 checked images" in found[0]
@@ -49,6 +52,20 @@ def test_a_range_that_nearly_all_values_lie_outside_is_named(tmp_path, capsys):
         assert ("few values of 1 checked images lie within --value_range 0 255: " in said) == named
 
 
+def test_shares_of_a_range_are_those_of_the_images_that_are_read(tmp_path, capsys):
+    """Not of the last one, nor of those that cannot be read; and few values in one channel stop nothing."""
+    form = ImageFormat(2, ((0, 1), (0, 1)))
+    for i, high in enumerate((9, 1, 9)):
+        values = noise(i, 2, 32, 32, most=high).astype(np.float32)
+        values[1] = noise(i, 32, 32) + 9
+        np.save(tmp_path / f"{i}.npy", values)
+    for i in range(3, 9):
+        (tmp_path / f"{i}.npy").write_bytes(b"")
+    check_images(ImageFiles(tmp_path, form=form))
+    said = capsys.readouterr().out
+    assert "few values of 3 checked images lie within --value_range 0 1 0 1: 0 % in channel 2;" in said, said
+
+
 def test_images_that_fill_little_of_their_range_are_named(tmp_path, capsys):
     """As 8-bit copies of the 12-bit images that a network was trained with."""
     for name, most, named in (("copies", 255, True), ("originals", 4095, False)):
@@ -58,7 +75,8 @@ def test_images_that_fill_little_of_their_range_are_named(tmp_path, capsys):
             Image.fromarray(values).save(tmp_path / name / f"{i}.png")
         check_images(ImageFiles(tmp_path / name, form=ImageFormat(1, ((0, 4095),))))
         said = capsys.readouterr().out
-        assert ("8 checked images fill the lowest 6.6 % of --value_range 0 4095" in said) == named, said
+        for words in ("8 checked images fill the lowest", " 6.6 % of --value_range 0 4095"):
+            assert (words in said) == named, said
 
 
 def test_one_dark_or_uniform_image_within_the_range_is_no_mistake(tmp_path, capsys):
@@ -76,8 +94,9 @@ def test_values_at_the_ends_of_a_range_lie_within_it(tmp_path, capsys, share):
 
 
 def test_sixteen_bit_files_that_use_all_or_say_how_many_are_not_mentioned(tmp_path, capsys):
-    Image.fromarray(noise(0, 32, 32, most=65_535).astype(np.uint16)).save(tmp_path / "all.png")
-    assert warnings(tmp_path, capsys) == []
+    for most in (65_535, 32_767):
+        Image.fromarray(noise(0, 32, 32, most=most).astype(np.uint16)).save(tmp_path / "all.png")
+        assert warnings(tmp_path, capsys) == []
     (tmp_path / "all.png").unlink()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "black.png")
     assert len(found := warnings(tmp_path, capsys)) == 1 and "nearly constant" in found[0]
@@ -103,7 +122,12 @@ def test_files_that_state_different_bits_are_named(tmp_path, capsys):
         image = Image.fromarray(noise(i, 32, 32, most=most).astype(np.uint16))
         image.save(tmp_path / f"{i}.tif", tiffinfo={281: most})
     found = warnings(tmp_path, capsys)
-    assert len(found) == 1 and "state that they use 10 or 12 of them" in found[0]
+    assert len(found) == 1 and "3 of 3 checked images" in found[0]
+    assert "state that they use 10 or 12 of them" in found[0]
+    Image.fromarray(noise(3, 32, 32, most=2047).astype(np.uint16)).save(tmp_path / "3.tif")
+    few, different = warnings(tmp_path, capsys)
+    assert "1 of 4 checked images have 16 bits but use 11 of them" in few
+    assert "4 of 4 checked images" in different and "use 10 or 12 or 16 of them" in different
 
 
 def test_bands_that_training_drops_are_named(tmp_path, capsys):
@@ -112,8 +136,11 @@ def test_bands_that_training_drops_are_named(tmp_path, capsys):
     opaque = Image.fromarray(noise(2, 32, 32, 3).astype(np.uint8))
     opaque.convert("RGBA").save(tmp_path / "opaque.png")
     Image.fromarray(noise(3, 32, 32, 3).astype(np.uint8)).convert("CMYK").save(tmp_path / "print.jpg")
-    found = warnings(tmp_path, capsys)
-    assert len(found) == 2
+    grey = Image.fromarray(noise(4, 32, 32).astype(np.uint8))
+    Image.merge("LA", (grey, grey.rotate(90))).save(tmp_path / "grey.png")
+    grey.convert("P").save(tmp_path / "palette.gif", transparency=int(np.asarray(grey)[0, 0]))
+    found = warnings(tmp_path, capsys, alike=False)
+    assert len(found) == 2 and any("3 of 6 checked images lose transparency" in line for line in found)
     assert any("lose 1 of 4 bands" in line and "infrared.tif" in line for line in found)
     assert any("lose transparency" in line and "alpha.png" in line for line in found)
 
@@ -163,6 +190,7 @@ def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
         path.write_bytes(b"")
     found = warnings(tmp_path, capsys, most=5)
     assert len(found) == 1 and "5 of 5 checked images" in found[0]
+    assert "30 of 30 checked images" in warnings(tmp_path, capsys)[0]
     assert warnings(tmp_path, capsys, seconds=-1) == []
 
 
@@ -187,6 +215,28 @@ def test_copies_under_other_names_in_train_and_val_are_named(labelled, capsys, t
     shutil.move(labelled / "val", tmp_path / "val")
     shutil.make_archive(str(labelled / "val"), "zip", tmp_path / "val")
     assert f"{words}; e.g. {labelled / 'val.zip' / 'a' / 'z.png'} and {train[0]}" in said()
+
+
+def test_both_parts_of_an_evaluation_are_checked_and_may_hold_images_alike(labelled, capsys, tmp_path):
+    labelled = Path(shutil.copytree(labelled, tmp_path / "images"))
+    shutil.copy(labelled / "train" / "a" / "000.png", labelled / "train" / "a" / "again.png")
+    for part in ("train", "val"):
+        (labelled / part / "c" / "broken.png").write_bytes(b"not an image")
+    open_checked(Source(str(labelled)))
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(said) == 3 and "copies of images of train" in said[0]  # the broken ones
+    assert f"{labelled}/train/c/broken.png" in said[1] and f"{labelled}/val/c/broken.png" in said[2]
+
+
+def test_copies_are_looked_for_among_all_of_a_few_thousand_files(tmp_path):
+    paths = []
+    for part, numbers in (("train", range(30)), ("val", range(29, -1, -1))):
+        (tmp_path / part).mkdir()
+        for number in numbers:
+            (tmp_path / part / f"{part[0]}{number:02}.png").write_bytes(b"%04d" % (number + 1))
+        paths.append(ImageFiles(tmp_path / part).paths)
+    assert len(copied_files(*paths)) == 30
+    assert copied_files(*paths, seconds=-1) == []
 
 
 def test_files_without_content_are_not_copies(tmp_path):
