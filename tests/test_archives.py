@@ -663,6 +663,17 @@ def test_a_zip_that_is_not_what_its_index_says_is_an_unreadable_image(own, tmp_p
         data.read_image(images, 0)
 
 
+def test_a_damaged_image_in_a_zip_stops_nothing_before_it_is_read(own, tmp_path):
+    path = pack(tmp_path / "x.zip", own / "train", method=zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    content[(start := content.index(b"c/003.png") + 9) : start + 100] = b"\xff" * 100
+    path.write_bytes(content)
+    images = open_any_images(Source(str(path)))
+    assert data.digest(images) != data.digest(open_any_images(Source(str(own / "train"))))
+    with pytest.raises(ImageError, match="cannot read image: .*x.zip/c/003.png"):
+        data.read_image(images, len(images) - 1)
+
+
 def test_an_archive_without_permission_is_named(permissions):
     save_images(Path("a"), 1)
     pack(Path("x.tar"), Path("a")).chmod(0)

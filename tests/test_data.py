@@ -32,8 +32,8 @@ from support.data import (
 )
 from support.errors import UserError
 from support.estimates import sample_values
-from support.files import Paths, replacing, select_images
-from support.formats import load_image
+from support.files import Paths, lies_below, replacing, select_images
+from support.formats import ImageFormat, load_image
 from support.loading import TrainingViews
 from support.pixels import to_pixels
 from support.shapes import Shapes
@@ -249,13 +249,13 @@ def test_hidden_names_are_left_out_and_what_pillow_reads_is_taken(tmp_path, caps
     (tmp_path / "data" / "._000.png").write_bytes(b"a Mac's companion file")
     for name in ("a.jfif", "b.JPE"):
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name, format="JPEG")
-    for name in ("a.txt", "b.txt", "c.mp4", "README"):
+    for name in ("a.txt", "b.txt", "c.h5", "d.eps", "e.mpg", "README"):  # Pillow knows most, and reads none
         (tmp_path / "data" / name).write_text("no image")
     images = open_training_images(Source(str(tmp_path / "data")))
     assert len(images) == 5 and len([images[i] for i in range(5)]) == 5
     expected = (
-        "5 images (.png 3, .jfif 1, .jpe 1); left out 4 files (.txt 2, .mp4 1, no extension 1) "
-        "and 2 hidden names"
+        "5 images (.png 3, .jfif 1, .jpe 1); "
+        "left out 6 files (.txt 2, .eps 1, .h5 1, .mpg 1, no extension 1) and 2 hidden names"
     )
     assert expected in capsys.readouterr().out
 
@@ -293,6 +293,8 @@ def test_what_lies_beside_class_folders_is_left_out_and_counted(tmp_path, place,
     for name in ("cat", "dog"):
         save_images(root / name, 2)
     save_images(root, 3)  # e.g. not yet sorted
+    save_images(root / ".ipynb_checkpoints", 1)
+    (root / "._000.png").write_text("a Mac's companion")
     (root / "labels.csv").write_text("no image")
     if packed:
         shutil.make_archive(str(tmp_path / place).removesuffix(".tar"), "tar", tmp_path / packed)
@@ -309,6 +311,9 @@ def test_paths_are_one_buffer_of_few_bytes_an_image():
     tracemalloc.stop()
     assert kept < 42 * 100_000 and len(paths) == 100_000  # 32 bytes of the name and 8 of its place
     assert paths[99_999] == "/data/train/n00000076/n00000076_99999.JPEG"
+    for index in (-1, 100_000):
+        with pytest.raises(IndexError):
+            paths[index]
     assert all(isinstance(part, np.ndarray) for part in (paths.buffer, paths.ends))
     odd = Paths([os.fsdecode(b"\xff.png"), "\u00e4.png"])
     assert [os.fsencode(path) for path in odd] == [b"\xff.png", "\u00e4.png".encode()]
@@ -474,6 +479,17 @@ def test_too_few_open_files_do_not_make_an_image_unreadable(images):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+def test_a_file_lies_below_a_folder_by_any_path_to_both(tmp_path, monkeypatch):
+    """Else a picture of a run would become one of the images of the next."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+    monkeypatch.chdir(tmp_path), monkeypatch.setenv("HOME", str(tmp_path))
+    places = ["images", "link", "~/images", "../" + tmp_path.name + "/images", tmp_path / "images"]
+    for one in places:
+        assert all(lies_below(Path(one, "a", "p.png"), ["elsewhere", other]) for other in places)
+        assert not lies_below(Path("images.png"), [one]) and not lies_below(Path("p.png"), [one])
+
+
 def test_a_split_that_is_a_folder_and_a_file_is_named(tmp_path, capsys):
     save_images(tmp_path / "train" / "a", 2)
     (tmp_path / "train.csv").write_text("train/a/000.png,b\n")
@@ -544,6 +560,8 @@ def test_the_digest_of_known_files_stays_as_it_was(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "list.txt").write_text("train/a/x.jpg\ta\nval/b/w.jpg\tb\n")
+    for number in range(100):
+        (tmp_path / f"{number}.npy").write_bytes(bytes([number]) * 5000)
     one, joined = Source(str(tmp_path / "train")), Source(str(tmp_path), more=(str(tmp_path),))
     sets = [
         open_training_images(one),
@@ -551,6 +569,7 @@ def test_the_digest_of_known_files_stays_as_it_was(tmp_path):
         open_any_images(Source(str(tmp_path / "list.txt"))),
         open_labelled_images(Source(str(tmp_path)), "val"),
         open_labelled_images(joined, "train"),
+        ImageFiles(tmp_path, form=ImageFormat(1, ((0, 1),))),
     ]
     assert list(map(data.digest, sets)) == [
         "778e856d5eee",
@@ -558,6 +577,7 @@ def test_the_digest_of_known_files_stays_as_it_was(tmp_path):
         "31b0b7869b0f",
         "4cf6fa77ec7f",
         "d1bf022b6cfb",
+        "9baa98782ee3",  # more files than contents are read of
     ]
 
 
@@ -612,6 +632,9 @@ def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monk
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, f=real: (done.append(n), f(*a)))
+    os.close(free := os.dup(0))
     with replacing(tmp_path / "x") as file:
         file.write(b"x")
+    os.close(descriptor := os.dup(0))
+    assert descriptor == free  # a run of many checkpoints would use up the open files
     assert done == ["fsync", "replace", "fsync"]
