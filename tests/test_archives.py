@@ -1,5 +1,6 @@
 """Images from lists and archives, against the same images in a folder."""
 
+import contextlib
 import gzip
 import os
 import pickle
@@ -338,6 +339,8 @@ def test_shards_packed_by_their_names_are_not_classes(own, tmp_path):
 
 
 def test_images_beside_the_tars_in_a_tar_are_taken_too(own, tmp_path):
+    for path in list((own / "train").rglob("*.png")):
+        path.rename(path.with_suffix(".JPEG"))  # as ImageNet's
     parts = pack_in_parts(own / "train", tmp_path / "parts", "tar", True)
     (parts / "b.tar").rename(parts / "b.TAR")
     (parts / "c.tar").unlink()
@@ -640,6 +643,15 @@ def test_archives_joined_by_cat_are_refused(own, tmp_path):
         open_training_images(Source(str(joined)))
     joined.write_bytes(first.read_bytes() + bytes(3 << 20))
     assert len(open_training_images(Source(str(joined)))) == len(open_training_images(Source(str(first))))
+
+
+def test_only_images_in_a_zip_have_to_be_compressed_in_the_usual_way(own, tmp_path):
+    path = pack(tmp_path / "x.zip", own / "train")
+    for name, message in (("notes.txt", ""), ("A.PNG", "compressed by LZMA: A.PNG ")):
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, b"words", zipfile.ZIP_LZMA)
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            assert len(open_training_images(Source(str(path)))) == 12
 
 
 def test_an_archive_that_is_cut_later_is_an_unreadable_image(own, tmp_path):

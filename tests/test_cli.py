@@ -1,4 +1,5 @@
 import argparse
+import errno
 import importlib
 import os
 import shlex
@@ -19,7 +20,7 @@ import main_dino
 import visualize_attention
 from support import cli
 from support.cli import bool_flag
-from support.errors import ImageError, Interrupted, UserError
+from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
 from tests.conftest import ROOT
 
 
@@ -29,6 +30,7 @@ from tests.conftest import ROOT
         (KeyboardInterrupt(), 130, "stopped: at once, by Ctrl-C: run the same command"),
         (MemoryError("Unable to allocate 8 PiB"), 1, "error: out of memory: Unable to allocate 8 PiB: lower"),
         (RuntimeError("MPS backend out of memory (x)"), 1, "error: out of memory: MPS backend"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory: DefaultCPU"),
         (OSError(12, "Cannot allocate memory", "/x"), 1, "error: out of memory: [Errno 12] Cannot allocate"),
         (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device (/x): correct"),
         (RuntimeError("Could not determine home directory."), 2, "error: no home directory for a path that"),
@@ -94,15 +96,43 @@ def test_the_one_that_knows_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(cli.as_user_error(MemoryError("no room"), argparse.Namespace(batch_size_per_gpu=4)))
     cli.say(ImageError("cannot read image"))
-    cli.say(UserError("all of them know"))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: out of memory: no room: lower") and second == "error: cannot read image"
+    for own in (OSError(28, "No space left on device"), RuntimeError("DataLoader worker (pid 7) is killed")):
+        cli.say(cli.as_user_error(own))
+    cli.say(WrongFormat("4 channels, not 3"))
+    for shared in (UserError("all of them know"), cli.as_user_error(torch.distributed.DistNetworkError("x"))):
+        cli.say(shared)
+    cli.say_once("warning: of the first process")
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "out of memory", "cannot read image", "No space left on device", "a data-loading worker died",
+        "4 channels, not 3",
+    ]  # fmt: skip
 
 
 def test_who_does_not_know_its_rank_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "x"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(UserError("no such folder"))
     assert capsys.readouterr().err == "error: no such folder\n"
+
+
+def test_an_error_of_a_worker_is_the_last_line_of_its_traceback(capsys):
+    text = "Caught ImageError in DataLoader worker process 0.\n  raise\nsupport.errors.ImageError: broken (x)"
+    cli.say(ImageError(text))
+    assert capsys.readouterr().err == "error: broken (x)\n"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_an_image_is_not_to_blame_for_what_the_machine_lacks(number):
+    assert lacks_resources(OSError(number, os.strerror(number)))
+    assert not lacks_resources(OSError(errno.EIO, "Input/output error"))
+
+
+@pytest.mark.parametrize("name", ["a/file", "~/a/file"])
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path), monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.make_folder(os.path.dirname(name)).resolve() == tmp_path / "a"
+    (tmp_path / "a" / "file").write_text("")
+    with pytest.raises(UserError, match=rf"File exists \(--preview {name}\): choose another"):
+        cli.make_folder(name, "preview")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -202,6 +232,8 @@ def test_help_shows_defaults_where_there_are_some(capsys, monkeypatch):
         (cli.number(float, above=0, at_most=1), "1.01", "must be at most 1, not 1.01"),
         (cli.number(float), "nan", "must be finite, not nan"),
         (cli.number(float), "inf", "must be finite, not inf"),
+        (cli.seed, "-1", "must be at least 0, not -1"),
+        (cli.seed, str(2**63), f"must be below {2**63}"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_where_the_flag_is_declared(number, text, words, capsys):
@@ -218,6 +250,7 @@ def test_a_number_within_its_range_is_taken():
     parser = cli.ArgumentParser()
     parser.add_argument("--flag", type=cli.number(int, at_least=1))
     assert parser.parse_args(["--flag", "7"]).flag == 7 and parser.parse_args([]).flag is None
+    assert cli.seed(str(2**63 - 1)) == 2**63 - 1
 
 
 def test_a_size_is_one_length_or_two(capsys):
@@ -274,12 +307,14 @@ def test_a_line_is_split_as_in_a_shell():
         cli.split_line("--data_path 'my images")
 
 
-def test_flags_of_a_file_stand_where_its_name_stands(tmp_path):
+def test_flags_of_a_file_stand_where_its_name_stands(tmp_path, monkeypatch):
     (tmp_path / "one").write_bytes(b"\xef\xbb\xbf# with a mark of the encoding\r\n\r\n--seed\r\n5\r\n")
     file = f"@{tmp_path}/one"
     assert main_dino.parse_args([file]).seed == 5
     assert main_dino.parse_args(["--seed", "3", file]).seed == 5  # the last one counts
     assert main_dino.parse_args([file, "--seed=3"]).seed == 3
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main_dino.parse_args(["@~/one"]).seed == 5  # a shell does not replace this one
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
@@ -355,6 +390,12 @@ def test_a_list_given_twice_is_named_since_only_the_last_counts(tmp_path, capsys
             "argument --epochs: 'x' is not a whole number ({file}, line 1 or the command line): see --help",
         ),
         ("--sed 3", "unrecognized arguments: --sed 3: did you mean --seed, --std?"),
+        ("--Save-Every=8", "unrecognized arguments: --Save-Every=8: did you mean --save_every_steps?"),
+        (
+            "--l 8",
+            "unrecognized arguments: --l 8: did you mean --lr, --local_crops_number, --local_crops_scale?",
+        ),
+        ("--=8", "unrecognized arguments: --=8: see --help"),
     ],
 )
 def test_an_error_of_the_command_line_is_not_blamed_on_the_file(flags, message, tmp_path, capsys):
