@@ -458,7 +458,7 @@ def test_arguments_written_to_a_file_are_read_as_they_were(tmp_path_factory, **v
 
 def test_paths_of_any_bytes_and_with_spaces_are_written_too(tmp_path):
     parser, path = every_kind_of_flag(), os.fsdecode(b"my \xff images")
-    args = parser.parse_args(["--path", path, "--paths", "a b", "c#d", "--pair", "0", "1"])
+    args = parser.parse_args(["--path", path, "--text=-a b", "--paths", "a b", "c#d", "--pair", "0", "1"])
     text = cli.argument_file(args, parser)
     (tmp_path / "args").write_bytes(text.encode(errors="surrogateescape"))
     assert parser.parse_args([f"@{tmp_path}/args"]) == args
