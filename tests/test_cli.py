@@ -135,6 +135,12 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_flag(name, tmp_path, mon
         cli.make_folder(name, "preview")
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(permissions):
+    os.mkdir("closed", 0o500)
+    with pytest.raises(UserError, match=r"Permission denied \(--output_dir closed\): choose another"):
+        cli.make_folder("closed")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize(
     ("resumable", "code", "said"),
@@ -458,7 +464,7 @@ def test_arguments_written_to_a_file_are_read_as_they_were(tmp_path_factory, **v
 
 def test_paths_of_any_bytes_and_with_spaces_are_written_too(tmp_path):
     parser, path = every_kind_of_flag(), os.fsdecode(b"my \xff images")
-    args = parser.parse_args(["--path", path, "--text=-a b", "--paths", "a b", "c#d", "--pair", "0", "1"])
+    args = parser.parse_args(["--path", path, "--text=-a", "--paths", "a b", "c#d", "--pair", "0", "1"])
     text = cli.argument_file(args, parser)
     (tmp_path / "args").write_bytes(text.encode(errors="surrogateescape"))
     assert parser.parse_args([f"@{tmp_path}/args"]) == args
