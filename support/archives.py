@@ -193,6 +193,11 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"  # companion files that a Mac adds to a zip
 
 
+def _in_hidden(path: str) -> bool:
+    """Whether a member, or a folder above it, is hidden."""
+    return any(map(_is_hidden, path.split("/")))
+
+
 def _tree(names: list[str]) -> Tree:
     """Sort members into folders."""
     contents: dict[str, tuple[list[str], set[str]]] = {"": ([], set())}
@@ -232,12 +237,9 @@ def _without_own_folder(index: Index, stem: str) -> Index:
     """Leave out a folder that is called as the archive and holds everything, as in x.zip with x/..."""
     own = f"{stem}/"
 
-    def shown(name: str) -> bool:
-        return not any(map(_is_hidden, name.split("/")))
-
     # The cheap test first, since an archive may have millions of names.
-    holds_everything = all(name.startswith(own) or not shown(name) for name in index.names)
-    if not holds_everything or not any(map(shown, index.names)):
+    holds_everything = all(name.startswith(own) or _in_hidden(name) for name in index.names)
+    if not holds_everything or all(map(_in_hidden, index.names)):
         return index
     names = [name.removeprefix(own) for name in index.names]
     kept = [row for row, name in enumerate(names) if name]
@@ -263,7 +265,7 @@ def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
         prefix + name for prefix, (_, index) in zip(prefixes, parts, strict=True) for name in index.names
     ]
     files = [name for name in names if not name.endswith("/")]
-    if twice := [name for name, count in Counter(files).items() if count > 1]:
+    if twice := [name for name, count in Counter(files).items() if count > 1 and not _in_hidden(name)]:
         raise UserError(f"two archives contain {twice[0]}", where, "remove one of them")
     folders = list(filter(None, prefixes))  # a class without images has a folder too
     places = [*(index.places for _, index in parts), np.zeros((len(folders), 5), np.int64)]
@@ -280,7 +282,7 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may restore the first
-        key = f"8\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        key = f"9\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:
@@ -318,7 +320,11 @@ def _index(file: IO[bytes], path: str, size: int) -> Index:
         raise UserError("a compressed tar cannot be read in place", path, fix)
     places = _zip_places(file, path, size) if path.lower().endswith(".zip") else _tar_places(file, path, size)
     parts = []
-    for name in [name for name in places if name.lower().endswith(".tar") and places[name][3] == TAR]:
+    inner_tars = [
+        name for name, (_, _, length, how) in places.items()
+        if name.lower().endswith(".tar") and how == TAR and length != UNKNOWN and not _in_hidden(name)
+    ]  # fmt: skip
+    for name in inner_tars:
         start, stored, *_ = places.pop(name)
         stem, inner = Path(name).stem, _tar_places(file, f"{path}, {name}", start + stored, start)
         parts.append((stem, _as_index(inner)))
@@ -347,6 +353,7 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
         while tar.offset > start and (member := tar.next()):  # Python 3.10 fails in a tar without members
             tar.members.clear()  # type: ignore[attr-defined]  # about a kilobyte for each
             name = _clean(member.name)
+            links.pop(name, None)  # the last member of a name counts
             if member.offset_data + member.size * member.isreg() > end:
                 raise UserError(f"archive is cut short in {name}", path, fix)
             if member.isdir() and name:
@@ -387,7 +394,7 @@ def _resolve(links: dict[str, str], places: Places, path: str, fix: str) -> None
     folders |= {str(above) for folder in folders for above in PurePosixPath(folder).parents}
     for name, target in links.items():
         if target and target in folders and not name.startswith(f"{target}/"):  # which would be a loop
-            if not any(map(_is_hidden, name.split("/"))):
+            if not _in_hidden(name):
                 raise UserError(f"{name} is a link to a folder with images", path, fix)
 
 
@@ -422,6 +429,7 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
         raise UserError(what, path, "download or pack it again") from None
     for member in members:
         name = _clean(_zip_name(member))
+        links.pop(name, None)  # the last member of a name counts
         if member.is_dir() and name:
             places[f"{name}/"] = (0, 0, 0, STORED)
             continue

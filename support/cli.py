@@ -80,7 +80,7 @@ class ArgumentParser(argparse.ArgumentParser):
         where = "" if places == [COMMAND_LINE] else " or ".join(places)
         fix = "see --help"
         if message.startswith("unrecognized") and (unknown := re.match(r"--\w[\w-]*", words[0])):
-            known = [flag for action in self._actions for flag in action.option_strings]
+            known = [action.option_strings[0] for action in self._actions if action.option_strings]
             fix = nearest(f"--{unknown[0][2:].replace('-', '_').lower()}", known, otherwise=fix)
         exit_with(UserError(message, where, fix))
 

@@ -351,6 +351,46 @@ def test_images_beside_the_tars_in_a_tar_are_taken_too(own, tmp_path):
     assert zipped.classes == ["c"] and zipped.left_out == {".tar": 2}
 
 
+def test_hidden_files_among_shards_are_no_obstacle(own, tmp_path):
+    """A Mac adds companions of tars to a tar of them, and .DS_Store to each folder."""
+    for name in "ab":
+        folder = tmp_path / f"shard-{name}"
+        shutil.copytree(own / "train" / name, folder / name)
+        (folder / ".DS_Store").write_bytes(b"x")
+        pack(tmp_path / "tars" / f"{name}.tar", folder)
+    assert open_any_images(Source(str(tmp_path / "tars"))).classes == ["a", "b"]
+    hidden = tmp_path / "tars" / ".old"
+    hidden.mkdir()
+    shutil.copy(tmp_path / "tars" / "a.tar", hidden)
+    (tmp_path / "tars" / "._a.tar").write_bytes(b"a companion")
+    (tmp_path / "tars" / "missing.tar").symlink_to("/nowhere/missing.tar")
+    tar = str(pack(tmp_path / "x.tar", tmp_path / "tars"))
+    assert open_any_images(Source(tar)).classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_the_last_member_of_a_name_counts(own, tmp_path, kind):
+    """As in unpacking; `tar --update` appends a file that has taken the place of a link."""
+    folder = own / "train" / "a"
+    path = tmp_path / f"x.{kind}"
+    if kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            archive.add(folder / "000.png", "000.png")
+            link = tarfile.TarInfo("b.png")
+            link.type, link.linkname = tarfile.LNKTYPE, "000.png"
+            archive.addfile(link)
+            archive.add(folder / "001.png", "b.png")
+    else:
+        with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+            archive.write(folder / "000.png", "000.png")
+            link = zipfile.ZipInfo("b.png")
+            link.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(link, "000.png")
+            archive.write(folder / "001.png", "b.png")
+    last, expected = (open_any_images(Source(str(place))).pixels(1) for place in (path, folder))
+    assert torch.equal(last, expected)
+
+
 def test_an_archive_among_images_is_left_out(own, tmp_path):
     """Also in a folder that is called as an archive is."""
     shutil.move(own / "train", tmp_path / "train.tar")

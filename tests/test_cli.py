@@ -396,10 +396,13 @@ def test_a_list_given_twice_is_named_since_only_the_last_counts(tmp_path, capsys
             "argument --epochs: 'x' is not a whole number ({file}, line 1 or the command line): see --help",
         ),
         ("--sed 3", "unrecognized arguments: --sed 3: did you mean --seed, --std?"),
-        ("--Save-Every=8", "unrecognized arguments: --Save-Every=8: did you mean --save_every_steps?"),
+        (
+            "--Save-Ev=8",
+            "unrecognized arguments: --Save-Ev=8: did you mean --save_every_steps, --saveckp_freq, --seed?",
+        ),
         (
             "--l 8",
-            "unrecognized arguments: --l 8: did you mean --lr, --local_crops_number, --local_crops_scale?",
+            "unrecognized arguments: --l 8: did you mean --lr, --local_rank, --local_crops_size?",
         ),
         ("--=8", "unrecognized arguments: --=8: see --help"),
     ],
