@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_knn
 import main_dino
+import utils
 from support import backbones, cli
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.data import ImageFiles, Source, open_training_images
@@ -132,9 +134,14 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--data_path {images} --preview {images}/p.png", "would become one of the images"),
         ("--data_path docs {images} --preview {images}/p.png", "would become one of the images"),
         ("--data_path docs --preview {images}/p.png", "no images found"),
+        ("--data_path {images} --preview {images}/p.png --blur_sigma 2 1", "MIN is larger than MAX"),
         ("--data_path {images} --local_crops_number -1", "must be at least 0, not -1"),
         ("--data_path {images} --teacher_temp 0", "must be above 0, not 0"),
         ("--data_path {images} --arch vit_smal --batch_size_per_gpu 99", "did you mean vit_small"),
+        (
+            "--data_path {images} --arch vit_tiny_patch16_224 --local_crops_size 20",
+            "vit_tiny_patch16_224 takes no images of 20 pixels",
+        ),
         ("--data_path {images} --mean 124 116 104", r"must be from 0 to 1 \(--mean 124.*by 255"),
         ("--data_path {images} --std 58 57 57", r"must be from 0 to 1 \(--std 58"),
         ("--demo --init_from x.pth", r"starts from random weights \(--init_from x.pth\): leave it out"),
@@ -231,6 +238,9 @@ def test_the_recipes_flags_reach_the_views():
         ("--demo --local_crops_number 0 --solarize_p 0 0.2 0", []),
         ("--dist_url tcp://localhost:9999", ["dist_url"]),
         ("--epochs 20 --knn_every 21 --knn_data x", ["knn_every"]),
+        ("--epochs 20 --knn_every 20 --knn_data x", []),
+        ("--jitter 0.4 0.4 0.2 0.5 --mean 0 0 0 --std 1 1 1", []),  # at their limits
+        ("--in_chans 1 --gray_p 0 --jitter 0.5 0.5 0.2 0.1", []),  # nor said of what is off or the default
         ("--warmup_teacher_temp_epochs 3", ["warmup_teacher_temp_epochs"]),
     ],
 )
@@ -368,12 +378,13 @@ def test_the_preview_ends_without_a_run_and_keeps_files_of_others(images, tmp_pa
     assert file.read_bytes() == before
 
 
-def test_the_preview_names_an_image_that_cannot_be_read(tmp_path, capsys):
+def test_the_preview_names_an_image_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     save_images(tmp_path / "data", 3)
     (tmp_path / "data" / "broken.png").write_bytes(b"no image")
-    main_dino.main(
-        main_dino.parse_args([*TINY, "--data_path", f"{tmp_path}/data", "--preview", f"{tmp_path}/p.png"])
-    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = "--data_path", f"{tmp_path}/data", "--in_chans", "1", "--preview", "~/p.PNG"
+    main_dino.main(main_dino.parse_args([*TINY, *flags]))
+    assert (tmp_path / "p.PNG").is_file()
     assert re.search(r"warning: another image replaces .*broken\.png \(", capsys.readouterr().out)
 
 
@@ -497,7 +508,7 @@ def test_teacher_is_a_frozen_copy_without_drop_path():
     student, teacher = training.student, training.teacher
     torch.testing.assert_close(teacher.state_dict(), student.state_dict())
     assert not any(p.requires_grad for p in teacher.parameters()) and teacher.training
-    assert student.backbone.blocks[-1].drop_path.p == 0.5
+    assert student.backbone.blocks[-1].drop_path.p == 0.5 and utils.has_batchnorms(student.head)
     assert all(block.drop_path.p == 0 for block in teacher.backbone.blocks)
 
 
@@ -516,7 +527,7 @@ def test_a_seed_gives_the_weights_that_it_gave_in_earlier_versions():
 
 def test_schedules_run_between_their_ends():
     args = main_dino.parse_args(["--lr", "0.002", "--epochs", "20"])
-    schedules = main_dino.build_schedules(args, main_dino.Steps(256, 256, per_epoch=5, last=100))
+    schedules = main_dino.build_schedules(args, main_dino.Steps(128, 256, per_epoch=5, last=100))
     assert {len(values) for values in schedules.values()} == {100}
     lr, wd, momentum = schedules["lr"], schedules["wd"], schedules["momentum"]
     assert lr[0] == 0 and lr.argmax() == 49 and lr.max() == pytest.approx(0.002)
@@ -551,6 +562,14 @@ def test_only_fp16_scales_the_loss(precision, scales):
         args, torch.device("cpu"), main_dino.count_steps(args, 20), resumes=False
     )
     assert training.scaler.is_enabled() == scales
+
+
+def test_what_a_gpu_computes_in_no_fixed_order_is_off():
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    args = main_dino.parse_args(TINY)
+    main_dino.build_training(args, torch.device("cpu"), main_dino.count_steps(args, 20), resumes=False)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_images_of_all_ranks_are_counted():
@@ -606,7 +625,7 @@ def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
     records = log_of(tmp_path)
     # The peak rate holds for 256 images a step; the first epoch's linear warm-up averages half of it.
     assert records[0]["train_lr"] == pytest.approx(0.0005 * 4 / 256 / 2)
-    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert [record["epoch"] for record in records] == [0, 1, 2] and records[0]["train_images_per_second"] > 0
     expected = {
         "train_loss",
         "train_lr",
@@ -643,6 +662,7 @@ def test_changed_flags_are_listed_and_refused_until_allowed(images, tmp_path, ca
     out = capsys.readouterr().out
     assert "warning: resuming with batch_size_per_gpu 4 -> 2: a new run would give another result" in out
     assert "note: counted in steps of 2 images, this is step 12\n" in out and "from step 12 to 13" in out
+    assert "\nepoch 1 [ 3/10] loss" in out
     train(*again, "--batch_size_per_gpu", 2, "--num_workers", 1, "--max_steps", 14)  # no change of maths
 
 
@@ -655,6 +675,25 @@ def test_an_epoch_that_larger_batches_have_seen_whole_still_ends_with_its_record
     assert (tmp_path / "checkpoint0000.pth").exists()
 
 
+def test_a_run_that_ends_within_an_epoch_keeps_the_copy_of_the_one_before(images, tmp_path):
+    for steps in (5, 7):
+        train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1, "--max_steps", steps)
+    assert load_checkpoint(tmp_path / "checkpoint0000.pth")["step"] == 5
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 7
+
+
+def test_a_stopped_run_that_cannot_be_saved_does_not_say_that_it_is(images, tmp_path, monkeypatch):
+    class Stop(CollapseWatch):
+        def __call__(self, numbers):
+            (tmp_path / "checkpoint.pth").touch()
+            (tmp_path / "checkpoint_prev.pth").mkdir(exist_ok=True)  # so it cannot be moved there
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(main_dino, "CollapseWatch", Stop)
+    with pytest.raises(TrainingError, match="cannot save: Is a directory .*checkpoint.pth"):
+        train("--data_path", images, "--output_dir", tmp_path)
+
+
 def test_a_changed_number_of_images_is_named(tmp_path):
     save_images(tmp_path / "data", 8)
     train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 1)
@@ -663,12 +702,18 @@ def test_a_changed_number_of_images_is_named(tmp_path):
         train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
 
 
-def test_another_precision_and_renamed_images_do_not_resume(tmp_path):
+def test_another_precision_fewer_processes_and_renamed_images_do_not_resume(tmp_path):
     save_images(tmp_path / "data", 8)
     flags = "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps"
     train(*flags, 1)
     with pytest.raises(UserError, match=r"dtype torch.float32 -> torch.bfloat16"):
         train(*flags, 2, "--precision", "bf16")
+    path = tmp_path / "out" / "checkpoint.pth"
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(checkpoint | {"identity": checkpoint["identity"] | {"world_size": 2}}, path)
+    with pytest.raises(UserError, match=r"run to resume: world_size 2 -> 1 "):
+        train(*flags, 2)
+    save_checkpoint(checkpoint, path)
     (tmp_path / "data" / "000.png").rename(tmp_path / "data" / "zzz.png")
     with pytest.raises(UserError, match=r"digest of the images"):
         train(*flags, 2)
@@ -740,6 +785,17 @@ def test_a_published_checkpoint_does_not_resume_with_what_is_not_in_it(images, t
     with pytest.raises(UserError, match="centering ema -> none, adapt_teacher_temp 0.0 -> 2.0 "):
         train(*flags, "--centering", "none", "--adapt_teacher_temp", 2)
     train(*flags, "--max_steps", 2)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "optimizer"])
+def test_a_checkpoint_without_what_a_training_needs_does_not_resume(images, tmp_path, name):
+    flags = "--data_path", images, "--output_dir", tmp_path
+    train(*flags, "--max_steps", 1)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+    del checkpoint[name]
+    save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=f"checkpoint lacks {name} .*: give another --output_dir"):
+        train(*flags, "--max_steps", 2)
 
 
 def test_each_epoch_is_counted_and_averaged_by_itself(tmp_path):
@@ -838,10 +894,11 @@ def test_threads_are_those_of_the_flag(images, tmp_path):
         torch.set_num_threads(before)
 
 
-def mean_gradient(images, precision: str) -> torch.Tensor:
+def mean_gradient(images, precision: str, clip: str = "0.01") -> torch.Tensor:
     """AdamW's first moments after two steps whose gradients were clipped."""
-    flags = "--warmup_epochs 0 --drop_path_rate 0 --freeze_last_layer 0 --clip_grad 0.01 --precision"
-    args = main_dino.parse_args([*TINY, *flags.split(), precision, "--data_path", str(images)])
+    flags = "--warmup_epochs 0 --drop_path_rate 0 --freeze_last_layer 0 --precision"
+    flags = [*flags.split(), precision, "--clip_grad", clip, "--data_path", str(images)]
+    args = main_dino.parse_args([*TINY, *flags])
     cpu, data = torch.device("cpu"), open_training_images(Source.of(args))
     steps = main_dino.count_steps(args, len(data))
     fix_random_seeds(0)
@@ -857,6 +914,11 @@ def mean_gradient(images, precision: str) -> torch.Tensor:
 def test_loss_scaling_is_undone_before_gradients_are_clipped(images):
     exact, half = (mean_gradient(images, precision) for precision in ("fp32", "fp16"))
     assert (half - exact).norm() < 0.05 * exact.norm()
+
+
+def test_no_limit_of_gradients_is_one_that_none_reaches(images):
+    free, limited = (mean_gradient(images, "fp32", clip) for clip in ("0", "1e9"))
+    assert free.any() and torch.equal(free, limited)
 
 
 def test_the_demos_own_values_are_not_named_as_without_effect(capsys):
@@ -1039,6 +1101,15 @@ def test_a_loss_that_is_not_finite_at_once_after_a_restart_is_advised_the_checkp
     assert math.isfinite(log_of(tmp_path)[-1]["train_loss"])
 
 
+def test_batch_norms_on_gpus_see_the_images_of_all_processes(monkeypatch):
+    monkeypatch.setattr(main_dino, "get_world_size", lambda: 2)
+    networks = main_dino.build_networks(main_dino.parse_args([*TINY, "--use_bn_in_head", "true"]))
+    main_dino.synchronize_batchnorms(networks, torch.device("cuda"))
+    for network in networks:
+        norms = [module for module in network.modules() if "BatchNorm" in type(module).__name__]
+        assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+
+
 def test_batch_norm_that_would_get_one_value_per_channel_is_refused_before_the_training(images, tmp_path):
     flags = ["--data_path", images, "--output_dir", tmp_path, "--arch", "resnet18", "--max_steps", "1"]
     flags += ["--local_crops_number", "1", "--batch_size_per_gpu"]
@@ -1046,6 +1117,25 @@ def test_batch_norm_that_would_get_one_value_per_channel_is_refused_before_the_t
     with pytest.raises(UserError, match=words):
         train(*flags, "1")
     train(*flags, "2")
+
+
+def test_a_check_of_batch_norms_leaves_the_network_as_it_is():
+    flags = "--arch resnet18 --batch_size_per_gpu 1 --local_crops_number 1 --local_crops_size 64"
+    args = main_dino.parse_args([*TINY, *flags.split()])
+    backbone, _ = backbones.build_backbone("resnet18")
+    before = copy.deepcopy(backbone.state_dict())
+    main_dino.check_batch_norms(backbone, args, torch.device("cpu"))
+    torch.testing.assert_close(backbone.state_dict(), before, rtol=0, atol=0)
+
+
+def test_one_hundredth_of_many_images_may_be_unreadable(images, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(main_dino, "Monitor", lambda *args: limits.append(args[0]) or Monitor(*args))
+    for count in (900, 1200):
+        (tmp_path / "list.txt").write_text(f"{next(images.glob('*.png'))}\n" * count)
+        flags = "--data_path", tmp_path / "list.txt", "--output_dir", tmp_path / f"{count}"
+        train(*flags, "--max_steps", 1)
+    assert limits == [9, 12]
 
 
 def test_unreadable_images_do_not_end_a_run_until_they_are_many(tmp_path, capsys):
