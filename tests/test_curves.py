@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import main_dino
@@ -26,6 +27,25 @@ def test_the_curves_show_what_the_log_says(tmp_path):
     two = drawn(tmp_path, RECORD, RECORD | {"epoch": 1, "train_loss": 2.0})
     assert one.size == two.size and one.tobytes() != two.tobytes()
     assert drawn(tmp_path, RECORD).tobytes() == one.tobytes()
+
+
+def test_each_panel_has_its_numbers_over_the_epochs_from_1(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda own, *args, **kw: figures.append(own) or savefig(own, *args, **kw)
+    )
+    records = [RECORD | {"epoch": i, "train_loss": 3.0 - i, "knn_student": 40.0 + i} for i in (0, 1)]
+    for record in records:
+        del record["train_momentum"]  # a panel without numbers is left out
+    drawn(tmp_path, *records)
+    shown = {axes.get_title(): axes for axes in figures[0].axes if axes.axison}
+    assert list(shown) == [title for title, _ in main_dino.PANELS if "momentum" not in title]
+    for title, expected in (
+        ("loss", {"loss": [[1, 3], [2, 2]]}),
+        ("k-NN, %", {"teacher": [[1, 50], [2, 50]], "student": [[1, 40], [2, 41]]}),
+    ):
+        assert {line.get_label(): line.get_xydata().tolist() for line in shown[title].lines} == expected
+        assert bool(shown[title].get_legend()) == (len(expected) > 1)
 
 
 def test_lines_of_others_and_a_log_without_knn_are_drawn_as_well(tmp_path):

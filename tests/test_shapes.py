@@ -21,6 +21,8 @@ def test_an_image_is_the_same_in_any_size(scene):
             Shapes("val", 5, scene._replace(size=size)).draw(i) for size in (64, 256)
         )
         reduced = np.asarray(Image.fromarray(large[0]).reduce(4), float)
+        item = Shapes("val", 5, scene._replace(size=64))[i]
+        assert item[0].tobytes() == pixels.tobytes() and item[1] == label
         assert label == large[1] and np.abs(pixels - reduced).mean() < 8
         assert (mask != large[2][2::4, 2::4]).mean() < 0.02
 
@@ -29,6 +31,25 @@ def test_classes_are_balanced():
     shapes = Shapes("train", 800)
     counts = np.bincount([shapes[i][1] for i in range(800)], minlength=8)
     assert counts.min() > 60 and counts.max() < 140
+
+
+def test_the_texture_is_as_its_class_is_called():
+    """Fine is steeper than broad; stripes have one direction, which differs from image to image."""
+    steep, aligned, angles = {}, {}, []
+    for name in Shapes.classes:
+        found = []
+        for seed in range(8):
+            tone = Shapes("val", 1)._texture(np.random.default_rng(seed), name, np.array([48.0, 48.0]))
+            down, right = np.gradient(tone)
+            found.append((right + 1j * down) ** 2)  # opposite slopes have the same square
+        steep[name] = np.abs(found).mean()
+        aligned[name] = np.mean([abs(squares.mean()) / np.abs(squares).mean() for squares in found])
+        angles += [np.angle(squares.mean()) for squares in found] if name == "stripes" else []
+    for kind in ("stripes", "checks"):
+        assert 1.5 * steep[f"broad {kind}"] < steep[kind] < steep[f"fine {kind}"] / 1.5
+        assert (aligned[kind] > 0.5) == (kind == "stripes") and (aligned[kind] < 0.3) == (kind == "checks")
+    assert steep["blobs"] < steep["fine blobs"] / 1.5 and aligned["blobs"] < 0.5
+    assert np.abs(np.exp(1j * np.array(angles)).mean()) < 0.7
 
 
 def test_the_mask_is_the_object():
@@ -61,8 +82,9 @@ def test_brightness_says_nothing_about_the_class():
     for i in range(400):
         pixels, label, mask = shapes.draw(i)
         brightness[label].append(pixels[mask].mean())
-    means = [np.mean(values) for values in brightness]
-    assert max(means) - min(means) < 10  # grey levels of 255
+    for statistic in (np.mean, np.std):
+        found = [statistic(values) for values in brightness]
+        assert max(found) - min(found) < (10 if statistic is np.mean else 5)  # grey levels of 255
 
 
 def test_unknown_split():
