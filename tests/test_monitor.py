@@ -2,6 +2,7 @@ import math
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -127,7 +128,8 @@ def test_unreadable_images_are_named_once_and_counted(capsys):
     assert guard.unreadable == 3
     out = capsys.readouterr().out
     assert out.count("image 5") == 1 and out.count("image 6") == 1
-    with pytest.raises(UserError, match="4 images"):
+    words = r"4 images of this epoch cannot be read \(--data_path\): repair or remove these images"
+    with pytest.raises(UserError, match=words):
         guard.check(2, good, torch.tensor([7]))
     guard.start_epoch()
     guard.check(3, good, torch.tensor([7]))
@@ -150,6 +152,23 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_stops_at_once(tmp_path, capfd):
             monitor.raise_if_stopped(2, 3, tmp_path)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_a_signal_to_another_process_stopped_says_so(tmp_path):
+    with pytest.raises(Interrupted, match="by a signal to another process, saved step 2 of 3"):
+        Monitor(10).raise_if_stopped(2, 3, tmp_path)
+
+
+def test_a_training_in_another_thread_leaves_signals_alone():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def enter() -> bool:
+        with Monitor(10) as monitor:
+            return monitor.stop_asked()
+
+    with ThreadPoolExecutor(1) as threads:
+        assert not threads.submit(enter).result()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
