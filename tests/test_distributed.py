@@ -124,7 +124,7 @@ def test_an_unknown_host_is_named_while_waiting():
     assert re.fullmatch(r"no-such-node.invalid:1: \S.*", distributed._name(("no-such-node.invalid", 1)))
 
 
-@pytest.mark.parametrize("dist_url", ["tcp//host:1", "tcp://host", "tcp://host:port"])
+@pytest.mark.parametrize("dist_url", ["tcp//host:1", "tcp://host", "tcp://host:port", "http://host:1"])
 def test_an_address_that_is_none_is_named(launch, dist_url):
     launch({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(UserError, match=f"not an address .--dist_url {dist_url}.: write tcp://HOST:PORT"):
@@ -153,6 +153,51 @@ def test_jobs_steps_and_attempts_take_different_ports(monkeypatch):
         ports.add(os.environ["MASTER_PORT"])
     monkeypatch.delenv("MASTER_PORT")
     assert len(ports) == 4
+
+
+def test_the_first_node_of_a_step_is_found_by_its_address(launch, tmp_path, monkeypatch):
+    """Its name need not resolve."""
+    scontrol = tmp_path / "scontrol"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for known, expected in (("NodeAddr=10.0.0.7", "10.0.0.7"), ("", "node1")):
+        launch(SLURM | STEP | {"MASTER_ADDR": "", "MASTER_PORT": ""})
+        answer = (
+            f'[ "$3" = node1 ] && echo "NodeName=node1 {known} NodeHostName=x" || printf "node1\\nnode2\\n"'
+        )
+        scontrol.write_text(f"#!/bin/sh\n{answer}\n")
+        scontrol.chmod(0o755)
+        distributed._set_slurm_address()
+        assert os.environ["MASTER_ADDR"] == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "gpus", "expected"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, 4, "cuda:1"),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, 4, "cuda:1"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 1, "cuda:0"),
+        ({}, 2, "cuda:0"),
+        (
+            {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            2,
+            r"4 processes for 2 GPUs .torchrun.: start one process per GPU",
+        ),
+    ],
+)
+def test_each_process_takes_its_own_gpu(launch, monkeypatch, env, gpus, expected):
+    """Where each sees one only, that one."""
+    launch(env)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if "processes" in expected:
+        with pytest.raises(UserError, match=expected) as error:
+            distributed.choose_device()
+        assert not error.value.alone  # the first process of each machine says it
+    else:
+        assert distributed.choose_device() == torch.device(expected)
+        assert chosen == [torch.device(expected)]
 
 
 def test_the_published_call_is_accepted(launch):
@@ -195,10 +240,19 @@ def test_a_torch_without_distributed_trains(images, tmp_path):
 # ---- rendezvous
 
 
-def test_processes_that_do_not_come_are_not_waited_for(capsys):
+@pytest.mark.parametrize(
+    ("env", "advice"),
+    [
+        ({}, "have they all been started?"),
+        ({"RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "have they all been started?"),  # torchrun's
+        ({"RANK": "0"}, "start them, or unset RANK and WORLD_SIZE"),
+    ],
+)
+def test_processes_that_do_not_come_are_not_waited_for(launch, capsys, env, advice):
+    launch(env)
     with pytest.raises(TimeoutError, match="waited 0.1 s for 1 of 2 processes .here."):
         distributed._fresh_store(dist.HashStore(), 0, 2, "here", patience=0.1, silent=0)
-    assert capsys.readouterr().err.startswith("waiting for 1 of 2 processes (here): ")
+    assert capsys.readouterr().err == f"waiting for 1 of 2 processes (here): {advice}\n"
 
 
 @pytest.mark.slow
@@ -215,6 +269,13 @@ def test_a_wait_for_processes_is_said_and_a_signal_ends_it(rank, images, tmp_pat
     wait_for_words(words, said, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
+
+
+def test_a_file_is_a_place_to_meet(launch, tmp_path):
+    launch({})
+    store = distributed.meet(f"file://{tmp_path}/store", 0, 1)
+    store.set("key", "value")
+    assert store.get("key") == b"value" and (tmp_path / "store").exists()
 
 
 def test_a_port_that_is_in_use_is_named():

@@ -54,10 +54,16 @@ def test_published_flags_and_defaults():
         ("--epochs 0", "argument --epochs: must be at least 1, not 0: see --help"),
         ("--local --dry_run", "a local job has no script (--dry_run): leave out one of --local, --dry_run"),
         ("--shared_dir /proc/x", "No such file or directory (--shared_dir /proc/x): choose another"),
+        ("--shared_dir ~/x", "No such file or directory (--shared_dir /proc/x): choose another"),
+        (  # before anything is submitted
+            "--shared_dir /proc/x --warmup_epochs 101",
+            "too long for --epochs 100 (--warmup_epochs 101): shorten it",
+        ),
         ("--partition_ low", "unrecognized arguments: --partition_ low: did you mean --partition?"),
     ],
 )
-def test_bad_usage_is_one_clear_line(flags, message, capsys):
+def test_bad_usage_is_one_clear_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/proc")
     with pytest.raises(SystemExit) as end:
         cli.run_script(run_with_submitit.main, run_with_submitit.parse_args(["--local", *flags.split()]))
     assert end.value.code == 2
@@ -340,6 +346,22 @@ def test_srun_torchrun(many_images, uninterrupted, tmp_path):
     job.wait_until("COMPLETED")
     assert "2 process(es)" in text_of(job.out)
     assert differences(tmp_path, uninterrupted) == 0
+
+
+def test_the_jobs_own_options_are_in_its_script(tmp_path, monkeypatch):
+    (tmp_path / "srun").touch(0o755)  # submitit looks whether there is one
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    flags = "--nodes 3 --ngpus 4 --timeout 90 --partition low --comment why --use_volta32 --cpus_per_task 7"
+    job, _ = run_with_submitit.parse_args(flags.split())
+    executor = run_with_submitit.slurm_executor(job, tmp_path)
+    assert executor.max_num_timeout == 30  # requeues
+    script = executor._make_submission_file_text("train", "1")
+    for line in (
+        "--nodes=3", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=90", "--partition=low",
+        "--comment=why", "--constraint=volta32", "--cpus-per-task=7", "--signal=USR2@120", "--requeue",
+    ):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in script, (line, script)
+    assert re.search(r"\nsrun .*--cpus-per-task=7 --kill-on-bad-exit=1 ", script), script
 
 
 def test_an_array_is_refused():
