@@ -621,6 +621,8 @@ def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
     }  # fmt: skip
     assert (checkpoint["epoch"], checkpoint["step"]) == (3, 15)
     assert checkpoint["args"]["arch"] == "vit_nano" and type(checkpoint["args"]) is dict
+    normalization = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "value_range": None}
+    assert checkpoint["normalization"] == normalization
     assert checkpoint["dino_loss"]["center"].shape == (1, 64)
     records = log_of(tmp_path)
     # The peak rate holds for 256 images a step; the first epoch's linear warm-up averages half of it.
@@ -804,8 +806,10 @@ def test_each_epoch_is_counted_and_averaged_by_itself(tmp_path):
     train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
     records = log_of(tmp_path / "out")
     assert [record["unreadable"] for record in records] == [1, 1]
-    lr = main_dino.build_schedules(main_dino.parse_args(TINY), main_dino.Steps(4, 4, 2, 4))["lr"]
-    assert [record["train_lr"] for record in records] == pytest.approx(lr.reshape(2, 2).mean(axis=1))
+    schedules = main_dino.build_schedules(main_dino.parse_args(TINY), main_dino.Steps(4, 4, 2, 4))
+    for name, values in schedules.items():
+        means = values.reshape(2, 2).mean(axis=1)
+        assert [record[f"train_{name}"] for record in records] == pytest.approx(means), name
 
 
 def test_an_unreadable_image_of_a_training_is_named_by_its_path(tmp_path, capsys):
@@ -828,17 +832,22 @@ def test_knn_is_measured_every_so_many_epochs(images, labelled, tmp_path):
     assert ["knn_teacher" in record for record in log_of(tmp_path)] == [False, True, False]
 
 
-def test_knn_computes_in_the_precision_of_the_training(images, labelled, tmp_path, monkeypatch):
+def test_knn_is_of_student_and_teacher_in_the_precision_of_the_training(
+    images, labelled, tmp_path, monkeypatch
+):
     seen, accuracy = [], eval_knn.PeriodicKNN.accuracy
 
     def noted(knn, network):
         seen.append(knn.dtype)
-        return accuracy(knn, network)
+        is_student = any(weights.requires_grad for weights in network.parameters())
+        return accuracy(knn, network) + 1000 * is_student
 
     monkeypatch.setattr(eval_knn.PeriodicKNN, "accuracy", noted)
     knn = "--knn_every", 1, "--knn_data", labelled, "--knn_share", 1, "--precision", "bf16"
     train("--data_path", images, "--output_dir", tmp_path, "--epochs", 1, *knn)
     assert seen == [torch.bfloat16] * 2
+    [record] = log_of(tmp_path)
+    assert record["knn_teacher"] <= 100 and record["knn_student"] >= 1000
 
 
 def test_an_unreadable_image_of_knn_data_does_not_end_the_training(images, labelled, tmp_path, capsys):
