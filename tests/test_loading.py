@@ -393,6 +393,13 @@ def test_a_signal_to_the_whole_job_ends_no_process_of_the_loader(method, tmp_pat
     assert (ended.stdout, ended.stderr) == ("begun\n7 True\n", "SIGUSR1: stopping after this step\n")
 
 
+def test_a_batch_is_copied_to_the_device_while_the_one_before_is_used():
+    loaded = []
+    source = (([torch.full((1,), i)], loaded.append(i)) for i in range(3))
+    used = [(views[0].item(), len(loaded)) for views, _ in loading.to_device(source, torch.device("cpu"))]
+    assert used == [(0, 2), (1, 3), (2, 3)]
+
+
 def test_views_of_one_size_travel_as_one_tensor(images):
     """Each tensor costs open files in the worker and in the training."""
     dataset = small_views(images)

@@ -455,6 +455,10 @@ def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys
     assert "--allow_changed_args" not in text  # for one restart
     train(*flags, "--seed", 3, "--max_steps", 3)
     assert "# Changed at step 1: seed 0 -> 3\n" in file.read_text()
+    for name in ("checkpoint", "checkpoint_prev"):
+        (tmp_path / f"{name}.pth").unlink()
+    train(*flags, "--seed", 3, "--max_steps", 3)
+    assert "# Changed" not in file.read_text()  # it is a new run
     file.write_text("# my own\n--seed 5\n")
     train(*flags, "--seed", 3, "--max_steps", 4)
     assert file.read_text() == "# my own\n--seed 5\n"
@@ -684,16 +688,28 @@ def test_a_run_that_ends_within_an_epoch_keeps_the_copy_of_the_one_before(images
     assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 7
 
 
-def test_a_stopped_run_that_cannot_be_saved_does_not_say_that_it_is(images, tmp_path, monkeypatch):
-    class Stop(CollapseWatch):
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_run_that_cannot_be_saved_at_its_end_does_not_say_that_it_is(
+    images, tmp_path, monkeypatch, stopped
+):
+    class Full(CollapseWatch):
         def __call__(self, numbers):
             (tmp_path / "checkpoint.pth").touch()
             (tmp_path / "checkpoint_prev.pth").mkdir(exist_ok=True)  # so it cannot be moved there
-            signal.raise_signal(signal.SIGTERM)
+            if stopped:
+                signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(main_dino, "CollapseWatch", Stop)
+    monkeypatch.setattr(main_dino, "CollapseWatch", Full)
     with pytest.raises(TrainingError, match="cannot save: Is a directory .*checkpoint.pth"):
-        train("--data_path", images, "--output_dir", tmp_path)
+        train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 4 if stopped else 1)
+
+
+def test_prototypes_are_frozen_for_a_fraction_of_an_epoch(images, tmp_path):
+    flags, found = ["--data_path", images, "--output_dir", tmp_path, "--freeze_last_layer", 0.4], []
+    for steps in (1, 2, 3):  # of five; the third is trained
+        train(*flags, "--max_steps", steps)
+        found.append(load_checkpoint(tmp_path / "checkpoint.pth")["student"]["head.last_layer.weight_v"])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_a_changed_number_of_images_is_named(tmp_path):
@@ -844,7 +860,7 @@ def test_knn_is_of_student_and_teacher_in_the_precision_of_the_training(
 
     monkeypatch.setattr(eval_knn.PeriodicKNN, "accuracy", noted)
     knn = "--knn_every", 1, "--knn_data", labelled, "--knn_share", 1, "--precision", "bf16"
-    train("--data_path", images, "--output_dir", tmp_path, "--epochs", 1, *knn)
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 3, *knn)
     assert seen == [torch.bfloat16] * 2
     [record] = log_of(tmp_path)
     assert record["knn_teacher"] <= 100 and record["knn_student"] >= 1000
@@ -1097,6 +1113,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_pa
     assert result.returncode == 1
     assert result.stderr.startswith("error: loss is nan (step ") and "--lr" in result.stderr
     assert (tmp_path / "checkpoint.pth").read_bytes() == good
+
+
+def test_weights_that_a_step_ruined_are_not_saved(images, tmp_path):
+    flags = "--lr", "1e30", "--clip_grad", 0, "--max_steps", 2  # the last loss is still finite
+    with pytest.raises(TrainingError, match="student has weights .*: not saved .*: try --use_fp16 false"):
+        train("--data_path", images, "--output_dir", tmp_path, *flags)
+    assert not (tmp_path / "checkpoint.pth").exists()
 
 
 def test_a_loss_that_is_not_finite_at_once_after_a_restart_is_advised_the_checkpoint_before(images, tmp_path):
