@@ -946,6 +946,11 @@ def test_no_limit_of_gradients_is_one_that_none_reaches(images):
     assert free.any() and torch.equal(free, limited)
 
 
+def test_the_demo_has_its_own_values_for_flags_that_are_not_given():
+    expected = vars(main_dino.parse_args([])) | main_dino.demo_defaults() | {"demo": True, "epochs": 7}
+    assert vars(main_dino.parse_args(["--demo", "--epochs", "7"])) == expected
+
+
 def test_the_demos_own_values_are_not_named_as_without_effect(capsys):
     main_dino.check_args(main_dino.parse_args("--demo --local_crops_number 0 --jitter_p 0".split()))
     assert "no effect" not in capsys.readouterr().out
