@@ -140,6 +140,7 @@ def knn_votes(
             yield first, k, votes.scatter_add_(1, label[:, :k], vote[:, :k])
 
 
+@torch.no_grad()
 def knn_classifier(
     train_features: Tensor,
     train_labels: Tensor,

@@ -198,7 +198,7 @@ class AugmentedImages(Dataset):
 
 
 class LinearClassifier(nn.Module):
-    """Features to class scores: (B, F) -> (B, C)."""
+    """Features to class scores: (B, F), of any shape after B, -> (B, C)."""
 
     def __init__(self, dim: int, num_labels: int = 1000):
         super().__init__()
@@ -207,7 +207,7 @@ class LinearClassifier(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+        return self.linear(x.flatten(1))
 
 
 class LinearClassifiers(nn.ModuleList):

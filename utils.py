@@ -139,6 +139,8 @@ class DataAugmentationDINO:
     pixels, one number for a square or height and width.
     """
 
+    __slots__ = "kinds", "recipe"  # setting another, such as the published `global_transfo1`, is an error
+
     def __init__(
         self,
         global_crops_scale: Sequence[float],
@@ -414,7 +416,7 @@ class DINOLoss(nn.Module):
         """EMA of the teacher's mean output, of (N, K), over the batches of all ranks."""
         if self.centering == "ema":
             mean = all_reduce_mean(teacher_output.mean(dim=0, keepdim=True))
-            self.center.lerp_(mean, 1 - self.center_momentum)
+            self.center = self.center.lerp(mean.to(self.center.dtype), 1 - self.center_momentum)
 
 
 def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
@@ -681,5 +683,4 @@ from support.distributed import (  # noqa: E402, F401
     init_distributed_mode,
     is_main_process,
 )
-from support.logger import MetricLogger, SmoothedValue  # noqa: E402, F401
-from support.published import GaussianBlur, Solarization  # noqa: E402, F401
+from support.published import GaussianBlur, MetricLogger, SmoothedValue, Solarization  # noqa: E402, F401

@@ -24,10 +24,13 @@ from torchvision.ops import StochasticDepth
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> (B, N, D), and the attention itself, (B, h, N, N).
 
-    The attention is None where a fused kernel does not give it.
+    The attention is None where a fused kernel does not give it: with `explicit`, and with forward hooks,
+    that kernel is not used.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+    explicit = False
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
@@ -36,7 +39,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, h, N, D/h); with `cls_only`, only the first token's query."""
-        if cls_only and type(self.qkv) is nn.Linear:  # else an adapter has replaced it, e.g. LoRA
+        if cls_only and _is_plain(self.qkv):  # else an adapter has changed or replaced it, e.g. LoRA
             D, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
             q = F.linear(x[:, :1], weight[:D], None if bias is None else bias[:D])
             k, v = F.linear(x, weight[D:], None if bias is None else bias[D:]).chunk(2, dim=-1)
@@ -56,7 +59,7 @@ class Attention(nn.Module):
         # nothing, and MPS of torch 2.8 to 2.11 computes it wrongly
         # (https://github.com/pytorch/pytorch/issues/181133).
         fused = x.device.type != "cpu" or (q.dtype == torch.float32 and not self.training)
-        if fused and not cls_only:
+        if fused and not (cls_only or self.explicit or self._forward_hooks):
             attention, out = None, F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             attention = self.weights(q, k)
@@ -64,10 +67,16 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2)), attention  # (B, h, N, D/h) -> (B, N, D)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does the product of `nn.Linear` alone: no other class, no hook, no other `forward`."""
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and not changed
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with stochastic depth on both branches: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim, num_heads, mlp_ratio, qkv_bias, drop_path, norm_layer):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias=False, drop_path=0.0, norm_layer=nn.LayerNorm):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1 = norm_layer(dim)
@@ -78,20 +87,35 @@ class Block(nn.Module):
         )
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x: Tensor, *, cls_only: bool = False) -> Tensor:
-        """With `cls_only`, computes the first token only, with the same result: (B, 1, D)."""
+    def forward(self, x: Tensor, return_attention: bool = False, *, cls_only: bool = False) -> Tensor:
+        """With `return_attention`, gives the attention instead, (B, h, N, N).
+
+        With `cls_only`, computes the first token only, with the same result: (B, 1, D).
+        """
+        if return_attention:
+            return self._attention(x)
         given = {"cls_only": True} if cls_only else {}  # another project's attention takes x alone
         attended = self.attn(self.norm1(x), **given)[0]
         x = (x[:, :1] if cls_only else x) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def _attention(self, x: Tensor) -> Tensor:
+        own = [module for module in self.attn.modules() if isinstance(module, Attention)]
+        for module in own:  # no argument, as other projects wrap `attn`, or replace its `forward`
+            module.explicit = True
+        try:
+            return self.attn(self.norm1(x))[1]
+        finally:
+            for module in own:
+                module.explicit = False
+
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and project each: (B, C, H, W) -> (B, N - 1, D)."""
+    """Cut an image of any size into patches and project each: (B, C, H, W) -> (B, N - 1, D)."""
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+    def __init__(self, img_size=224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
         super().__init__()
-        self.patch_size = patch_size
+        self.img_size, self.patch_size = img_size, patch_size  # the first has no effect
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +138,8 @@ class VisionTransformer(nn.Module):
     """Vision Transformer; `forward` gives the CLS token after the last norm, (B, D).
 
     `img_size`, a side or height and width, sets the grid of the learned position embedding; other sizes
-    interpolate it. Height and width must be divisible by `patch_size`, else ValueError.
+    interpolate it. Height and width must be divisible by `patch_size`, else ValueError. As in the published
+    code, `head` has `num_classes` outputs, and `forward` does not apply it.
     `drop_path_rate` grows linearly from 0 in the first block to its value in the last.
     """
 
@@ -144,7 +169,7 @@ class VisionTransformer(nn.Module):
         self.grid = sides[0] // patch_size, sides[-1] // patch_size  # rows and columns of the embedding
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), embed_dim))
         self.blocks = nn.ModuleList(
@@ -169,12 +194,15 @@ class VisionTransformer(nn.Module):
         """
         patch = self.patch_embed.patch_size
         rows, cols = height // patch, width // patch
-        if (rows, cols) == self.grid:
+        known, count = self.grid, self.pos_embed.shape[1] - 1
+        if math.prod(known) != count:  # other projects replace the embedding by that of another square
+            known = (math.isqrt(count),) * 2
+        if (rows, cols) == known:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, self.grid)
+        grid = self.pos_embed[:, 1:].unflatten(1, known)
         grid = grid.to(torch.promote_types(grid.dtype, torch.float32))  # half precision is rounded once
         with torch.autocast(grid.device.type, enabled=False):
-            resize = [_bicubic(old, new, grid) for old, new in zip(self.grid, (rows, cols), strict=True)]
+            resize = [_bicubic(old, new, grid) for old, new in zip(known, (rows, cols), strict=True)]
             grid = torch.einsum("ri,cj,bijd->brcd", *resize, grid)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2).to(self.pos_embed.dtype)], dim=1)
 
@@ -194,7 +222,7 @@ class VisionTransformer(nn.Module):
             x = self._run(block, x)
         given = {"cls_only": True} if self.cls_only and self.training else {}  # as in `Block.forward`
         x = self._run(self.blocks[-1], x, **given)
-        return self.head(self.norm(x)[:, 0])
+        return self.norm(x)[:, 0]
 
     def _run(self, block: nn.Module, x: Tensor, **kwargs) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -203,7 +231,10 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block: (B, h, N, N)."""
-        return self.get_attention(x)
+        x = self.prepare_tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1](x, return_attention=True)
 
     def get_attention(self, x: Tensor, layer: int = 1, token: int | None = None) -> Tensor:
         """Attention in a block, counted from the end: (B, h, N, N); of one token over all: (B, h, 1, N).
@@ -224,10 +255,11 @@ class VisionTransformer(nn.Module):
         """Tokens after each of the last `n` blocks, normed: n times (B, N, D)."""
         x = self.prepare_tokens(x)
         outputs = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             x = block(x)
-            outputs.append(x)
-        return [self.norm(out) for out in outputs[max(0, len(outputs) - n) :]]
+            if len(self.blocks) - i <= n:
+                outputs.append(self.norm(x))
+        return outputs
 
 
 def _vit(width: int, depth: int, heads: int, patch_size: int, **kwargs) -> VisionTransformer:

@@ -135,7 +135,9 @@ def _address(dist_url: str) -> tuple[str, int] | None:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise UserError(f"{name} is not set", "", "set it, or start the processes with torchrun")
-        dist_url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        host = os.environ["MASTER_ADDR"]
+        host = f"[{host}]" if ":" in host else host  # IPv6
+        dist_url = f"tcp://{host}:{os.environ['MASTER_PORT']}"
     url = urllib.parse.urlparse(dist_url)
     if url.scheme == "file":
         return None
@@ -264,7 +266,7 @@ def init_distributed_mode(dist_url: str | argparse.Namespace = "env://") -> torc
     check_launch()
     device = choose_device()
     rank, world_size, _ = launched_as()
-    if isinstance(dist_url, argparse.Namespace):
+    if not isinstance(dist_url, str):
         dist_url.rank, dist_url.world_size, dist_url.gpu = rank, world_size, device.index or 0
     if world_size > 1 and not dist.is_initialized():
         try:
@@ -349,8 +351,8 @@ def get_world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process logs and saves."""
-    return get_rank() == 0
+    """Whether this process logs and saves; before there is a group, by the launcher's rank."""
+    return (get_rank() if in_group() else launched_as()[0]) == 0
 
 
 def barrier() -> None:
@@ -452,9 +454,9 @@ def all_gather_object(value) -> list:
     return values
 
 
-def fix_random_seeds(*entropy: int) -> None:
+def fix_random_seeds(seed: int = 31, *more: int) -> None:
     """Seed Python, NumPy and torch on every device from a few numbers, e.g. (seed, rank, step)."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    seed = int(np.random.SeedSequence((seed, *more)).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.distributed import all_gather_object, is_main_process
+from support.distributed import is_main_process
 
 
 class Bar(tqdm):
@@ -79,6 +79,8 @@ class SmoothedValue:
 class MetricLogger:
     """Shows an epoch while it runs: a progress bar on a terminal, else a line every `print_freq` steps."""
 
+    series: type[SmoothedValue] = SmoothedValue
+
     def __init__(self, delimiter: str = "  ", images_per_step: float = 0):
         """`images_per_step` counts all ranks, for the speed; 0 leaves the speed out."""
         self.delimiter, self.images_per_step = delimiter, images_per_step
@@ -87,11 +89,11 @@ class MetricLogger:
     def update(self, **values: float | Tensor) -> None:
         """Append one step's value to each named series."""
         for name, value in values.items():
-            self.meters.setdefault(name, SmoothedValue()).update(value)
+            self.meters[name].update(value)
 
     def start_epoch(self) -> None:
         """Empty all series."""
-        self.meters: dict[str, SmoothedValue] = {}
+        self.meters: dict[str, SmoothedValue] = defaultdict(self.series)
         self.step_time, self.data_time = SmoothedValue(50), SmoothedValue(50)
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
@@ -102,20 +104,8 @@ class MetricLogger:
     def load_state_dict(self, state: dict[str, tuple[float, int]]) -> None:
         """Continue from what `state_dict` gave."""
         for name, (total, count) in state.items():
-            own = self.step_time if name == "step_time" else self.meters.setdefault(name, SmoothedValue())
+            own = self.step_time if name == "step_time" else self.meters[name]
             own.total, own.count = float(total), int(count)
-
-    def synchronize_between_processes(self) -> None:
-        """Make each series' mean that over all ranks, as published training loops do after an epoch.
-
-        Ours need not: their numbers are means over the ranks.
-        """
-        for meter in self.meters.values():
-            totals, counts = zip(*all_gather_object((meter.total, meter.count)), strict=True)
-            meter.total, meter.count = sum(totals), sum(counts)
-
-    def __str__(self) -> str:
-        return self.delimiter.join(f"{name} {meter.global_avg:.4g}" for name, meter in self.meters.items())
 
     def averages(self) -> dict[str, float]:
         """The mean of each series over the epoch, and the images per second."""

@@ -25,6 +25,7 @@ from support.distributed import (
     is_main_process,
 )
 from support.errors import UserError
+from support.logger import log
 from tests.conftest import ROOT, TINY, free_port, run, save_images, wait_for_words
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
@@ -117,6 +118,18 @@ def test_processes_on_different_kinds_of_devices_form_no_group():
         distributed.check_same_device(store, rank, "cuda")
     with pytest.raises(UserError, match="rank 1 on .* would compute on cpu, rank 0 on cuda: check the GPUs"):
         distributed.check_same_device(store, 1, "cpu")
+
+
+def test_before_there_is_a_group_the_first_process_alone_speaks(launch, capsys):
+    for rank, said in (("1", ""), ("0", "words\n")):
+        launch({"RANK": rank, "WORLD_SIZE": "2"})
+        log("words")
+        assert capsys.readouterr().out == said
+
+
+def test_an_address_may_be_ipv6s(launch):
+    launch({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1234"})
+    assert distributed._address("env://") == distributed._address("tcp://[::1]:1234") == ("::1", 1234)
 
 
 def test_an_unknown_host_is_named_while_waiting():
@@ -420,7 +433,8 @@ logger.update(loss=1.0, acc=rank)
 for _ in range(rank):
     logger.meters["loss"].update(4.0, n=2)
 logger.synchronize_between_processes()
-assert str(logger) == "loss 2.5  acc 0.5", str(logger)
+means = {name: meter.global_avg for name, meter in logger.meters.items()}
+assert means == {"loss": 2.5, "acc": 0.5} and logger.acc.value == rank, means
 """
     assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
 

@@ -13,7 +13,7 @@ import torchvision
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
@@ -348,16 +348,11 @@ def test_only_what_is_on_draws():
     assert colours(vflip_p=0.01) != paper and colours(quarter_turns=True) != paper
 
 
-def test_published_callables_change_pil_images():
-    image = picture()
-    blur, solarize = utils.GaussianBlur(1.0, 1.5, 1.5), utils.Solarization(1.0)
-    assert blur(image).tobytes() == image.filter(ImageFilter.GaussianBlur(1.5)).tobytes()
-    assert solarize(image).tobytes() == ImageOps.solarize(image, 128).tobytes()
-    for never in (utils.GaussianBlur(0.0), utils.Solarization(0.0)):
-        assert never(image).tobytes() == image.tobytes()
-    random.seed(0)
-    changed = sum(utils.Solarization(0.2)(image).tobytes() != image.tobytes() for _ in range(600))
-    assert is_close_share(changed / 600, 0.2, 600)
+def test_a_published_attribute_that_has_no_effect_cannot_be_set():
+    augmentation = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 8)
+    for name in ("global_transfo1", "local_crops_number"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(augmentation, name, 2)
 
 
 def torchvision_recipe(blur_p: float, solarize_p: float, grey_p=0.2, brightness=0.4, blur_first=False):
@@ -643,7 +638,7 @@ def test_a_batch_in_parts_is_the_batch(deferred):
         loss_fn = DINOLoss(20, 3, 0.04, 0.04, 0, 1, accum_steps=parts)
         centers = []
         for views, targets in zip(student.chunk(parts, 1), teacher.chunk(parts, 1), strict=True):
-            centers.append(loss_fn.center.clone())
+            centers.append(loss_fn.center)
             (loss_fn(head(views.flatten(0, 1)), targets.flatten(0, 1), 0) / parts).backward()
         assert not any(center.any() for center in centers) and loss_fn.center.any()  # moves at the end
         results.append(([p.grad for p in head.parameters() if p.grad is not None], loss_fn))

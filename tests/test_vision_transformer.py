@@ -332,8 +332,85 @@ def test_a_position_embedding_in_half_precision_is_rounded_once():
     assert torch.equal(model.interpolate_pos_encoding(None, 48, 16), expected)
 
 
-def test_a_classifier_that_is_asked_for_is_applied():
-    assert vit_nano(8, img_size=32, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+def test_a_classifier_is_there_if_asked_for_and_not_applied():
+    """As in the published code, for which other projects write `model.head(model(x))`."""
+    model = vit_nano(8, img_size=32, num_classes=7)
+    features = model(torch.zeros(2, 3, 32, 32))
+    assert features.shape == (2, 128) and model.head(features).shape == (2, 7)
+
+
+@torch.no_grad()
+def test_attention_is_what_the_modules_give():
+    """Other projects hook, wrap and replace the last block and its attention; a fused kernel gives none."""
+    model, images = vit_nano(8, img_size=32).eval(), torch.randn(2, 3, 32, 32)
+    plain = model.get_last_selfattention(images)
+    tokens = model.prepare_tokens(images)
+    for block in model.blocks:
+        maps, tokens = block(tokens, return_attention=True), block(tokens)
+    assert torch.equal(maps, plain)
+    torch.testing.assert_close(plain, model.get_attention(images))
+
+    last, seen = model.blocks[-1], []
+    hooks = [
+        module.register_forward_hook(lambda *given: seen.append(given[2])) for module in (last, last.attn)
+    ]
+    assert model.get_last_selfattention(images) is seen[0][1] is seen[1]
+    model(images)
+    torch.testing.assert_close(seen[2][1], plain)
+    for hook in hooks:
+        hook.remove()
+    last.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+    doubled = model.get_last_selfattention(images)
+    last.attn = Wrapped(last.attn)
+    assert torch.equal(model.get_last_selfattention(images), doubled)
+    last.attn.forward = lambda x: (x, plain)
+    assert model.get_last_selfattention(images) is plain
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@torch.no_grad()
+def test_blocks_that_work_in_place_give_their_own_layers():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.add_(1)
+
+    model = vit_nano(8, img_size=32)
+    model.blocks, model.norm = nn.ModuleList([InPlace(), InPlace(), InPlace()]), Twice()
+    first, second = model.get_intermediate_layers(torch.zeros(1, 3, 32, 32), 2)
+    torch.testing.assert_close(first + 2, second)
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_position_embedding_may_be_replaced_by_that_of_another_square():
+    model, larger = vit_nano(8, img_size=32), vit_nano(8, img_size=48)
+    model.pos_embed = larger.pos_embed
+    for size in (32, 48, 64):
+        found, expected = (each.interpolate_pos_encoding(None, size, size) for each in (model, larger))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "forward"])
+def test_a_changed_projection_acts_on_the_cls_token_too(change):
+    attention, x = Attention(48, 3), torch.randn(2, 7, 48)
+    if change == "hook":
+        attention.qkv.register_forward_hook(lambda _, given, out: 2 * out)
+    elif change == "pre-hook":  # as of torch.nn.utils.prune
+        attention.qkv.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+    else:
+        attention.qkv.forward = lambda x: 2 * nn.functional.linear(x, attention.qkv.weight)
+    torch.testing.assert_close(attention(x, cls_only=True)[0], attention(x)[0][:, :1])
 
 
 def test_position_embedding_keeps_double_precision():
