@@ -1122,7 +1122,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_pa
 
 def test_weights_that_a_step_ruined_are_not_saved(images, tmp_path):
     flags = "--lr", "1e30", "--clip_grad", 0, "--max_steps", 2  # the last loss is still finite
-    with pytest.raises(TrainingError, match="student has weights .*: not saved .*: try --use_fp16 false"):
+    with pytest.raises(TrainingError, match="student has weights .*: not saved .*: try --precision fp32"):
         train("--data_path", images, "--output_dir", tmp_path, *flags)
     assert not (tmp_path / "checkpoint.pth").exists()
 
@@ -1161,7 +1161,7 @@ def test_a_check_of_batch_norms_leaves_the_network_as_it_is():
     args = main_dino.parse_args([*TINY, *flags.split()])
     backbone, _ = backbones.build_backbone("resnet18")
     before = copy.deepcopy(backbone.state_dict())
-    main_dino.check_batch_norms(backbone, args, torch.device("cpu"))
+    main_dino.check_batch_norms(args, torch.device("cpu"), backbone)
     torch.testing.assert_close(backbone.state_dict(), before, rtol=0, atol=0)
 
 
