@@ -41,9 +41,9 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 @pytest.fixture
 def launch(monkeypatch):
     """Set the launcher's variables to these, and no others."""
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in LAUNCHERS:
-            monkeypatch.delenv(name)
+    for name in [*LAUNCHERS, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "")  # so that it is removed afterwards, also if the code sets it
+        monkeypatch.delenv(name)
     return lambda env: [monkeypatch.setenv(name, value) for name, value in env.items()]
 
 

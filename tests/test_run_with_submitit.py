@@ -59,7 +59,10 @@ def test_published_flags_and_defaults():
             "--shared_dir /proc/x --warmup_epochs 101",
             "too long for --epochs 100 (--warmup_epochs 101): shorten it",
         ),
-        ("--partition_ low", "unrecognized arguments: --partition_ low: did you mean --partition, --precision?"),
+        (
+            "--partition_ low",
+            "unrecognized arguments: --partition_ low: did you mean --partition, --precision?",
+        ),
     ],
 )
 def test_bad_usage_is_one_clear_line(flags, message, monkeypatch, capsys):
