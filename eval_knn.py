@@ -292,7 +292,8 @@ def load_features(folder: str, device: torch.device) -> Data:
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
     x_shape, y_shape, test_x_shape, test_y_shape = shapes
     fit = len(x_shape) == len(test_x_shape) == 2 and x_shape[1] == test_x_shape[1]
-    if not (fit and all(map(min, shapes)) and y_shape == x_shape[:1] and test_y_shape == test_x_shape[:1]):
+    fit = fit and y_shape == x_shape[:1] and test_y_shape == test_x_shape[:1]
+    if not (fit and all(map(min, shapes))):
         what = f"features and labels do not fit together: {', '.join(map(str, shapes))}"
         raise UserError(what, f"--load_features {folder}", "save (N, D), (N,), (M, D) and (M,)")
     (N, D), (M, _) = x_shape, test_x_shape

@@ -139,8 +139,6 @@ class DataAugmentationDINO:
     pixels, one number for a square or height and width.
     """
 
-    __slots__ = "kinds", "recipe"  # setting another, such as the published `global_transfo1`, is an error
-
     def __init__(
         self,
         global_crops_scale: Sequence[float],
@@ -155,6 +153,11 @@ class DataAugmentationDINO:
         chances = zip(recipe.blur_p, recipe.solarize_p, strict=True)
         first, second, local = (Kind(*crop, *p) for crop, p in zip(crops, chances, strict=True))
         self.recipe, self.kinds = recipe, [first, second, *[local] * local_crops_number]
+
+    def __setattr__(self, name: str, value):
+        if name in ("global_transfo1", "global_transfo2", "local_transfo", "local_crops_number"):
+            raise AttributeError(f"setting {name} has no effect: give a Recipe, or override draw")
+        super().__setattr__(name, value)
 
     def draw(self, width: int, height: int, rng) -> list[View]:
         """Draw the random numbers of the views of an image of this size."""
@@ -512,7 +515,7 @@ class CollapseWatch:
     """
 
     ADVICE = {
-        "uniform collapse": "try --centering sinkhorn --teacher_temp 0.01, or with --adapt_teacher_temp 2",
+        "uniform collapse": "try --centering sinkhorn with --teacher_temp 0.01 or --adapt_teacher_temp 2",
         "constant collapse": "try --centering sinkhorn, --use_bn_in_head true or a lower --lr",
     }
 

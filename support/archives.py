@@ -282,7 +282,7 @@ def _cached_index(path: str) -> Index:
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may restore the first
-        key = f"9\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        key = f"10\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(cache) as kept:
@@ -401,10 +401,13 @@ def _resolve(links: dict[str, str], places: Places, path: str, fix: str) -> None
 def _zip_name(member: zipfile.ZipInfo) -> str:
     """A member's name. Linux's zip writes UTF-8 without the flag for it, so that Python reads cp437.
 
-    Windows' PowerShell 5 writes a backslash between folders.
+    Windows' PowerShell 5 writes a backslash between folders; in other names without that flag, a backslash
+    may be half of a Chinese or Japanese character.
     """
-    name = member.filename if member.create_system else member.filename.replace("\\", "/")
-    if not member.flag_bits & 0x800:
+    name, is_utf8 = member.filename, member.flag_bits & 0x800
+    if not member.create_system and (is_utf8 or name.isascii()):
+        name = name.replace("\\", "/")
+    if not is_utf8:
         with contextlib.suppress(UnicodeError):
             return name.encode("cp437").decode()
     return name
@@ -428,9 +431,10 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
         what = f"archive is cut short or damaged: {error}"
         raise UserError(what, path, "download or pack it again") from None
     for member in members:
-        name = _clean(_zip_name(member))
+        full_name = _zip_name(member)
+        name = _clean(full_name)
         links.pop(name, None)  # the last member of a name counts
-        if member.is_dir() and name:
+        if full_name.endswith("/") and name:
             places[f"{name}/"] = (0, 0, 0, STORED)
             continue
         if member.flag_bits & 1:

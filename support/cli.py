@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 from support import logger
-from support.distributed import flush_output, in_group, launched_as, leave_group
-from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, nearest, reason_of
+from support.distributed import flush_output, in_group, is_first, launched_as, leave_group
+from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of, similar
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
-from support.monitor import SCHEDULERS
+from support.monitor import SCHEDULERS, signals_held
 
 T = TypeVar("T")
 
@@ -80,8 +80,9 @@ class ArgumentParser(argparse.ArgumentParser):
         where = "" if places == [COMMAND_LINE] else " or ".join(places)
         fix = "see --help"
         if message.startswith("unrecognized") and (unknown := re.match(r"--\w[\w-]*", words[0])):
-            known = [action.option_strings[0] for action in self._actions if action.option_strings]
-            fix = nearest(f"--{unknown[0][2:].replace('-', '_').lower()}", known, otherwise=fix)
+            known = [action.option_strings[0][2:] for action in self._actions if action.option_strings]
+            near = similar(unknown[0][2:].replace("-", "_").lower(), known, cutoff=0.7)
+            fix = f"did you mean --{', --'.join(near)}?" if near else fix
         exit_with(UserError(message, where, fix))
 
 
@@ -339,7 +340,7 @@ def leaves_work_to_first() -> bool:
 
 def say(error: UserError) -> None:
     """Print the error in one line, from the first rank or, if only one rank knows of it, from that one."""
-    if _is_first() or error.alone:
+    if is_first() or error.alone:
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         with contextlib.suppress(OSError):  # its reader has ended, or the disk is full
@@ -349,17 +350,9 @@ def say(error: UserError) -> None:
 @functools.cache
 def say_once(line: str) -> None:
     """Print a line that is not an error, from the first rank, once: some scripts parse their flags twice."""
-    if _is_first():
+    if is_first():
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
-
-
-def _is_first() -> bool:
-    """Whether this is the first rank, or does not know which it is."""
-    try:
-        return launched_as()[0] == 0
-    except UserError:
-        return True
 
 
 def exit_with(error: UserError) -> NoReturn:
@@ -434,6 +427,10 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
             signal.signal(number, _end_by_signal)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
+    with (
+        signals_held()
+    ):  # while Python starts the helper of "spawn" and "forkserver", e.g. for a progress bar
+        pass
     try:
         main(args)
         logger.write()  # what is still to be flushed

@@ -715,7 +715,7 @@ def _explained(error: Exception, source: Source, downloads: bool) -> UserError:
     """The error for a dataset that torchvision does not open; `downloads` says whether it downloads it."""
     where = f"--dataset {source.dataset}"
     missing = error if isinstance(error, ImportError) else error.__context__
-    if isinstance(missing, ImportError):
+    if isinstance(missing, ModuleNotFoundError) and missing.name:
         return UserError(f"needs the package {missing.name}", where, f"pip install {missing.name}")
     what, fix = first_line(error), "check the folder"
     if "download=True" in what:  # torchvision's advice, for its own callers

@@ -43,11 +43,11 @@ def launched_as() -> tuple[int, int, int]:
     ):
         if env.get(rank) and env.get(world_size):
             local = local_rank if env.get(local_rank) else rank
-            return _number(rank), _number(world_size), _number(local)
+            return env_number(rank), env_number(world_size), env_number(local)
     return 0, 1, 0
 
 
-def _number(name: str) -> int:
+def env_number(name: str) -> int:
     """A number in the environment, 0 if it is not set. Raises UserError."""
     try:
         return int(os.environ.get(name) or 0)
@@ -71,7 +71,7 @@ def check_launch() -> None:
         ("WORLD_SIZE", 2, "RANK"),
         ("SLURM_PROCID", 1, "SLURM_STEP_NUM_TASKS"),
     ):
-        if _number(name) >= least and not env.get(missing):
+        if env_number(name) >= least and not env.get(missing):
             what = f"{name} is {env[name]}, but {missing} is not set"
             raise UserError(what, "", "set both, or neither to train with one process")
 
@@ -83,7 +83,7 @@ def choose_device() -> torch.device:
     """
     _, world_size, local_rank = launched_as()
     if torch.cuda.is_available():
-        processes, gpus = _number("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
+        processes, gpus = env_number("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
         if 1 < gpus < processes:  # 1: each process may see a different one
             what, alone = f"{processes} processes for {gpus} GPUs", local_rank == 0  # one for each machine
             raise UserError(what, "torchrun", "start one process per GPU", alone)
@@ -116,7 +116,7 @@ def _set_slurm_address() -> None:
             address = re.search(r"NodeAddr=(\S+)", scontrol("node", first))
             env["MASTER_ADDR"] = address[1] if address else first
         if not env.get("MASTER_PORT"):
-            attempt = _number("SLURM_STEP_ID") + 10 * _number("SLURM_RESTART_COUNT")
+            attempt = env_number("SLURM_STEP_ID") + 10 * env_number("SLURM_RESTART_COUNT")
             # Jobs on one machine, and attempts at one job, need different ports, below those that Linux
             # gives to programs which ask for any (from 32768 on).
             env["MASTER_PORT"] = str(20000 + (97 * int(env["SLURM_JOB_ID"]) + attempt) % 12000)
@@ -136,7 +136,7 @@ def _address(dist_url: str) -> tuple[str, int] | None:
             if not os.environ.get(name):
                 raise UserError(f"{name} is not set", "", "set it, or start the processes with torchrun")
         host = os.environ["MASTER_ADDR"]
-        host = f"[{host}]" if ":" in host else host  # IPv6
+        host = f"[{host}]" if ":" in host and host[0] != "[" else host  # IPv6
         dist_url = f"tcp://{host}:{os.environ['MASTER_PORT']}"
     url = urllib.parse.urlparse(dist_url)
     if url.scheme == "file":
@@ -351,8 +351,21 @@ def get_world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process logs and saves; before there is a group, by the launcher's rank."""
-    return (get_rank() if in_group() else launched_as()[0]) == 0
+    """Whether this process saves."""
+    return get_rank() == 0
+
+
+def is_first() -> bool:
+    """Whether this process prints: rank 0 of the group; before there is one, the launcher's first.
+
+    Also a process that does not know which it is.
+    """
+    if in_group():
+        return get_rank() == 0
+    try:
+        return launched_as()[0] == 0
+    except UserError:
+        return True
 
 
 def barrier() -> None:

@@ -68,8 +68,13 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error) or type(error).__name__).splitlines()[0]
 
 
-def nearest(name: str, known: Sequence[str], otherwise: str = "check the name") -> str:
-    """A hint with up to three known names that begin with `name`, or are similar."""
+def similar(name: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:
+    """Up to three known names that begin with `name`, or are similar."""
     longer = sorted((each for each in known if name and each.startswith(name)), key=len)
-    near = list(dict.fromkeys([*longer, *difflib.get_close_matches(name, known)]))[:3]
-    return f"did you mean {', '.join(near)}?" if near else otherwise
+    return list(dict.fromkeys([*longer, *difflib.get_close_matches(name, known, cutoff=cutoff)]))[:3]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint with known names that are similar to `name`."""
+    near = similar(name, known)
+    return f"did you mean {', '.join(near)}?" if near else "check the name"

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from support.data import Images, pixels_of, read_labelled, sample_name, transformed, why_unreadable
-from support.distributed import get_rank, get_world_size
+from support.distributed import env_number, get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
 from support.logger import log, write
 from support.monitor import begin_worker, signals_held
@@ -141,7 +141,7 @@ def num_cores() -> int:
 @functools.cache
 def _note_workers(num_workers: int) -> None:
     cores = num_cores()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if get_world_size() > 1 else 1
+    processes = env_number("LOCAL_WORLD_SIZE") or 1 if get_world_size() > 1 else 1
     if num_workers * processes > max(cores, processes):
         enough = max(cores // processes, 1)
         log(f"note: {num_workers * processes} workers on {cores} cores: --num_workers {enough} is enough")

@@ -1,7 +1,6 @@
 """Prints a run's messages, and averages the numbers of an epoch."""
 
 import sys
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -11,22 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.distributed import is_main_process
-
-
-class Bar(tqdm):
-    """A progress bar of this process alone.
-
-    tqdm's lock between processes would make Python start a helper, which a signal to the whole job ends.
-    """
-
-
-Bar.set_lock(threading.RLock())
+from support.distributed import is_first, is_main_process
 
 
 def log(message: str) -> None:
-    """Print from the main process only, above a progress bar if there is one."""
-    if is_main_process():
+    """Print from the first process only, above a progress bar if there is one."""
+    if is_first():
         write(message)
 
 
@@ -41,7 +30,7 @@ def write(message: str | None = None) -> None:
     """
     try:
         if message is not None:
-            Bar.write(message)
+            tqdm.write(message)
         if sys.stdout:  # None if the shell has closed it
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended
@@ -127,12 +116,12 @@ class MetricLogger:
         places of the batches in it, by default 1 to `length`. The remaining time counts `steps_after` more
         steps than the epoch's.
         """
-        length = len(iterable) if length is None else length
+        length, header = len(iterable) if length is None else length, header or ""
         numbers = range(1, length + 1) if numbers is None else numbers
         digits = len(str(length))
         show_bar = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
         begun = numbers.start - 1
-        with Bar(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
+        with tqdm(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
             asked = said = time.perf_counter()
             for step, batch in enumerate(iterable, numbers.start):
                 got = time.perf_counter()

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Protocol
 
@@ -44,16 +45,20 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold signals to stop back until the end; processes that start within ignore them for good.
+    """Hold signals to stop back until the end; processes that start within inherit that, and never get them.
 
-    Besides the workers, Python may start helpers of its own ("spawn", "forkserver"), which a signal to the
-    whole job would end.
+    Besides the workers, Python starts a helper for the methods "spawn" and "forkserver", and a server for the
+    latter, which a signal to the whole job would end. Starts the helper.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        default = multiprocessing.get_all_start_methods()[0]
+        if (multiprocessing.get_start_method(allow_none=True) or default) != "fork":
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it lets two of them through again
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -57,7 +57,7 @@ class MetricLogger(logger.MetricLogger):
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
-        """Add a series that is printed by its own `fmt`."""
+        """Add a series; `str(logger)` uses its `fmt`, the lines of `log_every` do not."""
         self.meters[name] = meter
 
     def synchronize_between_processes(self) -> None:

@@ -34,7 +34,7 @@ from support.data import (
 )
 from support.errors import ImageError, UserError
 from support.loading import TrainingViews
-from tests.conftest import TINY, save_images
+from tests.conftest import TINY, picture, save_images
 from utils import DataAugmentationDINO
 
 
@@ -780,6 +780,18 @@ class PowerShell(zipfile.ZipInfo):
     def __init__(self, name: str):
         super().__init__(name)
         self.filename, self.create_system = name.replace("/", "\\"), 0
+
+
+def test_a_backslash_may_be_half_of_a_character(tmp_path):
+    """As in Japanese and Chinese names of Windows without the flag for UTF-8."""
+    path = tmp_path / "x.png"
+    picture().save(path)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("\u30bd.png", "\u80fd\u529b.png"):
+            member = Dos(f"a/{name}".encode("cp932").decode("cp437"))
+            member.create_system = 0
+            archive.writestr(member, path.read_bytes())
+    assert len(open_training_images(Source(str(tmp_path / "x.zip")))) == 2
 
 
 @pytest.mark.parametrize("member", [Unflagged, Dos, PowerShell, zipfile.ZipInfo])

@@ -131,7 +131,9 @@ def test_a_link_to_the_folder_of_the_classes_adds_no_images(tmp_path, link):
         ({"demo": True, "split": "train"}, r"has no effect with --demo \(--split train\): leave it out"),
     ],
 )
-def test_data_that_is_not_there_is_one_clear_line(kwargs, message):
+def test_data_that_is_not_there_is_one_clear_line(kwargs, message, monkeypatch):
+    for package in ("lmdb", "h5py"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(UserError, match=message) as error:
         open_training_images(Source(**kwargs))
     assert "\n" not in str(error.value)

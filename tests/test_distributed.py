@@ -124,12 +124,14 @@ def test_before_there_is_a_group_the_first_process_alone_speaks(launch, capsys):
     for rank, said in (("1", ""), ("0", "words\n")):
         launch({"RANK": rank, "WORLD_SIZE": "2"})
         log("words")
-        assert capsys.readouterr().out == said
+        assert capsys.readouterr().out == said and is_main_process()
 
 
 def test_an_address_may_be_ipv6s(launch):
     launch({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1234"})
     assert distributed._address("env://") == distributed._address("tcp://[::1]:1234") == ("::1", 1234)
+    launch({"MASTER_ADDR": "[::1]"})
+    assert distributed._address("env://") == ("::1", 1234)
 
 
 def test_an_unknown_host_is_named_while_waiting():

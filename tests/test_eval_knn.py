@@ -198,6 +198,8 @@ def test_a_full_disk_loses_neither_accuracies_nor_features_of_before(tmp_path):
         ("testfeat", torch.rand(9, 5), r"do not fit together: \(15, 768\), \(15,\), \(9, 5\), \(9,\)"),
         ("testlabels", torch.arange(8), r"do not fit together: .* \(8,\)"),
         ("trainfeat", {}, r"do not fit together: \(\)"),
+        ("trainlabels", [0, 1], r"do not fit together: \(15, 768\), \(\), \(9, 768\), \(9,\)"),
+        ("testlabels", torch.tensor(1), r"do not fit together: .* \(\)"),
         ("trainfeat", torch.full((15, 768), torch.nan), r"features are not finite numbers \(.*trainfeat"),
     ],
 )

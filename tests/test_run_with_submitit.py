@@ -61,7 +61,7 @@ def test_published_flags_and_defaults():
         ),
         (
             "--partition_ low",
-            "unrecognized arguments: --partition_ low: did you mean --partition, --precision?",
+            "unrecognized arguments: --partition_ low: did you mean --partition?",
         ),
     ],
 )

@@ -349,9 +349,13 @@ def test_only_what_is_on_draws():
 
 
 def test_a_published_attribute_that_has_no_effect_cannot_be_set():
-    augmentation = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 8)
+    class Own(DataAugmentationDINO):
+        pass
+
+    augmentation = Own((0.4, 1), (0.05, 0.4), 8)
+    augmentation.own = 1
     for name in ("global_transfo1", "local_crops_number"):
-        with pytest.raises(AttributeError, match=name):
+        with pytest.raises(AttributeError, match=f"setting {name} has no effect: give a Recipe"):
             setattr(augmentation, name, 2)
 
 
