@@ -512,6 +512,24 @@ def test_a_network_of_transformers_that_ours_cannot_be_is_refused(option, words,
         load_backbone(path)
 
 
+def test_what_transformers_writes_of_dinov2_gives_its_features(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14, num_register_tokens=4
+    )
+    model = transformers.Dinov2WithRegistersModel(config).eval()
+    for name, value in model.named_parameters():
+        if "layer_scale2" in name or "register" in name:  # no two parts are alike
+            nn.init.normal_(value)
+        elif "position" in name:  # the two interpolate them differently
+            nn.init.constant_(value, 0.3)
+    model.save_pretrained(tmp_path)
+    path, images = str(tmp_path / "model.safetensors"), torch.randn(2, 3, 56, 56)
+    network = load_backbone(path, arch="vit_small_patch14_reg4_dinov2").network
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), model(images).last_hidden_state[:, 0])
+
+
 def test_what_timm_writes_beside_its_weights_is_read(tmp_path, capsys):
     state = timm.create_model("vit_tiny_patch16_224").state_dict()
     path = write(state, tmp_path / "model.safetensors")
@@ -596,9 +614,10 @@ def test_what_timm_cannot_convert_is_named(tmp_path):
 
 def test_moco_v3s_small_vit_is_not_ours(tmp_path, capsys):
     weights = backbones.build_backbone("vit_small", 16, 32)[0].state_dict()
-    state = prefixed(weights, "module.momentum_encoder.")
-    with pytest.raises(UserError, match="12 heads, ours 6"):
-        load_backbone(write({"state_dict": state}, tmp_path / "moco.pth"))
+    for name in ("base_encoder", "momentum_encoder"):
+        state = prefixed(weights, f"module.{name}.")
+        with pytest.raises(UserError, match="12 heads, ours 6"):
+            load_backbone(write({"state_dict": state}, tmp_path / "moco.pth"))
     load_backbone(write(weights, tmp_path / "ours.pth"))
     assert "12 heads" not in capsys.readouterr().out
     weights["pos_embed"][:, 0] = 0  # as in its files of linear classification
