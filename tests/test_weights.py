@@ -1,5 +1,7 @@
 import argparse
 import copy
+import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -17,9 +19,11 @@ from torch import nn
 import utils
 from support import backbones, weights
 from support.errors import UserError
-from support.pixels import IMAGENET_MEAN
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD
 from support.weights import init_from, load_backbone
 from tests.conftest import picture
+from tests.test_eval_segmentation import write_voc
+from tests.test_eval_video_segmentation import make_clip
 
 VIT_ARGS = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32}
 
@@ -804,3 +808,46 @@ def test_a_head_that_is_not_finite_starts_no_training(tmp_path, broken):
 
 def test_levels_without_a_record_are_taken_for_evenly_distributed():
     assert weights.unknown_normalization(2) == ((0.5, 0.5), (0.29, 0.29))  # 1 / sqrt(12)
+
+
+@pytest.mark.parametrize("name", ["copy_detection", "image_retrieval", "segmentation", "video_segmentation"])
+def test_an_evaluation_follows_the_seed_the_key_and_the_recorded_normalization(name, paper_inputs, tmp_path):
+    """Without one of them, its numbers look as good."""
+    script, data = importlib.import_module(f"eval_{name}"), tmp_path
+    flags = ["--imsize", "128", "--num_workers", "0"]
+    if name == "copy_detection":
+        for block in ("original", "strong"):
+            (data / block).symlink_to(paper_inputs / "copydays" / block)
+    elif name == "image_retrieval":
+        data = paper_inputs / "retrieval"
+    elif name == "segmentation":
+        write_voc(data)
+        flags[0] = "--image_size"
+    else:
+        make_clip(data)
+        flags = ["--output_dir", str(tmp_path / "out")]
+    networks = [backbones.build_backbone("vit_nano", 32, 128)[0].state_dict() for _ in range(2)]
+    content = dict(zip(("student", "teacher"), networks, strict=True))
+    plain = write(content, tmp_path / "plain.pth")
+    records = {"mean": [0.9] * 3, "std": IMAGENET_STD}, {"mean": IMAGENET_MEAN, "std": [0.1, 0.2, 0.3]}
+    recorded = [write(content | {"normalization": r}, tmp_path / f"{i}.pth") for i, r in enumerate(records)]
+
+    def evaluate(*weights: str) -> dict:
+        given = ["--data_path", str(data), *flags, "--pretrained_weights", *weights]
+        return script.main(script.parse_args(given))
+
+    random = "random", "--arch", "vit_nano", "--patch_size", "32", "--seed"
+    found = [evaluate(*random, "0"), evaluate(*random, "1"), *map(evaluate, (plain, *recorded))]
+    found.append(evaluate(plain, "--checkpoint_key", "student"))
+    assert all(a != b for a, b in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize("name", ["copy_detection", "image_retrieval", "video_segmentation"])
+def test_a_network_for_other_channels_is_not_evaluated_on_photographs(name, tmp_path):
+    script = importlib.import_module(f"eval_{name}")
+    teacher = backbones.build_backbone("vit_nano", 8, 32, in_chans=1)[0].state_dict()
+    normalization = {"mean": [0.5], "std": [0.5]}
+    path = write({"teacher": teacher, "normalization": normalization}, tmp_path / "grey.pth")
+    device = [torch.device("cpu")] * (name == "video_segmentation")
+    with pytest.raises(UserError, match=r"takes 1 channels \(.*grey.pth\): the benchmark's .* have three"):
+        script.load_network(script.parse_args(["--pretrained_weights", path]), *device)
