@@ -75,7 +75,7 @@ def test_originals_are_found_by_four_letters_or_by_index(tmp_path):
     }.items():
         (tmp_path / folder).mkdir()
         for name in names:
-            picture().save(tmp_path / folder / f"{name}.png")
+            picture().save(tmp_path / folder / f"{name}.{'jpg' if folder == 'crops' else 'png'}")
     sets = {folder: ImageFiles(tmp_path / folder) for folder in ("original", "strong", "crops", "shifted")}
 
     def found(block: str) -> list:

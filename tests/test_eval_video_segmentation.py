@@ -244,6 +244,9 @@ def test_boundaries_may_be_off_by_the_tolerance():
     assert video.boundary_accuracy(drawn((10, 30, 11, 31)), truth).item() == 1
     two_off = video.boundary_accuracy(drawn((10, 30, 12, 32)), truth).item()
     assert 0 < two_off < 1
+    large = 90, 120  # 1.2 pixels, rounded up
+    right, moved = drawn((10, 30, 10, 30), size=large), drawn((10, 30, 12, 32), size=large)
+    assert video.boundary_accuracy(moved, right).item() == 1
     empty = drawn((0, 0, 0, 0))
     assert video.boundary_accuracy(empty, truth).item() == video.boundary_accuracy(truth, empty).item() == 0
     assert video.boundary_accuracy(empty, empty).item() == 1
@@ -580,7 +583,7 @@ def test_masks_numbered_anew_are_named(tmp_path, capsys):
     segment(data, tmp_path / "output")
     assert "warning: masks have several palettes" not in capsys.readouterr().out  # 1 is in no other mask
     other = square(16)
-    other.putpalette([0, 0, 0, 250, 60, 90])
+    other.putpalette([*PALETTE[:5], 90])  # the blue of 1
     other.save(data / video.MASKS / "clip" / "00002.png")
     segment(data, tmp_path / "output")
     assert "warning: masks have several palettes, of which only the numbers count" in capsys.readouterr().out
