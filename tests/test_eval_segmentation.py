@@ -24,6 +24,7 @@ from eval_segmentation import (
     segment,
 )
 from support import logistic
+from support.backbones import build_backbone
 from support.errors import UserError
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from support.weights import Frozen
@@ -121,10 +122,12 @@ def test_each_class_takes_its_best_head_and_void_counts_nowhere():
 
 
 def test_one_head_for_all_images_is_the_one_of_the_best_jaccard(capsys):
-    objects, on_objects = torch.tensor([[0.2, 0.6], [0.2, 0.4]]), torch.tensor([[0.9, 0.5], [0.9, 0.5]])
-    scores = AttentionScores(torch.ones(2), objects, on_objects, torch.ones(2))
-    assert report_attention(scores, 0.6, 2)["jaccard_one_head"] == pytest.approx(50)
-    assert "head 1 for all images" in capsys.readouterr().out
+    objects, on_objects = torch.tensor([[0.2, 0.6], [0.5, 0.4]]), torch.tensor([[0.9, 0.5], [0.9, 0.5]])
+    scores = AttentionScores(torch.ones(2), objects, on_objects, torch.tensor([0.1, 0.3]))
+    expected = {"jaccard": 100, "jaccard_image": 55, "jaccard_one_head": 50, "area": 20}
+    assert report_attention(scores, 0.6, 2) == pytest.approx(expected)
+    said = capsys.readouterr().out
+    assert "head 1 for all images" in said and "of head 1's attention, 50.0 % is on the objects" in said
 
 
 # ---- patch tokens
@@ -197,6 +200,12 @@ def test_pixels_of_known_colours_are_segmented(voc):
         assert scores[2].isnan() and (scores[[0, 1, 3]] > 90).all()
 
 
+def test_scores_lie_at_the_centres_of_their_patches():
+    """Between two patches of two pixels, the scores change from one centre to the other."""
+    found = eval_segmentation.enlarge_scores(torch.tensor([[[0.0, 1.0]]]), (1, 4))
+    assert found.tolist() == [[[0, 0.25, 0.75, 1]]]
+
+
 def test_intersection_over_union_by_hand():
     truth = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]], dtype=torch.uint8)
     predicted = torch.tensor([[0, 1, 1, 1], [3, 2, 1, 3]])
@@ -223,6 +232,25 @@ def test_a_folder_in_vocs_layout(voc, capsys):
         min(found["k-NN"], found["linear"]) > 33 and 0 < found["jaccard_one_head"] <= found["jaccard_image"]
     )
     assert evaluate(*RANDOM_VIT, "--data_path", voc, "--nb_knn", 3) == found
+
+
+def test_images_of_one_channel_and_a_range(tmp_path):
+    write_voc(tmp_path)
+    for path in list((tmp_path / "JPEGImages").iterdir()):
+        with Image.open(path) as image:
+            np.save(path.with_suffix(".npy"), 16 * np.asarray(image.convert("L")).astype(np.uint16))
+        path.unlink()
+    flags = *RANDOM_VIT, "--in_chans", 1, "--value_range", 0, 4080
+    assert evaluate(*flags, "--data_path", tmp_path, "--nb_knn", 3)["k-NN"] > 33
+
+
+def test_the_seed_is_that_of_random_weights_and_of_the_sample(voc, tmp_path):
+    torch.save(build_backbone("vit_nano", 8, 32)[0].state_dict(), tmp_path / "x.pth")
+    stored = "--pretrained_weights", tmp_path / "x.pth"
+    for weights, same in ((RANDOM_VIT, False), (stored, True)):
+        flags = *weights, "--data_path", voc, "--train_patches", 12, "--seed"
+        first, second = evaluate(*flags, 0), evaluate(*flags, 1)
+        assert (first["jaccard"] == second["jaccard"]) == same and first["k-NN"] != second["k-NN"]
 
 
 def test_the_threshold_is_the_flags(voc):
@@ -368,6 +396,12 @@ def make_void(root) -> None:
     [
         (spoil_size, r"mask has 48 x 31 pixels, its image 48 x 32 \(.*val 2.png"),
         (spoil_colours, r"mask has Pillow's mode RGB.*train 0.png"),
+        (
+            lambda root: Image.fromarray(np.full((32, 48), 257, np.uint16)).save(
+                root / "SegmentationClass/val 0.png"
+            ),
+            "mask has Pillow's mode I;16, not numbers of 8 bits",
+        ),
         (spoil_classes, "no class in the masks, only 255"),
         (spoil_val_class, "val has classes that train lacks: 9"),
         (
