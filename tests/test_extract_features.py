@@ -150,6 +150,19 @@ def test_the_precision_is_the_flags(images, tmp_path):
     assert not np.array_equal(*found) and np.allclose(*found, rtol=0.1, atol=0.1)
 
 
+def test_the_seed_is_the_flags(images, tmp_path):
+    flags = "--data_path", str(images), "--seed"
+    found = [np.load(extract(tmp_path / seed, *flags, seed, weights=VIT)) for seed in "01"]
+    assert not np.allclose(*found, atol=0.1)
+
+
+def test_an_image_that_cannot_be_read_has_no_class(labelled, tmp_path):
+    shutil.copytree(labelled / "val", tmp_path / "val")
+    (tmp_path / "val" / "b" / "001.png").write_bytes(b"no image")
+    extract(tmp_path / "out", "--data_path", str(tmp_path / "val"), "--skip_unreadable")
+    assert read_features(tmp_path / "out").labels.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]
+
+
 def test_features_of_rectangular_images(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")
@@ -255,6 +268,7 @@ def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
     ("flags", "message"),
     [
         (["--kind", "avgpool"], "differs from the features in it: kind cls -> avgpool "),
+        (["--precision", "bf16"], "precision fp32 -> bf16"),
         (["--dtype", "float16"], "differs from the features in it: dtype float32 -> float16 "),
         (["--batch_size_per_gpu", "8"], "batch_size_per_gpu 4 -> 8"),
         (["--image_size", "24"], r"pixels 16 -> 24"),

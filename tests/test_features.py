@@ -47,7 +47,7 @@ def test_features_that_are_not_finite_are_refused(labelled, value):
 def test_features_that_are_nearly_equal_are_named(labelled, capsys):
     """As of a collapsed network."""
     images, cpu = open_labelled_images(Source(str(labelled)), "train"), torch.device("cpu")
-    for spread, named in ((1e-6, True), (1.0, False)):
+    for spread, named in ((1e-6, True), (0.01, False), (1.0, False)):
         extract_features(lambda x, s=spread: 1 + s * x.flatten(1)[:, :8], images, eval_transform(32), cpu)
         assert ("images are nearly equal" in capsys.readouterr().out) == named
 
