@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from support.pictures import (
+    as_picture,
     bands,
     contact_sheet,
     enlarge,
@@ -19,6 +20,12 @@ def test_patches_become_blocks():
     assert blocks.tolist() == [[[1, 1, 1, 2, 2, 2]] * 2 + [[3, 3, 3, 4, 4, 4]] * 2]
 
 
+def test_a_picture_of_many_channels_shows_the_first_three_and_of_two_the_first():
+    pixels = torch.arange(5, dtype=torch.uint8).view(5, 1, 1)
+    assert as_picture(pixels).getpixel((0, 0)) == (0, 1, 2)
+    assert as_picture(pixels[3:]).getpixel((0, 0)) == 3
+
+
 def test_a_sheet_keeps_relative_sizes():
     large, small = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 32))
     sheet = np.asarray(contact_sheet([[large, small]], side=128))
@@ -30,6 +37,7 @@ def test_a_sheet_keeps_relative_sizes():
 def test_a_heat_map_reaches_from_zero_to_its_largest_value_or_to_the_one_given():
     values = torch.tensor([[0.0, 0.1], [0.2, 0.4]])
     own, wider, narrower = (np.asarray(heat_map(values, top)) for top in (None, 0.8, 0.2))
+    assert own[[0, 1, 1], [0, 0, 1]].tolist() == [[0, 0, 4], [186, 57, 82], [252, 255, 164]]  # inferno's
     assert np.array_equal(own, np.asarray(heat_map(2 * values)))
     assert np.array_equal(wider[1, 1], own[1, 0])  # half of the scale
     assert np.array_equal(narrower[1, 0], narrower[1, 1]) and np.array_equal(narrower[1, 1], own[1, 1])
@@ -44,6 +52,9 @@ def test_attention_glows_smoothly_on_one_scale_for_all_images():
     dim, bright = (np.asarray(glow(image, attention), int) for attention in (even, peak))
     assert dim.shape == (32, 40, 3) and len(np.unique(dim.reshape(-1, 3), axis=0)) == 1
     assert np.array_equal(dim, np.asarray(glow(image, 7 * even)))  # only shares matter
+    weight = 8**-0.5  # the root of the mean's share of the scale, also over the darkened image
+    heat = np.asarray(heat_map(torch.full((1, 1), weight), 1.0), float)[0, 0]
+    np.testing.assert_allclose(dim[0, 0], 60 + weight * (heat - 60), atol=1.5)
     light = bright.sum(axis=-1)
     assert light[12, 28] > 1.5 * dim[0, 0].sum()  # in the middle of the peak's patch
     assert (light[:8, :16] <= dim[0, 0].sum()).all()

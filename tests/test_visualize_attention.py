@@ -2,11 +2,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import visualize_attention
 from support.attention import attention_map
+from support.backbones import build_backbone
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
 from support.pictures import enlarge, heat_map
@@ -106,6 +108,9 @@ def test_a_picture_of_ours_that_is_the_input_is_not_overwritten_either(tmp_path)
     look(*flags, tmp_path / "in")
     with pytest.raises(UserError, match=r"would overwrite .*img.png"):
         look(*flags, tmp_path / "out" / "img.png")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match=r"would overwrite .*link/img.png"):
+        look(*flags, tmp_path / "out" / "img.png", "--output_dir", tmp_path / "link")
 
 
 @pytest.mark.parametrize("out", ["out", "."])
@@ -464,3 +469,58 @@ def test_the_rate_is_the_flags(tmp_path):
     flags = *RANDOM_VIT, "--video", tmp_path / "in.mp4", "--image_size", 64, "--output_dir", tmp_path
     look(*flags, "--fps", 5)
     assert Frames(str(tmp_path / "video.mp4")).rate == 5
+
+
+def test_the_attention_is_that_of_the_flags_and_of_the_recorded_normalization(tmp_path):
+    save_images(tmp_path, 1)
+    networks = [build_backbone("vit_nano", 8, 32)[0].state_dict() for _ in range(2)]
+    content = dict(zip(("student", "teacher"), networks, strict=True))
+    torch.save(content, tmp_path / "plain.pth")
+    torch.save(content | {"normalization": {"mean": [0.9] * 3, "std": [0.1] * 3}}, tmp_path / "recorded.pth")
+    plain, recorded = ("--pretrained_weights", tmp_path / "plain.pth"), tmp_path / "recorded.pth"
+    ways = [
+        (*RANDOM_VIT, "--seed", 0), (*RANDOM_VIT, "--seed", 1), plain,
+        (*plain, "--checkpoint_key", "student"), ("--pretrained_weights", recorded),
+    ]  # fmt: skip
+    for number, way in enumerate(ways):
+        flags = "--image_path", tmp_path / "000.png", "--image_size", 64
+        look(*way, *flags, "--output_dir", tmp_path / f"{number}")
+    assert len({(tmp_path / f"{number}" / "attn-mean.png").read_bytes() for number in range(5)}) == 5
+
+
+def test_other_channels_are_mapped_from_the_range_of_the_flag(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64, 5), dtype=np.uint16)
+    np.save(tmp_path / "wide.npy", values)
+    flags = *RANDOM_VIT, "--image_path", tmp_path / "wide.npy", "--image_size", 64, "--in_chans", 5
+    look(*flags, "--value_range", 0, 4095, "--output_dir", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "img.png") as shown:  # of the first three channels
+        assert np.array_equal(np.asarray(shown), np.rint(values[..., :3] * (255 / 4095)))
+
+
+def test_a_mask_is_of_its_own_head_and_the_sheet_shows_the_image_behind_it():
+    image, heads = picture(size=(16, 8)), torch.eye(2).view(2, 1, 2)  # the left and the right patch
+    pictures = visualize_attention.draw(image, visualize_attention.by_head(heads), 0.6)
+    masks = [np.asarray(pictures[f"mask_th0.6_{name}"])[0].tolist() for name in ("mean", "head0", "head1")]
+    assert masks == [[True] * 16, [True] * 8 + [False] * 8, [False] * 8 + [True] * 8]
+    behind, white = visualize_attention.sheet_rows(pictures)[1][2], Image.new("RGB", (8, 8), "white")
+    assert behind.crop((0, 0, 8, 8)).tobytes() == image.crop((0, 0, 8, 8)).tobytes()
+    assert behind.crop((8, 0, 16, 8)).tobytes() == white.tobytes()
+
+
+def test_a_network_of_one_channel_sees_a_video_in_grey(tmp_path):
+    save_images(tmp_path / "frames", 2)
+    flags = *RANDOM_VIT, "--in_chans", 1, "--video", tmp_path / "frames", "--image_size", 64
+    look(*flags, "--output_dir", tmp_path)
+    shown = np.asarray(next(iter(Frames(str(tmp_path / "video.mp4")))), int)[:, :56]
+    assert np.ptp(shown, axis=-1).max() <= 2 and np.ptp(shown) > 50  # beside it, the attention has colours
+
+
+def test_the_foreground_is_the_flags(tmp_path):
+    save_images(tmp_path / "frames", 2)
+    flags = *RANDOM_VIT, "--video", tmp_path / "frames", "--image_size", 64, "--pca", "--output_dir", tmp_path
+    black = []
+    for side in ("positive", "all"):
+        look(*flags, "--foreground", side)
+        shown = np.asarray(next(iter(Frames(str(tmp_path / "video.mp4")))))[:, 64:]
+        black.append((shown.max(axis=-1) < 10).mean())
+    assert black[0] > 0.05 and black[1] == 0
