@@ -49,6 +49,7 @@ def test_the_scale_of_the_features_does_not_matter_and_a_constant_one_does_no_ha
     moved = torch.cat([moved, torch.full((60, 1), 0.1)], dim=1)
     plain, other = logistic.fit(x, y, 3, 1e-2), logistic.fit(moved, y, 3, 1e-2)
     torch.testing.assert_close(plain(x), other(moved), atol=1e-3, rtol=1e-3)
+    assert logistic.choose_l2(moved, y, 3) == logistic.choose_l2(x, y, 3)
 
 
 def test_separable_classes_are_separated():
@@ -64,6 +65,16 @@ def test_noise_needs_more_regularisation():
     noisy[:, :6] += torch.randn(120, 6, generator=generator).double()
     clean = logistic.choose_l2(x, y, 3)
     assert clean <= 1e-4 and logistic.choose_l2(noisy, y, 3) >= 100 * clean
+
+
+def test_a_strength_is_scored_on_the_rows_that_were_held_out():
+    x, y = blobs(60, spread=2.0)
+    held_out = torch.arange(60) % 5 == 2
+    scores = logistic._scores_held_out(x, y, 3, held_out)
+    for l2, (correct, fit) in list(zip(logistic.STRENGTHS, scores.tolist(), strict=True))[::3]:
+        found = logistic.fit(x[~held_out], y[~held_out], 3, l2)(x[held_out])
+        assert correct == (found.argmax(dim=1) == y[held_out]).sum() < 12
+        assert -fit == pytest.approx(F.cross_entropy(found, y[held_out], reduction="sum").item(), rel=1e-2)
 
 
 def test_each_class_is_split_in_fifths_and_its_only_row_is_never_held_out():

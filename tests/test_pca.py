@@ -58,6 +58,21 @@ def test_the_foreground_is_away_from_the_border_whatever_the_sign_of_the_compone
     assert torch.equal(other.foreground(tokens), ~mask)
 
 
+@pytest.mark.parametrize("place", ["columns", "rows", "a corner"])
+def test_an_object_may_reach_the_border(place):
+    """The sign is that of all four sides, not of two of them or of a corner."""
+    noise = torch.randn(8, 8, 12, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    if place == "a corner":
+        mask[2:6, 2:6] = mask[:2, :2] = True
+    else:
+        mask[:, 1:7] = True
+    mask = mask.T if place == "rows" else mask
+    for shift in (5.0, -5.0):
+        tokens = 0.1 * noise + shift * mask[..., None] * torch.eye(12)[0]
+        assert torch.equal(PatchColours(lambda x=tokens: [x]).foreground(tokens), mask)
+
+
 def test_only_the_background_is_black_and_red_varies_most():
     tokens, mask = scene()
     picture = PatchColours(lambda: [tokens])(tokens)

@@ -41,7 +41,7 @@ def test_other_seeds_and_other_classes_draw_other_images():
 
 def test_the_class_that_is_too_small_is_named():
     with pytest.raises(UserError, match=r"class cat has only 10 images \(--few_shot 11\): give at most 10"):
-        draw_few(LABELS, "11", 0, ["ant", "bee", "cat"])
+        draw_few(2 * LABELS, "11", 0, ["ant", "no image", "bee", "no image", "cat"])
 
 
 @pytest.mark.parametrize("text", ["1%", "0.5%", "100%", "1", "20"])
