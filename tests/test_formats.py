@@ -745,3 +745,11 @@ def test_a_narrow_range_far_from_zero_keeps_its_levels():
     """float32 has steps of 4 there."""
     values = 2**25 + np.arange(256, dtype=np.int32)[None, None]
     assert to_levels(values, ((2**25, 2**25 + 255),), "x").flatten().tolist() == list(range(256))
+
+
+def test_a_sample_is_spread_over_all_images_and_over_the_whole_of_each():
+    dark, half = Image.new("RGB", (128, 64)), Image.new("RGB", (128, 64))
+    half.paste("white", (64, 0, 128, 64))
+    images = [(dark, 0)] * 300 + [(half, 0)] * 300  # a set is often in the order of its classes
+    mean, std = estimate_normalization(sample_values(images, 3), ImageFormat())
+    assert mean == pytest.approx([0.25] * 3, abs=0.01) and std == pytest.approx([0.433] * 3, abs=0.01)
