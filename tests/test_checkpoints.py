@@ -138,8 +138,9 @@ def test_a_published_model_is_downloaded_by_name_once(server):
     folder = server / "dino_deitsmall8_pretrain"
     folder.mkdir()
     torch.save(vit_small.state_dict(), folder / "dino_deitsmall8_pretrain.pth")
-    model = load_backbone("dino_vits8").network
-    torch.testing.assert_close(model.state_dict(), vit_small.state_dict(), rtol=0, atol=0)
+    frozen = load_backbone("dino_vits8")
+    torch.testing.assert_close(frozen.network.state_dict(), vit_small.state_dict(), rtol=0, atol=0)
+    assert frozen.description == "dino_vits8: vit_small, patch 8"  # nothing is assumed
     shutil.rmtree(folder)
     load_backbone("dino_vits8", None, "vit_small", 8, 224)  # kept
     with pytest.raises(UserError, match=r"have patch_size 8 \(--patch_size 16\)"):
