@@ -337,13 +337,14 @@ def test_objects_that_come_later_are_not_scored(tmp_path, capsys):
     assert "note: clip: not in the first mask, so not scored: objects [3]\n" in capsys.readouterr().out
 
 
-def test_pixels_of_the_first_mask_that_are_not_scored_are_background(tmp_path):
+def test_pixels_that_are_not_scored_are_background_and_no_object(tmp_path, capsys):
     data = make_clip(tmp_path / "data")
-    path = data / video.MASKS / "clip" / "00000.png"
-    mask = video.read_mask(path)
-    mask[:4] = video.VOID
-    Image.fromarray(mask).save(path)
+    for path in (data / video.MASKS / "clip").iterdir():
+        mask = video.read_mask(path)
+        mask[:4] = video.VOID
+        Image.fromarray(mask).save(path)
     assert set(segment(data, tmp_path / "output")) == {"clip_1", "mean"}
+    assert "not in the first mask" not in capsys.readouterr().out
     with Image.open(tmp_path / "output" / "clip" / "00000.png") as image:
         assert image.mode == "L" and image.getextrema() == (0, 1)
 

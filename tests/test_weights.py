@@ -757,6 +757,8 @@ def test_a_run_from_weights_that_expect_other_pixels_is_warned(vits, tmp_path, c
     del content["teacher"]["head.mlp.0.bias"], content["teacher"]["head.last_layer.weight_v"]
     init_from(new.backbone, new.head, write(content, tmp_path / "a.pth"), "vit_nano", 8, 32)
     assert "expects mean (0.5, 0.5, 0.5)" in capsys.readouterr().out
+    init_from(new.backbone, new.head, str(tmp_path / "a.pth"), "vit_nano", 8, 32, (0.5,) * 3, IMAGENET_STD)
+    assert "expects mean (0.5, 0.5, 0.5), deviation (0.5, 0.5, 0.5)" in capsys.readouterr().out
     content["normalization"]["value_range"] = [[0.0, 4095.0]]
     path = write(content, tmp_path / "b.pth")
     options = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "value_range": ((0.0, 65535.0),)}
