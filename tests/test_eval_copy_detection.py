@@ -188,6 +188,8 @@ def test_whiten_centred_changes_the_features_and_needs_images(blocks, tmp_path, 
     x = {name: torch.randn(9, 4) + 2 for name in ("original", "whitening")}
     published, centred = (eval_copy_detection.whiten(x, centred)["original"] for centred in (False, True))
     assert not torch.allclose(published, centred, rtol=0.1)
+    mean, matrix = fit_whitening(x["whitening"], centred=False)
+    torch.testing.assert_close(published, (x["original"] - mean) @ matrix)
 
 
 def test_images_that_are_there_twice_are_named(blocks, tmp_path, capsys):
