@@ -393,6 +393,8 @@ def test_the_papers_result_stands_beside_its_own_weights_and_data_only():
     def clips(names, size=(480, 854)):
         return [video.Clip(name, [], [], size) for name in names]
 
+    for both, J, F_ in video.PAPER.values():
+        assert both == pytest.approx((J + F_) / 2, abs=6e-4)
     assert len(video.DAVIS_VAL) == 30
     assert video.paper_result("dino_vits16", clips(video.DAVIS_VAL)) == (0.618, 0.602, 0.634)
     assert video.paper_result("checkpoint.pth", clips(video.DAVIS_VAL)) is None
