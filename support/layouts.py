@@ -16,21 +16,24 @@ from support.errors import UserError
 # What DataParallel, torch.compile, FSDP and activation checkpointing add to names, anywhere and repeatedly.
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-# Hugging Face's names of a ViT's and of DINOv2's tensors, after any prefix -> timm's.
+# Hugging Face's names of a ViT's and of DINOv2's tensors, after any prefix -> timm's: the names in files of
+# transformers, and those in memory since its version 5.
+LAYER = r"(?:encoder\.)?layers?\.(\d+)\."
 HUGGING_FACE = [
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"embeddings\.position_embeddings$", "pos_embed"),
     (r"embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
-    (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
-    (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-    (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-    (r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
-    (r"encoder\.layer\.(\d+)\.(norm1|norm2|mlp)\.", r"blocks.\1.\2."),
+    (LAYER + r"attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
+    (LAYER + r"attention\.(?:attention\.)?(query|key|value|[qkv]_proj)\.", r"blocks.\1.attn.\2."),
+    (LAYER + r"intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+    (LAYER + r"output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (LAYER + r"layernorm_before\.", r"blocks.\1.norm1."),
+    (LAYER + r"layernorm_after\.", r"blocks.\1.norm2."),
+    (LAYER + r"layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
+    (LAYER + r"(norm1|norm2|mlp)\.", r"blocks.\1.\2."),
     (r"layernorm\.(weight|bias)$", r"norm.\1"),
 ]
+QKV = [("query", "key", "value"), ("q_proj", "k_proj", "v_proj")]
 HUGGING_FACE_MARK = "embeddings.patch_embeddings.projection.weight"
 PATCHES = "patch_embed.proj.weight"
 
@@ -87,11 +90,12 @@ def _from_hugging_face(state: dict[str, Tensor], prefix: str) -> dict[str, Tenso
                     break
             name = prefix + name
         renamed[name] = value
-    for name in [name for name in renamed if ".attn.query." in name and name.startswith(prefix)]:
-        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in renamed for part in parts):
-            qkv = torch.cat([renamed.pop(part) for part in parts])
-            renamed[name.replace(".query.", ".qkv.")] = qkv
+    for first, *others in QKV:
+        for name in [name for name in renamed if f".attn.{first}." in name and name.startswith(prefix)]:
+            parts = [name, *(name.replace(f".{first}.", f".{part}.") for part in others)]
+            if all(part in renamed for part in parts):
+                qkv = torch.cat([renamed.pop(part) for part in parts])
+                renamed[name.replace(f".{first}.", ".qkv.")] = qkv
     return renamed
 
 

@@ -124,7 +124,7 @@ def test_a_link_to_the_folder_of_the_classes_adds_no_images(tmp_path, link):
         ({"data_path": "/nowhere", "dataset": "EMNIST"}, "use a folder instead"),
         ({"data_path": "/nowhere", "dataset": "Places365"}, r"no train split: .*--dataset Places365\): use"),
         ({"data_path": "/nowhere", "dataset": "SEMEION"}, "not found, or damaged, in this"),  # not fetched
-        ({"data_path": "/nowhere", "dataset": "ImageNet"}, r"\(--dataset ImageNet .*\): check the folder$"),
+        ({"data_path": "/nowhere", "dataset": "FER2013"}, r"\(--dataset FER2013 .*\): check the folder$"),
         ({"data_path": "/nowhere", "dataset": "LSUN"}, "needs the package lmdb .*: pip install lmdb"),
         ({"data_path": "/nowhere", "dataset": "PCAM"}, "needs the package h5py .*: pip install h5py"),
         ({"data_path": "/nowhere", "dataset": "MNIST", "split": "val"}, r"train and test \(--split val\)"),
@@ -150,8 +150,8 @@ def test_the_home_directory_of_a_dataset_is_expanded(tmp_path, monkeypatch):
 
 def test_a_dataset_that_cannot_be_downloaded_is_named(capsys):
     with pytest.raises(UserError, match="check the folder$"):
-        open_training_images(Source("/nowhere", "ImageNet", download=True))
-    words = "note: --download has no effect: torchvision does not download ImageNet\n"
+        open_training_images(Source("/nowhere", "FER2013", download=True))
+    words = "note: --download has no effect: torchvision does not download FER2013\n"
     assert capsys.readouterr().out == words
 
 

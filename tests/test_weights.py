@@ -472,6 +472,14 @@ def save_pretrained(folder, means=(0.5, 0.4, 0.3), **options):
     return model.vit, str(folder / "model.safetensors")
 
 
+def test_a_state_dict_of_transformers_is_read_as_its_file(tmp_path):
+    """Version 5 has other names in memory than in files."""
+    model, file = save_pretrained(tmp_path)
+    path = write(model.state_dict(), tmp_path / "saved.pth")
+    found, expected = (load_backbone(each).network.state_dict() for each in (path, file))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
     model, path = save_pretrained(tmp_path)
     frozen = load_backbone(path)
