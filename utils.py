@@ -74,7 +74,7 @@ def draw_view(width: int, height: int, kind: Kind, rng, recipe: Recipe = PAPER) 
     """Draw the random numbers of one view of an image of this size (paper, Section 3.2, multi-crop)."""
     quarters = rng.randrange(4) if recipe.quarter_turns else 0
     high, wide = kind.size[::-1] if quarters % 2 else kind.size  # before the turn
-    # Drawn in this order, also what is off; only the flags that the paper lacks draw nothing when they are.
+    # Drawn in this order, also what is off; but flags that the paper lacks draw nothing while they are off.
     return View(
         size=kind.size,
         box=draw_box(width, height, kind.scale, rng, [wide / high * aspect for aspect in recipe.crop_aspect]),

@@ -24,8 +24,8 @@ from torchvision.ops import StochasticDepth
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> (B, N, D), and the attention itself, (B, h, N, N).
 
-    The attention is None where a fused kernel does not give it: with `explicit`, and with forward hooks,
-    that kernel is not used.
+    The attention is None where a fused kernel computes the output; `explicit` and forward hooks turn that
+    kernel off.
     """
 
     explicit = False

@@ -427,9 +427,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
             signal.signal(number, _end_by_signal)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
-    with (
-        signals_held()
-    ):  # while Python starts the helper of "spawn" and "forkserver", e.g. for a progress bar
+    with signals_held():  # starts the helper of "spawn" and "forkserver", which a progress bar would start
         pass
     try:
         main(args)

@@ -680,7 +680,7 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
     # Subclasses of MNIST pass their arguments on as **kwargs.
     takes = {p for cls in make.__mro__ for p in inspect.signature(cls.__init__).parameters}
     kwargs = {"download": source.download} if "download" in takes else {}  # some would by default
-    if source.download and not kwargs:
+    if source.download and not kwargs and split != "val":  # said once
         log(f"note: --download has no effect: torchvision does not download {name}")
     own = source.split if split == "unlabelled" else ""  # evaluations choose the split themselves
     choices: list[dict[str, bool | str]]
