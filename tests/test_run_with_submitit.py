@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,7 @@ class Job:
         """A requeued job waits for two minutes; not here."""
         self.wait_until("PENDING")
         assert self.show("Restarts") == "1"
+        time.sleep(2)  # in the second in which it was stopped, SLURM ends it: "already killed, do not launch"
         slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now", "TimeLimit=60")
 
 
