@@ -483,7 +483,8 @@ def test_the_main_process_is_first(tmp_path):
         "for turn in range(3):\n"
         "    with main_process_first():\n"
         f"        if rank == 0: time.sleep(0.3); open({file!r}, 'a').write('x')\n"
-        f"        assert len(open({file!r}).read()) > turn"
+        f"        assert len(open({file!r}).read()) > turn\n"
+        "dist.barrier()  # rank 0 has the store, which the other asks"
     )
     assert two_processes(tmp_path, body) == [(0, ""), (0, "")]
 
