@@ -80,6 +80,7 @@ from support.pixels import (
     eval_transform,
     height_and_width,
     normalized_views,
+    size_words,
 )
 from support.restart import Run
 from support.shapes import USUAL, Shapes
@@ -461,7 +462,7 @@ def check_local_views(args: argparse.Namespace) -> None:
         return
     whole, part = (math.prod(height_and_width(size)) for size in crop_sizes(args))
     if part > whole:
-        size = " ".join(map(str, height_and_width(args.local_crops_size)))
+        size = size_words(args.local_crops_size)
         log(f"warning: local views are larger than global ones: --local_crops_size {size}")
     if sum(args.local_crops_scale) > sum(args.global_crops_scale):
         scale = " ".join(map(str, args.local_crops_scale))
@@ -660,7 +661,7 @@ def distribute(model: nn.Module, device: torch.device, sizes: Iterable[Size], in
 
 def synchronize_batchnorms(models: tuple[MultiCropWrapper, ...], device: torch.device) -> None:
     """Make batch norms, in place, use the statistics of all ranks' images, where torch can."""
-    if get_world_size() == 1 or not any(map(utils.has_batchnorms, models)):
+    if get_world_size() == 1 or not any(map(backbones.has_batchnorms, models)):
         return
     if device.type == "cpu":
         log("warning: batch norms see each process's own images: torch synchronises them on GPUs only")
@@ -801,7 +802,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
     check_batch_norms(args, device, student_without_ddp.backbone)
     if args.grad_checkpointing:
         backbones.checkpoint_activations(student_without_ddp.backbone, args.arch)
-        if utils.has_batchnorms(student_without_ddp.backbone):
+        if backbones.has_batchnorms(student_without_ddp.backbone):
             log("warning: --grad_checkpointing updates the student's means of batch norms twice a step")
     student = distribute(student_without_ddp, device, crop_sizes(args), args.in_chans)
     if args.compile:

@@ -231,10 +231,7 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block: (B, h, N, N)."""
-        x = self.prepare_tokens(x)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.blocks[-1](x, return_attention=True)
+        return self.get_attention(x)
 
     def get_attention(self, x: Tensor, layer: int = 1, token: int | None = None) -> Tensor:
         """Attention in a block, counted from the end: (B, h, N, N); of one token over all: (B, h, 1, N).
@@ -248,8 +245,10 @@ class VisionTransformer(nn.Module):
         block: Any = self.blocks[-layer]  # a Block
         for before in self.blocks[:-layer]:
             x = before(x)
+        if token is None:
+            return block(x, return_attention=True)
         q, k, _ = block.attn.project(block.norm1(x), cls_only=token == 0)
-        return block.attn.weights(q if token is None else q[:, :, token : token + 1], k)
+        return block.attn.weights(q[:, :, token : token + 1], k)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Tokens after each of the last `n` blocks, normed: n times (B, N, D)."""

@@ -25,7 +25,7 @@ from support.distributed import flush_output, in_group, is_first, launched_as, l
 from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of, similar
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
-from support.monitor import SCHEDULERS, signals_held
+from support.monitor import SCHEDULERS, start_helper
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class ArgumentParser(argparse.ArgumentParser):
         where = "" if places == [COMMAND_LINE] else " or ".join(places)
         fix = "see --help"
         if message.startswith("unrecognized") and (unknown := re.match(r"--\w[\w-]*", words[0])):
-            known = [action.option_strings[0][2:] for action in self._actions if action.option_strings]
+            known = [action.dest for action in self._actions if action.option_strings]
             near = similar(unknown[0][2:].replace("-", "_").lower(), known, cutoff=0.7)
             fix = f"did you mean --{', --'.join(near)}?" if near else fix
         exit_with(UserError(message, where, fix))
@@ -427,8 +427,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
             signal.signal(number, _end_by_signal)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
-    with signals_held():  # starts the helper of "spawn" and "forkserver", which a progress bar would start
-        pass
+    start_helper()
     try:
         main(args)
         logger.write()  # what is still to be flushed

@@ -29,7 +29,7 @@ from support.data import Images, pixels_of, read_labelled, sample_name, transfor
 from support.distributed import env_number, get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
 from support.logger import log, write
-from support.monitor import begin_worker, signals_held
+from support.monitor import begin_worker, signals_held, start_helper
 from support.pixels import copy_to
 
 
@@ -169,6 +169,7 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Any:  # a generator; torch says that it is a private class
         others = set(multiprocessing.active_children())
+        start_helper()
         with _explained(), signals_held():
             batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
         return self._pass(batches, set(multiprocessing.active_children()) - others)

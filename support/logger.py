@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.distributed import is_first, is_main_process
+from support.distributed import is_first
 
 
 def log(message: str) -> None:
@@ -105,7 +105,7 @@ class MetricLogger:
         self,
         iterable: Any,
         print_freq: int = 10,
-        header: str = "",
+        header: str | None = "",
         length: int | None = None,
         steps_after: int = 0,
         numbers: range | None = None,
@@ -119,7 +119,7 @@ class MetricLogger:
         length, header = len(iterable) if length is None else length, header or ""
         numbers = range(1, length + 1) if numbers is None else numbers
         digits = len(str(length))
-        show_bar = is_main_process() and sys.stderr is not None and sys.stderr.isatty()
+        show_bar = is_first() and sys.stderr is not None and sys.stderr.isatty()
         begun = numbers.start - 1
         with tqdm(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
             asked = said = time.perf_counter()

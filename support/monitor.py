@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from support.distributed import all_reduce_mean, get_world_size, is_main_process
+from support.distributed import all_reduce_mean, get_world_size, is_first
 from support.errors import Interrupted, TrainingError, UserError
 from support.logger import write
 
@@ -45,23 +45,27 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold signals to stop back until the end; processes that start within inherit that, and never get them.
-
-    Besides the workers, Python starts a helper for the methods "spawn" and "forkserver", and a server for the
-    latter, which a signal to the whole job would end. Starts the helper.
-    """
+    """Hold back signals to stop. Processes that start within inherit that, and never get them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        default = multiprocessing.get_all_start_methods()[0]
-        if (multiprocessing.get_start_method(allow_none=True) or default) != "fork":
-            resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it lets two of them through again
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_helper() -> None:
+    """Start the process that helps Python with "spawn" and "forkserver", where no signal to the job ends it.
+
+    Else the first progress bar would start it; or the first worker, and Python would then let SIGINT and
+    SIGTERM through to the others.
+    """
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if method != "fork" and hasattr(signal, "pthread_sigmask"):  # Windows has no helper
+        with signals_held():
+            resource_tracker.ensure_running()
 
 
 class Watch(Protocol):
@@ -116,7 +120,7 @@ class Monitor:
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         # Without stderr, Python's is None, and number 2 is another file, such as a checkpoint.
-        if number != self.received and is_main_process() and sys.stderr is not None:
+        if number != self.received and is_first() and sys.stderr is not None:
             again = "; a second Ctrl-C stops at once, without saving" if number == signal.SIGINT else ""
             words = f"{signal.Signals(number).name}: stopping after this step{again}\n"
             words = "\n" * os.isatty(2) + words  # below a progress bar

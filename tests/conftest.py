@@ -1,6 +1,7 @@
 """Shared fixtures: small images on disk, small flags, and real processes."""
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -58,6 +59,11 @@ def picture(seed: int = 0, size: tuple[int, int] = (60, 45)) -> Image.Image:
     """A smooth colourful image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def is_close_share(share: float, p: float, draws: int) -> bool:
+    """Within four standard errors of a probability."""
+    return abs(share - p) <= 4 * math.sqrt(p * (1 - p) / draws)
 
 
 def ramps(size: tuple[int, int]) -> Image.Image:

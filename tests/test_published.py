@@ -10,7 +10,7 @@ from PIL import ImageFilter, ImageOps
 import eval_knn
 import eval_linear
 import utils
-from tests.conftest import picture
+from tests.conftest import is_close_share, picture
 
 
 def test_callables_change_pil_images():
@@ -23,7 +23,7 @@ def test_callables_change_pil_images():
     random.seed(0)
     for change, p in ((utils.Solarization(0.2), 0.2), (utils.GaussianBlur(0.3, 2, 2), 0.3)):
         changed = sum(change(image).tobytes() != image.tobytes() for _ in range(600))
-        assert abs(changed / 600 - p) < 5 * (p * (1 - p) / 600) ** 0.5
+        assert is_close_share(changed / 600, p, 600)
 
 
 def test_the_log_of_a_published_evaluation(capsys):

@@ -23,7 +23,7 @@ import utils
 from support import backbones
 from support import pixels as px
 from support.pixels import to_pixels
-from tests.conftest import picture, ramps, slopes
+from tests.conftest import is_close_share, picture, ramps, slopes
 from utils import PAPER, DataAugmentationDINO, DINOHead, DINOLoss, MultiCropWrapper
 
 # ---------------------------------------------------------------------------------------------
@@ -44,11 +44,6 @@ def draw_views(image: Image.Image, draws: int, **kwargs) -> list[torch.Tensor]:
     draws = [augment.views(to_pixels(image), random.Random(seed))[0] for seed in range(draws)]
     together = [torch.stack(parts) for parts in zip(*draws, strict=True)]  # one for each size
     return [views for part in together for views in part.unbind(1)]
-
-
-def is_close_share(share: float, p: float, draws: int) -> bool:
-    """Within four standard errors of a probability."""
-    return abs(share - p) <= 4 * math.sqrt(p * (1 - p) / draws)
 
 
 def test_views_have_the_published_number_order_and_sizes():

@@ -225,19 +225,11 @@ def test_forward_hooks_see_all_tokens_in_training_too():
 
 
 def test_blocks_and_attention_can_be_wrapped_and_removed():
-    class Adapter(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x)
-
     model = vit_nano(8, img_size=32)
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
-    model.blocks[-1].attn = Adapter(model.blocks[-1].attn)
-    model.blocks[-1] = Adapter(model.blocks[-1])
+    model.blocks[-1].attn = Wrapped(model.blocks[-1].attn)
+    model.blocks[-1] = Wrapped(model.blocks[-1])
     torch.testing.assert_close(model(x), expected)
     tokens, model.blocks[-1] = model.get_intermediate_layers(x, 2)[0], torch.nn.Identity()
     torch.testing.assert_close(model(x), tokens[:, 0])
