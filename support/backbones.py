@@ -41,8 +41,13 @@ def check_known(arch: str) -> None:
         return
     import timm
 
-    known = [*VITS, *torchvision_names(), *timm.list_models()]
-    raise UserError("unknown architecture", f"--arch {arch}", nearest(arch, known))
+    short = re.fullmatch(r"(?:dino_)?vit[-_]?([tsb])[-_/]?(\d+)", arch.lower())  # dino_vits16, ViT-S/16
+    if short:
+        ours = next(name for name in VITS if name.startswith(f"vit_{short[1]}"))
+        hint = f"did you mean --arch {ours} --patch_size {short[2]}?"
+    else:
+        hint = nearest(arch, [*VITS, *torchvision_names(), *timm.list_models()])
+    raise UserError("unknown architecture", f"--arch {arch}", hint)
 
 
 def torchvision_names() -> list[str]:

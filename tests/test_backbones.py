@@ -61,6 +61,9 @@ def test_unknown_and_unfit_backbones_are_named():
         backbones.build_backbone("resnet5o")
     with pytest.raises(UserError, match="did you mean vit_large_patch.*, vit_large_patch.*"):
         backbones.build_backbone("vit_large")
+    for name in ("dino_vits16", "ViT-S/16", "vit_s16"):
+        with pytest.raises(UserError, match="did you mean --arch vit_small --patch_size 16\\?"):
+            backbones.build_backbone(name)
     with pytest.raises(UserError, match="no linear classifier"):
         backbones.build_backbone("squeezenet1_0")
     model, dim = backbones.build_backbone("vit_b_32")
