@@ -16,14 +16,16 @@ Shapes: N images, B images of a batch, D features, R x C patches.
 
 import argparse
 import contextlib
+import errno
 import functools
 import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -264,10 +266,11 @@ class Store:
         else:  # of earlier features
             self.final_labels.unlink(missing_ok=True)
         self.record(classes=classes)
+        if self.suffix != ".npy":
+            self._save(self.final, self.array)
+        del self.array, self.labels  # Windows neither renames nor removes a file that is mapped
         if self.suffix == ".npy":
             os.replace(self.partial, self.final)
-        else:
-            self._save(self.final, self.array)
         self._remove_partial()
 
     def _save(self, path: Path, array: np.ndarray) -> None:
@@ -286,7 +289,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What a folder's `features.json` holds, {} if there is none. Raises UserError."""
     path = folder / "features.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text("utf-8"))
         if isinstance(record["identity"], dict) and isinstance(record["blocks"], int):
             return record
     except FileNotFoundError:
@@ -307,14 +310,26 @@ def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     try:
         with open(path, "wb") as file:
             file.write(begin.ljust(PAGE - 1) + b"\n")
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # not on a Mac
-                os.posix_fallocate(file.fileno(), 0, size)
+            _lengthen(file, size)
             os.fsync(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
         what = f"cannot reserve {size / 1e9:.3g} GB: {reason_of(error)}"
         raise UserError(what, str(path), "give another --output_dir") from None
+
+
+def _lengthen(file: BinaryIO, size: int) -> None:
+    """Lengthen a file to this size, and reserve room for all of it. Raises OSError."""
+    file.truncate(size)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    # on a Mac and on Windows
+    if size > shutil.disk_usage(file.name).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    zeros = bytes(2**20)
+    for left in range(size - file.tell(), 0, -len(zeros)):
+        file.write(zeros[:left])
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:

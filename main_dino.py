@@ -981,7 +981,7 @@ def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> Non
     settings = argparse.Namespace(**(vars(args) | dict.fromkeys(["allow_changed_args", *shortened(args)])))
     path = run.folder / "args.txt"
     try:
-        old = path.read_text(errors="surrogateescape") if path.exists() else ARGS_TITLE
+        old = path.read_text("utf-8", "surrogateescape") if path.exists() else ARGS_TITLE
         if not old.startswith(ARGS_TITLE):
             log(f"warning: {path} is kept, so this run's settings are in its checkpoint only")
             return

@@ -182,7 +182,7 @@ class FolderFiles(FilesWithClasses):
 
     def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
         super().__init__(root, form=form)
-        folders = [name.partition(os.sep) for name in self.paths.names()]
+        folders = [name.partition("/") for name in self.paths.names()]
         self.classes, self.labels = [], np.zeros(len(self), int)
         beside = [name for name, separator, _ in folders if not separator]
         if 0 < len(beside) < len(folders):

@@ -166,7 +166,7 @@ def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[
                 left_out[kind or "no extension"] += 1
         folders.append((folder, sorted(images)))
         hidden += skipped
-    prefixed = ((os.path.join(folder, ""), names) for folder, names in sorted(folders))
+    prefixed = ((_join(folder, ""), names) for folder, names in sorted(folders))
     found = [prefix + name for prefix, names in prefixed for name in names]
     return Found(found, [folder for folder, names in folders if names], taken, left_out, hidden)
 
@@ -195,13 +195,18 @@ def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, li
                     elif not entry.is_dir():
                         names.append(entry.name)
                     elif entry.is_symlink():
-                        heapq.heappush(links, os.path.join(folder, entry.name))
+                        heapq.heappush(links, _join(folder, entry.name))
                     else:
-                        waiting.append(os.path.join(folder, entry.name))
+                        waiting.append(_join(folder, entry.name))
         except OSError as error:
             fix = "make it readable, or give another folder"
             raise UserError(reason_of(error), error.filename or path, fix) from None
         yield folder, names, hidden
+
+
+def _join(folder: str, name: str) -> str:
+    """The name of a file relative to the folder that is searched; `/` separates, also on Windows."""
+    return f"{folder}/{name}" if folder else name
 
 
 class JoinedPaths(Paths):
@@ -340,5 +345,7 @@ def appearing(path: Path) -> Iterator[IO[bytes]]:
             part.close()
             os.replace(part.name, path)
         except BaseException:
+            with contextlib.suppress(OSError):
+                part.close()  # Windows does not remove an open file
             os.unlink(part.name)
             raise

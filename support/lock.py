@@ -98,7 +98,7 @@ class FolderLock:
         deadline = time.monotonic() + patience
         while True:
             with contextlib.suppress(OSError, ValueError, TypeError):
-                holder = json.loads(self.path.read_text())
+                holder = json.loads(self.path.read_text("utf-8"))
                 if {"token", "pid", "host", "since", "machine"} <= set(holder):
                     return holder
             if time.monotonic() >= deadline:
@@ -119,7 +119,7 @@ class FolderLock:
         if beats:
             own["since"] = (self._read() or own)["since"]
         temporary = self.path.with_name(f"{self.path.name}.{self.token}")
-        temporary.write_text(json.dumps(own))
+        temporary.write_text(json.dumps(own), "utf-8")
         os.replace(temporary, self.path)
 
     def _folder(self) -> list[int]:
@@ -130,7 +130,11 @@ class FolderLock:
         if holder["machine"] == _machine() and os.name != "nt":  # on Windows, signal 0 would end the process
             if holder.get("folder", self._folder()) != self._folder():
                 return True
-            return holder["pid"] == os.getpid() or not _is_alive(holder["pid"], holder.get("started"))
+            if holder["pid"] == os.getpid() or not _is_alive(holder["pid"], holder.get("started")):
+                return True
+            if holder.get("started"):
+                return False
+            # On a Mac, another process may have got the ID of a dead holder.
         log(f"waiting up to {2 * self.beat:.0f} s to see whether {_name(holder)} holds {self.path.parent}")
         deadline = time.monotonic() + 2 * self.beat
         while time.monotonic() < deadline:
@@ -160,7 +164,7 @@ def _machine() -> list[str]:
     try:
         return [
             platform.node(),
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip(),
             os.readlink("/proc/self/ns/pid"),
         ]
     except OSError:  # not a Linux
@@ -170,7 +174,7 @@ def _machine() -> list[str]:
 def _started(pid: int) -> str:
     """When a process started, to recognise a process ID that is used again; "" if unknown."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
     except (OSError, IndexError):
         return ""
 

@@ -293,7 +293,7 @@ def add_records(records: Sequence[dict], path: Path) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
     """Yield the lines of the log and their records, None for a line that we did not write."""
-    for line in path.read_text(errors="surrogateescape").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
             yield line, record if isinstance(record["epoch"], int) else None

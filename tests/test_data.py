@@ -604,6 +604,12 @@ def test_a_tiff_that_says_how_many_bits_it_uses_is_scaled_by_them(tmp_path):
     np.testing.assert_array_equal(silent, values >> 8)
 
 
+def test_names_below_a_folder_are_the_same_on_windows(monkeypatch):
+    monkeypatch.setattr(os.path, "join", lambda *parts: "\\".join(parts))
+    found = select_images([("a/b", ["0.png"], 0), ("", ["1.png"], 0)], {".png"})
+    assert found.names == ["1.png", "a/b/0.png"]  # as in archives, and as `_check_one_part` splits them
+
+
 def test_the_order_of_images_does_not_depend_on_the_order_of_the_disk(tmp_path):
     contents = [("", ["z.png", "y.png"], 0), ("a", ["2.png", "1.png"], 0), ("b", ["0.png"], 0)]
     expected = ["y.png", "z.png", "a/1.png", "a/2.png", "b/0.png"]

@@ -24,6 +24,7 @@ from support.errors import UserError
 from support.features import cls_and_patches, frozen_features, last_cls_tokens, patch_tokens
 from support.formats import load_image
 from support.loading import num_cores
+from support.lock import _started
 from support.pixels import eval_transform
 from tests.conftest import ROOT, run, save_images, torchrun, wait_for
 
@@ -320,10 +321,9 @@ def test_a_file_of_another_shape_or_cut_short_is_refused(half_done):
 def test_two_runs_do_not_share_a_folder(images, tmp_path):
     identity = {"dtype": "float32", "format": "npy", "batch_size_per_gpu": 4}
     held = Store(tmp_path, (20, 768), identity)
-    holder = held.lock._write
-    holder(0)
-    text = json.loads(held.lock.path.read_text())
-    held.lock.path.write_text(json.dumps(text | {"pid": os.getppid(), "started": ""}))
+    held.lock._write(0)
+    other = {"pid": os.getppid(), "started": _started(os.getppid())}
+    held.lock.path.write_text(json.dumps(json.loads(held.lock.path.read_text()) | other))
     with pytest.raises(UserError, match="another run writes to this folder"):
         extract(tmp_path, "--data_path", str(images))
 
@@ -338,7 +338,10 @@ def test_processes_never_share_a_page(tmp_path_factory, width, batch, dtype):
     assert covered == list(range(10_000))
 
 
-def test_rows_begin_at_a_page_and_room_is_reserved(tmp_path):
+@pytest.mark.parametrize("system", ["Linux", "a Mac"])
+def test_rows_begin_at_a_page_and_room_is_reserved(tmp_path, monkeypatch, system):
+    if system == "a Mac":
+        monkeypatch.delattr(os, "posix_fallocate")
     path = tmp_path / "x.npy.partial"
     extract_features._create(path, (3, 5, 7), np.dtype(np.float16))
     array = np.lib.format.open_memmap(path, mode="r+")

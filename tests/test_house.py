@@ -51,6 +51,13 @@ def test_functions_fit_a_screen(path):
     assert [each for each in lengths if each[2] > 65] == []
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_text_is_utf8_whatever_the_system_takes(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    texts = [call for call in calls if getattr(call.func, "attr", "") in ("read_text", "write_text")]
+    assert [call.lineno for call in texts if "utf-8" not in ast.unparse(call)] == []
+
+
 def test_the_published_names_are_in_utils_and_take_the_published_arguments():
     published = {
         "MultiCropWrapper": ["backbone", "head"],

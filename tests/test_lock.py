@@ -17,7 +17,7 @@ from tests.conftest import ROOT, run, wait_for
 def taken_by(lock: FolderLock, **changes) -> None:
     """Another process, the one that started this one, takes the folder."""
     lock._write(0)
-    other = {"token": "another", "pid": os.getppid(), "started": ""} | changes
+    other = {"token": "another", "pid": os.getppid(), "started": _started(os.getppid())} | changes
     lock.path.write_text(json.dumps(json.loads(lock.path.read_text()) | other))
 
 
@@ -208,6 +208,28 @@ def test_a_process_id_that_is_used_again_holds_nothing(tmp_path):
     taken_by(lock, started="1")  # another process had this ID
     lock.acquire()
     lock.release()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_process_may_have_any_name():
+    code = (  # the kernel cuts the name after 15 bytes, here within a character
+        "import ctypes, os; ctypes.CDLL(None).prctl(15, 'entraîné-modèleé'.encode()[:15])\n"
+        "from support.lock import _started; print(_started(os.getpid()))"
+    )
+    assert run("-c", code).stdout.strip().isdigit()
+
+
+def test_a_living_process_whose_start_is_unknown_holds_while_the_lock_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("support.lock._started", lambda pid: "")  # as on a Mac
+    lock = FolderLock(tmp_path / "lock", beat=0.1)
+    taken_by(lock, started="")  # the ID may be used again
+    lock.acquire()
+    assert "waiting up to 0 s to see whether process" in capsys.readouterr().out
+    lock.release()
+    taken_by(lock, started="")
+    monkeypatch.setattr("support.lock.time.sleep", lambda _: taken_by(lock, started="", beats=1))
+    with pytest.raises(UserError, match="another run writes to this folder"):
+        lock.acquire()
 
 
 def test_of_two_that_find_the_holder_dead_the_last_to_write_has_the_folder(tmp_path, monkeypatch):
