@@ -61,13 +61,15 @@ def test_short_rows_are_normalised_too(capsys):
 def test_all_k_at_once_equal_one_k_at_a_time():
     train, test = (F.normalize(torch.randn(size, 6), dim=1) for size in (50, 20))
     data = train, torch.randint(4, (50,)), test, torch.randint(4, (20,))
-    together = eval_knn.knn_accuracies(*data, [1, 5, 50], 0.07, 4)
+    together = eval_knn.knn_accuracies(*data, [5, 50, 1], 0.07, 4)
     assert together == {k: eval_knn.knn_classifier(*data, k, 0.07, 4) for k in (1, 5, 50)}
     columns = [each if each.ndim > 1 else each[:, None] for each in data]  # as published code may have labels
     assert eval_knn.knn_classifier(*columns, 5, 0.07, 4) == together[5]
-    data[0][3] = torch.nan
-    with pytest.raises(ValueError, match="features are not finite"):
-        eval_knn.knn_classifier(*data, 5, 0.07, 4)
+    for features in (train, test):
+        features[3], before = torch.nan, features[3].clone()
+        with pytest.raises(ValueError, match="features are not finite"):
+            eval_knn.knn_classifier(*data, 5, 0.07, 4)
+        features[3] = before
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float32, torch.bool])
@@ -98,6 +100,7 @@ def test_prints_the_published_line_and_limits_k(labelled, capsys):
     assert list(result) == [3, 15]
     out = capsys.readouterr().out
     assert "note: --nb_knn limited to the 15 training images" in out
+    assert result[15] == pixels(labelled, "--nb_knn", "15")[15]  # counted once
     top1, top5 = result[3]
     assert f"3-NN classifier result: Top1: {top1}, Top5: {top5}" in out
 
@@ -163,6 +166,7 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, caps
             (tmp_path / f"{split}{part}.pth").write_bytes(train)
     evaluate("--load_features", str(tmp_path), "--nb_knn", "3")
     (tmp_path / "train").mkdir()
+    (tmp_path / "testfeat.pth").unlink()
     with pytest.raises(UserError, match="has both train/ of extract_features.py and trainfeat.pth"):
         evaluate("--load_features", str(tmp_path))
     assert "warning: train and val are the same images" in capsys.readouterr().out
@@ -253,6 +257,7 @@ def test_class_numbers_may_have_gaps(tmp_path):
         ("testlabels", lambda labels: labels - 1, r"labels are not whole numbers from 0 \(.*testlabels"),
         ("testlabels", lambda labels: torch.full((9,), torch.nan), "labels are not whole numbers from 0"),
         ("trainfeat", torch.zeros_like, r"rows of length 0 to 0 cannot be normalised \(.*trainfeat"),
+        ("trainfeat", lambda rows: rows.double() * 1e39, "rows of length inf to inf cannot be normalised"),
         ("testfeat", lambda rows: rows * 1j, "features are not finite numbers"),
     ],
 )
@@ -260,6 +265,12 @@ def test_values_that_are_no_features_or_labels_are_refused(tmp_path, name, chang
     with pytest.raises(UserError, match=message) as error:
         saved_features(tmp_path, **{name: change})
     assert "\n" not in str(error.value)
+
+
+def test_features_of_no_images_are_refused(tmp_path):
+    none = {name: lambda tensor: tensor[:0] for name in ("testfeat", "testlabels")}
+    with pytest.raises(UserError, match=r"do not fit together: .* \(0, 8\), \(0,\)"):
+        saved_features(tmp_path, **none)
 
 
 def test_test_labels_that_training_lacks_are_named(tmp_path, capsys):
@@ -284,6 +295,8 @@ def test_flags_without_effect_beside_loaded_features_are_named(tmp_path, capsys)
     said = capsys.readouterr().out
     assert "warning: --pretrained_weights has no effect: --load_features gives the features" in said
     assert "warning: --image_size has no effect" in said and "--arch" not in said
+    others = {"nb_knn", "temperature", "use_cuda", "dump_features", "load_features", "dist_url", "local_rank"}
+    assert set(vars(eval_knn.parse_args([]))) - set(eval_knn.FEATURE_FLAGS) == others
 
 
 def test_the_temperature_is_the_flags(tmp_path):
@@ -419,20 +432,22 @@ def test_two_processes_give_what_one_gives(labelled):
     assert len(lines[0]) == 1 and lines[0] == lines[1]
 
 
-def test_the_knn_of_a_training_asks_twenty_neighbours():
+@pytest.mark.parametrize(("step", "found"), [(0.001, 1), (0.025, 0)])  # radians between neighbours
+def test_the_knn_of_a_training_asks_twenty_neighbours_and_counts_the_near_more(step, found):
     """By increasing distance, 9 images of class 0, 11 of class 1 and 10 of class 0."""
     train = [(Image.new("RGB", (4, 4), (i, i, i)), int(9 <= i < 20)) for i in range(30)]
-    val = [(Image.new("RGB", (4, 4)), 1)]
+    val = [(Image.new("RGB", (4, 4)), label) for label in (found, found, 1 - found)]
 
     def model(images):
-        angle = images.float().mean(dim=(1, 2, 3)) / 1000
-        return torch.stack([angle.cos(), angle.sin()], dim=1)
+        angle = step * images.float().mean(dim=(1, 2, 3))
+        return torch.stack([angle.cos(), angle.sin()], dim=1) * (0.1 + angle[:, None])  # of any length
 
-    assert eval_knn.knn_top1(model, train, val, as_tensor, torch.device("cpu")) == 100
+    top1 = eval_knn.knn_top1(model, train, val, as_tensor, torch.device("cpu"))
+    assert top1 == pytest.approx(100 * 2 / 3)
 
 
 def test_knn_takes_its_share_of_the_time_since_the_start(monkeypatch):
-    now, seen, stopped = [0.0], [], [False]
+    now, seen, stopped = [5000.0], [], [False]
     monkeypatch.setattr(eval_knn.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(eval_knn, "broadcast_buffers", seen.append)
     network = MultiCropWrapper(nn.Linear(3, 3), nn.Identity())
@@ -448,8 +463,8 @@ def test_knn_takes_its_share_of_the_time_since_the_start(monkeypatch):
         now[0] += 50
         taken.append(bool(knn(epoch, {"teacher": network})))
         assert network.training
-    # At 50, 110, 170, 220, 280, 330, 390, 440 and 500 seconds, after 0, 10, 20, 20, 30, 30, 40, 40 and 50.
+    # 50, 110, 170, 220, 280, 330, 390, 440 and 500 seconds on, after 0, 10, 20, 20, 30, 30, 40, 40 and 50.
     assert taken == [True, True, False, True, False, True, False, True, True]
     assert seen == [network, (False, True)] * 6  # one rank's buffers, in evaluation mode, in bf16
-    now[0], stopped[0] = 10_000.0, True
+    now[0], stopped[0] = 15_000.0, True
     assert knn(9, {"teacher": network}) == {} and network.training

@@ -736,9 +736,9 @@ def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
 
 
 def test_a_hot_pixel_does_not_decide_the_range():
-    values = np.arange(10_000, dtype=np.float32)[None]
+    values = 100_000 + np.arange(10_000, dtype=np.float32)[None]
     low, high = estimate_range([values, np.full((1, 5), 1e9, np.float32)], 1)
-    assert 9 <= low <= 11 and 9_985 <= high <= 9_999
+    assert 100_009 <= low <= 100_011 and 109_985 <= high <= 109_999
 
 
 def test_a_narrow_range_far_from_zero_keeps_its_levels():
@@ -748,8 +748,12 @@ def test_a_narrow_range_far_from_zero_keeps_its_levels():
 
 
 def test_a_sample_is_spread_over_all_images_and_over_the_whole_of_each():
-    dark, half = Image.new("RGB", (128, 64)), Image.new("RGB", (128, 64))
-    half.paste("white", (64, 0, 128, 64))
+    dark, half = Image.new("RGB", (130, 64)), Image.new("RGB", (130, 64))
+    half.paste("white", (65, 0, 130, 64))
     images = [(dark, 0)] * 300 + [(half, 0)] * 300  # a set is often in the order of its classes
-    mean, std = estimate_normalization(sample_values(images, 3), ImageFormat())
+    sample = sample_values(images, 3)
+    assert len(sample) == 256 and {part.shape for part in sample} == {(3, 64 * 44)}  # every third column
+    mean, std = estimate_normalization(sample, ImageFormat())
     assert mean == pytest.approx([0.25] * 3, abs=0.01) and std == pytest.approx([0.433] * 3, abs=0.01)
+    with pytest.raises(UserError, match="channel 1 is the same in all"):
+        estimate_normalization(sample_values([(dark, 0)], 3), ImageFormat())
