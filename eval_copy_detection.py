@@ -31,12 +31,11 @@ from support.data import ImageFiles, describe, digest
 from support.distributed import (
     agree,
     fix_random_seeds,
-    init_distributed_mode,
     is_main_process,
     same_error_on_all_ranks,
 )
 from support.errors import UserError
-from support.features import cls_and_patches, extract_features, log_network
+from support.features import cls_and_patches, confirm_network, extract_features
 from support.files import Folder
 from support.logger import log
 from support.pixels import rgb_transform
@@ -261,7 +260,7 @@ def paper_line(weights: str, imsize: int, centred: bool, counts: dict[str, int])
 
 
 def load_network(args: argparse.Namespace) -> Frozen:
-    """Load the network by the flags, and log it. All ranks call this together. Raises UserError.
+    """Load the network by the flags. All ranks call this together. Raises UserError.
 
     Random weights are of a ViT-B/8, the published default.
     """
@@ -270,13 +269,13 @@ def load_network(args: argparse.Namespace) -> Frozen:
     with same_error_on_all_ranks():
         frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, arch, patch_size, args.imsize)
         frozen.require_rgb("the benchmark's photographs")
-    log_network(frozen, f"{args.imsize} pixels")
+    confirm_network(frozen, f"{args.imsize} pixels")
     return frozen
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Compute features, search, and print a line for each block; {block: mAP} on rank 0."""
-    device = init_distributed_mode(args.dist_url)
+    device = cli.join_processes(args)
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
     no_whitening = [("whiten_centred", not args.whitening_path, "--whitening_path is not given")]

@@ -31,12 +31,11 @@ from support.cli import bool_flag
 from support.data import ImageFiles, on_all_ranks
 from support.distributed import (
     fix_random_seeds,
-    init_distributed_mode,
     is_main_process,
     same_error_on_all_ranks,
 )
 from support.errors import UserError, first_line
-from support.features import extract_features, log_network, patch_size_of
+from support.features import confirm_network, extract_features, patch_size_of
 from support.formats import load_image
 from support.logger import log
 from support.pickles import load_pickle
@@ -279,13 +278,13 @@ def check_takes_any_size(network: nn.Module, imsize: int, multiscale: bool) -> N
 
 
 def load_network(args: argparse.Namespace) -> Frozen:
-    """Load the network by the flags, and log it. All ranks call this together. Raises UserError."""
+    """Load the network by the flags. All ranks call this together. Raises UserError."""
     with same_error_on_all_ranks():
         frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
         frozen.require_rgb("the benchmark's photographs")
         with torch.inference_mode():
             check_takes_any_size(frozen.network, args.imsize, args.multiscale)
-    log_network(frozen, f"longer side at most {args.imsize} pixels", *["three scales"] * args.multiscale)
+    confirm_network(frozen, f"longer side at most {args.imsize} pixels", *["three scales"] * args.multiscale)
     return frozen
 
 
@@ -360,7 +359,7 @@ def paper_line(weights: str, dataset: str, num_images: int, num_queries: int) ->
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Compute features, rank, and print the benchmark's lines; {protocol: mAP in percent} on rank 0."""
-    device = init_distributed_mode(args.dist_url)
+    device = cli.join_processes(args)
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
     with same_error_on_all_ranks():

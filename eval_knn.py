@@ -34,7 +34,6 @@ from support.distributed import (
     broadcast_buffers,
     fix_random_seeds,
     get_world_size,
-    init_distributed_mode,
     is_main_process,
     same_error_on_all_ranks,
 )
@@ -394,7 +393,7 @@ def normalized(features: Tensor, which: str) -> Tensor:
 
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """Compute or load features, classify, and print a line for each k; {k: (top1, top5)} on rank 0."""
-    device = init_distributed_mode(args.dist_url)
+    device = cli.join_processes(args)
     keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
     folder = None

@@ -51,7 +51,6 @@ from support.distributed import (
     all_reduce_mean,
     fix_random_seeds,
     get_world_size,
-    init_distributed_mode,
     is_main_process,
     same_error_on_all_ranks,
 )
@@ -624,7 +623,7 @@ def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[st
 def main(args: argparse.Namespace) -> list[dict[str, float]]:
     """Train classifiers on frozen features, or evaluate one; returns the validation of each."""
     check_args(args)
-    device = init_distributed_mode(args.dist_url)
+    device = cli.join_processes(args)
     fix_random_seeds(args.seed)
     if args.logistic:
         return fit_logistic(args, device)

@@ -28,7 +28,7 @@ from support import cli
 from support.data import ImageFiles, read_labelled, text_lines
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, first_line
-from support.features import log_network, patch_size_of, patch_tokens
+from support.features import confirm_network, patch_size_of, patch_tokens
 from support.files import extension, file_id, readable_extensions, replacing
 from support.logger import log
 from support.masks import (
@@ -475,7 +475,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> Frozen:
     frozen.network.to(device)
     if frozen.std == IMAGENET_STD:
         frozen = frozen._replace(std=STD)
-    log_network(frozen, "shorter side 480 pixels")
+    confirm_network(frozen, "shorter side 480 pixels")
     return frozen
 
 

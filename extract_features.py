@@ -55,7 +55,6 @@ from support.distributed import (
     fix_random_seeds,
     get_rank,
     get_world_size,
-    init_distributed_mode,
     is_main_process,
     main_process_first,
     same_error_on_all_ranks,
@@ -462,7 +461,7 @@ def check_lies_outside(path: Path, source: Source) -> None:
 
 def main(args: argparse.Namespace) -> Path:
     """Compute the features that are missing; returns the file of the complete set."""
-    device = init_distributed_mode(args.dist_url)
+    device = cli.join_processes(args)
     fix_random_seeds(args.seed)
     with same_error_on_all_ranks():
         folder = cli.make_folder(args.output_dir)

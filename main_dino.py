@@ -52,7 +52,6 @@ from support.distributed import (
     fix_random_seeds,
     get_rank,
     get_world_size,
-    init_distributed_mode,
     is_main_process,
     launched_as,
     same_error_on_all_ranks,
@@ -893,7 +892,7 @@ ADVICE = "try --precision fp32, a lower --lr or --clip_grad 0.3"
 def train_dino(args: argparse.Namespace) -> None:
     """Set up, resume the run in --output_dir if there is one, train, save."""
     check_args(args)
-    device = init_distributed_mode(args.dist_url)
+    device = cli.join_processes(args)
     fix_random_seeds(args.seed)
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
@@ -1232,6 +1231,7 @@ def draw_demo(args: argparse.Namespace, weights: str, knn: dict[str, float]) -> 
 
 def main(args: argparse.Namespace) -> None:
     """Train, or draw what the training would see; under `--demo`, also evaluate what was learned."""
+    args = copy.copy(args)  # some flags get values that hold for this run alone
     if args.preview:
         if not cli.leaves_work_to_first():
             draw_preview(args)

@@ -37,7 +37,7 @@ from support.checks import check_images
 from support.data import ImageFiles, Images, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
-from support.features import log_network, patch_size_of, patch_tokens
+from support.features import confirm_network, patch_size_of, patch_tokens
 from support.files import lies_below
 from support.formats import ImageFormat
 from support.logger import MetricLogger, log
@@ -476,7 +476,7 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
         raise UserError(what, "--demo" if args.demo else "--video", "give --image_path")
     for size in args.image_size if args.demo else ():  # cropped images would not match the true masks
         check_divides("image_size", size, patch_size_of(frozen.network))
-    log_network(frozen)
+    confirm_network(frozen)
     frozen.network.to(device)
     return Viewer(frozen, device, args.image_size, args.layer, args.query)
 

@@ -21,7 +21,16 @@ import torch
 import torch.distributed as dist
 
 from support import logger
-from support.distributed import flush_output, in_group, is_first, launched_as, leave_group
+from support.distributed import (
+    agree,
+    all_gather_object,
+    flush_output,
+    in_group,
+    init_distributed_mode,
+    is_first,
+    launched_as,
+    leave_group,
+)
 from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of, similar
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
@@ -60,6 +69,10 @@ class ArgumentParser(argparse.ArgumentParser):
         """As argparse's, with the words of files for each `@FILE`."""
         self.places, words = {}, []
         for given in sys.argv[1:] if args is None else args:
+            if given == "" or re.fullmatch(r"--\w+=", given):
+                flag = next((word for word in reversed([*words, given]) if word.startswith("--")), "")
+                fix = "set the shell variable that it comes from, or leave the flag out"
+                exit_with(UserError("empty value", flag.rstrip("="), fix))
             for word, place in expand(given):
                 words.append(word)
                 for name in {word, word.partition("=")[0]}:
@@ -325,6 +338,23 @@ def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
     except OSError as error:
         raise UserError(reason_of(error), f"--{flag} {path}", "choose another") from None
     return folder
+
+
+# Flags that may differ between the machines of a run.
+LOCAL_FLAGS = {"data_path", "knn_data", "download", "num_workers", "cpu_threads", "dist_url", "local_rank"}
+
+
+def join_processes(args: argparse.Namespace) -> torch.device:
+    """Join the group if there are several processes, and choose this one's device.
+
+    Raises UserError, also if the processes have different flags, except for LOCAL_FLAGS.
+    """
+    device = init_distributed_mode(args.dist_url)
+    flags = {name: value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
+    others = all_gather_object(flags)
+    different = [name for name in flags if any(other.get(name) != flags[name] for other in others)]
+    agree("flags", " ".join(f"--{name} {flags[name]}" for name in different))
+    return device
 
 
 def leaves_work_to_first() -> bool:

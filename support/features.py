@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from support.data import Images
-from support.distributed import all_gather, get_rank, get_world_size, same_error_on_all_ranks
+from support.distributed import agree, all_gather, get_rank, get_world_size, same_error_on_all_ranks
 from support.errors import UserError, first_line
 from support.loading import EvalImages, make_loader
 from support.logger import log
 from support.pixels import copy_to, size_words
-from support.weights import Frozen, load_backbone
+from support.weights import Frozen, digest_weights, load_backbone
 from vision_transformer import VisionTransformer
 
 
@@ -38,12 +38,17 @@ def load_by_flags(args: argparse.Namespace) -> Frozen:
             args.in_chans,
             args.value_range,
         )
-    log_network(frozen, f"{size_words(frozen.image_size)} pixels")
+    confirm_network(frozen, f"{size_words(frozen.image_size)} pixels")
     return frozen
 
 
-def log_network(frozen: Frozen, *sizes: str) -> None:
-    """Log what was loaded, and how images become its input; `sizes` say how they are resized."""
+def confirm_network(frozen: Frozen, *sizes: str) -> None:
+    """Log what was loaded, and how images become its input; `sizes` say how they are resized.
+
+    All ranks call this together. Raises UserError if they have different weights.
+    """
+    if get_world_size() > 1:
+        agree("weights", digest_weights(frozen.network))
     log(f"weights: {frozen.description}")
     log(f"preprocessing: {', '.join([*sizes, frozen.value_words])}")
 

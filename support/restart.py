@@ -107,8 +107,11 @@ class Run:
             raise UserError(ruined, str(path), f"remove it to resume from {self.previous.name}")
         step = f"step {checkpoint['step']}, " if "step" in checkpoint else ""
         log(f"resuming {path} at {step}epoch {checkpoint['epoch']}")
-        if checkpoint["epoch"] and is_main_process() and not read_log(self.log_file):
-            log(f"warning: {self.log_file} lacks the earlier epochs: was it overwritten?")
+        if is_main_process():
+            logged = {record["epoch"] for record in read_log(self.log_file)}
+            if lost := [epoch for epoch in range(checkpoint["epoch"]) if epoch not in logged]:
+                count = f"{len(lost)} of {checkpoint['epoch']} epochs, e.g. epoch {lost[0]}"
+                log(f"warning: {self.log_file} lacks {count}: was it changed?")
         return {name: value for name, value in checkpoint.items() if name not in pieces}
 
     def newest_whole(self) -> tuple[Path, dict] | None:
@@ -191,7 +194,7 @@ class Run:
                 continue  # saved without loss scaling, in full precision
             try:
                 if isinstance(piece, nn.Module):
-                    load_strictly(piece, checkpoint[name], f"{path}: {name}")
+                    load_strictly(piece, checkpoint[name], f"{path}: {name}", fix)
                 else:
                     if isinstance(piece, torch.optim.Optimizer):
                         check_optimizer(piece, checkpoint[name])

@@ -415,6 +415,14 @@ def test_an_error_of_the_command_line_is_not_blamed_on_the_file(flags, message, 
     assert capsys.readouterr().err == f"error: {message.format(file=file)}\n"
 
 
+@pytest.mark.parametrize("words", [["--init_from", ""], ["--init_from="], ["--init_from", "a", ""]])
+def test_an_empty_value_is_refused_because_it_would_count_as_not_given(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main_dino.parse_args(["--seed", "1", *words, "--lr", "1"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: empty value (--init_from): set the shell variable")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

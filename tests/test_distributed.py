@@ -243,7 +243,7 @@ def test_a_torch_without_distributed_trains(images, tmp_path):
         "import os, torch, main_dino, eval_knn, eval_linear, visualize_attention, run_with_submitit\n"
         "assert not torch.distributed.is_available() and not hasattr(torch.distributed, 'Store')\n"
         "os.environ |= {'RANK': '0', 'WORLD_SIZE': '2'}\n"
-        "main_dino.cli.run_script(main_dino.init_distributed_mode, 'env://')\n"
+        "main_dino.cli.run_script(main_dino.utils.init_distributed_mode, 'env://')\n"
     )
     result = run("-c", code, env=env, check=False)
     error = "error: this torch has no torch.distributed: start one process only\n"
@@ -365,6 +365,33 @@ def test_different_images_are_refused_on_all_ranks(tmp_path):
     assert results == [(2, line), (2, "")]
 
 
+@pytest.mark.slow
+def test_different_flags_are_refused_on_all_ranks(tmp_path):
+    body = """
+from argparse import Namespace
+local = dict(data_path=f"/scratch/{rank}", num_workers=rank, local_rank=rank, dist_url="env://")
+cli.join_processes(Namespace(lr=0.1, **local))
+cli.join_processes(Namespace(lr=0.1, seed=rank, output_dir=f"runs/{rank}", **local))
+"""
+    zero, one = (f"rank {rank}: --seed {rank} --output_dir runs/{rank}" for rank in range(2))
+    line = f"error: ranks have different flags ({zero}; {one}): give every process the same\n"
+    assert two_processes(tmp_path, body) == [(2, line), (2, "")]
+
+
+@pytest.mark.slow
+def test_different_weights_are_refused_on_all_ranks(tmp_path):
+    body = """
+from support.features import confirm_network
+from support.weights import load_backbone
+for seed in (0, rank):
+    fix_random_seeds(seed)
+    confirm_network(load_backbone("random", None, "vit_nano"))
+"""
+    (code, said), other = two_processes(tmp_path, body)
+    assert (code, other) == (2, (2, ""))
+    assert re.fullmatch(r"error: ranks have different weights \(rank 0: \w{12}; rank 1: \w{12}\): .*\n", said)
+
+
 # (what each rank does, what both then raise); a rank that raises nothing waits for the main process first
 CASES = [
     ("pass", None),
@@ -397,10 +424,12 @@ def test_errors_are_shared_whichever_rank_meets_them_first(tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_one_rank_cannot_write_is_named(tmp_path):
     """As where one machine does not see the file system of the others."""
-    (tmp_path / "out1").write_text("")
-    body = f"import main_dino\nflags = {[*TINY, '--demo', '--output_dir']!r}\n"
-    body += f"main_dino.train_dino(main_dino.parse_args([*flags, {str(tmp_path / 'out')!r} + str(rank)]))"
-    line = f"error: rank 1: File exists (--output_dir {tmp_path}/out1): choose another\n"
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    (tmp_path / "1" / "out").write_text("")
+    body = f"import main_dino, os\nos.chdir({str(tmp_path)!r} + f'/{{rank}}')\n"
+    body += f"main_dino.train_dino(main_dino.parse_args({[*TINY, '--demo', '--output_dir', 'out']!r}))"
+    line = "error: rank 1: File exists (--output_dir out): choose another\n"
     assert [(code, said.splitlines(True)[-1:]) for code, said in two_processes(tmp_path, body)] == [
         (2, [line]),
         (2, []),

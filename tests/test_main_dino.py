@@ -378,6 +378,14 @@ def test_the_preview_ends_without_a_run_and_keeps_files_of_others(images, tmp_pa
     assert file.read_bytes() == before
 
 
+def test_the_flags_of_a_caller_stay_as_they_are(images, tmp_path):
+    flags = f"--data_path {images} --preview {tmp_path}/p.png --epochs 2 --mean auto --std auto".split()
+    args = main_dino.parse_args(flags)  # with the default warm-up of 10 epochs
+    before = copy.deepcopy(vars(args))
+    main_dino.main(args)
+    assert vars(args) == before
+
+
 def test_the_preview_names_an_image_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     save_images(tmp_path / "data", 3)
     (tmp_path / "data" / "broken.png").write_bytes(b"no image")

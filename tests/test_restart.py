@@ -25,7 +25,7 @@ def train(*flags) -> None:
 
 
 class Ranks:
-    """A training of several processes, each with a file for what it says."""
+    """A training of several processes, each in its own folder, with a file for what it says."""
 
     def __init__(self, count: int, folder: Path, *flags):
         port = str(free_port())
@@ -35,16 +35,12 @@ class Ranks:
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
             environment = {name: str(value) for name, value in environment.items() if count > 1}
             environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            (folder / str(rank)).mkdir(exist_ok=True)
             with open(said, "w") as output:
                 self.processes.append(
                     subprocess.Popen(
-                        [
-                            sys.executable,
-                            "main_dino.py",
-                            *TINY,
-                            *(f.format(rank=rank) for f in map(str, flags)),
-                        ],
-                        cwd=ROOT,
+                        [sys.executable, str(ROOT / "main_dino.py"), *TINY, *map(str, flags)],
+                        cwd=folder / str(rank),
                         env=os.environ | environment,
                         stdout=output,
                         stderr=output,
@@ -195,12 +191,9 @@ def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
 @pytest.mark.slow
 def test_processes_that_see_different_checkpoints_end(images, tmp_path):
     """As on two machines whose output folder is not shared."""
-    train(
-        "--data_path", images, "--output_dir", tmp_path / "out0", "--batch_size_per_gpu", 2, "--max_steps", 2
-    )
-    run = Ranks(
-        2, tmp_path, "--data_path", images, "--batch_size_per_gpu", 2, "--output_dir", tmp_path / "out{rank}"
-    )
+    flags = "--data_path", images, "--batch_size_per_gpu", 2, "--output_dir"
+    train(*flags, tmp_path / "0" / "out", "--max_steps", 2)
+    run = Ranks(2, tmp_path, *flags, "out")
     assert run.codes() == [2, 2]
     assert "error: processes see checkpoints of different steps: [2, 0]" in run.said[0].read_text()
 
@@ -241,18 +234,26 @@ def test_the_log_keeps_lines_of_any_bytes(tmp_path):
     assert path.read_bytes() == b'Versuch f\xfcr\n{"epoch": 0}\n'
 
 
-def test_a_log_that_was_overwritten_is_said(tmp_path, capsys):
-    """As by `| tee log.txt`, which empties it before the run resumes."""
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        (None, ""),
+        ("", "2 of 2 epochs, e.g. epoch 0"),  # as `| tee log.txt` leaves it
+        ("training images: ...", "2 of 2 epochs, e.g. epoch 0"),
+        ('{"epoch": 0}\n', "1 of 2 epochs, e.g. epoch 1"),
+    ],
+)
+def test_a_log_that_lacks_epochs_is_said(tmp_path, capsys, text, lost):
     pieces = {"student": torch.nn.Linear(1, 1)}
     with Run(tmp_path, required=("student",)) as run:
         run.resume(pieces, {})
-        run.save({"epoch": 1}, [{"epoch": 0}])
-    for text in (None, "", "training images: ..."):
-        if text is not None:
-            run.log_file.write_text(text)
-        with Run(tmp_path, required=("student",)) as run:
-            run.resume(pieces, {})
-        assert ("log.txt lacks the earlier epochs" in capsys.readouterr().out) == (text is not None)
+        run.save({"epoch": 2}, [{"epoch": 0}, {"epoch": 1}])
+    if text is not None:
+        run.log_file.write_text(text)
+    with Run(tmp_path, required=("student",)) as run:
+        run.resume(pieces, {})
+    warnings = re.findall("log.txt lacks (.*): was it changed", capsys.readouterr().out)
+    assert warnings == [lost] * bool(lost)
 
 
 def test_output_that_goes_to_the_log_is_refused(tmp_path):
