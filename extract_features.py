@@ -69,8 +69,7 @@ from support.features import (
     patch_tokens,
     with_mean,
 )
-from support.files import extension, replacing
-from support.formats import extensions_of
+from support.files import replacing
 from support.loading import make_loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
@@ -452,13 +451,6 @@ def names_of(images: Images) -> list[str]:
     return names
 
 
-def check_lies_outside(path: Path, source: Source) -> None:
-    """Raise UserError if this file would become one of the images."""
-    if extension(path) in extensions_of(source.form) and source.holds(path):
-        what, fix = f"{path.name} would become one of the images", "give a folder outside --data_path"
-        raise UserError(what, f"--output_dir {path.parent}", fix)
-
-
 def main(args: argparse.Namespace) -> Path:
     """Compute the features that are missing; returns the file of the complete set."""
     device = cli.join_processes(args)
@@ -467,7 +459,7 @@ def main(args: argparse.Namespace) -> Path:
         folder = cli.make_folder(args.output_dir)
     frozen = load_by_flags(args)
     source = Source.of(args, frozen.form)
-    check_lies_outside(folder / f"features.{args.format}", source)
+    source.check_outside(folder / f"features.{args.format}", f"--output_dir {folder}")
     images = on_all_ranks(open_any_images, source)
     check_on_first_rank(images, alike=False)
     names = names_of(images)

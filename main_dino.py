@@ -901,7 +901,8 @@ def train_dino(args: argparse.Namespace) -> None:
     images = on_all_ranks(open_training_images, source)
     steps = count_steps(args, len(images))
     with same_error_on_all_ranks():
-        folder = make_run_folder(args.output_dir, source)
+        source.check_outside(Path(args.output_dir, "curves.png"), f"--output_dir {args.output_dir}")
+        folder = cli.make_folder(args.output_dir)
     run = Run(folder, required=("student", "teacher", "optimizer"), advice=ADVICE)
     settle_format(args, images, run)
     training = build_training(args, device, steps, resumes=all_gather_object(run.exists())[0])
@@ -914,9 +915,8 @@ def train_dino(args: argparse.Namespace) -> None:
 
     pieces = training.pieces() | {"guard": monitor, "metrics": logger}  # keys of older checkpoints
     identity = run_identity(args, images, training.dtype)
-    found = run.resume(
-        pieces, identity, args.allow_changed_args, added=vars(get_args_parser().parse_args([]))
-    )
+    defaults = vars(get_args_parser().parse_args([]))  # of flags that an older checkpoint lacks
+    found = run.resume(pieces, identity, args.allow_changed_args, defaults)
     step = first_step(found, steps)
     keep_init_from(args, found)
     record_args(args, run, step, steps.last)
@@ -954,14 +954,6 @@ def train_dino(args: argparse.Namespace) -> None:
                 curves.update(record)
     barrier()  # every rank can now read what was saved
     monitor.raise_if_stopped(step, steps.last, run.folder)
-
-
-def make_run_folder(output_dir: str, source: Source) -> Path:
-    """Make the folder of the run. Raises UserError, also if its picture would be one of the images."""
-    if source.holds(Path(output_dir, "curves.png")):
-        what, fix = "the run's curves.png would become one of the images", "give a folder outside --data_path"
-        raise UserError(what, f"--output_dir {output_dir}", fix)
-    return cli.make_folder(output_dir)
 
 
 ARGS_TITLE = "# The settings of a run of main_dino.py, written by it"  # identifies our file
@@ -1144,8 +1136,7 @@ def draw_preview(args: argparse.Namespace) -> None:
     if path.suffix.lower() != ".png":
         raise UserError("the picture is a PNG", where, "give a name that ends in .png")
     source = Source.of(args, image_format(args))
-    if source.holds(path):
-        raise UserError("the picture would become one of the images", where, fix)
+    source.check_outside(path, where, fix)
     check_free(path, PREVIEW_MARK, fix=fix)
     images = open_training_images(source)
     settle_format(args, images)

@@ -339,11 +339,12 @@ class Source(NamedTuple):
         """One source for each data path."""
         return [self._replace(data_path=path, more=()) for path in (self.data_path, *self.more)]
 
-    def holds(self, path: Path) -> bool:
-        """Whether an image at this path would become one of these images; never for a dataset or the demo."""
-        if self.dataset or self.demo:
-            return False
-        return lies_below(path, [Path(part.data_path, part.split) for part in self.each() if part.data_path])
+    def check_outside(self, path: Path, where: str, fix: str = "give a folder outside --data_path") -> None:
+        """Raise UserError if a file at this path would become one of these images."""
+        if self.dataset or self.demo or extension(path) not in extensions_of(self.form):
+            return
+        if lies_below(path, [Path(part.data_path, part.split) for part in self.each() if part.data_path]):
+            raise UserError(f"{path.name} would become one of the images", where, fix)
 
 
 def open_training_images(source: Source) -> Images:
