@@ -74,8 +74,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_weights_flags(parser, rgb_only=True)
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
         help="keep the features on the GPU, if there is one")
-    parser.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the weights of --pretrained_weights random")
     cli.add_launch_flags(parser)
     # fmt: on
     return parser

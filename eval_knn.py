@@ -65,8 +65,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of saved features, to use instead of weights and images: train/ and val/, each written "
              "by extract_features.py; or torch files trainfeat.pth (N, D), trainlabels.pth (N,), "
              "testfeat.pth (M, D), testlabels.pth (M,)")
-    parser.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the weights of --pretrained_weights random")
     cli.add_data_flags(parser,
         "folder with train and val: folders of class folders, .tar, .zip or lists such as train.txt",
         "evaluate on the drawn shapes of main_dino.py --demo")

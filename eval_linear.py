@@ -70,7 +70,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = cli.ArgumentParser(__doc__)
     # fmt: off
-    cli.add_weights_flags(parser)
+    cli.add_weights_flags(parser, seed_of="the classifiers' first weights, the order of the images, the "
+        "augmentation and the subset of --few_shot")
     positive = cli.number(int, at_least=1)
     group = parser.add_argument_group("features")
     cli.add_size_flag(group, "--image_size", None,
@@ -118,9 +119,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="validate a trained classifier: --linear_weights, or the one in --output_dir")
     group.add_argument("--linear_weights", default="",
         help="a classifier for --evaluate: a file, or a published one by its model's name (dino_vits16, ...)")
-    group.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the classifiers' first weights, the order of the images, the augmentation and the "
-             "subset of --few_shot")
     cli.add_launch_flags(group)
     # fmt: on
     return parser

@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = cli.ArgumentParser(__doc__)
     # fmt: off
-    cli.add_weights_flags(parser)
+    cli.add_weights_flags(parser, seed_of="the sample of patches and of --pretrained_weights random")
     positive = cli.number(int, at_least=1)
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",
@@ -93,8 +93,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--nb_knn", default=20, type=positive, help="number of neighbours")
     group.add_argument("--temperature", default=0.07, type=cli.number(float, above=0),
         help="temperature of the vote: the weight of a neighbour is exp(similarity / temperature)")
-    group.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the sample of patches, and of the weights of --pretrained_weights random")
     # fmt: on
     return parser
 

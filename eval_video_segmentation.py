@@ -82,8 +82,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="how many of the most similar patches a patch takes its label from")
     group.add_argument("--bs", default=6, type=cli.number(int, at_least=1),
         help="accepted and ignored, as in the published code; frames are read one by one")
-    group.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the weights of --pretrained_weights random")
     # fmt: on
     return parser
 

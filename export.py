@@ -45,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = cli.ArgumentParser(__doc__)
     # fmt: off
-    cli.add_weights_flags(parser)
+    cli.add_weights_flags(parser, seed_of="the random images and of --pretrained_weights random")
     group = parser.add_argument_group("export")
     group.add_argument("--to", nargs="+", default=["backbone"], choices=EXPORTS,
         help="what to write: a backbone file of this project, a state dict for timm, a Hugging Face ViTModel "
@@ -53,8 +53,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_size_flag(group, "--image_size", None,
         "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
     group.add_argument("--output_dir", default="exported", help="folder for the files")
-    group.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the random images, and of the weights of --pretrained_weights random")
     # fmt: on
     return parser
 

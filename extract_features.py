@@ -104,8 +104,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="type of the saved features; float16 halves the file")
     group.add_argument("--skip_unreadable", action="store_true",
         help="give an image that cannot be read a row of NaN, with a warning, instead of stopping there")
-    group.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the weights of --pretrained_weights random")
     cli.add_data_flags(parser,
         "a folder, .tar or .zip of images, or a text file that lists images, one a line",
         "the drawn shapes of main_dino.py --demo, as the evaluations take them",

@@ -104,8 +104,6 @@ def get_args_parser() -> argparse.ArgumentParser:
              "images' borders; try negative if that is the background; all draws no background")
     group.add_argument("--threshold", default=None, type=cli.number(float, above=0, at_most=1),
         help="also write masks that keep this share of the attention, e.g. 0.6")
-    group.add_argument("--seed", default=0, type=cli.seed,
-        help="seed of the weights of --pretrained_weights random")
     # fmt: on
     return parser
 

@@ -230,12 +230,16 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, spli
 
 
 def add_weights_flags(
-    parser: argparse.ArgumentParser, arch: str = "vit_small", patch_size: int = 16, rgb_only: bool = False
+    parser: argparse.ArgumentParser,
+    arch: str = "vit_small",
+    patch_size: int = 16,
+    rgb_only: bool = False,
+    seed_of: str = "the weights of --pretrained_weights random",
 ) -> None:
-    """Add the flags that select a frozen network; a flag that is not given is None.
+    """Add the flags that select a frozen network; a flag that is not given is None; and `--seed`.
 
-    The help names `arch` and `patch_size` as what the script takes if the file does not say it. A script with
-    `rgb_only` images needs no flags of their format.
+    The help names `arch` and `patch_size` as what the script takes if the file does not say it, and
+    `seed_of`, what `--seed` decides. A script with `rgb_only` images needs no flags of their format.
     """
     # fmt: off
     group = parser.add_argument_group("weights")
@@ -250,6 +254,7 @@ def add_weights_flags(
              f"else {arch})")
     group.add_argument("--patch_size", default=None, type=number(int, at_least=1),
         help=f"pixels per patch side, for our ViTs only (default: the file's, else {patch_size})")
+    group.add_argument("--seed", default=0, type=seed, help=f"seed of {seed_of}")
     if rgb_only:
         return
     group.add_argument("--in_chans", default=None, type=number(int, at_least=1, at_most=16),
