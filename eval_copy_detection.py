@@ -90,9 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def open_blocks(data_path: str) -> dict[str, ImageFiles]:
     """Open the blocks of queries that are there, by name, the originals first. Raises UserError."""
-    if not data_path:
-        raise UserError("no data given", "--data_path", "give the folder that holds original/")
-    root = Path(data_path).expanduser()
+    root = cli.data_folder(data_path, "give the folder that holds original/")
     names = [name for name in ("original", "strong") if (root / name).is_dir()]
     if "original" not in names:
         raise UserError("no folder original/", f"--data_path {root}", "give the folder that holds it")

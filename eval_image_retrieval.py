@@ -113,9 +113,7 @@ PROTOCOLS = {"M": (("easy", "hard"), ("junk",)), "H": (("hard",), ("junk", "easy
 
 def read_benchmark(data_path: str, dataset: str) -> Benchmark:
     """Read the ground truth of a benchmark. Raises UserError, also for images that are not there."""
-    if not data_path:
-        raise UserError("no data given", "--data_path", "give the folder that holds roxford5k/ or rparis6k/")
-    root = Path(data_path).expanduser() / dataset
+    root = cli.data_folder(data_path, "give the folder that holds roxford5k/ or rparis6k/") / dataset
     path = root / f"gnd_{dataset}.pkl"
     if not path.is_file():
         raise UserError("no such file", str(path), "lay the benchmark out as in docs/evaluations.md")

@@ -228,11 +228,7 @@ def open_masked(data_path: str, demo: bool, form: ImageFormat = RGB) -> tuple[Ma
     if demo:
         in_format(Shapes("val", 1), form, "--demo")  # checks it
         return MaskedShapes("train", 4_096), MaskedShapes("val", 1_000)
-    if not data_path:
-        raise UserError("no data given", "--data_path", "give a folder in VOC's layout, or try --demo")
-    root = Path(data_path).expanduser()
-    if not root.is_dir():
-        raise UserError("no such folder", f"--data_path {root}", "check the path")
+    root = cli.data_folder(data_path, "give a folder in VOC's layout, or try --demo")
     train, val = (MaskedFiles(root, split, form) for split in ("train", "val"))
     if is_voc12(val):
         train.names = val.names = VOC_CLASSES

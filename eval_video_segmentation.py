@@ -115,11 +115,7 @@ def open_clips(data_path: str) -> list[Clip]:
 
     Raises UserError for anything that would stop the work later, except damaged pixels.
     """
-    if not data_path:
-        raise UserError("no data given", "--data_path", "give the folder of DAVIS 2017")
-    root = Path(data_path).expanduser()
-    if not root.is_dir():
-        raise UserError("no such folder", f"--data_path {data_path}", "check the path")
+    root = cli.data_folder(data_path, "give the folder of DAVIS 2017")
     names_file = root / CLIPS
     if not names_file.is_file():
         raise UserError("no such file", str(names_file), "list the names of the clips in it, one per line")

@@ -345,6 +345,16 @@ def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
     return folder
 
 
+def data_folder(data_path: str, fix: str) -> Path:
+    """The folder of an evaluation's own layout. Raises UserError, with this advice if none is given."""
+    if not data_path:
+        raise UserError("no data given", "--data_path", fix)
+    folder = Path(data_path).expanduser()
+    if not folder.is_dir():
+        raise UserError("no such folder", f"--data_path {data_path}", "check the path")
+    return folder
+
+
 # Flags that may differ between the machines of a run.
 LOCAL_FLAGS = {"data_path", "knn_data", "download", "num_workers", "cpu_threads", "dist_url", "local_rank"}
 
