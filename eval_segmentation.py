@@ -43,7 +43,7 @@ from eval_knn import knn_votes
 from support import cli, logistic
 from support.attention import attention_map, keep_mass
 from support.checks import check_images
-from support.data import ImageFiles, Images, in_format, text_lines
+from support.data import ImageFiles, Images, in_format, read_names
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, WrongFormat, first_line, reason_of
 from support.features import load_by_flags, patch_tokens
@@ -140,7 +140,7 @@ class MaskedFiles(ImageFiles):
 
     def __init__(self, root: Path, split: str, form: ImageFormat = RGB):
         listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        self.stems = read_list(listed)
+        self.stems = read_names(listed, "list the images, one a line, without extension")
         found = {"masks": folder_files(root / FOLDERS["masks"], readable_extensions())}
         found |= {"images": folder_files(root / FOLDERS["images"], extensions_of(form))}
         for kind, files in found.items():
@@ -191,17 +191,6 @@ class MaskedFiles(ImageFiles):
 
 
 FOLDERS = {"images": "JPEGImages", "masks": "SegmentationClass"}
-
-
-def read_list(path: Path) -> list[str]:
-    """Read the names of a list, one a line. Raises UserError."""
-    fix = "give the folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
-    names = [line for _, line in text_lines(path, fix)]
-    if not names:
-        raise UserError("list names no images", str(path), "write a name a line, without extension")
-    if repeated := len(names) - len(set(names)):
-        log(f"note: {repeated} repeated lines were left out: {path}")
-    return list(dict.fromkeys(names))
 
 
 def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:

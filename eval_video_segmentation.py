@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from support import cli
-from support.data import ImageFiles, read_labelled, text_lines
+from support.data import ImageFiles, read_labelled, read_names
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, first_line
 from support.features import confirm_network, patch_size_of, patch_tokens
@@ -117,11 +117,7 @@ def open_clips(data_path: str) -> list[Clip]:
     """
     root = cli.data_folder(data_path, "give the folder of DAVIS 2017")
     names_file = root / CLIPS
-    if not names_file.is_file():
-        raise UserError("no such file", str(names_file), "list the names of the clips in it, one per line")
-    names = list(dict.fromkeys(line for _, line in text_lines(names_file)))
-    if not names:
-        raise UserError("no clip in the list", str(names_file), "list the names of the clips, one per line")
+    names = read_names(names_file, "list the clips, one a line")
     for name in names:
         if name != Path(name).name or name == "..":
             raise UserError(f"{name} is not the name of a folder", str(names_file), "write names only")

@@ -249,6 +249,16 @@ def text_lines(path: str | Path, fix: str = "make it readable") -> Iterator[tupl
             yield number, os.fsdecode(line.strip())
 
 
+def read_names(path: Path, fix: str) -> list[str]:
+    """The names in a text file, one a line, each once. Raises UserError."""
+    names = [line for _, line in text_lines(path, fix)]
+    if not names:
+        raise UserError("no name in the list", str(path), fix)
+    if repeated := len(names) - len(set(names)):
+        log(f"note: {repeated} repeated lines were left out: {path}")
+    return list(dict.fromkeys(names))
+
+
 def _path_and_class(line: str, root: str) -> tuple[str, str]:
     """Split a line of a list; the class is "" if there is none. A file's name may contain commas."""
     if "\t" in line:

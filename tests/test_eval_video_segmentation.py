@@ -497,8 +497,8 @@ def no_object(data):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (no_list, r"^no such file \(.*val.txt\): list"),
-        (empty_list, r"^no clip in the list \(.*val.txt\)"),
+        (no_list, r"^No such file or directory \(.*val.txt\): list"),
+        (empty_list, r"^no name in the list \(.*val.txt\)"),
         (a_path_in_the_list, r"^\.\./clip is not the name of a folder \(.*val.txt\)"),
         (no_folder, r"^clip nowhere has no folder \(.*480p/nowhere\)"),
         (no_frames, r"^clip clip has no frames \(.*480p/clip\)"),
