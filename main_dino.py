@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import importlib.util
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -1023,10 +1022,11 @@ def save(
     run: Run, args: argparse.Namespace, step: int, steps: Steps, record: dict | None, last: bool
 ) -> None:
     """Write the checkpoint; after an epoch also its `record` and, every few epochs, a numbered copy."""
+    epochs, begun = divmod(step, steps.per_epoch)
     values = {
-        "epoch": step // steps.per_epoch,
+        "epoch": epochs,
         "step": step,
-        "sampler": {"seen": step % steps.per_epoch * steps.batch},
+        "sampler": {"seen": begun * steps.batch},
         "args": vars(args),
         "normalization": {
             "mean": list(args.mean),
@@ -1034,9 +1034,8 @@ def save(
             "value_range": pairs(args.value_range),
         },
     }
-    ended = step // steps.per_epoch - 1  # the epoch that ends with this step, if one does
-    due = record and step % steps.per_epoch == 0 and args.saveckp_freq and ended % args.saveckp_freq == 0
-    keep_as = f"checkpoint{ended:04}.pth" if due else ""
+    due = record and not begun and args.saveckp_freq and (epochs - 1) % args.saveckp_freq == 0
+    keep_as = f"checkpoint{epochs - 1:04}.pth" if due else ""
     run.save(values, [record] if record else [], keep_as, last)
 
 
@@ -1055,14 +1054,14 @@ def train_one_epoch(
     per_epoch = t.steps.per_epoch
     epoch, begun = divmod(stretch.start, per_epoch)
     logged = logger.log_every(
-        itertools.islice(batches, len(stretch)),
+        zip(stretch, batches, strict=False),  # a signal may end the batches first
         header=f"epoch {epoch}",
         length=per_epoch,
         steps_after=t.steps.last - (epoch + 1) * per_epoch,
         numbers=range(begun + 1, begun + len(stretch) + 1),
     )
-    step = stretch.start - 1  # in case a signal ends the loop before the first batch
-    for step, (views, colours, unreadable) in enumerate(logged, stretch.start):
+    next_step = stretch.start
+    for step, (views, colours, unreadable) in logged:
         # schedules and random numbers (drop path) of this step
         lr, wd, momentum = (float(t.schedules[name][step]) for name in ("lr", "wd", "momentum"))
         utils.set_schedules(t.optimizer, lr, wd)
@@ -1095,9 +1094,10 @@ def train_one_epoch(
 
         # log
         logger.update(**metrics, lr=lr, wd=wd, momentum=momentum)
+        next_step = step + 1
         if monitor.stopping:
             break
-    return step + 1
+    return next_step
 
 
 # ---------------------------------------------------------------------------------------------
