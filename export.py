@@ -330,11 +330,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         raise UserError("there is no network", "--pretrained_weights pixels", "give a file of weights")
     fix_random_seeds(args.seed)
     folder = cli.make_folder(args.output_dir)
-    for name, _ in (EXPORTS[to] for to in args.to):
-        if (folder / name).exists():
-            raise UserError(
-                "is there already", str(folder / name), "move it away, or give another --output_dir"
-            )
+    for path in (folder / EXPORTS[to][0] for to in args.to):
+        if path.exists():
+            raise UserError("is there already", str(path), "move it away, or give another --output_dir")
     frozen = load_by_flags(args)
     fit_to_size(frozen)
     return {to: export(frozen, to, folder) for to in dict.fromkeys(args.to)}

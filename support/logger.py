@@ -4,6 +4,7 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -141,12 +142,11 @@ class MetricLogger:
     def status(self, steps_left: int) -> str:
         """Meters, speed, share of time spent waiting for data, time left, peak GPU memory."""
         seconds = max(self.step_time.avg, 1e-9)
-        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * steps_left))
-        days = int(seconds * steps_left // 86400)
+        eta = timedelta(seconds=int(seconds * steps_left))
         parts = [f"{name} {meter.avg:.4g}" for name, meter in self.meters.items()]
         if self.images_per_step:
             parts.append(f"{self.images_per_step / seconds:.0f} img/s")
-        parts += [f"data {self.data_time.avg / seconds:.0%}", f"eta {f'{days}d ' if days else ''}{eta}"]
+        parts += [f"data {self.data_time.avg / seconds:.0%}", f"eta {eta}"]
         if torch.cuda.is_available():
             parts.append(f"mem {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
         return self.delimiter.join(parts)

@@ -44,7 +44,7 @@ def test_the_time_left_and_the_wait_for_data(capsys, now):
     for _ in MetricLogger(images_per_step=200).log_every(batches(), 10, length=10, steps_after=1000):
         now[0] += 75
     line = capsys.readouterr().out
-    assert "2 img/s" in line and "data 25%" in line and "eta 1d 03:46:40" in line
+    assert "2 img/s" in line and "data 25%" in line and "eta 1 day, 3:46:40" in line
 
 
 def test_slow_steps_have_a_line_a_minute(capsys, now):
