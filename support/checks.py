@@ -1,7 +1,5 @@
 """Checks images before they are used, and warns of likely mistakes in how they were prepared."""
 
-import functools
-import itertools
 import os
 import random
 import time
@@ -84,29 +82,26 @@ def copied_files(train: Paths, val: Paths, most: int = 10_000, seconds: float = 
 
     Reads files for about `seconds`.
     """
-    by_size: dict[int, list[int]] = {}
     end = time.monotonic() + seconds
+    by_size: dict[int, list[int]] = {}
     for index in evenly_spread(len(train), most):
         by_size.setdefault(train.size(index), []).append(index)
-
-    @functools.cache
-    def known(size: int) -> dict[bytes, int]:
-        in_time = itertools.takewhile(lambda _: time.monotonic() < end, by_size[size])
-        return {train.middle(index, 4096): index for index in in_time}
-
     sizes = {index: val.size(index) for index in evenly_spread(len(val), most)}
     alike = [index for index, size in sizes.items() if size in by_size]
+    middles: dict[tuple[int, bytes], int] = {}  # of train: the size, and bytes from the middle
     copies = []
     for index in [alike[i] for i in evenly_spread(len(alike), 1_000)]:
         if time.monotonic() > end:
             break
         size = sizes[index]
-        other = known(size).get(val.middle(index, 4096))
-        if (
-            other is not None
-            and (content := val.middle(index, size))
-            and content == train.middle(other, size)
-        ):
+        for number in by_size.pop(size, []):  # once for all files of val that have this size
+            if time.monotonic() < end:
+                middles[size, train.middle(number, 4096)] = number
+        other = middles.get((size, val.middle(index, 4096)))
+        if other is None:
+            continue
+        content = val.middle(index, size)
+        if content and content == train.middle(other, size):
             copies.append((val[index], train[other]))
     return copies
 
