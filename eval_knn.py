@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from extract_features import read_features
@@ -41,6 +40,7 @@ from support.errors import ImageError, UserError
 from support.features import compute, concat_patches, extract_features, load_by_flags
 from support.files import replacing
 from support.logger import log
+from support.pixels import AnyImage
 from utils import MultiCropWrapper
 
 
@@ -161,7 +161,7 @@ def knn_top1(
     model: Callable[[Tensor], Tensor],
     train: Images,
     val: Images,
-    transform: Callable[[Image.Image | Tensor], Tensor],
+    transform: Callable[[AnyImage], Tensor],
     device: torch.device,
     num_workers: int = 0,
 ) -> float:

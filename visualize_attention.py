@@ -54,7 +54,7 @@ from support.pictures import (
     save_picture,
     side_by_side,
 )
-from support.pixels import as_tensor, in_channels, normalize
+from support.pixels import AnyImage, as_tensor, in_channels, normalize
 from support.shapes import Shapes
 from support.video import ENCODERS, Frames, write_video
 from support.weights import Frozen, load_backbone
@@ -243,12 +243,12 @@ def folder_names(paths: list[str], given: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def upright(image: Image.Image | Tensor) -> Image.Image | Tensor:
+def upright(image: AnyImage) -> AnyImage:
     """Rotate as EXIF says."""
     return image if isinstance(image, Tensor) else ImageOps.exif_transpose(image)
 
 
-def prepare(image: Image.Image | Tensor, image_size: Sequence[int], patch_size: int) -> Image.Image | Tensor:
+def prepare(image: AnyImage, image_size: Sequence[int], patch_size: int) -> AnyImage:
     """Rotate as EXIF says, resize, then crop right and bottom to whole patches. Raises UserError."""
     image = resize(upright(image), image_size)
     height, width = (side - side % patch_size for side in get_dimensions(image)[1:])
@@ -259,7 +259,7 @@ def prepare(image: Image.Image | Tensor, image_size: Sequence[int], patch_size: 
 
 
 def patch_at(
-    query: Sequence[int], image: Image.Image | Tensor, image_size: Sequence[int], patch_size: int
+    query: Sequence[int], image: AnyImage, image_size: Sequence[int], patch_size: int
 ) -> tuple[int, int]:
     """Row and column of the patch that has the pixel (x, y) of an image, once `prepare` has prepared it.
 
@@ -287,19 +287,19 @@ class Viewer(NamedTuple):
     layer: int = 1  # counted from the end
     query: Sequence[int] | None = None  # (x, y) in an original image; without it, the CLS token
 
-    def prepare(self, image: Image.Image | Tensor) -> tuple[Image.Image, Tensor]:
+    def prepare(self, image: AnyImage) -> tuple[Image.Image, Tensor]:
         """The image in whole patches as a picture, and as the network takes it: (1, C, H, W)."""
         image = in_channels(image, self.frozen.form.channels)
         pixels = as_tensor(prepare(image, self.image_size, patch_size_of(self.frozen.network)))
         batch = normalize(pixels[None].to(self.device), self.frozen.mean, self.frozen.std)
         return as_picture(pixels).convert("RGB"), batch
 
-    def patch(self, image: Image.Image | Tensor) -> tuple[int, int] | None:
+    def patch(self, image: AnyImage) -> tuple[int, int] | None:
         """The query's patch (row, column). Raises UserError."""
         size = patch_size_of(self.frozen.network)
         return patch_at(self.query, image, self.image_size, size) if self.query else None
 
-    def attention(self, image: Image.Image | Tensor) -> tuple[Image.Image, Tensor, tuple[int, int] | None]:
+    def attention(self, image: AnyImage) -> tuple[Image.Image, Tensor, tuple[int, int] | None]:
         """One image in whole patches, the attention over them, on the CPU (h, R, C), and the query's patch.
 
         Raises UserError.
@@ -308,44 +308,38 @@ class Viewer(NamedTuple):
         return prepared, attention_map(self.frozen.network, pixels, self.layer, patch)[0].cpu(), patch
 
     @torch.inference_mode()
-    def tokens(self, image: Image.Image | Tensor) -> tuple[Image.Image, Tensor]:
+    def tokens(self, image: AnyImage) -> tuple[Image.Image, Tensor]:
         """One image in whole patches, and their tokens (R, C, D). Raises UserError."""
         prepared, pixels = self.prepare(image)
         return prepared, patch_tokens(self.frozen.network, pixels, self.layer)[0]
 
 
 # Draws one image: {file name: picture}.
-Show = Callable[[Image.Image | Tensor], dict[str, Image.Image]]
+Show = Callable[[AnyImage], dict[str, Image.Image]]
 
 
-def show_attention(
-    viewer: Viewer, threshold: float | None, image: Image.Image | Tensor
-) -> dict[str, Image.Image]:
+def show_attention(viewer: Viewer, threshold: float | None, image: AnyImage) -> dict[str, Image.Image]:
     """Draw the attention of the heads, and their mean."""
     prepared, attention, patch = viewer.attention(image)
     return draw(prepared, by_head(attention), threshold, patch)
 
 
 def show_mean_attention(
-    viewer: Viewer, threshold: float | None, top: float, image: Image.Image | Tensor
+    viewer: Viewer, threshold: float | None, top: float, image: AnyImage
 ) -> dict[str, Image.Image]:
     """Draw the mean attention of the heads, in colours from 0 to `top`."""
     prepared, attention, patch = viewer.attention(image)
     return draw(prepared, {"mean": attention.mean(dim=0)}, threshold, patch, top)
 
 
-def show_components(
-    viewer: Viewer, colours: PatchColours, image: Image.Image | Tensor
-) -> dict[str, Image.Image]:
+def show_components(viewer: Viewer, colours: PatchColours, image: AnyImage) -> dict[str, Image.Image]:
     """Draw each patch in the colours of its principal components."""
     prepared, tokens = viewer.tokens(image)
     picture = Image.fromarray(colours(tokens).numpy())
     return {"img": prepared, "pca": picture.resize(prepared.size, Image.Resampling.NEAREST)}
 
 
-def fit_components(
-    viewer: Viewer, images: Callable[[], Iterable[Image.Image | Tensor]], side: str
-) -> PatchColours:
+def fit_components(viewer: Viewer, images: Callable[[], Iterable[AnyImage]], side: str) -> PatchColours:
     """Fit the components over all images; `images()` yields them. Raises UserError."""
     colours = PatchColours(lambda: (viewer.tokens(image)[1] for image in images()), side)
     wrong = "" if side == "all" else "; if it is the background, give the other side with --foreground"
@@ -358,7 +352,7 @@ def fit_components(
 # ---------------------------------------------------------------------------------------------
 
 
-def readable(images: Images) -> Iterator[Image.Image | Tensor]:
+def readable(images: Images) -> Iterator[AnyImage]:
     """Yield the images that can be read. Raises ImageError if none can."""
     broken = 0
     for i in range(len(images)):

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torchvision
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import to_pil_image
@@ -41,7 +40,7 @@ from support.files import (
 )
 from support.formats import RGB, ImageFormat, extensions_of, load_image, load_pixels
 from support.logger import log
-from support.pixels import as_tensor, in_channels, to_pixels, to_rgb
+from support.pixels import AnyImage, as_tensor, in_channels, to_pixels, to_rgb
 from support.shapes import Shapes
 
 LABELS = ("labels", "targets", "_labels")  # the attributes in which datasets keep all labels
@@ -64,7 +63,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Image.Image | Tensor, Any]: ...
+    def __getitem__(self, index: int, /) -> tuple[AnyImage, Any]: ...
 
 
 class ImageFiles(Dataset):
@@ -102,10 +101,10 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[AnyImage, int]:
         return self.image(index), 0
 
-    def image(self, index: int) -> Image.Image | Tensor:
+    def image(self, index: int) -> AnyImage:
         """The image as RGB; for another number of channels, as uint8 (C, H, W)."""
         path, content = self.paths.file(index)
         if self.form.is_default and extension(path) not in ARRAYS:
@@ -124,7 +123,7 @@ class FilesWithClasses(ImageFiles):
     classes: list[str]
     labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[AnyImage, int]:
         return self.image(index), int(self.labels[index]) if self.classes else 0
 
     def renumber(self, classes: list[str]) -> None:
@@ -799,7 +798,7 @@ def name_and_reason(images: Images, index: int) -> str:
     return f"{sample_name(images, index)} ({why_unreadable(images, index)})"
 
 
-def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
+def read_image(images: Images, index: int) -> tuple[AnyImage, Any]:
     """Read an image, RGB or uint8 (C, H, W), and its label, of any kind.
 
     A dataset's images of wider values stay as they are, because a transform may map them. Raises ImageError
@@ -821,8 +820,8 @@ def read_image(images: Images, index: int) -> tuple[Image.Image | Tensor, Any]:
 
 
 def transformed(
-    image: Image.Image | Tensor,
-    transform: Callable[[Image.Image | Tensor], Tensor],
+    image: AnyImage,
+    transform: Callable[[AnyImage], Tensor],
     images: Images,
     index: int,
 ) -> Tensor:
@@ -842,7 +841,7 @@ def class_number(label: Any) -> int:
         return -1
 
 
-def read_labelled(images: Images, index: int) -> tuple[Image.Image | Tensor, int]:
+def read_labelled(images: Images, index: int) -> tuple[AnyImage, int]:
     """Read an image, as `read_image` does, and its class number.
 
     Raises UserError also if its label is not a class number.

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
@@ -18,7 +17,7 @@ from support.distributed import agree, all_gather, get_rank, get_world_size, sam
 from support.errors import UserError, first_line
 from support.loading import EvalImages, make_loader
 from support.logger import log
-from support.pixels import copy_to, size_words
+from support.pixels import AnyImage, copy_to, size_words
 from support.weights import Frozen, digest_weights, load_backbone
 from vision_transformer import VisionTransformer
 
@@ -56,7 +55,7 @@ def confirm_network(frozen: Frozen, *sizes: str) -> None:
 def extract_features(
     model: Callable[[Tensor], Tensor],
     images: Images,
-    transform: Callable[[Image.Image | Tensor], Tensor],
+    transform: Callable[[AnyImage], Tensor],
     device: torch.device,
     batch_size: int = 128,
     num_workers: int = 0,

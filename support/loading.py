@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
@@ -30,7 +29,7 @@ from support.distributed import env_number, get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
 from support.logger import log, write
 from support.monitor import begin_worker, signals_held, start_helper
-from support.pixels import copy_to
+from support.pixels import AnyImage, copy_to
 
 
 class TrainingViews(Dataset):
@@ -79,7 +78,7 @@ class TrainingViews(Dataset):
 class EvalImages(Dataset[tuple[Tensor, int, int]]):
     """Transformed images with label and index."""
 
-    def __init__(self, images: Images, transform: Callable[[Image.Image | Tensor], Tensor]):
+    def __init__(self, images: Images, transform: Callable[[AnyImage], Tensor]):
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:

@@ -25,6 +25,7 @@ from torchvision.transforms.functional import get_dimensions, pil_to_tensor, res
 
 T = TypeVar("T")
 
+AnyImage = Image.Image | Tensor  # a tensor is uint8 (C, H, W)
 Size = int | Sequence[int]  # of an image in pixels: the side of a square, or height and width
 
 # ---------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def to_pixels(image: Image.Image | Tensor) -> Tensor:
+def to_pixels(image: AnyImage) -> Tensor:
     """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize.
 
     A uint8 tensor (C, H, W) is returned unchanged. Raises ValueError for others, e.g. of levels in [0, 1].
@@ -75,12 +76,12 @@ def to_pixels(image: Image.Image | Tensor) -> Tensor:
     return image
 
 
-def as_tensor(image: Image.Image | Tensor) -> Tensor:
+def as_tensor(image: AnyImage) -> Tensor:
     """A PIL image -> uint8 (C, H, W); a tensor is returned unchanged."""
     return image if isinstance(image, Tensor) else pil_to_tensor(image)
 
 
-def in_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Tensor:
+def in_channels(image: AnyImage, channels: int) -> AnyImage:
     """An image of any mode as RGB, or as grey for one channel; a uint8 tensor (C, H, W) unchanged.
 
     Raises ValueError for a tensor of another type or number of channels.
@@ -93,7 +94,7 @@ def in_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Ten
     return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
 
 
-def require_levels(image: Image.Image | Tensor) -> Image.Image | Tensor:
+def require_levels(image: AnyImage) -> AnyImage:
     """Return an image of 8 bits, or a tensor, unchanged. Raises ValueError for wider values."""
     if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
         what = f"the network maps a range of values to levels, which this image ({image.mode}) still needs"
@@ -134,7 +135,7 @@ def size_words(size: Size) -> str:
     return "{} x {} (H x W)".format(*size) if isinstance(size, Sequence) else str(size)
 
 
-def resize_to_cover(image: Image.Image | Tensor, height: int, width: int) -> Image.Image | Tensor:
+def resize_to_cover(image: AnyImage, height: int, width: int) -> AnyImage:
     """Resize an image, keeping its shape, to the smallest one that covers height x width pixels."""
     _, own_height, own_width = get_dimensions(image)
     if own_height * width <= own_width * height:
@@ -146,7 +147,7 @@ def resize_to_cover(image: Image.Image | Tensor, height: int, width: int) -> Ima
 
 def eval_transform(
     size: Size = 224, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Callable[[Image.Image | Tensor], Tensor]:
+) -> Callable[[AnyImage], Tensor]:
     """Resize to cover 8/7 of `size`, crop the centre, normalise: an image -> float32 (C, H, W).
 
     C is the length of `mean`. Takes images of any mode that `to_rgb` takes, and uint8 pixels (C, H, W).

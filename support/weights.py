@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -36,6 +35,7 @@ from support.logger import log
 from support.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    AnyImage,
     Size,
     eval_transform,
     height_and_width,
@@ -400,7 +400,7 @@ class Frozen(NamedTuple):
         return ImageFormat(len(self.mean), self.value_range)
 
     @property
-    def transform(self) -> Callable[[Image.Image | Tensor], Tensor]:
+    def transform(self) -> Callable[[AnyImage], Tensor]:
         """Image to input: resize, crop the centre, normalise; (C, H, W).
 
         Raises ValueError for values that `value_range` has to map, which `formats.load_pixels` does.
