@@ -577,7 +577,7 @@ def _split_of(root: Path, split: str) -> Folder | Path:
 
 def _by_extension(files: Counter) -> str:
     """List counts by extension, the most frequent first, e.g. ".jpg 20, .txt 4"."""
-    common = files.most_common(6)
+    common = sorted(files.items(), key=lambda pair: (-pair[1], pair[0]))[:6]
     return ", ".join([f"{name} {count:,}" for name, count in common] + ["..."] * (len(files) > len(common)))
 
 
