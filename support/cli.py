@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -67,12 +67,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, with the words of files for each `@FILE`."""
+        args = sys.argv[1:] if args is None else args
+        check_not_empty(args)
         self.places, words = {}, []
-        for given in sys.argv[1:] if args is None else args:
-            if given == "" or re.fullmatch(r"--\w+=", given):
-                flag = next((word for word in reversed([*words, given]) if word.startswith("--")), "")
-                fix = "set the shell variable that it comes from, or leave the flag out"
-                exit_with(UserError("empty value", flag.rstrip("="), fix))
+        for given in args:
             for word, place in expand(given):
                 words.append(word)
                 for name in {word, word.partition("=")[0]}:
@@ -97,6 +95,16 @@ class ArgumentParser(argparse.ArgumentParser):
             near = similar(unknown[0][2:].replace("-", "_").lower(), known, cutoff=0.7)
             fix = f"did you mean --{', --'.join(near)}?" if near else fix
         exit_with(UserError(message, where, fix))
+
+
+def check_not_empty(words: Sequence[str]) -> None:
+    """End if a flag of the command line has an empty value, which would count as not given."""
+    flag = ""
+    for word in words:
+        flag = word if word.startswith("--") else flag
+        if not word or re.fullmatch(r"--\w+=", word):
+            fix = "set the shell variable that it comes from, or leave the flag out"
+            exit_with(UserError("empty value", flag.rstrip("="), fix))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from support.loading import to_device
 from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalize, normalized_views, to_pixels
+from support.restart import Run
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
 from utils import PAPER, CollapseWatch, DINOHead, Recipe
 
@@ -694,6 +695,14 @@ def test_a_run_that_ends_within_an_epoch_keeps_the_copy_of_the_one_before(images
         train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1, "--max_steps", steps)
     assert load_checkpoint(tmp_path / "checkpoint0000.pth")["step"] == 5
     assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 7
+
+
+def test_a_run_that_stops_before_its_first_step_keeps_no_numbered_copy(tmp_path):
+    args = main_dino.parse_args(["--saveckp_freq", "1"])
+    with Run(tmp_path, required=()) as run:
+        run.resume({}, {})
+        main_dino.save(run, args, 0, main_dino.Steps(4, 4, 5, 10), None, last=True)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint.pth"]
 
 
 @pytest.mark.parametrize("stopped", [True, False])
