@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--data_path", default="",
         help="folder with original/, strong/, jpegqual/*/ and crops/*/; those that are there are evaluated")
     group.add_argument("--distractors_path", default="",
-        help="folder of other images, to search among; without it, among the originals only")
+        help="folder of other images to search; without it, only the originals are searched")
     group.add_argument("--whitening_path", default="",
         help="folder of other images, from which the whitening of the features is computed; without it, the "
              "features are not whitened")
@@ -145,7 +145,7 @@ def positives_of(block: str, images: ImageFiles, originals: ImageFiles) -> list[
         raise UserError(what, str(images.paths.root), "give each image its original")
     for name, start, path in zip(queries, starts, originals.paths, strict=False):
         if name[:4] != start if distinct else Path(name).stem != Path(path).stem:
-            what = f"{block}/{name} stands where original/{Path(path).name} is"
+            what = f"{block}/{name} does not match original/{Path(path).name}"
             raise UserError(what, str(images.paths.root), "name each image as its original")
     return [np.array([index]) for index in range(len(queries))]
 

@@ -295,7 +295,7 @@ def load_features(folder: str, device: torch.device) -> Data:
         raise UserError(what, f"--load_features {folder}", "save (N, D), (N,), (M, D) and (M,)")
     (N, D), (M, _) = x_shape, test_x_shape
     rows = list(zip(tensors, (f"{folder}/{name}" for name in names), strict=True))
-    features = [_unit_rows(x, where) for x, where in rows[::2]]
+    features = [_unit_rows(x, where, expected=is_extracted) for x, where in rows[::2]]
     if torch.equal(*features):
         log(f"warning: {SAME_IMAGES}")
     labels = [_class_numbers(y, where) for y, where in rows[1::2]]
@@ -335,8 +335,11 @@ def _extracted(folder: Path) -> list[Tensor]:
 NETWORK_FACTS = ("kind", "network", "pixels", "mean", "std", "value_range")
 
 
-def _unit_rows(features: Tensor, where: str) -> Tensor:
-    """Convert features (N, D) to float32 rows of length 1. Raises UserError if that is not possible."""
+def _unit_rows(features: Tensor, where: str, expected: bool) -> Tensor:
+    """Convert features (N, D) to float32 rows of length 1. Raises UserError if that is not possible.
+
+    Logs other lengths unless they are `expected`.
+    """
     if features.is_complex() or not features.isfinite().all():
         raise UserError("features are not finite numbers", where, "save finite features")
     features = features.float()
@@ -346,7 +349,8 @@ def _unit_rows(features: Tensor, where: str) -> Tensor:
         what = f"rows of length {shortest:g} to {longest:g} cannot be normalised"
         raise UserError(what, where, "save features other than zero")
     if max(longest - 1, 1 - shortest) > 1e-3:
-        log(f"note: rows of length {shortest:.4g} to {longest:.4g} normalised to 1 ({where})")
+        if not expected:
+            log(f"note: rows of length {shortest:.4g} to {longest:.4g} normalised to 1 ({where})")
         features = F.normalize(features, dim=1)
     return features
 

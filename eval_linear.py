@@ -150,7 +150,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.linear_weights and not args.evaluate:
         raise UserError("for --evaluate only", "--linear_weights", "add --evaluate or leave it out")
     if args.evaluate and args.logistic:
-        raise UserError("does not save a classifier to evaluate", "--logistic", "leave out one of the two")
+        raise UserError("saves no classifier for --evaluate", "--logistic", "leave out one of them")
     rules = [(name, args.evaluate, "--evaluate does not train") for name in TRAINING_FLAGS]
     rules += [(name, args.logistic, "--logistic ignores it") for name in TRAINING_FLAGS]
     rules += [

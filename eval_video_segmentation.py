@@ -41,7 +41,7 @@ from support.masks import (
     share,
     warn_of_turned,
 )
-from support.pixels import IMAGENET_STD, normalize, to_pixels
+from support.pixels import IMAGENET_STD, normalize, size_words, to_pixels
 from support.weights import Frozen, load_backbone
 
 CLIPS, FRAMES, MASKS = "ImageSets/2017/val.txt", "JPEGImages/480p", "Annotations/480p"
@@ -428,8 +428,8 @@ def segment(
         save_mask(labels, palette, folder / path.name)
     if unknown:
         log(f"note: {clip.name}: not in the first mask, so not scored: objects {sorted(unknown)}")
-    size = f"{seen[0]} x {seen[1]}"
-    log(f"{clip.name}: {len(clip.frames)} frames, seen at {size} pixels, {len(objects)} objects, in {folder}")
+    facts = f"{len(clip.frames)} frames, seen at {size_words(seen)} pixels, {len(objects)} objects"
+    log(f"{clip.name}: {facts}, in {folder}")
     if not found:
         return {}
     scores = zip(objects, torch.stack(found).mean(dim=0), strict=True)

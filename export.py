@@ -332,7 +332,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     folder = cli.make_folder(args.output_dir)
     for path in (folder / EXPORTS[to][0] for to in args.to):
         if path.exists():
-            raise UserError("is there already", str(path), "move it away, or give another --output_dir")
+            raise UserError("file exists", str(path), "move it away, or give another --output_dir")
     frozen = load_by_flags(args)
     fit_to_size(frozen)
     return {to: export(frozen, to, folder) for to in dict.fromkeys(args.to)}

@@ -274,7 +274,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "or one for each channel; auto: percentiles 0.1 and 99.9 of each channel, from up to 256 images "
              "evenly spread over the data (default: 8-bit values as they are)")
     group.add_argument("--mean", default=IMAGENET_MEAN, type=cli.number_or_auto, nargs="+",
-        help="mean of each channel, for levels in [0, 1]; auto: estimated from the same images, the default "
+        help="mean of each channel, for levels in [0, 1]; auto: estimated as for --value_range, the default "
              "unless --in_chans is 3")
     group.add_argument("--std", default=IMAGENET_STD, type=cli.number_or_auto, nargs="+",
         help="standard deviation; see --mean")

@@ -79,8 +79,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="a video file, or a folder of frames as image files, to make a video of; needs PyAV")
     group.add_argument("--image_size", default=(480, 480), type=cli.number(int, at_least=1), nargs="+",
         metavar="PIXELS",
-        help="resize to this height and width, or to this length of the shorter side; then crop to whole "
-             "patches (for a video the default is 480, the shorter side)")
+        help="resize to this height and width, or to this length of the shorter side, for a video 480 by "
+             "default; then crop to whole patches")
     group.add_argument("--demo", action="store_true",
         help="show the network of main_dino.py --demo on the drawn shapes; eval_segmentation.py --demo "
              "measures its attention")

@@ -136,7 +136,7 @@ def check_divides(name: str, size: Size, patch_size: int) -> None:
         above = " ".join(str(math.ceil(side / patch_size) * patch_size) for side in sides)
         fix = f"try {below}" + (f" or {above}" if above != below else "")
         where = f"--{name} {' '.join(map(str, sides))}"
-        raise UserError(f"does not divide by --patch_size {patch_size}", where, fix)
+        raise UserError(f"not a multiple of --patch_size {patch_size}", where, fix)
 
 
 def check_crop_sizes(

@@ -102,7 +102,7 @@ FOREIGN = {
 def find_file(name: str | Path) -> Path:
     """Find the file of this name, with `~` expanded. Raises UserError, also for a URL or a folder."""
     if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
-        raise UserError("is a URL, and only published models are downloaded", str(name), "download the file")
+        raise UserError("URLs are not downloaded, only published models", str(name), "download the file")
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(f.name for f in path.iterdir() if f.suffix in (".pth", ".pt", ".bin", ".safetensors"))

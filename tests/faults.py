@@ -963,7 +963,7 @@ class SilentFaults(BadInputs):
             path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
             self.expect(what, [*argv, path, *flags], code, words, program=eval_knn)
         url = "https://example.com/weights.pth"
-        self.expect("a URL", [*argv, url], 2, "error: is a URL", program=eval_knn)
+        self.expect("a URL", [*argv, url], 2, "error: URLs are not downloaded", program=eval_knn)
         trained = self.work / "out" / "checkpoint.pth"
         assert self.run([*self.flags, "--output_dir", self.new("out"), "--max_steps", 3])[0] == 0
         argv = [*self.flags, "--output_dir", self.new("started"), "--max_steps", 1, "--init_from", trained]

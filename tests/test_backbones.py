@@ -88,7 +88,7 @@ def test_both_sides_have_to_divide():
         ([32, 5], "--size 32 5): try 32 16"),
         (60, "--size 60): try 48 or 64"),
     ):
-        with pytest.raises(UserError, match=re.escape(f"does not divide by --patch_size 16 ({words}")):
+        with pytest.raises(UserError, match=re.escape(f"not a multiple of --patch_size 16 ({words}")):
             backbones.check_divides("size", size, 16)
 
 

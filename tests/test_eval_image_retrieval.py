@@ -19,7 +19,7 @@ from tests.conftest import picture, run, torchrun
 
 
 def evaluate(folder, *flags: str) -> dict:
-    data = "--data_path", str(folder), "--num_workers", "0"
+    data = *["--data_path", str(folder)] * bool(folder), "--num_workers", "0"
     return eval_image_retrieval.main(eval_image_retrieval.parse_args([*data, *flags]))
 
 

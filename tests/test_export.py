@@ -47,7 +47,7 @@ def test_a_backbone_file_keeps_all_that_is_known(checkpoint, tmp_path, capsys):
     assert "largest difference 0.0e+00 of features up to" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
     before = (tmp_path / "backbone.pth").read_bytes()
-    with pytest.raises(UserError, match="is there already .*backbone.pth.: move it away, or give another"):
+    with pytest.raises(UserError, match="file exists .*backbone.pth.: move it away, or give another"):
         write(tmp_path, tmp_path / "backbone.pth", "--to", "timm", "backbone", "--image_size", "16")
     assert [path.name for path in tmp_path.iterdir()] == ["backbone.pth"]
     assert (tmp_path / "backbone.pth").read_bytes() == before
@@ -183,7 +183,7 @@ def test_hugging_face_reads_the_network_and_the_images(checkpoint, tmp_path):
 def test_a_folder_of_others_is_not_replaced(checkpoint, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="file exists"):
         write(tmp_path, checkpoint, "--to", "hf")
     assert (tmp_path / "hf" / "thesis.tex").exists()
 

@@ -401,10 +401,11 @@ def extract_both(data: Path, folder: Path, *flags: str, weights: tuple[str, ...]
 
 @pytest.mark.parametrize("weights", [PIXELS, VIT], ids=["pixels", "vit"])
 @pytest.mark.parametrize("format", ["npy", "pt"])
-def test_knn_of_saved_features_is_that_of_the_images(labelled, tmp_path, weights, format):
+def test_knn_of_saved_features_is_that_of_the_images(labelled, tmp_path, weights, format, capsys):
     extract_both(labelled, tmp_path, "--format", format, weights=weights)
     direct = knn(*weights, "--data_path", str(labelled))
     assert knn("--load_features", str(tmp_path)) == direct
+    assert "normalised" not in capsys.readouterr().out  # they are saved as they are
 
 
 def test_classes_are_matched_by_name(tmp_path, capsys):

@@ -314,7 +314,7 @@ def test_weights_beside_data_load(vits, tmp_path):
 
 def test_urls_folders_and_home(vits, tmp_path, monkeypatch):
     for url in ("https://example.com/a.pth", "s3://bucket/a.pth", "hf-hub:timm/vit_small"):
-        with pytest.raises(UserError, match="is a URL.*download the file"):
+        with pytest.raises(UserError, match="URLs are not downloaded.*download the file"):
             load_backbone(url)
     write(vits[0], tmp_path / "vit.pth")
     with pytest.raises(UserError, match=r"is a folder \(.*\): give a file in it: vit.pth"):
