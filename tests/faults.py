@@ -1098,6 +1098,8 @@ class SilentFaults(BadInputs):
             if images:
                 save_images(folder / "1", images, seed=seed)
             self.expect_ranks(what, argv, code, words, environment)
+        argv = [*argv[:-1], folder / "0", "--lr", "0.0{rank}1"]
+        self.expect_ranks("one of two processes has another flag", argv, 2, "error: ranks have different flags")
 
     def shells(self) -> None:
         """What a shell does to a run, which is started by its command here."""
