@@ -1099,7 +1099,8 @@ class SilentFaults(BadInputs):
                 save_images(folder / "1", images, seed=seed)
             self.expect_ranks(what, argv, code, words, environment)
         argv = [*argv[:-1], folder / "0", "--lr", "0.0{rank}1"]
-        self.expect_ranks("one of two processes has another flag", argv, 2, "error: ranks have different flags")
+        differ = "error: ranks have different flags"
+        self.expect_ranks("one of two processes has another flag", argv, 2, differ)
 
     def shells(self) -> None:
         """What a shell does to a run, which is started by its command here."""
