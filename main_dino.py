@@ -566,7 +566,10 @@ class Steps(NamedTuple):
 
 
 def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
-    """Raises UserError if the images do not fill one batch of all processes."""
+    """Count the steps; log which flags they leave without effect.
+
+    Raises UserError if the images do not fill one batch of all processes.
+    """
     per_rank = args.batch_size_per_gpu * args.accum_steps
     batch = per_rank * get_world_size()
     if num_images < batch:

@@ -34,7 +34,7 @@ from support.distributed import (
 from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of, similar
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
-from support.monitor import SCHEDULERS, start_helper
+from support.signals import SCHEDULERS, start_helper
 
 T = TypeVar("T")
 

@@ -28,8 +28,8 @@ from support.data import Images, pixels_of, read_labelled, sample_name, transfor
 from support.distributed import env_number, get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
 from support.logger import log, write
-from support.monitor import begin_worker, signals_held, start_helper
 from support.pixels import AnyImage, copy_to
+from support.signals import begin_worker, signals_held, start_helper
 
 
 class TrainingViews(Dataset):

@@ -2,13 +2,11 @@
 
 import contextlib
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -18,54 +16,7 @@ from torch import Tensor
 from support.distributed import all_reduce_mean, get_world_size, is_first
 from support.errors import Interrupted, TrainingError, UserError
 from support.logger import write
-
-# Windows lacks some of them. A closed terminal sends SIGHUP, Ctrl-C SIGINT.
-SCHEDULERS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, n)]
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
-    SCHEDULERS.remove(signal.SIGHUP)
-SIGNALS = [*SCHEDULERS, signal.SIGINT]
-
-
-def begin_worker(*_) -> None:
-    """Prepare a data-loading worker: it ignores signals, and ends with its parent.
-
-    Schedulers signal the whole job, but only the training stops. torch looks at a worker's parent process,
-    which for the start method "forkserver" outlives the training.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold back signals to stop. Processes that start within inherit that, and never get them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_helper() -> None:
-    """Start the process that helps Python with "spawn" and "forkserver", where no signal to the job ends it.
-
-    Else the first progress bar would start it; or the first worker, and Python would then let SIGINT and
-    SIGTERM through to the others.
-    """
-    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    if method != "fork" and hasattr(signal, "pthread_sigmask"):  # Windows has no helper
-        with signals_held():
-            resource_tracker.ensure_running()
+from support.signals import SIGNALS
 
 
 class Watch(Protocol):
