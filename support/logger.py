@@ -124,6 +124,7 @@ class MetricLogger:
         begun = numbers.start - 1
         with tqdm(total=length, initial=begun, desc=header, leave=False, disable=not show_bar) as bar:
             asked = said = time.perf_counter()
+            said_at = -print_freq  # the step of the last line
             for step, batch in enumerate(iterable, numbers.start):
                 got = time.perf_counter()
                 yield batch
@@ -135,9 +136,11 @@ class MetricLogger:
                 left = length - step + steps_after
                 if show_bar:
                     bar.set_postfix_str(self.status(left), refresh=False)
-                elif step % print_freq == 0 or step == numbers.stop - 1 or done - said > 60:
+                    continue
+                is_due = step % print_freq == 0 and step - said_at >= print_freq
+                if is_due or step == numbers.stop - 1 or done - said > 60:
                     log(f"{header} [{step:{digits}d}/{length}] {self.status(left)}")
-                    said = done
+                    said, said_at = done, step
 
     def status(self, steps_left: int) -> str:
         """Meters, speed, share of time spent waiting for data, time left, peak GPU memory."""
