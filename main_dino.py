@@ -981,7 +981,10 @@ def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> Non
         lines = [f"{ARGS_TITLE}.", f"# Processes: {get_world_size()}"]
         lines += [line for line in old.splitlines() if step and line.startswith(CHANGED_AT)]
         lines += [f"{CHANGED_AT}{step}: {run.changed}"] if run.changed else []
-        text = "\n".join([*lines, cli.argument_file(settings, get_args_parser())])
+        parser = get_args_parser()
+        if others := vars(args).keys() - vars(parser.parse_args([])).keys():
+            log(f"note: {path} lacks flags that are not of main_dino.py: {', '.join(sorted(others))}")
+        text = "\n".join([*lines, cli.argument_file(settings, parser)])
         with replacing(path) as file:
             file.write(text.encode(errors="surrogateescape"))
     except OSError as error:

@@ -185,7 +185,7 @@ class DataAugmentationDINO:
         return stacks, ()
 
     def __call__(self, image: Image.Image, rng=random) -> list[Tensor]:
-        """An image -> a list of normalised views, float32 (3, H, W)."""
+        """An image -> a list of normalised views, float32 (3, H, W). Training calls `views` or `crops`."""
         views, _ = self.views(to_pixels(image), rng)
         return [normalize(view) for part in views for view in part]
 

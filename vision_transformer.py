@@ -222,7 +222,7 @@ class VisionTransformer(nn.Module):
             x = self._run(block, x)
         given = {"cls_only": True} if self.cls_only and self.training else {}  # as in `Block.forward`
         x = self._run(self.blocks[-1], x, **given)
-        return self.norm(x)[:, 0]
+        return self.norm(x)[:, 0]  # with `cls_only`, x has no other token
 
     def _run(self, block: nn.Module, x: Tensor, **kwargs) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -297,6 +297,7 @@ def vit_base(patch_size: int = 16, **kwargs) -> VisionTransformer:
     return _vit(768, 12, 12, patch_size, **kwargs)
 
 
+# Each can be called without arguments, and makes a network with `embed_dim`.
 VITS = {
     "vit_nano": vit_nano,
     "vit_tiny": vit_tiny,

@@ -21,7 +21,7 @@ from vision_transformer import VITS, VisionTransformer
 def canonical(arch: str) -> str:
     """Map a name from the published code to ours or timm's; other names stay unchanged."""
     if arch in VITS:
-        return VITS[arch].__name__  # deit_small -> vit_small
+        return next(name for name, make in VITS.items() if make is VITS[arch])  # deit_small -> vit_small
     return re.sub(r"^(xcit_\w+_p\d+)$", r"\1_224", arch)  # XCiT's own repository -> timm
 
 

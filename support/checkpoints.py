@@ -121,11 +121,13 @@ def load_file(name: str | Path):
     path = find_file(name)
     with open(path, "rb") as file:
         begin = file.read(64)
+    # 8 bytes with the length of a JSON header below 4 GiB, then the header; whatever the file's name
+    is_safetensors = begin[4:9] == b"\0\0\0\0{"
     for sign, (what, fix) in FOREIGN.items():
-        if begin.lstrip().lower().startswith(sign):
+        if begin.lstrip().lower().startswith(sign) and not is_safetensors:
             raise UserError(f"file {what}", str(name), fix)
     try:
-        if begin[8:9] == b"{":  # after the length of the header: safetensors, whatever the file's name
+        if is_safetensors:
             import safetensors.torch  # comes with timm
 
             with safetensors.safe_open(path, "pt") as file:

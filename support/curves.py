@@ -68,7 +68,7 @@ def draw_curves(log_file: Path, picture: Path, panels: Panels) -> None:
         for name in names:
             points = [(record["epoch"] + 1, record[name]) for record in records if name in record]
             if points:
-                axes.plot(*zip(*points, strict=True), ".-", label=name.split("_")[1])
+                axes.plot(*zip(*points, strict=True), ".-", label=name.partition("_")[2] or name)
         if len(axes.lines) > 1:
             axes.legend()
         if not axes.lines:  # nothing to show

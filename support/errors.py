@@ -60,7 +60,8 @@ def lacks_resources(error: Exception) -> bool:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its type; without Pillow's description of the open file."""
-    return re.sub(r" <_io\.[^>]*>", "", str(error).strip() or type(error).__name__).splitlines()[0]
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # which would be the key alone
+    return re.sub(r" <_io\.[^>]*>", "", text.strip() or type(error).__name__).splitlines()[0]
 
 
 def reason_of(error: OSError) -> str:

@@ -220,7 +220,7 @@ def _timm_layers(network: Any, images: Tensor, n: int, **kwargs) -> list:
 
 
 def _grid(network: VisionTransformer, images: Tensor, tokens: Tensor) -> Tensor:
-    """(B, 1 + R C, D), CLS first -> (B, R, C, D)."""
+    """(B, N, D), the R C patches last -> (B, R, C, D)."""
     patch = network.patch_embed.patch_size
     rows, cols = (side // patch for side in images.shape[-2:])
-    return tokens[:, 1:].unflatten(1, (rows, cols))
+    return tokens[:, -rows * cols :].unflatten(1, (rows, cols))

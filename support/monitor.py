@@ -110,8 +110,8 @@ class Monitor:
         """Average the step's numbers over the ranks; the only place where the host waits for the device.
 
         `stats` are scalars on the device, among them "loss"; `unreadable` (B,) holds the indices of
-        replaced images, else -1. Raises TrainingError, on all ranks together, for a loss that is not
-        finite, and UserError for too many unreadable images.
+        replaced images, else -1. Raises TrainingError, on all ranks together, for a number that is
+        not finite, and UserError for too many unreadable images.
         """
         failed = [index for index in unreadable.tolist() if index >= 0]
         for index in sorted(set(failed) - self.named):
@@ -124,9 +124,10 @@ class Monitor:
         counts = values.new_tensor(own) if any(own) else values.new_zeros(2)
         *means, mean_failed, stop = all_reduce_mean(torch.cat([values, counts])).tolist()
         numbers = dict(zip(stats, means, strict=True))
-        if not math.isfinite(numbers["loss"]):
-            advice = self.advice_at_first or self.advice
-            raise TrainingError(f"loss is {numbers['loss']}", f"step {step}", advice)
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                advice = self.advice_at_first or self.advice
+                raise TrainingError(f"{name} is {value}", f"step {step}", advice)
         self.advice_at_first = ""
         self.stopping = stop > 0
         self.unreadable += round(mean_failed * get_world_size())

@@ -72,7 +72,8 @@ def _reconstruct(*_) -> PlainArray:
     return PlainArray()
 
 
-def _scalar(kind: PlainType, data: bytes) -> Any:
+def _scalar(kind: PlainType, data: bytes | str) -> Any:
+    data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
     return np.ndarray((), _dtype(kind), data)[()]
 
 

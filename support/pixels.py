@@ -215,9 +215,10 @@ def crop_and_resize(pixels: Tensor, view: View) -> Tensor:
 
 @torch.inference_mode()
 def apply_colours(images: Tensor, colours: Sequence[Colour]) -> Tensor:
-    """Change each image by its `Colour`: uint8 (B, C, H, W) -> float32, whole grey levels.
+    """Change each image by its `Colour`: uint8 (B, C, H, W) -> float32, whole grey levels from 0 to 255.
 
-    What only RGB has is left out for other numbers of channels: hue, saturation and the loss of colour.
+    What only RGB has is left out for other numbers of channels: hue, saturation and the loss of colour. Draws
+    no random numbers, which a restart would not repeat: they are in `Colour`.
     """
     images = images.float()
     is_rgb = images.shape[1] == 3
@@ -232,7 +233,7 @@ def apply_colours(images: Tensor, colours: Sequence[Colour]) -> Tensor:
     _change(images, [colour.blur or None for colour in colours], gaussian_blur)
     images.round_()
     _change(images, [colour.solarize or None for colour in colours], solarize)
-    return images
+    return images.clamp_(0, 255)
 
 
 def normalized_views(

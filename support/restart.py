@@ -102,6 +102,9 @@ class Run:
         known = checkpoint.get("identity") or checkpoint.get("args")
         known = comparable((added or {}) | (known if isinstance(known, dict) else {}))
         self._check_identity(known, path, allow_changed)
+        for name, value in (checkpoint.get("identity") or {}).items():
+            if name not in self.identity | (added or {}):
+                log(f"warning: {path} records {name} {value}, which this version does not compare")
         self._load(checkpoint, path)
         if self.advice and (ruined := self._ruined()):
             raise UserError(ruined, str(path), f"remove it to resume from {self.previous.name}")

@@ -648,7 +648,7 @@ def settle_architecture(
             log(f"note: --patch_size has no effect on {arch}")
         return arch, patch_size or FALLBACK["patch_size"], recorded or image_size or FALLBACK["image_size"]
     patch_size = _settle("patch_size", patch_size, weights.trained | shapes, shapes.get("patch_size"))
-    size = _size_of(shapes.get("patches", 0), patch_size, recorded, image_size) or image_size
+    size = _size_of(shapes.get("patches", 0), patch_size, recorded, image_size) or recorded or image_size
     return arch, patch_size, size or FALLBACK["image_size"] // patch_size * patch_size or patch_size
 
 

@@ -137,6 +137,7 @@ def _forged() -> dict[str, tuple[object, str]]:
         "objects": (np.zeros(1, "O"), "an array of type O8"),
         "object": (Call(scalar, np.dtype("O"), address), "an array of type O8"),
         "type of objects": (np.dtype("O"), "an array of type O8"),
+        "several types": (Call(np.dtype, "f8,O8", False, True), "an array of type f8,O8"),
         "structure": (np.zeros(1, [("a", "O")]), "an array of type V8"),
         "type with fields": (structure, "an array of (type O8|a structure)"),
         "type with a shape": (block, "an array of a structure"),

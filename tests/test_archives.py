@@ -92,6 +92,17 @@ def test_listed_images_are_those_of_the_folder(own, tmp_path, separator):
     assert same(any_images, folder) and any_images.classes == list("abc")
 
 
+def test_a_list_may_have_a_mark_of_its_encoding_blank_lines_and_classes_in_any_order(tmp_path):
+    save_images(tmp_path, 3)
+    path = tmp_path / "list.txt"
+    path.write_text("\ufeff000.png\tb\n \t\n001.png\tc\n002.png\ta\n", encoding="utf-8")
+    images = open_any_images(Source(str(path)))
+    assert images.classes == list("abc") and images.labels.tolist() == [1, 2, 0]
+    path.write_text("000.png\n001.png\ta\n")  # also where classes are not required
+    with pytest.raises(UserError, match=r"no class \(.*list.txt, line 1\)"):
+        open_any_images(Source(str(path)))
+
+
 def test_lists_serve_evaluations(own, tmp_path):
     expected = knn(own)
     for split in ("train", "val"):
@@ -119,6 +130,7 @@ def test_a_comma_may_belong_to_the_name(tmp_path):
     [
         ("000.png\ta\n\nabsent.png\ta\n", r"no such file: absent.png \(.*train.txt, line 3\)"),
         ("000.png\ta\n001.png\n", r"no class \(.*train.txt, line 2\): write path and class in each line"),
+        ("000.png\n001.png\ta\n", r"no class \(.*train.txt, line 1\)"),
         ("000.png\n001.png\n", r"no class \(.*train.txt, line 1\)"),
         ("\n", r"no images found \(--data_path .*train.txt\)"),
     ],

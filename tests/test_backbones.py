@@ -10,6 +10,7 @@ from support import backbones
 from support.errors import UserError
 from support.pixels import height_and_width
 from utils import DINOHead, MultiCropWrapper
+from vision_transformer import VisionTransformer
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,12 @@ def test_unknown_and_unfit_backbones_are_named():
         backbones.check_crop_sizes(model, "vit_b_32", dim, [(224, 96)])
     with pytest.raises(UserError, match=r"flat gives \(48,\) per image, not \(7,\) \(--arch\)"):
         backbones.check_crop_sizes(nn.Flatten(), "flat", 7, [4])
+
+
+def test_a_network_of_ones_own_may_have_any_name(monkeypatch):
+    monkeypatch.setitem(backbones.VITS, "mine", lambda patch_size=16, **kwargs: VisionTransformer(depth=1))
+    assert backbones.canonical("mine") == "mine" and backbones.canonical("deit_small") == "vit_small"
+    assert len(backbones.build_backbone("mine")[0].blocks) == 1
 
 
 def test_drop_path_that_a_network_lacks_is_said(capsys):

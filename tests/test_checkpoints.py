@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 
@@ -87,6 +88,16 @@ def test_the_file_is_never_absent_where_there_are_links(tmp_path, monkeypatch):
     for epoch in (1, 2, 3):
         save_checkpoint({"epoch": epoch}, path, tmp_path / "checkpoint_prev.pth")
     assert len(moved) == 3 and "checkpoint.pth" not in moved
+
+
+def test_the_new_file_is_on_the_disk_before_the_old_one_gets_another_name(tmp_path, monkeypatch):
+    path, previous, done = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_prev.pth", []
+    save_checkpoint({"epoch": 1}, path, previous)
+    for name in ("fsync", "link", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: (done.append(n), f(*a)))
+    save_checkpoint({"epoch": 2}, path, previous)
+    assert done[:2] == ["fsync", "link"] and "replace" in done
 
 
 def test_an_error_keeps_its_text_and_gets_a_name_where_it_has_none(tmp_path):
@@ -265,6 +276,22 @@ def test_a_checkpoint_of_each_numpy_loads(core, tmp_path):
     torch.testing.assert_close(torch.from_numpy(loaded["mean"]), torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # the second in Python 3.13
+def test_paths_of_each_python_load(module, tmp_path):
+    file, path = tmp_path / "x.pth", pathlib.Path("runs") / "1"
+    torch.save({"path": path}, file)
+    own = type(path).__module__
+    change_pickle(file, lambda content: content.replace(f"c{own}\n".encode(), f"c{module}\n".encode()))
+    assert load_checkpoint(file)["path"] == pathlib.PurePath("runs/1")
+
+
+def test_tensors_of_a_gpu_load_without_one(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "x.pth")
+    places = b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0"  # texts after their lengths
+    change_pickle(tmp_path / "x.pth", lambda content: content.replace(*places))
+    assert load_checkpoint(tmp_path / "x.pth")["weight"].device.type == "cpu"
+
+
 @pytest.mark.parametrize("name", FORGED)
 def test_a_file_cannot_forge_an_arrays_pointers(name, tmp_path):
     data, message = FORGED[name]
@@ -315,12 +342,36 @@ def test_what_may_run_code_is_named(tmp_path):
         ("a.pth", b'{"error": "no"}', "is a JSON document"),
         ("a.pth", b"\x1f\x8b0000", "is compressed .*unpack it"),
         ("a.pth", b"\x89HDF\r\n", "is an HDF5 file"),
+        ("a.pth", b"\x93NUMPY\1\0", "is a NumPy file"),
+        ("a.pth", b"<?xml version='1.0'?><Error>", "is an XML document"),
+        ("a.pth", b"<HTML><HEAD>", "is a web page"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_weights_are_named_for_what_they_are(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / name)
+
+
+def test_safetensors_whose_length_reads_like_json(tmp_path):
+    """The length of the header, 31,520 bytes, is written as ` {`."""
+    state = {"weight": torch.ones(2)}
+    for padding in range(31_400, 31_520, 8):
+        content = safetensors.torch.save(state, metadata={"note": "x" * padding})
+        if content.startswith(b" {"):
+            break
+    assert content.startswith(b" {")
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert torch.equal(checkpoints.load_file(tmp_path / "x.safetensors")["weight"], state["weight"])
+    (tmp_path / "x.json").write_bytes(b'{"error":{"code": 404}}')
+    with pytest.raises(UserError, match="is a JSON document"):
+        checkpoints.load_file(tmp_path / "x.json")
+
+
+def test_a_file_for_which_there_is_no_memory_is_not_called_damaged(tmp_path):
+    torch.save({"large": Call(bytearray, 2**62)}, tmp_path / "x.pth")
+    with pytest.raises(MemoryError):
+        load_checkpoint(tmp_path / "x.pth")
 
 
 def test_a_changed_bit_is_damage(tmp_path):

@@ -48,6 +48,14 @@ def test_each_panel_has_its_numbers_over_the_epochs_from_1(tmp_path, monkeypatch
         assert bool(shown[title].get_legend()) == (len(expected) > 1)
 
 
+def test_a_panel_may_show_any_number_of_the_log(tmp_path):
+    (tmp_path / "log.txt").write_text(json.dumps(RECORD | {"unreadable": 3}))
+    for name in ("unreadable", "train_loss"):
+        Curves(tmp_path, [("a title", [name])]).update({})
+        assert (tmp_path / "curves.png").exists()
+        (tmp_path / "curves.png").unlink()
+
+
 def test_lines_of_others_and_a_log_without_knn_are_drawn_as_well(tmp_path):
     (tmp_path / "log.txt").write_text('not of ours\n[1]\n{"epoch": 0, "train_loss": 1.0}\n')
     Curves(tmp_path, main_dino.PANELS).update({})

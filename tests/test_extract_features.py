@@ -11,6 +11,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from timm.models import VisionTransformer as TimmViT
 from torch import nn
 
@@ -26,6 +27,7 @@ from support.formats import load_image
 from support.loading import num_cores
 from support.lock import _started
 from support.pixels import eval_transform
+from support.weights import load_backbone
 from tests.conftest import ROOT, run, save_images, torchrun, wait_for
 
 PIXELS = ("--pretrained_weights", "pixels", "--image_size", "16")
@@ -101,6 +103,12 @@ def test_no_file_of_the_user_is_overwritten(labelled, images, tmp_path, name, fo
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_dataset_whose_classes_have_no_names_has_labels():
+    images = [(Image.new("RGB", (16, 16)), 3)]
+    pixels, label, readable = extract_features.Rows(images, load_backbone("pixels"), False)[0]
+    assert pixels.shape == (3, 224, 224) and (label, readable) == (3, True)
+
+
 def test_a_list_gives_its_order_and_its_names(images, labelled, tmp_path):
     other = labelled / "val" / "a" / "001.png"
     listed = images / "some images.txt"
@@ -111,6 +119,13 @@ def test_a_list_gives_its_order_and_its_names(images, labelled, tmp_path):
     single = read_features(extract(tmp_path / "one", "--data_path", str(other)).parent)
     assert torch.equal(read_features(tmp_path / "list").features[1], single.features[0])
     assert single.labels is None and names(tmp_path / "one") == [str(other)]
+
+
+def test_a_name_that_is_no_text_keeps_its_bytes(tmp_path):
+    save_images(tmp_path / "images", 1)
+    os.rename(tmp_path / "images" / "000.png", os.fsencode(tmp_path / "images") + b"/\xe9.png")
+    extract(tmp_path, "--data_path", str(tmp_path / "images"))
+    assert (tmp_path / "names.txt").read_bytes() == b"\xe9.png\n"
 
 
 def test_the_demo_and_datasets_are_taken_as_the_evaluations_take_them(tmp_path, monkeypatch):
@@ -260,9 +275,10 @@ def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
     assert "resuming" in said and "at row 8 of 20" in said
     assert "warning: row 10 is NaN: " in said and "warning: 2 rows are NaN" in said
     record = json.loads((half_done / "features.json").read_text())
-    assert record["unreadable"] == ["nested/000.png", "nested/002.png"]
+    assert record["unreadable"] == ["nested/000.png", "nested/002.png"] and record["blocks"] == 5
+    (half_done / "labels.npy.partial").touch()  # as if the run had been stopped at the end
     extract(half_done, *flags)
-    assert "is complete already" in capsys.readouterr().out
+    assert "is complete already" in capsys.readouterr().out and not list(half_done.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -291,9 +307,10 @@ def test_other_features_are_not_continued(half_done, images, flags, message):
         extract(half_done, *common, "--data_path", data, *flags)
 
 
-def test_lost_files_are_computed_again(half_done, capsys):
+@pytest.mark.parametrize("lost", ["features", "labels"])
+def test_lost_files_are_computed_again(half_done, capsys, lost):
     flags = "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4", "--skip_unreadable"
-    (half_done / "labels.npy.partial").unlink()
+    (half_done / f"{lost}.npy.partial").unlink()
     whole = np.load(extract(half_done, *flags))
     assert "resuming" not in capsys.readouterr().out and np.isfinite(whole).all(axis=1).sum() == 19
     (half_done / "features.npy").unlink()
@@ -305,6 +322,15 @@ def test_lost_files_are_computed_again(half_done, capsys):
     (half_done / "features.json").unlink()
     with pytest.raises(UserError, match="file is not ours"):
         extract(half_done, *flags)
+
+
+def test_progress_is_forgotten_before_its_rows_are(half_done):
+    path = half_done / "labels.npy.partial"
+    path.unlink()
+    path.symlink_to(half_done / "absent" / "x")  # so that it cannot be created
+    with pytest.raises(UserError, match="cannot reserve .*labels.npy.partial"):
+        extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+    assert json.loads((half_done / "features.json").read_text())["blocks"] == 0
 
 
 def test_a_file_of_another_shape_or_cut_short_is_refused(half_done):
@@ -440,9 +466,11 @@ def test_features_that_do_not_belong_together_are_refused(labelled, images, tmp_
     again("val", "--data_path", str(images))
     with pytest.raises(UserError, match="features without labels .*val/"):
         knn(*load)
-    (tmp_path / "val" / "features.npy").write_bytes(b"\x93NUMPY no")
-    with pytest.raises(UserError, match="cannot read: .*val/features.npy"):
-        knn(*load)
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    for content in (b"\x93NUMPY no", b"", (tmp_path / "words.npy").read_bytes()):
+        (tmp_path / "val" / "features.npy").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read: .*val/features.npy"):
+            knn(*load)
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(UserError, match="no features .*/val.*: run extract_features.py with"):
         knn(*load)

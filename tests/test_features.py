@@ -73,6 +73,10 @@ def test_patch_tokens_stand_where_the_patches_are():
     assert torch.equal(cls, tokens[:, 0]) and torch.equal(patches[:, 1, 2], tokens[:, 1 + 1 * 4 + 2])
     third = network.get_intermediate_layers(images, 3)[0]
     assert torch.equal(patch_tokens(network, images, layer=3)[:, 2, 3], third[:, 1 + 2 * 4 + 3])
+    with_registers = torch.randn(2, 1 + 4 + 12, 128)  # of someone's own, after the CLS token
+    network.prepare_tokens = lambda x: with_registers
+    last = network.get_intermediate_layers(images, 1)[0]
+    assert torch.equal(patch_tokens(network, images).flatten(1, 2), last[:, 5:])
     with pytest.raises(UserError, match="6 blocks"):
         patch_tokens(network, images, layer=7)
 

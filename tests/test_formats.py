@@ -31,7 +31,7 @@ from support.checks import check_images
 from support.data import ImageFiles, Source, open_labelled_images, open_training_images, read_image
 from support.errors import ImageError, UserError, WrongFormat
 from support.estimates import estimate_normalization, estimate_range, sample_values
-from support.formats import ImageFormat, channels_first, load_levels, pairs, to_levels
+from support.formats import ImageFormat, channels_first, load_levels, pairs, share_within, to_levels
 from support.pixels import Colour, apply_colours, eval_transform
 from support.weights import load_backbone
 from tests.conftest import TINY, picture, torchrun
@@ -270,6 +270,30 @@ def test_grey_images_rgb_and_the_demo_for_one_channel(tmp_path):
             open_training_images(Source(demo=True, form=form))
 
 
+@pytest.mark.parametrize("name", ["x.tif", "x.png"])
+def test_three_samples_are_colours_and_four_are_not(tmp_path, name):
+    path, form = str(tmp_path / name), ImageFormat(1, ((0.0, 255.0),))
+    values = np.random.default_rng(0).integers(0, 256, (8, 9, 4), np.uint8)
+    colour = Image.fromarray(values[..., :3])
+    colour.save(path)
+    assert np.array_equal(load_levels(path, None, form)[0], np.asarray(colour.convert("L")))
+    Image.fromarray(values).save(path)
+    with pytest.raises(WrongFormat, match="image has 4 channels, not 1"):
+        load_levels(path, None, form)
+
+
+def test_inks_are_four_channels_and_one_row_is_an_image(tmp_path):
+    inks = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 4), np.uint8), "CMYK")
+    inks.save(tmp_path / "x.jpg")
+    with Image.open(tmp_path / "x.jpg") as image:
+        expected = np.asarray(image).transpose(2, 0, 1)
+    levels = load_levels(str(tmp_path / "x.jpg"), None, ImageFormat(4, ((0.0, 255.0),)))
+    assert np.array_equal(levels, expected)
+    tifffile.imwrite(tmp_path / "x.tif", np.arange(6, dtype=np.uint8)[None], photometric="minisblack")
+    levels = load_levels(str(tmp_path / "x.tif"), None, ImageFormat(1, ((0.0, 255.0),)))
+    assert levels.tolist() == [[[0, 1, 2, 3, 4, 5]]]
+
+
 def save(folder: Path, name: str, values: np.ndarray) -> None:
     save_tiff(folder / name, values) if name.endswith("tif") else np.save(folder / name, values)
 
@@ -284,6 +308,7 @@ def save(folder: Path, name: str, values: np.ndarray) -> None:
         ("x.tif", scene(0, 0), ImageFormat(13), r"uint16 .*no agreed range \(.*x.tif\): give --value_range"),
         ("x.npy", np.zeros((8, 8)), ImageFormat(1), r"float64 .*x.npy\): give --value_range"),
         ("x.tif", scene(0, 0), ImageFormat(), r"13 channels, not 3 \(.*x.tif\)"),
+        ("x.tif", scene(0, 0, 4), ImageFormat(1, RANGE), r"4 channels, not 1 \(.*x.tif\)"),
         ("x.tif", np.zeros((2, 13, 8, 8)), FORM, r"the axes \w+ \(2, 13, 8, 8\) \(.*x.tif\): save height"),
     ],
 )
@@ -571,6 +596,7 @@ def test_what_is_beside_the_loop_normalises_by_the_flags(satellite):
     ("flags", "message"),
     [
         ("--value_range 5 1", "LOW is not below HIGH .*--value_range 5 1"),
+        ("--value_range 5 5", "LOW is not below HIGH .*--value_range 5 5"),
         ("--value_range 0 1 2", "one pair for all channels, or one for each"),
         ("--value_range 0 1 0 1", "give LOW HIGH, or 13 pairs"),
         ("--value_range 0 auto", "mixes auto and numbers"),
@@ -733,6 +759,18 @@ def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
         main_dino.main(main_dino.parse_args([*flags, "--mean", "0.5", "0.5", "0.5"]))
     main_dino.main(main_dino.parse_args([*flags, "--max_steps", "2"]))
     assert weights_of(tmp_path)["step"] == 2
+
+
+def test_the_limits_of_a_range_lie_within_it():
+    values = np.array([[[0, 5, 10, 11]], [[-1, 0, 3, 4]]])
+    assert share_within(values, ((0.0, 10.0),)).tolist() == [0.75, 0.75]
+    assert share_within(values, ((5.0, 11.0), (0.0, 3.0))).tolist() == [0.75, 0.5]
+
+
+def test_an_odd_number_of_limits_is_one_line():
+    assert pairs([0, 1, 2, 3]) == ((0, 1), (2, 3))
+    with pytest.raises(UserError, match="one pair for all channels, or one for each .*--value_range 0 1 2"):
+        pairs([0, 1, 2])
 
 
 def test_a_hot_pixel_does_not_decide_the_range():

@@ -2,7 +2,9 @@ import importlib
 import re
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -192,4 +194,12 @@ def test_the_flags_of_the_scripts_are_arguments(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(network(x), student(x)) and not torch.equal(network(x), teacher(x))
     assert network.transform(picture()).shape == (3, 16, 16)
-    assert load("dino", weights="random", arch="vit_nano", in_chans=2).patch_embed.proj.in_channels == 2
+    other = load("dino", weights="random", arch="vit_nano", in_chans=2)
+    assert other.patch_embed.proj.in_channels == 2
+    np.save(tmp_path / "x.npy", np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+    assert other.read(str(tmp_path / "x.npy")).flatten().tolist() == list(range(24))
+
+
+def test_a_folder_whose_name_begins_as_ours_is_another_project():
+    files = [ROOT / "support" / "__init__.py", ROOT.with_name(f"{ROOT.name}2") / "support" / "__init__.py"]
+    assert [hubconf._is_ours(types.SimpleNamespace(__file__=str(file))) for file in files] == [True, False]

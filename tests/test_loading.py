@@ -144,6 +144,7 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     assert "cannot identify image file" in why_unreadable(dataset.images, 1)
     assert "truncated" in why_unreadable(dataset.images, 2)
     assert why_unreadable(dataset.images, 3) == "it can be read now"
+    assert why_unreadable([{"image": 1, "label": 2}], 0) == "KeyError(0)"  # a dataset of another kind
     evaluation = EvalImages(ImageFiles(tmp_path), eval_transform(16))
     with pytest.raises(UserError, match="002.png"):
         evaluation[2]

@@ -57,6 +57,7 @@ def test_slow_steps_have_a_line_a_minute(capsys, now):
 
 def test_the_speed_of_an_epoch_goes_on_after_a_restart(now):
     state = {}
+    assert MetricLogger(images_per_step=10).averages() == {"images_per_second": 0}
     for seconds in (1, 3):
         logger = MetricLogger(images_per_step=10)
         logger.load_state_dict(state)
@@ -80,8 +81,9 @@ def test_a_full_disk_under_the_output_does_not_end_a_run(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         monkeypatch.setattr(logger, "lost", [])
-        log("cannot be written")
-        assert [error.errno for error in logger.lost] == [errno.ENOSPC]
+        for _ in range(2):
+            log("cannot be written")
+        assert [(error.errno, error.__traceback__) for error in logger.lost] == [(errno.ENOSPC, None)]
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # Python flushes it when it closes
 
@@ -91,6 +93,12 @@ def test_a_closed_stderr_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr", None)
     assert list(MetricLogger().log_every(range(3))) == [0, 1, 2]
     assert "[3/3]" in capsys.readouterr().out
+
+
+def test_a_closed_stdout_takes_no_lines(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    log("for nobody")
+    assert not logger.lost
 
 
 def test_a_line_has_the_speed_only_if_the_number_of_images_is_known(capsys):

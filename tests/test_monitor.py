@@ -107,6 +107,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(value):
     monitor = Monitor(10, advice="try --lr 1")
     with pytest.raises(TrainingError, match=r"loss is (nan|inf) \(step 7\): try --lr 1"):
         monitor.check(7, numbers(value), NONE_UNREADABLE)
+    with pytest.raises(TrainingError, match=r"koleo is (nan|inf) \(step 7\)"):  # another term of a loss
+        monitor.check(7, numbers(1.0) | {"koleo": torch.tensor(value)}, NONE_UNREADABLE)
     assert TrainingError.exit_code == 1 and UserError.exit_code == 2
 
 

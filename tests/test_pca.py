@@ -73,6 +73,24 @@ def test_an_object_may_reach_the_border(place):
         assert torch.equal(PatchColours(lambda x=tokens: [x]).foreground(tokens), mask)
 
 
+@pytest.mark.parametrize("side", range(4))
+def test_an_object_may_reach_three_sides(side):
+    mask = torch.rot90(torch.arange(8)[:, None].expand(8, 8) < 5, side)
+    tokens = 0.1 * torch.randn(8, 8, 12, generator=torch.Generator().manual_seed(0))
+    tokens += 5 * mask[..., None] * torch.eye(12)[0]
+    assert torch.equal(PatchColours(lambda: [tokens]).foreground(tokens), mask)
+
+
+@pytest.mark.parametrize("shift", [5.0, -5.0])
+def test_the_border_is_that_of_all_images(shift):
+    tokens, mask = scene(shift=shift)
+    tokens += 10 * torch.eye(12)[0]
+    inverted = torch.where(mask[..., None], tokens[0, 0], tokens[3, 3])  # the object is at the border
+    colours = PatchColours(lambda: [tokens, tokens, inverted])
+    assert torch.equal(colours.foreground(tokens), mask)
+    assert torch.equal(colours.foreground(inverted), ~mask)
+
+
 def test_only_the_background_is_black_and_red_varies_most():
     tokens, mask = scene()
     picture = PatchColours(lambda: [tokens])(tokens)

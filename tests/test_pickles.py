@@ -60,6 +60,23 @@ def test_arrays_of_each_numpy_are_read(core, tmp_path):
     np.testing.assert_array_equal(load_pickle(path)[0], ARRAYS[0])
 
 
+PYTHON_2 = (
+    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02\x85"
+    b"cnumpy\ndtype\nU\x02f8K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x10"
+)
+
+
+def test_arrays_of_python_2_are_read(tmp_path):
+    """It writes bytes as text, whose encoding the file does not say."""
+    path, array = tmp_path / "data.pkl", np.array([0.5, -1])
+    path.write_bytes(PYTHON_2 + array.tobytes() + b"tb.")
+    np.testing.assert_array_equal(load_pickle(path), array)
+    dtype = PYTHON_2[PYTHON_2.index(b"cnumpy\ndtype") : PYTHON_2.index(b"\x89U\x10")]
+    number = b"\x80\x02cnumpy.core.multiarray\nscalar\n" + dtype + b"U\x08" + array[:1].tobytes() + b"\x86R."
+    path.write_bytes(number)
+    assert load_pickle(path) == 0.5
+
+
 def test_what_may_run_code_is_refused_before_it_runs(tmp_path):
     owned, path = tmp_path / "owned", tmp_path / "data.pkl"
     path.write_bytes(pickle.dumps({"imlist": Call(pathlib.Path.touch, owned)}))
@@ -79,6 +96,13 @@ def test_a_file_cannot_forge_an_arrays_pointers(name, protocol, tmp_path):
     with pytest.raises(UserError, match=rf"file contains {message}.* was not loaded \(.*data.pkl\)") as error:
         load_pickle(path)
     assert "\n" not in str(error.value)
+
+
+def test_dates_are_refused(tmp_path):
+    path = tmp_path / "data.pkl"
+    path.write_bytes(pickle.dumps(np.zeros(2, "M8[s]")))
+    with pytest.raises(UserError, match="file contains an array of type M8, neither numbers nor text"):
+        load_pickle(path)
 
 
 def test_names_in_a_file_do_not_break_the_line(tmp_path):
@@ -112,5 +136,5 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, content):
     with pytest.raises(UserError, match=r"cannot read the file: .*data.pkl") as error:
         load_pickle(path)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="No such file .*nowhere"):
+    with pytest.raises(UserError, match="^No such file .*nowhere.*: check the path"):
         load_pickle(tmp_path / "nowhere.pkl")

@@ -21,6 +21,8 @@ def test_callables_change_pil_images():
     blur.prob, never = 0.0, utils.Solarization(0.0)
     assert blur(image).tobytes() == never(image).tobytes() == image.tobytes()
     random.seed(0)
+    assert vars(utils.GaussianBlur()) == {"prob": 0.5, "radius_min": 0.1, "radius_max": 2.0}
+    assert len({utils.GaussianBlur(1.0)(image).tobytes() for _ in range(5)}) == 5  # of any radius
     for change, p in ((utils.Solarization(0.2), 0.2), (utils.GaussianBlur(0.3, 2, 2), 0.3)):
         changed = sum(change(image).tobytes() != image.tobytes() for _ in range(600))
         assert is_close_share(changed / 600, p, 600)

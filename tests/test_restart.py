@@ -14,10 +14,11 @@ import main_dino
 from main_dino import FREE_FLAGS
 from support.checkpoints import load_checkpoint
 from support.errors import TrainingError, UserError
-from support.restart import Run, add_records, read_log
+from support.restart import Run, add_records, check_optimizer, read_log
 from tests.conftest import ROOT, TINY, torchrun, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
 from tests.test_lock import taken_by
+from utils import LARS
 
 
 def train(*flags) -> None:
@@ -229,9 +230,10 @@ def test_a_link_to_a_checkpoint_that_is_away_is_not_a_new_run(tmp_path):
 
 def test_the_log_keeps_lines_of_any_bytes(tmp_path):
     path = tmp_path / "log.txt"
-    path.write_bytes(b"Versuch f\xfcr\n")
+    others = b'Versuch f\xfcr\n{"epoch": "one"}\n'
+    path.write_bytes(others)
     add_records([{"epoch": 0}], path)
-    assert path.read_bytes() == b'Versuch f\xfcr\n{"epoch": 0}\n'
+    assert path.read_bytes() == others + b'{"epoch": 0}\n'
 
 
 @pytest.mark.parametrize(
@@ -336,6 +338,25 @@ def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_pa
     run.lock.release()
 
 
+def test_what_this_version_does_not_compare_is_said(tmp_path, capsys):
+    pieces = {"student": torch.nn.Linear(1, 1)}
+    with Run(tmp_path, required=()) as run:
+        run.resume(pieces, {"lr": 1, "schedule": "wsd"})
+        run.save({"epoch": 0})
+    with Run(tmp_path, required=()) as run:
+        run.resume(pieces, {"lr": 1})
+    assert "records schedule wsd, which this version does not compare" in capsys.readouterr().out
+
+
+def test_the_identity_that_was_saved_counts_before_the_flags_and_before_what_was_added(tmp_path):
+    pieces = {"student": torch.nn.Linear(1, 1)}
+    with Run(tmp_path, required=()) as run:
+        run.resume(pieces, {"gray": 0.5})
+        run.save({"epoch": 0, "args": {"gray": 0.9}})
+    with Run(tmp_path, required=()) as run:
+        assert run.resume(pieces, {"gray": 0.5}, added={"gray": 0.2})["epoch"] == 0
+
+
 def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
     """As in a checkpoint of the published format."""
     weights = torch.nn.Linear(1, 1)
@@ -347,6 +368,9 @@ def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
     torch.testing.assert_close(other.state_dict(), weights.state_dict(), rtol=0, atol=0)
     with pytest.raises(UserError, match="checkpoint lacks teacher"):
         Run(tmp_path, required=("student", "teacher")).resume(pieces, {})
+    torch.save({"student": weights.state_dict(), "epoch": -1}, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="checkpoint lacks epoch"):
+        Run(tmp_path, required=("student",)).resume(pieces, {})
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path):
@@ -442,6 +466,7 @@ def test_whatever_the_last_save_cannot_write_is_an_error(tmp_path, name):
 @pytest.mark.parametrize("ruined", [-2e19, -torch.inf])
 def test_large_negative_weights_are_not_saved(tmp_path, ruined):
     network = torch.nn.Linear(1, 1)
+    network.register_buffer("without_elements", torch.zeros(0))
     run = Run(tmp_path, required=())
     run.pieces = {"student": network}
     torch.nn.init.constant_(network.bias, ruined)
@@ -458,6 +483,17 @@ def test_a_run_of_which_only_the_checkpoint_before_is_left_exists_and_keeps_its_
     assert run.recorded_args() == {"mean": [1]}
     run.checkpoint.unlink()
     assert run.exists()
+
+
+@pytest.mark.parametrize("own", [torch.optim.AdamW, torch.optim.SGD, LARS])
+def test_the_state_of_another_optimizer_is_refused(own):
+    makers = (torch.optim.AdamW, torch.optim.SGD, LARS)
+    states = {maker: maker([torch.zeros(1)], lr=0.1).state_dict() for maker in makers}
+    optimizer = own([torch.zeros(1)], lr=0.1)
+    check_optimizer(optimizer, states.pop(own))
+    for state in states.values():
+        with pytest.raises(ValueError, match="another optimizer saved it"):
+            check_optimizer(optimizer, state)
 
 
 def test_a_run_in_full_precision_goes_on_with_loss_scaling(tmp_path):

@@ -71,9 +71,10 @@ def test_labels_of_a_set_without_a_list_are_read(capsys):
     assert "reading the labels of 5 images" in capsys.readouterr().out
 
 
-def test_grey_images_keep_the_list_of_labels(capsys):
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_grey_images_keep_the_list_of_labels(capsys, dtype):
     class Listed(list):
-        targets = torch.tensor([3, 1])
+        targets = torch.tensor([3, 1], dtype=dtype)
 
     images = Listed([(Image.new("RGB", (2, 2)), 3), (Image.new("RGB", (2, 2)), 1)])
     assert labels_of(in_format(images, ImageFormat(1), "--dataset")).tolist() == [3, 1]

@@ -1,5 +1,6 @@
 import copy
 import types
+from functools import partial
 
 import pytest
 import timm
@@ -49,9 +50,10 @@ def test_any_size_that_the_patch_divides(size):
         torch.testing.assert_close(layers[-1][:, 0], model(x))
 
 
-def test_a_size_that_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match="30x32 image does not divide into patches of 8"):
-        vit_nano(8)(torch.zeros(1, 3, 30, 32))
+@pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 30)])
+def test_a_size_that_does_not_divide_is_an_error(height, width):
+    with pytest.raises(ValueError, match=f"{height}x{width} image does not divide into patches of 8"):
+        vit_nano(8)(torch.zeros(1, 3, height, width))
 
 
 def test_position_embedding_is_exact_at_its_own_size_and_oriented_elsewhere():
@@ -86,6 +88,11 @@ def test_queries_keys_and_values_have_no_bias_by_default():
     assert not any(value.any() for name, value in biases.items() if "patch_embed" not in name)
 
 
+def test_the_hidden_layer_is_as_wide_as_the_ratio_says():
+    network = VisionTransformer([32], 8, embed_dim=48, depth=1, num_heads=3, mlp_ratio=2.5)
+    assert network.blocks[0].mlp.fc1.out_features == network.blocks[0].mlp.fc2.in_features == 120
+
+
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_fused_attention_is_the_same_attention(cls_only, qkv_bias):
@@ -94,6 +101,8 @@ def test_fused_attention_is_the_same_attention(cls_only, qkv_bias):
     x = torch.randn(2, 7, 48)
     q, k, v = attention.project(x, cls_only)
     assert q.shape == (2, 3, 1 if cls_only else 7, 16) and k.shape == v.shape == (2, 3, 7, 16)
+    parts = [part.unflatten(-1, (3, 16)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1)]
+    torch.testing.assert_close([q, k, v], [parts[0][:, :, : q.shape[2]], *parts[1:]])
     expected = attention.proj((attention.weights(q, k) @ v).transpose(1, 2).flatten(2))
     kernels = []
     for training in (True, False):  # on a CPU, explicit, then fused, which is for several queries
@@ -175,7 +184,9 @@ def test_drop_path_drops_each_branch_of_each_image_by_itself():
     assert sum(shares) == pytest.approx(1) and shares == pytest.approx([0.25] * 4, abs=0.1)
 
 
-@pytest.mark.parametrize(("make", "std"), [(vit_nano, 0.09), (vit_tiny, 0.02)])
+@pytest.mark.parametrize(
+    ("make", "std"), [(vit_nano, 0.09), (vit_tiny, 0.02), (partial(vit_nano, init_std=0.05), 0.05)]
+)
 def test_weights_begin_with_the_published_deviations(make, std):
     torch.manual_seed(0)
     model = make()

@@ -19,6 +19,7 @@ from torch import nn
 import utils
 from support import backbones, weights
 from support.errors import UserError
+from support.layouts import to_timm_names, unwrap, vit_shapes
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD
 from support.weights import init_from, load_backbone
 from tests.conftest import picture
@@ -356,8 +357,9 @@ def test_one_of_several_networks_is_taken_only_by_name(one, two, entry, vits, tm
         frozen = load_backbone(path, key)
         torch.testing.assert_close(frozen.network.state_dict(), expected, rtol=0, atol=0)
         assert "projector" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no 'other' in file .*--checkpoint_key .* or --checkpoint_key"):
-        load_backbone(path, "other")
+    for key in ("other", one[:-1]):
+        with pytest.raises(UserError, match=f"no '{key}' in file .*--checkpoint_key .* or --checkpoint_key"):
+            load_backbone(path, key)
 
 
 def test_two_convnets_in_one_file_are_two_networks(tmp_path):
@@ -420,6 +422,7 @@ def test_wrappers_are_removed_wherever_they_stand(vits, tmp_path):
     }
     path = write({"teacher": state}, tmp_path / "a.pth")
     torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
+    assert unwrap({"submodule.a": 1, "b.module.c": 2}, "") == {"submodule.a": 1, "b.c": 2}
     path = write(vits[0] | prefixed(vits[1], "_orig_mod."), tmp_path / "b.pth")
     with pytest.raises(UserError, match="two entries named cls_token, once as _orig_mod.cls_token"):
         load_backbone(path)
@@ -456,6 +459,35 @@ def test_hugging_faces_layout_is_read(prefix, vits, tmp_path, capsys):
     path = write(state, tmp_path / "model.safetensors")
     torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
     assert "pooler" in capsys.readouterr().out
+
+
+def test_hugging_faces_names_of_version_5_are_read(vits):
+    """In memory; older versions have those of the files there too."""
+    new = {"encoder.layer.": "layers.", "attention.output.dense": "attention.o_proj"}
+    new |= {f"attention.attention.{part}": f"attention.{part[0]}_proj" for part in ("query", "key", "value")}
+    state = hugging_face(vits[0])
+    for old in new:
+        state = {name.replace(old, new[old]): value for name, value in state.items()}
+    torch.testing.assert_close(to_timm_names(state), vits[0], rtol=0, atol=0)
+
+
+def test_hugging_faces_layout_without_a_part_is_one_clear_line(vits, tmp_path):
+    state = hugging_face(vits[0])
+    del state["encoder.layer.3.attention.attention.value.bias"]
+    with pytest.raises(UserError, match="missing.*blocks.3.attn.qkv.bias"):
+        load_backbone(write(state, tmp_path / "x.safetensors"), arch="vit_nano")
+
+
+def test_shapes_of_a_vit_and_of_others():
+    patches, position = torch.zeros(8, 3, 4, 4), torch.zeros(1, 17, 8)
+    found = {"width": 8, "patch_size": 4, "patches": 16, "in_chans": 3}
+    for weight, pos_embed, expected in (
+        (patches, position, found),
+        (patches, position[:, :0], found | {"patches": 0}),
+        (patches, position[0], {}),
+        (patches[:, :, None], position, {}),  # of a video
+    ):
+        assert vit_shapes({"x.patch_embed.proj.weight": weight, "x.pos_embed": pos_embed}) == expected
 
 
 def save_pretrained(folder, means=(0.5, 0.4, 0.3), **options):
