@@ -140,7 +140,9 @@ class MaskedFiles(ImageFiles):
 
     def __init__(self, root: Path, split: str, form: ImageFormat = RGB):
         listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        self.stems = read_names(listed, "list the images, one a line, without extension")
+        self.stems = read_names(
+            listed, "give the folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
+        )
         found = {"masks": folder_files(root / FOLDERS["masks"], readable_extensions())}
         found |= {"images": folder_files(root / FOLDERS["images"], extensions_of(form))}
         for kind, files in found.items():

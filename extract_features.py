@@ -52,6 +52,7 @@ from support.data import (
 )
 from support.distributed import (
     all_gather_object,
+    barrier,
     fix_random_seeds,
     get_rank,
     get_world_size,
@@ -264,10 +265,14 @@ class Store:
         self.record(classes=classes)
         if self.suffix != ".npy":
             self._save(self.final, self.array)
-        del self.array, self.labels  # Windows neither renames nor removes a file that is mapped
+        self.unmap()
         if self.suffix == ".npy":
             os.replace(self.partial, self.final)
         self._remove_partial()
+
+    def unmap(self) -> None:
+        """Let go of the files: Windows neither renames nor removes one that a process has mapped."""
+        del self.array, self.labels
 
     def _save(self, path: Path, array: np.ndarray) -> None:
         with replacing(path) as file:
@@ -316,8 +321,8 @@ def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 def _lengthen(file: BinaryIO, size: int) -> None:
     """Lengthen a file to this size, and reserve room for all of it. Raises OSError."""
-    file.truncate(size)
     if hasattr(os, "posix_fallocate"):
+        file.truncate(size)
         os.posix_fallocate(file.fileno(), 0, size)
         return
     # on a Mac and on Windows
@@ -483,6 +488,9 @@ def main(args: argparse.Namespace) -> Path:
             return store.final
         log(words)
         fill(store, Rows(images, frozen, args.skip_unreadable), model, args.num_workers, device)
+        if not is_main_process():
+            store.unmap()
+        barrier()
         with main_process_first():
             if is_main_process():
                 store.finish(names, class_names(images))

@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--nodes", default=2, type=cli.number(int, at_least=1), help="number of nodes")
     group.add_argument("--timeout", default=2800, type=cli.number(int, at_least=1),
         help="minutes until the job saves, requeues itself and resumes")
-    group.add_argument("--partition", default="", help="partition; the cluster's default if empty")
+    group.add_argument("--partition", default="", help="partition (default: the cluster's)")
     group.add_argument("--use_volta32", action="store_true",
         help="require the node feature volta32 (32 GB V100 GPUs on some clusters)")
     group.add_argument("--comment", default="", help="comment for the scheduler, if the cluster requires one")
@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--slurm_setup", default=[], nargs="+", metavar="COMMAND",
         help="shell commands that the job runs first, e.g. 'module load cuda'")
     group.add_argument("--shared_dir", default="",
-        help="folder for the job's script and logs, which all nodes can read; OUTPUT_DIR_slurm if empty")
+        help="folder for the job's script and logs, which all nodes can read (default: OUTPUT_DIR_slurm)")
     group.add_argument("--dry_run", action="store_true", help="print the job's script, submit nothing")
     group.add_argument("--local", action="store_true",
         help="run on this machine without SLURM, to try everything except the queue")

@@ -41,7 +41,7 @@ def check_known(arch: str) -> None:
         return
     import timm
 
-    short = re.fullmatch(r"(?:dino_)?vit[-_]?([tsb])[-_/]?(\d+)", arch.lower())  # dino_vits16, ViT-S/16
+    short = re.fullmatch(r"(?:dino_)?vit[-_]?(t|s|b|tiny|small|base)[-_/]?([1-9]\d?)", arch.lower())
     if short:
         ours = next(name for name in VITS if name.startswith(f"vit_{short[1]}"))
         hint = f"did you mean --arch {ours} --patch_size {short[2]}?"

@@ -1,9 +1,10 @@
-"""What the scripts' command lines share: the parser, common flags, errors in one line."""
+"""What the scripts share: the parser and common flags, the start of processes, errors in one line."""
 
 import argparse
 import contextlib
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import operator
@@ -98,13 +99,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def check_not_empty(words: Sequence[str]) -> None:
-    """End if a flag of the command line has an empty value, which would count as not given."""
-    flag = ""
-    for word in words:
-        flag = word if word.startswith("--") else flag
+    """End if a flag of the command line has an empty value, which would count as not given.
+
+    After an `@FILE`, it takes back the file's value.
+    """
+    for before, word in itertools.pairwise(["", *words]):
+        if word.startswith("@"):
+            return
         if not word or re.fullmatch(r"--\w+=", word):
-            fix = "set the shell variable that it comes from, or leave the flag out"
-            exit_with(UserError("empty value", flag.rstrip("="), fix))
+            flag = word.rstrip("=") or (before if re.fullmatch(r"--\w+", before) else "")
+            fix = "set the shell variable that it comes from, or leave it out"
+            exit_with(UserError("empty value", flag or "the command line", fix))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,8 +368,12 @@ def data_folder(data_path: str, fix: str) -> Path:
     return folder
 
 
-# Flags that may differ between the machines of a run.
-LOCAL_FLAGS = {"data_path", "knn_data", "download", "num_workers", "cpu_threads", "dist_url", "local_rank"}
+# Flags that may differ between processes: places on a machine, whose contents are compared; how one computes;
+# what the published `init_distributed_mode` adds.
+LOCAL_FLAGS = {
+    "data_path", "distractors_path", "whitening_path", "pretrained_weights", "knn_data", "download",
+    "num_workers", "cpu_threads", "dist_url", "local_rank", "rank", "world_size", "gpu",
+}  # fmt: skip
 
 
 def join_processes(args: argparse.Namespace) -> torch.device:
@@ -373,10 +382,11 @@ def join_processes(args: argparse.Namespace) -> torch.device:
     Raises UserError, also if the processes have different flags, except for LOCAL_FLAGS.
     """
     device = init_distributed_mode(args.dist_url)
-    flags = {name: value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
+    flags = {name: str(value) for name, value in vars(args).items() if name not in LOCAL_FLAGS}
     others = all_gather_object(flags)
     different = [name for name in flags if any(other.get(name) != flags[name] for other in others)]
-    agree("flags", " ".join(f"--{name} {flags[name]}" for name in different))
+    more = f" and {len(different) - 3} more" * (len(different) > 3)
+    agree("flags", " ".join(f"--{name} {flags[name]}" for name in different[:3]) + more)
     return device
 
 

@@ -249,10 +249,10 @@ def text_lines(path: str | Path, fix: str = "make it readable") -> Iterator[tupl
 
 
 def read_names(path: Path, fix: str) -> list[str]:
-    """The names in a text file, one a line, each once. Raises UserError."""
+    """The names in a text file, one a line, each once. Raises UserError, with `fix` if there is no file."""
     names = [line for _, line in text_lines(path, fix)]
     if not names:
-        raise UserError("no name in the list", str(path), fix)
+        raise UserError("no name in the list", str(path), "write a name a line, without extension")
     if repeated := len(names) - len(set(names)):
         log(f"note: {repeated} repeated lines were left out: {path}")
     return list(dict.fromkeys(names))

@@ -62,7 +62,7 @@ def test_unknown_and_unfit_backbones_are_named():
         backbones.build_backbone("resnet5o")
     with pytest.raises(UserError, match="did you mean vit_large_patch.*, vit_large_patch.*"):
         backbones.build_backbone("vit_large")
-    for name in ("dino_vits16", "ViT-S/16", "vit_s16"):
+    for name in ("dino_vits16", "ViT-S/16", "vit_s16", "vit_small_16"):
         with pytest.raises(UserError, match="did you mean --arch vit_small --patch_size 16\\?"):
             backbones.build_backbone(name)
     with pytest.raises(UserError, match="no linear classifier"):

@@ -415,12 +415,22 @@ def test_an_error_of_the_command_line_is_not_blamed_on_the_file(flags, message, 
     assert capsys.readouterr().err == f"error: {message.format(file=file)}\n"
 
 
-@pytest.mark.parametrize("words", [["--init_from", ""], ["--init_from="], ["--init_from", "a", ""]])
-def test_an_empty_value_is_refused_because_it_would_count_as_not_given(words, capsys):
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["--init_from", ""], "--init_from"),
+        (["--init_from="], "--init_from"),
+        (["--lr=1", ""], "the command line"),
+        (["--data_path", "a", ""], "the command line"),
+    ],
+)
+def test_an_empty_value_is_refused_because_it_would_count_as_not_given(words, where, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        main_dino.parse_args(["--seed", "1", *words, "--lr", "1"])
+        main_dino.parse_args(["--seed", "1", *words, "--epochs", "1"])
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: empty value (--init_from): set the shell variable")
+    assert capsys.readouterr().err.startswith(f"error: empty value ({where}): set the shell variable")
+    (tmp_path / "args.txt").write_text("--init_from old.pth")
+    assert main_dino.parse_args([f"@{tmp_path}/args.txt", "--init_from", ""]).init_from == ""  # takes it back
 
 
 @pytest.mark.parametrize(

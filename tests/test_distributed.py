@@ -370,7 +370,9 @@ def test_different_flags_are_refused_on_all_ranks(tmp_path):
     body = """
 from argparse import Namespace
 local = dict(data_path=f"/scratch/{rank}", num_workers=rank, local_rank=rank, dist_url="env://")
-cli.join_processes(Namespace(lr=0.1, **local))
+args = Namespace(lr=0.1, callers=torch.ones(2), **local)
+init_distributed_mode(args)  # adds rank, world_size and gpu
+cli.join_processes(args)
 cli.join_processes(Namespace(lr=0.1, seed=rank, output_dir=f"runs/{rank}", **local))
 """
     zero, one = (f"rank {rank}: --seed {rank} --output_dir runs/{rank}" for rank in range(2))

@@ -409,7 +409,7 @@ def make_void(root) -> None:
             r"1 of 4 images are missing: val 3 \(.*val.txt",
         ),
         (lambda root: (root / "SegmentationClass/train 1.png").unlink(), "1 of 6 masks are missing: train 1"),
-        (lambda root: (root / LIST).unlink(), r"No such file or directory \(.*train.txt\): list the images"),
+        (lambda root: (root / LIST).unlink(), r"No such file or directory \(.*train.txt\): give the folder"),
         (lambda root: (root / LIST).write_text("\n\n"), "no name in the list"),
         (lambda root: (root / "JPEGImages/val 0.png").write_bytes(b"x"), "cannot read image: .*val 0.png"),
         (

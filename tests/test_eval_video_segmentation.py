@@ -497,7 +497,7 @@ def no_object(data):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (no_list, r"^No such file or directory \(.*val.txt\): list"),
+        (no_list, r"^No such file or directory \(.*val.txt\): give the folder"),
         (empty_list, r"^no name in the list \(.*val.txt\)"),
         (a_path_in_the_list, r"^\.\./clip is not the name of a folder \(.*val.txt\)"),
         (no_folder, r"^clip nowhere has no folder \(.*480p/nowhere\)"),
