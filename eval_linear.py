@@ -131,10 +131,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # Flags that may change when a run resumes. `run_identity` holds what matters of them: the network's weights,
 # and the names, sizes and classes of the images, wherever they are.
-FREE_FLAGS = {
-    "val_freq", "num_workers", "data_path", "download", "evaluate", "output_dir", "dist_url", "local_rank",
-    "pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "in_chans", "value_range",
-    "num_labels", "logistic", "few_shot_seeds",
+FREE_FLAGS = cli.LOCAL_FLAGS | {
+    "val_freq", "evaluate", "output_dir", "checkpoint_key", "arch", "patch_size", "image_size", "in_chans",
+    "value_range", "num_labels", "logistic", "few_shot_seeds",
 }  # fmt: skip
 
 # Flags that only training uses, and flags of the CLS tokens, which only our ViTs have.

@@ -323,10 +323,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 AUTO = ["auto"]  # a value of --value_range, --mean or --std
 
 # Flags that may differ between a run and its restart: they do not change the maths.
-FREE_FLAGS = {
-    "data_path", "download", "num_workers", "output_dir", "saveckp_freq", "save_every_steps", "max_steps",
-    "allow_changed_args", "cpu_threads", "dist_url", "local_rank", "demo", "use_fp16", "precision",
-    "init_from", "augment_on", "compile", "grad_checkpointing", "knn_every", "knn_data", "knn_share",
+FREE_FLAGS = cli.LOCAL_FLAGS | {
+    "output_dir", "saveckp_freq", "save_every_steps", "max_steps", "allow_changed_args", "demo", "use_fp16",
+    "precision", "init_from", "augment_on", "compile", "grad_checkpointing", "knn_every", "knn_share",
     "tensorboard", "preview", "split",
 }  # fmt: skip
 
@@ -982,7 +981,7 @@ def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> Non
         lines += [line for line in old.splitlines() if step and line.startswith(CHANGED_AT)]
         lines += [f"{CHANGED_AT}{step}: {run.changed}"] if run.changed else []
         parser = get_args_parser()
-        if others := vars(args).keys() - vars(parser.parse_args([])).keys():
+        if others := vars(args).keys() - vars(parser.parse_args([])).keys() - cli.LOCAL_FLAGS:
             log(f"note: {path} lacks flags that are not of main_dino.py: {', '.join(sorted(others))}")
         text = "\n".join([*lines, cli.argument_file(settings, parser)])
         with replacing(path) as file:

@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import copy
 import fcntl
@@ -377,6 +378,12 @@ def test_the_preview_ends_without_a_run_and_keeps_files_of_others(images, tmp_pa
     with pytest.raises(UserError, match="would overwrite .*preview.png.*give another file"):
         main_dino.main(main_dino.parse_args(flags))
     assert file.read_bytes() == before
+
+
+def test_flags_of_another_program_that_are_not_in_args_txt_are_named(images, tmp_path, capsys):
+    args = main_dino.parse_args([*TINY, "--data_path", str(images), "--output_dir", str(tmp_path)])
+    main_dino.train_dino(argparse.Namespace(**vars(args), max_lr=7, rank=0))  # and the launcher's
+    assert "args.txt lacks flags that are not of main_dino.py: max_lr\n" in capsys.readouterr().out
 
 
 def test_the_flags_of_a_caller_stay_as_they_are(images, tmp_path):
