@@ -411,7 +411,6 @@ def test_the_demo_draws_the_trained_network(tmp_path):
         (["--image_path", "{good}", "--image_size", "4"], "smaller than a patch of 8"),
         (["--image_path", "{good}", "--image_size", "1", "2", "3"], "one or two lengths"),
         (["--image_path", "{good}", "--pretrained_weights", "pixels"], "Flatten has no CLS attention"),
-        (["--image_path", "{good}", "--pretrained_weights", ""], "no weights given"),
         (["--image_path", "{good}", "--query", "40", "3"], r"outside of the 40 x 40 image \(--query 40 3\)"),
         (
             ["--image_path", "{good}", "{good}", "--query", "3", "3"],
