@@ -402,8 +402,11 @@ def leaves_work_to_first() -> bool:
 
 
 def say(error: UserError) -> None:
-    """Print the error in one line, from the first rank or, if only one rank knows of it, from that one."""
-    if is_first() or error.alone:
+    """Print the error in one line, from the first rank or, if only one rank knows of it, from that one.
+
+    Before there is a group, from the first process of each machine.
+    """
+    if is_first(of_machine=True) or error.alone:  # the command may be wrong on one machine alone
         # An error from a data-loading worker comes with that worker's traceback before it.
         line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         with contextlib.suppress(OSError):  # its reader has ended, or the disk is full

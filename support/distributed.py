@@ -355,15 +355,17 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def is_first() -> bool:
-    """Whether this process prints: rank 0 of the group; before there is one, the launcher's first.
+def is_first(of_machine: bool = False) -> bool:
+    """Whether this process prints: rank 0 of the group; before there is one, the launcher's first, or the
+    first `of_machine`.
 
     Also a process that does not know which it is.
     """
     if in_group():
         return get_rank() == 0
     try:
-        return launched_as()[0] == 0
+        rank, _, local_rank = launched_as()
+        return (local_rank if of_machine else rank) == 0
     except UserError:
         return True
 

@@ -415,6 +415,15 @@ def test_an_error_of_the_command_line_is_not_blamed_on_the_file(flags, message, 
     assert capsys.readouterr().err == f"error: {message.format(file=file)}\n"
 
 
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_wrong_command_is_named_on_its_machine(local_rank, lines, monkeypatch, capsys):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main_dino.parse_args(["--epochs", "x"])
+    assert capsys.readouterr().err.count("error: argument --epochs") == lines
+
+
 @pytest.mark.parametrize(
     ("words", "where"),
     [
