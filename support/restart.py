@@ -99,12 +99,7 @@ class Run:
             raise UserError(what, f"--output_dir {self.folder}", fix)
         if found is None:
             return {}
-        known = checkpoint.get("identity") or checkpoint.get("args")
-        known = comparable((added or {}) | (known if isinstance(known, dict) else {}))
-        self._check_identity(known, path, allow_changed)
-        for name, value in (checkpoint.get("identity") or {}).items():
-            if name not in self.identity | (added or {}):
-                log(f"warning: {path} records {name} {value}, which this version does not compare")
+        self._check_identity(checkpoint, added or {}, path, allow_changed)
         self._load(checkpoint, path)
         if self.advice and (ruined := self._ruined()):
             raise UserError(ruined, str(path), f"remove it to resume from {self.previous.name}")
@@ -169,9 +164,10 @@ class Run:
             fix = "move them away, or give another folder"
             raise UserError(what, f"--output_dir {self.folder}", fix)
 
-    def _check_identity(self, known: dict, path: Path, allow_changed: bool | None) -> None:
-        both = [name for name in self.identity if name in known]
-        changed = [name for name in both if known[name] != self.identity[name]]
+    def _check_identity(self, checkpoint: dict, added: dict, path: Path, allow_changed: bool | None) -> None:
+        known = checkpoint.get("identity") or checkpoint.get("args")  # the published code records args only
+        known = comparable(added | (known if isinstance(known, dict) else {}))
+        changed = [name for name in self.identity if name in known and known[name] != self.identity[name]]
         listed = ", ".join(f"{name} {known[name]} -> {self.identity[name]}" for name in changed)
         if changed and not allow_changed:
             fix = "give the old values or another --output_dir"
@@ -180,6 +176,9 @@ class Run:
         if changed:
             self.changed = listed
             log(f"warning: resuming with {listed}: a new run would give another result")
+        for name, value in (checkpoint.get("identity") or {}).items():
+            if name not in self.identity | added:
+                log(f"warning: {path} records {name} {value}, which this version does not compare")
 
     def _load(self, checkpoint: dict, path: Path) -> None:
         fix = "give another --output_dir"
