@@ -163,7 +163,7 @@ def _read_query(name: str, truth: Any, num_images: int, path: Path) -> Query:
     for label in ("easy", "hard", "junk"):
         if not isinstance(truth, dict) or label not in truth:
             raise UserError(f"query {name} has no {label!r}", str(path), "use the benchmark's own file")
-        indices = np.asarray(truth[label])
+        indices = _array(truth[label])
         indices = indices.astype(int) if not indices.size else indices
         if indices.ndim != 1 or indices.dtype.kind not in "iu" or len(np.unique(indices)) < len(indices):
             what = f"query {name}: {label!r} is not a list of different images"
@@ -174,6 +174,14 @@ def _read_query(name: str, truth: Any, num_images: int, path: Path) -> Query:
             raise UserError(what, str(path), "use the benchmark's own file")
         labels[label] = indices
     return Query(name, truth.get("bbx"), **labels)
+
+
+def _array(record: Any) -> np.ndarray:
+    """A record as an array; of objects if it is ragged."""
+    try:
+        return np.asarray(record)
+    except ValueError:
+        return np.asarray(record, dtype=object)
 
 
 class CroppedFiles(ImageFiles):
@@ -196,7 +204,7 @@ def open_images(benchmark: Benchmark, crop_queries: bool) -> tuple[ImageFiles, I
         return database, ImageFiles(*paths)
     boxes = []
     for query in benchmark.queries:
-        box = np.asarray(query.box)
+        box = _array(query.box)
         is_box = box.shape == (4,) and box.dtype.kind in "iuf" and np.isfinite(box).all()
         if not (is_box and (box[2:] - box[:2] >= 1).all()):
             fix = "correct the ground truth, or leave --crop_queries out"

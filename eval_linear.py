@@ -371,7 +371,8 @@ def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
-    trained = checkpoint.get("identity") or checkpoint.get("args") or {}
+    trained = checkpoint.get("identity") or checkpoint.get("args")
+    trained = trained if isinstance(trained, dict) else {}  # another program's
     for name, flag in features.flags.items():
         value = trained.get(name, OLD_VALUES.get(name, flag))
         if value != flag:
@@ -391,7 +392,7 @@ def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers
     if not is_state(state):
         raise UserError("no classifier in file", weights, "use another file")
     check_finite(state, weights)
-    num_labels = len(state["linear.bias"]) if "linear.bias" in state else 1000
+    num_labels = state["linear.bias"].numel() if "linear.bias" in state else 1000
     classifiers = LinearClassifiers(1, features.width, num_labels)
     source = f"{weights}, for {features.width} features and {num_labels} classes"
     load_strictly(classifiers[0], state, source, f"check --{', --'.join(features.flags)}")

@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from support.errors import UserError, reason_of
+from support.errors import UserError, WrongFormat, reason_of
 from support.files import Folder, Found, Paths, all_extensions, appearing, select_images
 from support.logger import log
 
@@ -32,14 +32,23 @@ BLOCK = 512  # bytes of a tar's block
 
 # How a member is stored: bytes in a tar, or in a zip as they are or deflated, behind a local header.
 TAR, STORED, DEFLATED = range(3)
-UNKNOWN = -1  # the size of a link that leads out of its archive
+UNKNOWN = -1  # the size of a link that leads out of its archive, and the checksum in a tar, which has none
+
+
+class File(NamedTuple):
+    """An archive as it was when it was opened."""
+
+    path: str
+    size: int  # in bytes
+    modified: int  # in nanoseconds
 
 
 class Index(NamedTuple):
     """The members of archives."""
 
     names: list[str]  # with "/" between folders; a name that ends with "/" is a folder's
-    places: np.ndarray  # (N, 5) int64: number of the archive, offset, stored bytes, bytes, how it is stored
+    # (N, 6) int64: number of the archive, offset, stored bytes, bytes, how it is stored, checksum
+    places: np.ndarray
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,11 +74,14 @@ def shards_in(root: str | Path) -> list[str]:
     return sorted(found)
 
 
-def open_archives(root: str | Path, files: list[str]) -> "Archive":
+def open_archives(root: str | Path, paths: list[str]) -> "Archive":
     """Open archives as one tree of folders, called `root` in messages. Raises UserError."""
-    parts = [(Path(file).stem, _cached_index(file)) for file in files]
-    for number, (_, index) in enumerate(parts):
+    files, parts = [], []
+    for number, path in enumerate(paths):
+        file, index = _open(path)
         index.places[:, 0] = number
+        files.append(file)
+        parts.append((Path(path).stem, index))
     (stem, first), *others = parts
     index = _merge(parts, str(root)) if others else _without_own_folder(first, stem)
     return Archive(str(root), files, index, _tree(index.names))
@@ -78,7 +90,7 @@ def open_archives(root: str | Path, files: list[str]) -> "Archive":
 class Archive(Folder):
     """The image files in archives, below the folder `inside` of them, by names relative to it."""
 
-    def __init__(self, root: str, files: list[str], index: Index, tree: "Tree", inside: str = ""):
+    def __init__(self, root: str, files: list[File], index: Index, tree: "Tree", inside: str = ""):
         super().__init__(root)
         self.files, self.index, self.tree, self.inside = files, index, tree, inside
 
@@ -124,15 +136,15 @@ class Archive(Folder):
         names = list(names)
         rows = {name: row for row, name in enumerate(self.index.names)}
         places = self.index.places[[rows[self.inside + name] for name in names]]
-        return Members(names, self.root, self.files, places.reshape(-1, 5))
+        return Members(names, self.root, self.files, places.reshape(-1, 6))
 
 
 class Members(Paths):
-    """Members of archives: their paths, as in a folder called as the archive, and their places (N, 5)."""
+    """Members of archives: their paths, as in a folder called as the archive, and their places (N, 6)."""
 
     MOST_OPEN = 64  # archives that a process keeps open
 
-    def __init__(self, names: Iterable[str], root: str, files: list[str], places: np.ndarray):
+    def __init__(self, names: Iterable[str], root: str, files: list[File], places: np.ndarray):
         super().__init__(names, root)
         self.files, self.places = files, places
         self._open: dict[int, IO[bytes]] = {}
@@ -146,8 +158,10 @@ class Members(Paths):
         return int(self.places[index, 3])
 
     def file(self, index: int) -> tuple[str, bytes]:
-        """The path of a file, and its content. Raises OSError, or zlib.error if it is damaged."""
-        archive, offset, stored, size, how = self.places[index].tolist()
+        """The path of a file, and its content. Raises OSError, or zlib.error if it is damaged; WrongFormat if
+        another archive has taken the place of the one that was opened.
+        """
+        archive, offset, stored, size, how, checksum = self.places[index].tolist()
         if size == UNKNOWN:
             raise OSError("is a link out of the archive")
         if how != TAR:
@@ -156,8 +170,9 @@ class Members(Paths):
                 raise OSError("the archive is damaged")
             offset += 30 + sum(struct.unpack("<HH", header[26:30]))  # lengths of the name and the extra field
         content = self._read(archive, offset, stored)
-        content = zlib.decompress(content, -zlib.MAX_WBITS) if how == DEFLATED else content
-        if len(content) != size:
+        if how == DEFLATED:  # not more than it should be, as a damaged file may unpack to gigabytes
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+        if len(content) != size or checksum not in (UNKNOWN, zlib.crc32(content)):
             raise OSError("the archive is damaged")
         return self[index], content
 
@@ -169,7 +184,13 @@ class Members(Paths):
         if file is None:
             if len(self._open) >= self.MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            file = self._open[archive] = open(self.files[archive], "rb", buffering=0)
+            path, *opened = self.files[archive]
+            file = open(path, "rb", buffering=0)
+            status = os.fstat(file.fileno())
+            if [status.st_size, status.st_mtime_ns] != opened:
+                what, fix = "archive was changed after it was opened", "run the same command again"
+                raise WrongFormat(what, path, fix)
+            self._open[archive] = file
         file.seek(offset)
         content = file.read(size)
         if len(content) != size:
@@ -268,7 +289,7 @@ def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
     if twice := [name for name, count in Counter(files).items() if count > 1 and not _in_hidden(name)]:
         raise UserError(f"two archives contain {twice[0]}", where, "remove one of them")
     folders = list(filter(None, prefixes))  # a class without images has a folder too
-    places = [*(index.places for _, index in parts), np.zeros((len(folders), 5), np.int64)]
+    places = [*(index.places for _, index in parts), np.zeros((len(folders), 6), np.int64)]
     return Index(names + folders, np.concatenate(places))
 
 
@@ -277,18 +298,19 @@ def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
 # ---------------------------------------------------------------------------------------------
 
 
-def _cached_index(path: str) -> Index:
-    """The index of an archive, from the cache if there is one. Raises UserError."""
+def _open(path: str) -> tuple[File, Index]:
+    """An archive and its index, from the cache if there is one. Raises UserError."""
     try:
         status = os.stat(path)
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may restore the first
-        key = f"10\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
+        key = f"11\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        opened = File(path, status.st_size, status.st_mtime_ns)
+        with contextlib.suppress(Exception):  # a broken file can raise nearly anything
             with np.load(cache) as kept:
                 names = os.fsdecode(kept["names"].tobytes()).split("\0")[:-1]
-                if kept["places"].shape == (len(names), 5):
-                    return Index(names, kept["places"])
+                if kept["places"].shape == (len(names), 6):
+                    return opened, Index(names, kept["places"])
         with open(path, "rb") as file:
             index = _index(file, path, status.st_size)
     except OSError as error:
@@ -296,7 +318,7 @@ def _cached_index(path: str) -> Index:
     with contextlib.suppress(OSError):  # without a cache, the next run builds the index again
         _keep(index, cache)
     log(f"{path}: built the index of {len(index.names):,} members")
-    return index
+    return opened, index
 
 
 def _cache_folder() -> Path:
@@ -321,7 +343,7 @@ def _index(file: IO[bytes], path: str, size: int) -> Index:
     places = _zip_places(file, path, size) if path.lower().endswith(".zip") else _tar_places(file, path, size)
     parts = []
     inner_tars = [
-        name for name, (_, _, length, how) in places.items()
+        name for name, (_, _, length, how, _) in places.items()
         if name.lower().endswith(".tar") and how == TAR and length != UNKNOWN and not _in_hidden(name)
     ]  # fmt: skip
     for name in inner_tars:
@@ -334,11 +356,11 @@ def _index(file: IO[bytes], path: str, size: int) -> Index:
     return Index(own.names + inner_index.names, np.concatenate([own.places, inner_index.places]))
 
 
-Places = dict[str, tuple[int, int, int, int]]
+Places = dict[str, tuple[int, int, int, int, int]]
 
 
 def _as_index(places: Places) -> Index:
-    rows = np.array([(0, *place) for place in places.values()], np.int64).reshape(-1, 5)
+    rows = np.array([(0, *place) for place in places.values()], np.int64).reshape(-1, 6)
     return Index(list(places), rows)
 
 
@@ -357,13 +379,15 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
             if member.offset_data + member.size * member.isreg() > end:
                 raise UserError(f"archive is cut short in {name}", path, fix)
             if member.isdir() and name:
-                places[f"{name}/"] = (0, 0, 0, TAR)
+                places[f"{name}/"] = (0, 0, 0, TAR, UNKNOWN)
+            elif member.islnk() and (target := _clean(member.linkname)) in places and target not in links:
+                places[name] = places[target]  # the member of that name at this place, not a later one
             elif member.islnk() or member.issym():
                 folder = posixpath.dirname(name) if member.issym() else ""
                 target = _clean(posixpath.join(folder, member.linkname))
-                links[name], places[name] = target, (0, 0, UNKNOWN, TAR)
+                links[name], places[name] = target, (0, 0, UNKNOWN, TAR, UNKNOWN)
             elif member.isreg() and member.sparse is None:
-                places[name] = (member.offset_data, member.size, member.size, TAR)
+                places[name] = (member.offset_data, member.size, member.size, TAR, UNKNOWN)
             elif member.isreg():
                 raise UserError(f"{member.name} is a sparse file", path, "pack it without --sparse")
         offset = tar.offset
@@ -435,7 +459,7 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
         name = _clean(full_name)
         links.pop(name, None)  # the last member of a name counts
         if full_name.endswith("/") and name:
-            places[f"{name}/"] = (0, 0, 0, STORED)
+            places[f"{name}/"] = (0, 0, 0, STORED, UNKNOWN)
             continue
         if member.flag_bits & 1:
             raise UserError(f"archive is encrypted: {member.filename}", path, "pack it without a password")
@@ -446,7 +470,8 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
             what = f"cannot read in place, compressed by {known}: {member.filename}"
             raise UserError(what, path, "pack it with the usual method, or none")
         method = methods.get(member.compress_type, STORED)
-        places[name] = (member.header_offset, member.compress_size, member.file_size, method)
+        sizes = member.compress_size, member.file_size
+        places[name] = (member.header_offset, *sizes, method, member.CRC)
         if target := targets.get(member.header_offset):
             links[name] = _clean(posixpath.join(posixpath.dirname(name), target))
     _resolve(links, places, path, "pack it without --symlinks (-y)")

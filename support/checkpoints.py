@@ -101,8 +101,6 @@ FOREIGN = {
 
 def find_file(name: str | Path) -> Path:
     """Find the file of this name, with `~` expanded. Raises UserError, also for a URL or a folder."""
-    if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
-        raise UserError("URLs are not downloaded, only published models", str(name), "download the file")
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(f.name for f in path.iterdir() if f.suffix in (".pth", ".pt", ".bin", ".safetensors"))
@@ -110,6 +108,8 @@ def find_file(name: str | Path) -> Path:
             "is a folder", str(name), f"give a file in it: {', '.join(files[:3]) or 'it has no weights'}"
         )
     if not path.is_file():
+        if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
+            raise UserError("URLs are not downloaded, only published models", str(name), "download the file")
         raise UserError("no such file", str(name), nearest(str(name), list(PUBLISHED)))
     if not os.access(path, os.R_OK):
         raise UserError("no permission to read", str(name), "change its permissions")
@@ -207,6 +207,10 @@ def download(name: str, kind: str) -> Path:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path))
+                load_file(path)  # torch does not notice a download that was cut off
+            except UserError:
+                path.unlink()
+                raise UserError("download is incomplete or of another kind", url, "try again") from None
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 raise UserError(
                     f"cannot download: {error}", url, "check the network or give a file"

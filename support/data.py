@@ -138,7 +138,7 @@ def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Itera
     """
     if images.left_out[".cls"]:
         return ".cls"
-    shards = {Path(file).stem for file in folder.files} if isinstance(folder, Archive) else set()
+    shards = {Path(file.path).stem for file in folder.files} if isinstance(folder, Archive) else set()
     if not all(name in shards and name[-1].isdigit() for name in classes):
         return ""
     count = images.taken.total()
@@ -426,7 +426,7 @@ def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
     classes. For training, also warns if all images lie in one part other than train/.
     """
     top = isinstance(images, FolderFiles)
-    archives = [[Path(file).stem] for file in place.files] if isinstance(place, Archive) else []
+    archives = [[Path(file.path).stem] for file in place.files] if isinstance(place, Archive) else []
     parts: dict[tuple[str, str], set[str]] = {}  # by the folder around them and the rest of their name
     for levels in [*(folder.split("/") for folder in images.folders), *archives]:
         for depth, name in enumerate(levels[:1] if top else levels):

@@ -18,7 +18,14 @@ class UserError(Exception):
 
     def __init__(self, what: str, where: str = "", fix: str = "", alone: bool = False):
         self.alone = alone or type(self).alone
+        if where or fix:  # else torch rebuilds a worker's error from its traceback
+            what, where, fix = (_printable(str(part)) for part in (what, where, fix))
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
+
+
+def _printable(text: str) -> str:
+    """Text in one line: a file's name may hold line breaks and a terminal's control characters."""
+    return re.sub(r"[\0-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
 
 
 class ImageError(UserError):
@@ -28,7 +35,9 @@ class ImageError(UserError):
 
 
 class WrongFormat(UserError):
-    """An image of another kind than the flags or the weights say; it is never replaced by another one."""
+    """An image of another kind than the flags or the weights say, or a changed archive; no other image is
+    taken instead.
+    """
 
     alone = True
 

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from support.errors import UserError, reason_of
 from support.logger import log
+
+# PostScript is a program. Pillow would start Ghostscript for an EPS file, whatever its name.
+EpsImagePlugin.gs_binary = False
 
 
 def evenly_spread(count: int, most: int) -> list[int]:

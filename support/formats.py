@@ -8,6 +8,7 @@ Shapes: C channels, H x W pixels.
 
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
@@ -170,14 +171,17 @@ def load_values(path: str, content: bytes | None, channels: int) -> np.ndarray:
     A grey image is repeated for three channels. Raises WrongFormat for another number of channels, ValueError
     for an image without pixels and for values that are no real numbers.
     """
-    with open_file(path, content) as file:
-        if extension(path) in ARRAYS:
-            values = channels_first(np.load(file, allow_pickle=False), channels, path)
-            is_rgb = False
-        elif extension(path) in TIFFS:
-            values, is_rgb = _tiff_values(file, channels, path)
-        else:
-            values, is_rgb = _pillow_values(file, path)
+    try:
+        with open_file(path, content) as file:
+            if extension(path) in ARRAYS:
+                values = channels_first(np.load(file, allow_pickle=False), channels, path)
+                is_rgb = False
+            elif extension(path) in TIFFS:
+                values, is_rgb = _tiff_values(file, channels, path)
+            else:
+                values, is_rgb = _pillow_values(file, path)
+    except MemoryError as error:  # perhaps a damaged header
+        raise MemoryError(f"{path}: {error}") from None
     if not values.size:
         raise ValueError("has no pixels")
     if values.dtype.kind not in "buif":
@@ -216,11 +220,15 @@ def _tiff_values(file: IO[bytes], channels: int, path: str) -> tuple[np.ndarray,
     """
     with _tifffile(path).TiffFile(file) as tiff:
         series = tiff.series[0]
-        colours, compression = series.keyframe.photometric.name, series.keyframe.compression.name
+        page = series.keyframe
+        colours, compression = page.photometric.name, page.compression.name
         is_rgb = colours in ("RGB", "YCBCR")
         if colours in NOT_VALUES or (colours == "YCBCR" and "JPEG" not in compression):
             what = f"TIFF stores colours as {colours}, not as brightness"
             raise WrongFormat(what, path, "save it as grey values, 0 for black, or as RGB")
+        stored = [size for each in series.pages if each for size in each.databytecounts]
+        if 0 in stored or len(stored) < len(series.pages) * math.prod(page.chunked):
+            raise ValueError("parts of the image are not in the file")  # tifffile would read zeros
         try:
             values = series.asarray()
         except ValueError as error:

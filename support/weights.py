@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides, is_known
 from support.checkpoints import PUBLISHED, SAVE, download, load_checkpoint
-from support.errors import UserError
+from support.errors import UserError, first_line
 from support.formats import ImageFormat, Range, pairs, range_words
 from support.layouts import (
     BESIDE,
@@ -236,11 +236,14 @@ def _description_beside(weights: str) -> dict:
 
 
 def _read_fields(path: Path) -> dict:
-    """The fields of a JSON document; {} if the file is not there or holds something else."""
+    """The fields of a JSON document; {} if it is not there or holds something else. Raises UserError."""
     try:
         fields = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"cannot read what describes the weights: {first_line(error)}"
+        raise UserError(what, str(path), "repair it, or move it away") from None
     return fields if isinstance(fields, dict) else {}
 
 

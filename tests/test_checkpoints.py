@@ -4,6 +4,7 @@ import datetime
 import errno
 import functools
 import http.server
+import io
 import os
 import pathlib
 import shutil
@@ -160,6 +161,19 @@ def test_a_published_model_is_downloaded_by_name_once(server):
         load_backbone("dino_vits8", "student")
     with pytest.raises(UserError, match="cannot download: HTTP Error 404.*dino_vitbase16_pretrain.pth"):
         load_backbone("dino_vitb16")
+
+
+def test_a_download_that_is_cut_off_is_not_kept(server):
+    folder = server / "dino_deitsmall8_pretrain"
+    folder.mkdir()
+    weights = io.BytesIO()
+    torch.save(backbones.build_backbone("vit_small", 8)[0].state_dict(), weights)
+    served = folder / "dino_deitsmall8_pretrain.pth"
+    served.write_bytes(weights.getvalue()[:-1000])
+    with pytest.raises(UserError, match="download is incomplete .*deitsmall8_pretrain.pth.: try again"):
+        load_backbone("dino_vits8")
+    served.write_bytes(weights.getvalue())
+    assert load_backbone("dino_vits8").arch == "vit_small"
 
 
 def test_offline_a_published_model_is_a_clear_error(server, monkeypatch):

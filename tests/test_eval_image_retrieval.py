@@ -206,6 +206,7 @@ def refused(folder, message: str, *flags: str) -> None:
         (lambda gnd: gnd["gnd"][1].update(easy=np.array([76])), "query1: 'easy' names image 76 of 76"),
         (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "query1: 'hard' names image -1 of 76"),
         (lambda gnd: gnd["gnd"][1].update(hard=[0.5]), "query1: 'hard' is not a list of different images"),
+        (lambda gnd: gnd["gnd"][1].update(easy=[[1], [2, 3]]), "'easy' is not a list of different images"),
         (lambda gnd: gnd["gnd"][1].update(junk=[3, 3]), "query1: 'junk' is not a list of different images"),
         (lambda gnd: gnd["imlist"].append(gnd["imlist"][4]), "database has an image twice: "),
         (lambda gnd: gnd.update(extra=np.zeros), "file contains numpy.zeros, which may run code"),
@@ -256,6 +257,8 @@ def test_a_box_may_end_a_pixel_outside_on_either_side(tmp_path):
 
 def test_a_box_that_is_none_is_refused_if_queries_are_cropped(ground_truth):
     folder, rewrite = ground_truth
+    rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[[1], [2, 3]]))
+    refused(folder, r"query query4: bbx is no box: \[\[1\], \[2, 3\]\]", "--crop_queries")
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, 10, 30]))
     refused(folder, r"query query4: bbx is no box: \[10, 10, 10, 30\]", "--crop_queries")
     refused(folder, "no such file")  # of weights: the box does not matter

@@ -603,10 +603,23 @@ def test_an_odd_checkpoint_is_named(labelled, tmp_path, part, value, message):
         probe(labelled, tmp_path)
 
 
-@pytest.mark.parametrize("content", [{"state_dict": 3}, {"state_dict": {"linear.weight": 3}}, {"epoch": 1}])
-def test_a_file_without_a_classifier_is_named(labelled, tmp_path, content):
+NO_WEIGHTS = {"linear.weight": 3}
+ODD_BIAS = {"linear.weight": torch.ones(2, 3), "linear.bias": torch.ones(())}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": 3}, "no classifier in file"),
+        ({"state_dict": NO_WEIGHTS}, "no classifier in file"),
+        ({"epoch": 1}, "no classifier in file"),
+        ({"state_dict": NO_WEIGHTS, "args": ["--lr", "1"]}, "no classifier in file"),
+        (ODD_BIAS, "misshapen"),
+    ],
+)
+def test_a_file_without_a_classifier_is_named(labelled, tmp_path, content, message):
     torch.save(content, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=r"no classifier in file \(.*odd.pth\)"):
+    with pytest.raises(UserError, match=rf"{message} .*odd.pth"):
         probe(labelled, tmp_path, "--evaluate", "--linear_weights", tmp_path / "odd.pth")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 import struct
@@ -31,7 +32,15 @@ from support.checks import check_images
 from support.data import ImageFiles, Source, open_labelled_images, open_training_images, read_image
 from support.errors import ImageError, UserError, WrongFormat
 from support.estimates import estimate_normalization, estimate_range, sample_values
-from support.formats import ImageFormat, channels_first, load_levels, pairs, share_within, to_levels
+from support.formats import (
+    ImageFormat,
+    channels_first,
+    load_image,
+    load_levels,
+    pairs,
+    share_within,
+    to_levels,
+)
 from support.pixels import Colour, apply_colours, eval_transform
 from support.weights import load_backbone
 from tests.conftest import TINY, picture, torchrun
@@ -243,6 +252,41 @@ def test_estimates_for_grey_from_rgb_are_those_of_the_luma(tmp_path, limits):
     grey = np.asarray(Image.open(tmp_path / "x.png").convert("L")) / 255
     (mean,), (std,) = estimate_normalization(sample_values(images, 1), images.form)
     assert (mean, std) == pytest.approx((grey.mean(), grey.std()), rel=1e-3)
+
+
+@pytest.mark.parametrize("parts", [{"rowsperstrip": 5}, {"tile": (16, 16)}])
+def test_a_tiff_that_was_not_written_to_its_end_is_an_unreadable_image(tmp_path, parts):
+    """tifffile would read zeros."""
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, scene(0, 0, 4), photometric="minisblack", planarconfig="separate", **parts)
+    form = ImageFormat(4, RANGE)
+    load_levels(str(path), None, form)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tags = tiff.pages[0].tags
+        sizes = tags.get("StripByteCounts") or tags["TileByteCounts"]
+        sizes.overwrite([*sizes.value[:-1], 0])
+    with pytest.raises(ImageError, match=r"parts of the image are not in the file \(.*x.tif\)"):
+        read_image(ImageFiles(path, form=form), 0)
+
+
+def test_an_array_too_large_for_the_memory_is_named(tmp_path):
+    """Its header may be damaged."""
+    header = {"descr": "<u2", "fortran_order": False, "shape": (5, 10**6, 10**6)}
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(MemoryError, match="x.npy: Unable to allocate"):
+        load_levels(str(tmp_path / "x.npy"), None, ImageFormat(5, RANGE))
+
+
+def test_no_image_starts_ghostscript(tmp_path, monkeypatch):
+    """Pillow goes by the content: PostScript, which is a program, may be called x.jpg."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    picture().save(tmp_path / "x.jpg", "EPS")
+    with pytest.raises(OSError, match="Ghostscript"):
+        load_image(str(tmp_path / "x.jpg"))
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("imagecodecs")), reason="imagecodecs is installed")

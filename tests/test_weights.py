@@ -317,6 +317,10 @@ def test_urls_folders_and_home(vits, tmp_path, monkeypatch):
     for url in ("https://example.com/a.pth", "s3://bucket/a.pth", "hf-hub:timm/vit_small"):
         with pytest.raises(UserError, match="URLs are not downloaded.*download the file"):
             load_backbone(url)
+    folder = tmp_path / "2026-11-28T10:30"  # a folder's name that looks like a URL is none
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_backbone(write(vits[0], pathlib.Path(folder.name, "vit.pth"))).arch == "vit_nano"
     write(vits[0], tmp_path / "vit.pth")
     with pytest.raises(UserError, match=r"is a folder \(.*\): give a file in it: vit.pth"):
         load_backbone(str(tmp_path))
@@ -532,7 +536,11 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"do_normalize": False}))
     frozen = load_backbone(path)
     assert (frozen.mean, frozen.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    (tmp_path / "preprocessor_config.json").write_text("[broken")
+    for broken in ("[broken", "[" * 100_000):
+        (tmp_path / "preprocessor_config.json").write_text(broken)
+        with pytest.raises(UserError, match=r"describes the weights: .*r_config.json\): repair it"):
+            load_backbone(path)
+    (tmp_path / "preprocessor_config.json").write_text("[]")
     assert load_backbone(path).description.endswith("patch 8, ImageNet's mean and deviation assumed")
     (tmp_path / "config.json").write_text('{"optimizer": "adam"}')  # of another program
     capsys.readouterr()
