@@ -86,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "measures its attention")
     group.add_argument("--output_dir", default="attention",
         help="folder for the pictures; files of other programs in it are not overwritten")
-    group.add_argument("--fps", default=None, type=cli.number(float, above=0, at_most=1_000),
+    group.add_argument("--fps", default=None, type=cli.number(float, at_least=1e-3, at_most=1_000),
         help="frames per second of the video (default: as in the file; for a folder 30)")
     group.add_argument("--video_format", default="mp4", choices=tuple(ENCODERS),
         help="format of the video")

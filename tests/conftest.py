@@ -224,6 +224,16 @@ def torchrun(processes: int, *command: str, **kwargs) -> subprocess.CompletedPro
     return run(*launcher, *command, **kwargs)
 
 
+def same_of_one_and_of_two(words: str, *command: str) -> list[str]:
+    """The lines that begin with these words, which one process prints, and two print the same."""
+    one, two = (
+        [line for line in ended.stdout.splitlines() if line.startswith(words)]
+        for ended in (run(*command), torchrun(2, *command))
+    )
+    assert one == two
+    return one
+
+
 def wait_for(condition: Callable, what: str, seconds: float = 300):
     """Ask until `condition()` gives something, and return that."""
     deadline = time.monotonic() + seconds

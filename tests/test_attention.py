@@ -58,7 +58,7 @@ def test_hooks_of_timms_networks_are_removed_again(arch):
     first, second = (attention_map(backbone, torch.ones(1, 3, 224, 224)) for _ in range(2))
     assert state() == before and torch.equal(first, second)
     if arch.startswith("cait"):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="Cait: Input"):
             attention_map(backbone, torch.ones(1, 3, 256, 256))
         assert state() == before
 
@@ -70,9 +70,12 @@ def test_networks_without_such_attention_are_named(arch):
         attention_map(backbone, torch.randn(1, 3, 224, 224))
 
 
-def test_a_size_that_a_network_cannot_take_is_named():
-    backbone = backbones.build_backbone("cait_xxs24_224")[0].eval()
-    with pytest.raises(UserError, match=r"Cait: .*\(--image_size\): try 224 224"):
+@pytest.mark.parametrize(
+    ("arch", "words"), [("cait_xxs24_224", "Cait: Input"), ("volo_d1_224", "VOLO: The size")]
+)
+def test_a_size_that_a_network_cannot_take_is_named(arch, words):
+    backbone = backbones.build_backbone(arch)[0].eval()
+    with pytest.raises(UserError, match=rf"{words} .*\(--image_size\): try 224 224"):
         attention_map(backbone, torch.randn(1, 3, 256, 256))
 
 
@@ -86,6 +89,7 @@ def test_mask_by_hand():
     attention = torch.tensor([[0.1, 0.4], [0.3, 0.2]])
     assert keep_mass(attention, 0.4).tolist() == [[False, True], [False, False]]
     assert keep_mass(attention, 0.6).tolist() == [[False, True], [True, False]]
+    assert keep_mass(torch.tensor([[0.5, 0.25, 0.25]]), 0.5).tolist() == [[True, False, False]]
     assert keep_mass(10 * attention, 0.75).tolist() == [[False, True], [True, True]]
     assert keep_mass(attention, 1.0).all()
 

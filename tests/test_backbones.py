@@ -47,8 +47,9 @@ def test_batch_norms_over_all_ranks_keep_timms_activations(monkeypatch):
     model = backbones.convert_batchnorms(backbones.build_backbone("resnet18")[0])
     assert isinstance(model.bn1, nn.SyncBatchNorm)
     monkeypatch.delitem(sys.modules, "timm")  # as in a run that does not need it
-    model = backbones.convert_batchnorms(backbones.build_backbone("resnet18")[0])
-    assert isinstance(model.bn1, nn.SyncBatchNorm)
+    model = backbones.build_backbone("resnet18")[0]
+    assert backbones.has_batchnorms(model)
+    assert isinstance(backbones.convert_batchnorms(model).bn1, nn.SyncBatchNorm)
 
 
 def test_models_that_cannot_checkpoint_are_named():
@@ -79,6 +80,7 @@ def test_unknown_and_unfit_backbones_are_named():
 def test_a_network_of_ones_own_may_have_any_name(monkeypatch):
     monkeypatch.setitem(backbones.VITS, "mine", lambda patch_size=16, **kwargs: VisionTransformer(depth=1))
     assert backbones.canonical("mine") == "mine" and backbones.canonical("deit_small") == "vit_small"
+    assert backbones.canonical("xcit_small_12_p16") == "xcit_small_12_p16_224"  # of the published weights
     assert len(backbones.build_backbone("mine")[0].blocks) == 1
 
 

@@ -121,9 +121,6 @@ def test_a_file_without_permission_is_named(permissions):
         load_checkpoint(path)
 
 
-# ---- which files load
-
-
 # ---- published models
 
 
@@ -399,6 +396,7 @@ def test_a_changed_bit_is_damage(tmp_path):
 
 def test_each_published_model_is_its_own_file():
     stems = {name: stem for name, (stem, *_) in checkpoints.PUBLISHED.items()}
+    assert checkpoints.PUBLISHED["dino_vits16_landmarks"][1:] == ("vit_small", 16)
     assert stems == {name: name for name in stems if "xcit" in name or "resnet" in name} | {
         "dino_vits16": "dino_deitsmall16",
         "dino_vits16_landmarks": "dino_vitsmall16_googlelandmark",

@@ -20,7 +20,15 @@ import main_dino
 import visualize_attention
 from support import cli
 from support.cli import bool_flag
-from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
+from support.errors import (
+    ImageError,
+    Interrupted,
+    UserError,
+    WrongFormat,
+    first_line,
+    lacks_resources,
+    reason_of,
+)
 from tests.conftest import ROOT
 
 
@@ -121,6 +129,11 @@ def test_an_error_of_a_worker_is_the_last_line_of_its_traceback(capsys):
     cli.say(ImageError("broken\nsupport.UserError: forged", "a\n\x1b[31m.png", "repair it"))
     line = r"error: broken\nsupport.UserError: forged (a\n\x1b[31m.png): repair it"
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_an_error_without_a_text_or_a_number_still_says_something():
+    assert first_line(AssertionError()) == "AssertionError" and reason_of(OSError()) == "OSError"
+    assert first_line(ValueError("\n a\nb")) == reason_of(OSError("a\nb")) == "a"  # as libraries raise them
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
@@ -255,6 +268,42 @@ def test_a_number_out_of_its_range_is_refused_where_the_flag_is_declared(number,
     assert said.startswith(f"error: argument --flag: {words}") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("script", "flag", "message"),
+    [
+        (eval_knn, "--nb_knn 20 0", "must be at least 1, not 0"),
+        (eval_knn, "--temperature 0", "must be above 0, not 0"),
+        (eval_knn, "--temperature nan", "must be finite, not nan"),
+        (eval_knn, "--batch_size_per_gpu 0", "must be at least 1, not 0"),
+        (eval_knn, "--num_workers -1", "must be at least 0, not -1"),
+        (eval_knn, "--seed -1", "must be at least 0, not -1"),
+        (eval_knn, "--image_size 0", "must be at least 1, not 0"),
+        (eval_knn, "--patch_size 0", "must be at least 1, not 0"),
+        (eval_linear, "--lr 0", "must be above 0, not 0"),
+        (eval_linear, "--lr 0.1 nan", "must be finite, not nan"),
+        (eval_linear, "--num_workers -1", "must be at least 0, not -1"),
+        (eval_linear, "--seed -1", "must be at least 0, not -1"),
+        (eval_linear, "--epochs 0", "must be at least 1, not 0"),
+        (eval_linear, "--num_labels 0", "must be at least 1, not 0"),
+        (eval_linear, "--few_shot 0%", "must be at least 1, or above 0%"),
+        (visualize_attention, "--threshold 60", "must be at most 1, not 60"),
+        (visualize_attention, "--threshold 0", "must be above 0, not 0"),
+        (visualize_attention, "--image_size 0", "must be at least 1, not 0"),
+        (visualize_attention, "--patch_size 0", "must be at least 1, not 0"),
+        (visualize_attention, "--seed -1", "must be at least 0, not -1"),
+        (visualize_attention, "--layer 0", "must be at least 1, not 0"),
+        (visualize_attention, "--query -1 3", "must be at least 0, not -1"),
+        (visualize_attention, "--fps 0.0001", "must be at least 0.001, not 0.0001"),
+    ],
+)
+def test_the_scripts_flags_have_their_ranges(script, flag, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.parse_args(flag.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"error: argument {flag.split()[0]}: {message}")
+
+
 def test_a_number_within_its_range_is_taken():
     parser = cli.ArgumentParser()
     parser.add_argument("--flag", type=cli.number(int, at_least=1))
@@ -326,11 +375,11 @@ def test_flags_of_a_file_stand_where_its_name_stands(tmp_path, monkeypatch):
     assert main_dino.parse_args(["@~/one"]).seed == 5  # a shell does not replace this one
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in ROOT.glob("*.py") if "get_args_parser" in path.read_text())
+)
 def test_every_script_takes_argument_files(name, tmp_path, capsys):
     script = importlib.import_module(name)
-    if not hasattr(script, "get_args_parser"):
-        return
     (tmp_path / "one").write_text("\n--unknown\n")
     with pytest.raises(SystemExit) as end:
         script.parse_args([f"@{tmp_path}/one"])

@@ -94,6 +94,11 @@ def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
     shown = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in shown.Scalars("train_loss")] == [(10, 3.0), (20, 2.0)]
     assert set(shown.Tags()["scalars"]) == set(RECORD)
+    # After a crash, the run goes on from an earlier checkpoint.
+    again = Curves(tmp_path, main_dino.PANELS, tensorboard=True, first_step=20)
+    again.update(RECORD | {"step": 20, "train_loss": 1.0})
+    shown = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("train_loss")] == [(10, 3.0), (20, 1.0)]
 
 
 FULL_DISK = """

@@ -270,10 +270,12 @@ def test_one_class_and_equal_parts_do_not_pass_for_a_good_accuracy(tmp_path, cap
     open_checked(Source(str(tmp_path)))
     said = capsys.readouterr().out
     assert "warning: train and val are the same images" in said and "one class" not in said
-    for name in ("cat", "dog"):
+    for name, is_last in (("cat", False), ("dog", True)):
         shutil.rmtree(tmp_path / "train" / name)
-    open_checked(Source(str(tmp_path)))
-    assert "warning: only one class, nested: every prediction is right" in capsys.readouterr().out
+        open_checked(Source(str(tmp_path)))
+        said = capsys.readouterr().out
+        assert ("only one class" in said) == is_last
+    assert "warning: only one class, nested: every prediction is right" in said
 
 
 def test_an_image_beside_class_folders_takes_their_classes_away_and_is_named(tmp_path, capsys):
@@ -533,15 +535,25 @@ def test_the_digest_is_the_same_for_a_moved_folder_only(tmp_path):
     train.rename(tmp_path / "eurosat" / "2750")
     source = Source(str(tmp_path), "EuroSAT")
     before = data.digest(open_training_images(source))
+    shutil.copytree(tmp_path / "eurosat", tmp_path / "again" / "eurosat")
+    assert data.digest(open_training_images(source._replace(data_path=str(tmp_path / "again")))) == before
     (tmp_path / "eurosat" / "2750" / "c" / "new.png").write_bytes(b"other")
     assert data.digest(open_training_images(source)) != before
     files = data.digest(ImageFiles(tmp_path / "one")), data.digest(ImageFiles(tmp_path / "moved"))
     shapes = [data.digest(Shapes(*arguments)) for arguments in (("train", 9), ("val", 9), ("train", 8))]
     assert len({*files, *shapes}) == 5
-    write_fashion_mnist(tmp_path / "f", 30, 20)
+    write_fashion_mnist(tmp_path / "f", 30, 30)  # with the same labels
     fashion = Source(str(tmp_path / "f"), "FashionMNIST")
     parts = [data.digest(open_labelled_images(fashion, split)) for split in ("train", "val")]
     assert len(set(parts)) == 2
+
+
+def test_a_dataset_whose_labels_are_no_numbers_has_a_digest_too(tmp_path):
+    """Kitti's targets are paths."""
+    folder = tmp_path / "Kitti" / "raw" / "training"
+    save_images(folder / "image_2", 2)
+    (folder / "label_2").mkdir()
+    assert data.digest(open_training_images(Source(str(tmp_path), "Kitti")))
 
 
 def test_the_digest_tells_files_of_the_same_names_and_sizes_apart(tmp_path):

@@ -90,7 +90,8 @@ def test_commands_are_found():
 
 
 @every_page
-def test_the_scripts_accept_the_commands(page):
+def test_the_scripts_accept_the_commands(page, monkeypatch):
+    monkeypatch.chdir(ROOT)  # for @recipes/...
     for words in commands(page.read_text()):
         for script in SCRIPTS:
             name = f"{script.__name__}.py"

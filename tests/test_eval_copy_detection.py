@@ -11,7 +11,7 @@ from support.backbones import build_backbone
 from support.data import ImageFiles
 from support.errors import UserError
 from support.features import patch_size_of
-from tests.conftest import picture, run, save_images, torchrun
+from tests.conftest import picture, same_of_one_and_of_two, save_images
 
 
 def evaluate(folder, *flags: str) -> dict:
@@ -285,17 +285,6 @@ def test_random_weights_are_of_the_published_default_network():
     assert settled("--arch", "vit_small", "--imsize", "96") == ("vit_small", 16, 96)
 
 
-def test_published_flags_and_defaults():
-    args = vars(eval_copy_detection.parse_args([]))
-    published = {
-        "imsize": 320, "batch_size_per_gpu": 16, "pretrained_weights": "", "use_cuda": True,
-        "num_workers": 10, "dist_url": "env://", "local_rank": 0,
-    }  # fmt: skip
-    assert {name: args[name] for name in published} == published
-    assert args["arch"] is args["patch_size"] is args["checkpoint_key"] is None  # as the weights say
-    assert args["data_path"] == args["whitening_path"] == args["distractors_path"] == ""
-
-
 @pytest.mark.slow
 def test_two_processes_print_what_one_prints(paper_inputs):
     flags = (
@@ -303,11 +292,7 @@ def test_two_processes_print_what_one_prints(paper_inputs):
         "--pretrained_weights", str(paper_inputs / "weights.pth"), "--num_workers", "1",
         "--whitening_path", str(paper_inputs / "whitening"),
     )  # fmt: skip
-    lines = [
-        [line for line in process.stdout.splitlines() if line.startswith("eval on")]
-        for process in (run(*flags), torchrun(2, *flags))
-    ]
-    assert len(lines[0]) == 20 and lines[0] == lines[1]
+    assert len(same_of_one_and_of_two("eval on", *flags)) == 20
 
 
 def test_the_whitening_is_the_flags(blocks, tmp_path, monkeypatch):

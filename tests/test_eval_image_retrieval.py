@@ -12,10 +12,9 @@ from PIL import Image
 
 import eval_image_retrieval
 from eval_image_retrieval import Query, average_precision, measure, measure_query
-from support import checkpoints
 from support.backbones import build_backbone
 from support.errors import UserError
-from tests.conftest import picture, run, torchrun
+from tests.conftest import picture, same_of_one_and_of_two
 
 
 def evaluate(folder, *flags: str) -> dict:
@@ -163,14 +162,6 @@ def test_the_papers_number_stands_beside_its_weights_and_its_data_only():
     assert line("runs/checkpoint.pth", "roxford5k", 4993, 70) is None
 
 
-def test_the_landmark_weights_have_a_name():
-    stem, arch, patch_size = checkpoints.PUBLISHED["dino_vits16_landmarks"]
-    assert (arch, patch_size) == ("vit_small", 16)
-    name = "dino_vitsmall16_googlelandmark_pretrain"
-    address = f"https://dl.fbaipublicfiles.com/dino/{name}/{name}.pth"
-    assert checkpoints.PUBLISHED_URL.format(stem=stem, kind="pretrain") == address
-
-
 # ---- bad input
 
 
@@ -282,25 +273,10 @@ def test_a_network_that_does_not_suit_is_one_clear_line(paper_inputs, flags, mes
         evaluate(paper_inputs / "retrieval", *flags)
 
 
-def test_published_flags_and_defaults():
-    args = vars(eval_image_retrieval.parse_args([]))
-    published = {
-        "dataset": "roxford5k", "multiscale": False, "imsize": 224, "pretrained_weights": "",
-        "use_cuda": True, "num_workers": 10, "dist_url": "env://", "local_rank": 0,
-    }  # fmt: skip
-    assert {name: args[name] for name in published} == published
-    assert args["arch"] is args["patch_size"] is args["checkpoint_key"] is None  # as the weights say
-    assert args["data_path"] == "" and not args["crop_queries"]
-
-
 @pytest.mark.slow
 def test_two_processes_print_what_one_prints(paper_inputs):
     flags = (
         "eval_image_retrieval.py", "--data_path", str(paper_inputs / "retrieval"), "--imsize", "64",
         "--pretrained_weights", str(paper_inputs / "weights.pth"), "--num_workers", "1",
     )  # fmt: skip
-    lines = [
-        [line for line in process.stdout.splitlines() if line.startswith(">>")]
-        for process in (run(*flags), torchrun(2, *flags))
-    ]
-    assert len(lines[0]) == 2 and lines[0] == lines[1]
+    assert len(same_of_one_and_of_two(">>", *flags)) == 2

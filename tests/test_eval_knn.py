@@ -14,7 +14,7 @@ from support.distributed import fix_random_seeds
 from support.errors import UserError
 from support.pixels import as_tensor
 from support.weights import load_backbone
-from tests.conftest import run, run_on_full_disk, save_images, torchrun
+from tests.conftest import run_on_full_disk, same_of_one_and_of_two, save_images, torchrun
 from utils import MultiCropWrapper
 
 
@@ -334,26 +334,6 @@ def test_bad_usage_is_one_clear_line(labelled, flags, message):
         eval_knn.main(eval_knn.parse_args(["--num_workers", "0", "--data_path", str(labelled), *flags]))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--nb_knn", "20", "0"], "--nb_knn: must be at least 1, not 0"),
-        (["--temperature", "0"], "--temperature: must be above 0, not 0"),
-        (["--temperature", "nan"], "--temperature: must be finite, not nan"),
-        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu: must be at least 1, not 0"),
-        (["--num_workers=-1"], "--num_workers: must be at least 0, not -1"),
-        (["--seed=-1"], "--seed: must be at least 0, not -1"),
-        (["--image_size", "0"], "--image_size: must be at least 1, not 0"),
-        (["--patch_size", "0"], "--patch_size: must be at least 1, not 0"),
-    ],
-)
-def test_a_number_out_of_range_is_one_clear_line(capsys, flags, message):
-    with pytest.raises(SystemExit) as end:
-        eval_knn.parse_args(flags)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and message in said and said.count("\n") == 1
-
-
 def test_it_says_what_it_took(labelled, capsys):
     pixels(labelled, "--nb_knn", "3")
     weights, preprocessing, train, val = capsys.readouterr().out.splitlines()[:4]
@@ -405,19 +385,6 @@ def test_a_broken_image_is_named_by_the_process_that_reads_it(tmp_path):
     assert ended.returncode and len(named) == 1 and named[0].endswith(f"({broken}): repair or remove it")
 
 
-def test_published_flags_and_defaults():
-    args = vars(eval_knn.parse_args([]))
-    published = {
-        "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
-        "pretrained_weights": "", "use_cuda": True, "dump_features": None, "load_features": None,
-        "num_workers": 10, "dist_url": "env://", "local_rank": 0,
-    }  # fmt: skip
-    assert {name: args[name] for name in published} == published
-    assert args["arch"] is args["patch_size"] is args["checkpoint_key"] is None  # as the weights say
-    replayed = eval_knn.parse_args(["--arch=vit_small", "--patch_size=16", "--checkpoint_key=teacher"])
-    assert (replayed.arch, replayed.patch_size, replayed.checkpoint_key) == ("vit_small", 16, "teacher")
-
-
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(labelled):
     flags = (
@@ -425,11 +392,7 @@ def test_two_processes_give_what_one_gives(labelled):
         "--data_path", str(labelled), "--num_workers", "0", "--nb_knn", "3", "--batch_size_per_gpu", "4",
         "--seed", "1",
     )  # fmt: skip
-    lines = [
-        [line for line in process.stdout.splitlines() if "3-NN" in line]
-        for process in (run(*flags), torchrun(2, *flags))
-    ]
-    assert len(lines[0]) == 1 and lines[0] == lines[1]
+    assert len(same_of_one_and_of_two("3-NN", *flags)) == 1
 
 
 @pytest.mark.parametrize(("step", "found"), [(0.001, 1), (0.025, 0)])  # radians between neighbours

@@ -26,6 +26,7 @@ from eval_segmentation import (
 from support import logistic
 from support.backbones import build_backbone
 from support.errors import UserError
+from support.masks import read_mask
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from support.weights import Frozen
 from tests.conftest import run
@@ -284,6 +285,13 @@ def test_masks_without_background_are_named(tmp_path, capsys):
     assert said[1] == "warning: no mask has the background 0: all pixels count as objects"
 
 
+def test_a_mask_of_one_bit_has_the_numbers_0_and_1(tmp_path):
+    numbers = np.eye(8, dtype=np.uint8)
+    Image.fromarray(numbers.astype(bool)).save(tmp_path / "mask.png")
+    found = read_mask(tmp_path / "mask.png")
+    assert found.dtype == np.uint8 and np.array_equal(found, numbers)
+
+
 def test_the_paper_s_data_are_recognised(tmp_path):
     write_voc(tmp_path, 1, 1, (48, 32))
     names = [f"2007_{33 + i:06}" for i in range(1_449)]
@@ -328,6 +336,7 @@ def test_likely_faults_of_lists_and_masks_are_named(tmp_path, capsys):
     assert "training images too" not in said
     # The palettes of `write_voc` are random.
     assert "warning: masks have several palettes, of which only the numbers count: 0 has the colour [" in said
+    assert said.count("several palettes") == 2  # for each part once
     for path in (tmp_path / "SegmentationClass").iterdir():
         mask = Image.open(path)
         mask.putpalette(range(256))
@@ -444,7 +453,10 @@ def test_bad_data_is_one_clear_line_before_the_work(tmp_path, spoil, message):
         ([*RANDOM_VIT, "--data_path", "/nowhere"], "no such folder .*--data_path /nowhere"),
         (["--demo"], "no weights given"),
         (["--demo", "--pretrained_weights", "pixels"], "Flatten has no patch tokens"),
-        (["--demo", *RANDOM_VIT, "--image_size", "60"], "60"),
+        (
+            ["--demo", *RANDOM_VIT, "--image_size", "60"],
+            r"not a multiple of --patch_size 8 \(--image_size 60\)",
+        ),
         (["--demo", *RANDOM_VIT, "--data_path", "/x"], r"own images \(--data_path /x\): leave one out"),
     ],
 )

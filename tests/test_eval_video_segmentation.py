@@ -608,15 +608,6 @@ def test_bad_usage_is_one_clear_line(tmp_path, flags, message):
     assert not list((tmp_path / "output").rglob("*.png"))
 
 
-def test_published_flags_and_defaults(tmp_path, capsys):
-    args = vars(video.parse_args([]))
-    published = {
-        "pretrained_weights": "", "output_dir": ".", "data_path": "", "n_last_frames": 7,
-        "size_mask_neighborhood": 12, "topk": 5, "bs": 6,
-    }  # fmt: skip
-    assert {name: args[name] for name in published} == published
-    assert args["arch"] is args["patch_size"] is args["checkpoint_key"] is None  # as the weights say
-    replayed = video.parse_args(["--arch=vit_small", "--patch_size=16", "--checkpoint_key=teacher"])
-    assert (replayed.arch, replayed.patch_size, replayed.checkpoint_key) == ("vit_small", 16, "teacher")
+def test_the_published_size_of_a_batch_of_frames_has_no_effect(tmp_path, capsys):
     segment(make_clip(tmp_path / "data"), tmp_path / "output", "--bs", "2")
     assert "warning: --bs has no effect" in capsys.readouterr().out

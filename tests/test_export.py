@@ -61,7 +61,8 @@ def test_timm_loads_what_the_printed_call_says(checkpoint, tmp_path, capsys, mon
     difference = write(tmp_path, checkpoint, "--to", "timm", *flags)["timm"]
     said = capsys.readouterr().out
     call = next(line for line in said.splitlines() if line.startswith("timm.create_model("))
-    assert ("note: position embedding interpolated to 48 pixels" in said) == (size == 48)
+    assert said.count("note: position embedding interpolated to 48 pixels") == (size == 48)
+    assert said.count("interpolated") == (size == 48)
     monkeypatch.chdir(tmp_path)
     model = eval(call, {"timm": timm}).eval()
     images, expected = features(checkpoint, size)
@@ -120,14 +121,17 @@ def test_hugging_face_reads_a_rectangle_but_does_not_resize_to_it(tmp_path, caps
     torch.testing.assert_close(pixels, eval_transform((64, 32))(image), rtol=0, atol=1e-5)
 
 
-def test_hugging_face_reads_images_of_one_channel(tmp_path):
+def test_hugging_face_reads_images_of_one_channel(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    flags = "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32", "--in_chans", "1"
-    write(tmp_path, "random", "--to", "hf", *flags)
+    flags = "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32"
+    write(tmp_path, "random", "--to", "hf", "hf", *flags, "--in_chans", "1")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
     model = transformers.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False)
     pixels = processor(picture().convert("L"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 1, 32, 32) and model(pixels).last_hidden_state.shape == (1, 17, 128)
+    write(tmp_path / "wide", "random", "--to", "hf", *flags, "--value_range", "0", "4095")
+    said = capsys.readouterr().out
+    assert all(f"the image processor takes uint8 ({count}, H, W)" in said for count in (1, 3))
 
 
 def test_networks_that_a_format_does_not_know_are_refused(tmp_path):
@@ -169,6 +173,8 @@ def test_hugging_face_reads_the_network_and_the_images(checkpoint, tmp_path):
     difference = write(tmp_path, checkpoint, "--to", "hf")["hf"]
     model = transformers.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
     assert type(model).__name__ == "ViTModel"
+    modes = {(tmp_path / "hf" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1  # readable by those who may read other files
     images, expected = features(checkpoint)
     assert (model(images).last_hidden_state[:, 0] - expected).abs().max() < 1e-4 and difference < 1e-4
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
@@ -189,12 +195,14 @@ def test_a_folder_of_others_is_not_replaced(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("to", "package"), [("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("hf", "transformers")]
+    ("to", "package"),
+    [("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("hf", "transformers"), ("timm", "safetensors")],
 )
 def test_a_missing_package_is_one_clear_line(checkpoint, tmp_path, monkeypatch, to, package):
     if package == "onnxruntime":
         pytest.importorskip("onnxscript")
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in (package, f"{package}.torch"):  # the latter may have been imported
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"needs the package {package} .--to {to}.: pip install {package}"):
         write(tmp_path, checkpoint, "--to", to)
     assert list(tmp_path.iterdir()) == []

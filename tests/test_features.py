@@ -107,5 +107,7 @@ def test_a_datasets_wide_images_are_reduced_as_in_training():
     seen = [to_pil_image(pixels_of(images, i)) for i in range(3)]
     assert torch.equal(features, torch.stack([transform(image).flatten() for image in seen]))
     frozen = load_backbone("pixels", image_size=16, value_range=[0, 65_535])
-    with pytest.raises(UserError, match="range of values to levels, which this image .I;16. .*.image 0."):
-        extract_features(nn.Flatten(), images, frozen.transform, torch.device("cpu"))
+    for mode, dtype in (("I;16", np.uint16), ("F", np.float32)):
+        images = [(Image.fromarray(values[0].astype(dtype)), 0)]
+        with pytest.raises(UserError, match=f"values to levels, which this image .{mode}. .*.image 0."):
+            extract_features(nn.Flatten(), images, frozen.transform, torch.device("cpu"))

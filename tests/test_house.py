@@ -1,6 +1,7 @@
 """The layout: imports run one way, functions fit a screen, published names are where code expects them."""
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 
@@ -85,3 +86,39 @@ def test_the_published_names_are_in_utils_and_take_the_published_arguments():
         ours = list(inspect.signature(getattr(utils, name)).parameters)
         for position, argument in enumerate(arguments):
             assert argument in (None, ours[position]), name
+
+
+SEVERAL = {"use_cuda": True, "num_workers": 10, "dist_url": "env://", "local_rank": 0}
+PUBLISHED_FLAGS = {
+    "eval_knn": SEVERAL | {
+        "batch_size_per_gpu": 128, "nb_knn": [10, 20, 100, 200], "temperature": 0.07,
+        "dump_features": None, "load_features": None,
+    },
+    "eval_copy_detection": SEVERAL | {
+        "imsize": 320, "batch_size_per_gpu": 16, "data_path": "", "whitening_path": "",
+        "distractors_path": "",
+    },
+    "eval_image_retrieval": SEVERAL | {
+        "dataset": "roxford5k", "multiscale": False, "imsize": 224, "data_path": "", "crop_queries": False,
+    },
+    "eval_video_segmentation": {
+        "output_dir": ".", "data_path": "", "n_last_frames": 7, "size_mask_neighborhood": 12, "topk": 5,
+        "bs": 6,
+    },
+    "visualize_attention": {
+        "image_path": None, "image_size": (480, 480), "threshold": None,
+        "output_dir": "attention",  # published: ".", where it overwrote the user's files
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FLAGS)
+def test_published_flags_and_defaults(name):
+    """Those of main_dino.py, eval_linear.py and run_with_submitit.py are in their own files."""
+    parse, published = importlib.import_module(name).parse_args, PUBLISHED_FLAGS[name]
+    args = vars(parse([]))
+    assert {flag: args[flag] for flag in published} == published and args["pretrained_weights"] == ""
+    weights = {"arch": "vit_small", "patch_size": 16, "checkpoint_key": "teacher"}
+    assert all(args[flag] is None for flag in weights)  # as the weights say
+    replayed = vars(parse([f"--{flag}={value}" for flag, value in weights.items()]))
+    assert {flag: replayed[flag] for flag in weights} == weights

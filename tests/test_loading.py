@@ -63,6 +63,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(images):
 
 
 def test_views_are_the_same_wherever_their_colours_change(images):
+    """Those of one size travel as one tensor: each costs open files in the worker and in the training."""
     batches = []
     for method in ("views", "crops"):
         dataset = small_views(images, method=method)
@@ -141,7 +142,7 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     dataset = small_views(tmp_path)
     assert [dataset[0, i][2] for i in range(4)] == [-1, 1, 2, -1]
     assert sum(len(part) for part in dataset[0, 1][0]) == 4
-    assert "cannot identify image file" in why_unreadable(dataset.images, 1)
+    assert why_unreadable(dataset.images, 1) == "cannot identify image file"
     assert "truncated" in why_unreadable(dataset.images, 2)
     assert why_unreadable(dataset.images, 3) == "it can be read now"
     assert why_unreadable([{"image": 1, "label": 2}], 0) == "KeyError(0)"  # a dataset of another kind
@@ -164,6 +165,27 @@ def test_more_workers_than_cores_are_said_once(images, capsys):
             assert len(list(make_loader(evaluation, [[0], [1]], workers, torch.device("cpu")))) == 2
     words = f"note: {workers} workers on {workers - 1} cores: --num_workers {workers - 1} is enough\n"
     assert capsys.readouterr().out == words
+
+
+def test_the_workers_of_all_processes_of_a_machine_share_its_cores(monkeypatch, capsys):
+    loading._note_workers.cache_clear()
+    monkeypatch.setattr(loading, "get_world_size", lambda: 64)
+    monkeypatch.setattr(loading, "num_cores", lambda: 8)
+    for processes, workers in ((2, 4), (2, 5), (16, 1)):  # each needs one at least
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        loading._note_workers(workers)
+    loading._note_workers.cache_clear()
+    assert capsys.readouterr().out == "note: 10 workers on 8 cores: --num_workers 4 is enough\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not a Linux")
+def test_cores_that_a_job_may_not_use_do_not_count():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert loading.num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class MostlyBroken(ImageFiles):
@@ -405,14 +427,6 @@ def test_a_batch_is_copied_to_the_device_while_the_one_before_is_used():
     source = (([torch.full((1,), i)], loaded.append(i)) for i in range(3))
     used = [(views[0].item(), len(loaded)) for views, _ in loading.to_device(source, torch.device("cpu"))]
     assert used == [(0, 2), (1, 3), (2, 3)]
-
-
-def test_views_of_one_size_travel_as_one_tensor(images):
-    """Each tensor costs open files in the worker and in the training."""
-    dataset = small_views(images)
-    loader = make_loader(dataset, [[(0, i) for i in range(3)]], 0, torch.device("cpu"))
-    views, _, _ = next(iter(loader))
-    assert [tuple(part.shape) for part in views] == [(3, 2, 3, 16, 16), (3, 2, 3, 8, 8)]
 
 
 STALLED = """

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -134,13 +135,20 @@ def test_who_lost_the_folder_no_longer_writes_to_it(tmp_path):
     assert path.read_text() == other
 
 
-def test_an_unreadable_moment_of_a_lock_on_another_machine_does_not_free_the_folder(tmp_path):
-    path = tmp_path / "lock"
+@pytest.mark.parametrize("spoil", [lambda path: path.write_text(""), lambda path: path.parent.chmod(0)])
+def test_an_unreadable_moment_of_a_lock_on_another_machine_does_not_free_the_folder(permissions, spoil):
+    path = Path("held", "lock")
+    path.parent.mkdir()
     FolderLock(path)._write(0)
     told = json.loads(path.read_text()) | {"machine": ["elsewhere", "", ""], "pid": 1}
     path.write_text(json.dumps(told))
-    threading.Timer(0.15, path.write_text, [""]).start()
-    threading.Timer(0.45, path.write_text, [json.dumps(told | {"beats": 7})]).start()
+
+    def go_on() -> None:
+        path.parent.chmod(0o700)
+        path.write_text(json.dumps(told | {"beats": 7}))
+
+    threading.Timer(0.15, spoil, [path]).start()
+    threading.Timer(0.45, go_on).start()
     with pytest.raises(UserError, match="another run writes to this folder: process 1 on"):
         FolderLock(path, beat=1).acquire()
 
@@ -196,15 +204,15 @@ def test_a_folder_that_became_read_only_does_not_hide_how_the_run_ended(tmp_path
 
 def test_what_is_no_lock_of_ours_holds_nothing(tmp_path):
     path = tmp_path / "lock"
-    for content in ("", "[]", "{}", "\x00"):
+    for content in ("", "[1]", "{}", '{"pid": 1}', "3", "\x00"):
         path.write_text(content)
-        lock = FolderLock(path)
+        lock = FolderLock(path, beat=0.1)
         lock.acquire()
         lock.release()
 
 
 def test_a_process_id_that_is_used_again_holds_nothing(tmp_path):
-    lock = FolderLock(tmp_path / "lock")
+    lock = FolderLock(tmp_path / "lock", beat=0.1)
     taken_by(lock, started="1")  # another process had this ID
     lock.acquire()
     lock.release()
@@ -232,9 +240,54 @@ def test_a_living_process_whose_start_is_unknown_holds_while_the_lock_changes(tm
         lock.acquire()
 
 
+def test_a_lock_goes_on_changing_after_a_moment_without_its_folder(tmp_path, monkeypatch):
+    """Else another machine takes its process for dead; "since" stays, and a lock may be taken again."""
+    folder, away = tmp_path / "held", tmp_path / "away"
+    folder.mkdir()
+    times = itertools.count()
+    monkeypatch.setattr("support.lock.time.strftime", lambda _: str(next(times)))
+    lock = FolderLock(folder / "lock", beat=0.02)
+    for _ in range(2):
+        lock.acquire()
+        first = json.loads(lock.path.read_text())
+        folder.rename(away)  # as a network file system may be gone
+        time.sleep(0.2)
+        away.rename(folder)
+        beats = first["beats"] + 20
+        wait_for(lambda beats=beats: json.loads(lock.path.read_text())["beats"] > beats, "beats", seconds=20)
+        assert json.loads(lock.path.read_text())["since"] == first["since"]
+        lock.release()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_process_whose_start_the_system_hides_holds_the_folder(tmp_path, monkeypatch):
+    """Of another user, where /proc is mounted with hidepid."""
+    lock = FolderLock(tmp_path / "lock")
+    taken_by(lock)
+    monkeypatch.setattr("support.lock._started", lambda pid: "")
+    with pytest.raises(UserError, match="another run writes to this folder"):
+        lock.acquire()
+
+
+@pytest.mark.slow
+def test_a_process_outside_of_a_container_is_not_taken_for_dead(tmp_path):
+    """Its ID means nothing inside, where the host's name may be the same."""
+    contained = ["unshare", "-Urpf", "--mount-proc"]
+    if subprocess.run([*contained, "true"], capture_output=True).returncode:
+        pytest.skip("not allowed here")
+    lock = FolderLock(tmp_path / "lock", beat=0.1)
+    lock.acquire()
+    code = "import sys, pathlib; from support.lock import FolderLock\n"
+    code += "FolderLock(pathlib.Path(sys.argv[1]), 2).acquire()"
+    command = [*contained, sys.executable, "-c", code, str(lock.path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    lock.release()
+    assert f"another run writes to this folder: process {os.getpid()} on" in ended.stderr, ended.stderr
+
+
 def test_of_two_that_find_the_holder_dead_the_last_to_write_has_the_folder(tmp_path, monkeypatch):
     lock = FolderLock(tmp_path / "lock", beat=0.1)
-    taken_by(lock, pid=os.getpid())  # dead
+    taken_by(lock, pid=os.getpid(), started=_started(os.getpid()))  # an earlier run of this process
     monkeypatch.setattr("support.lock.time.sleep", lambda _: taken_by(FolderLock(lock.path)))
     with pytest.raises(UserError, match="has taken this folder") as error:
         lock.acquire()

@@ -62,6 +62,8 @@ def test_a_subset_has_its_images_names_labels_and_classes(labelled):
     assert few.classes == list("abc") and [few[i][1] for i in range(3)] == [0, 1, 2]
     assert sample_name(few, 1) == sample_name(images, 7)
     assert digest(few) == digest(FewImages(images, [1, 7, 14])) != digest(FewImages(images, [1, 7, 13]))
+    others = open_labelled_images(Source(str(labelled)), "val")
+    assert digest(FewImages(images, [0, 1])) != digest(FewImages(others, [0, 1]))
 
 
 def test_labels_of_a_set_without_a_list_are_read(capsys):
@@ -72,13 +74,19 @@ def test_labels_of_a_set_without_a_list_are_read(capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_grey_images_keep_the_list_of_labels(capsys, dtype):
+@pytest.mark.parametrize("name", ["labels", "targets", "_labels"])
+def test_grey_images_keep_the_list_of_labels(capsys, dtype, name):
     class Listed(list):
-        targets = torch.tensor([3, 1], dtype=dtype)
+        pass
 
     images = Listed([(Image.new("RGB", (2, 2)), 3), (Image.new("RGB", (2, 2)), 1)])
-    assert labels_of(in_format(images, ImageFormat(1), "--dataset")).tolist() == [3, 1]
-    assert "reading" not in capsys.readouterr().out
+    digests = set()
+    for labels in ([3, 1], [3, 2]):
+        setattr(images, name, torch.tensor(labels, dtype=dtype))
+        grey = in_format(images, ImageFormat(1), "--dataset")
+        assert labels_of(grey).tolist() == labels
+        digests.add(digest(grey))
+    assert len(digests) == 2 and "reading" not in capsys.readouterr().out
 
 
 def test_labels_of_several_columns_are_read_from_the_images(capsys):

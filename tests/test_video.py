@@ -32,7 +32,7 @@ def make_frames(folder: Path, names: dict[str, Image.Image]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
-@pytest.mark.parametrize("rate", [25, Fraction(30_000, 1_001), 0.5, 240])
+@pytest.mark.parametrize("rate", [25, Fraction(30_000, 1_001), 0.5, 240, Fraction(120_000, 1_001)])
 def test_what_is_written_can_be_read(tmp_path, name, rate):
     path = make_video(tmp_path / name, rate=rate)
     frames = Frames(str(path))
@@ -182,6 +182,18 @@ def test_a_video_that_breaks_off_is_named(tmp_path, capsys):
             assert f"warning: {path} states 50 frames, but has {count}: check" in capsys.readouterr().out
         except UserError as error:
             assert re.search(r"cannot read video after frame [1-4]\d: Invalid data", str(error))
+
+
+def test_a_video_that_states_no_number_of_frames_is_not_suspected(tmp_path, capsys):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for level in range(3):
+            file.mux(stream.encode(av.VideoFrame.from_image(plain(level))))
+        file.mux(stream.encode())
+    frames = Frames(str(path))
+    assert (len(frames), frames.stated) == (3, 0) and capsys.readouterr().out == ""
 
 
 def test_without_pyav_it_says_what_to_install(tmp_path, monkeypatch):

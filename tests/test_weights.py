@@ -224,9 +224,6 @@ def test_random_weights_only_by_name():
     assert size == 32 and isinstance(load_backbone("pixels").network, torch.nn.Flatten)
 
 
-# ---- published models
-
-
 # ---- a new run from old weights
 
 
