@@ -35,7 +35,7 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import UserError
-from support.features import cls_and_patches, confirm_network, extract_features
+from support.features import SAME, cls_and_patches, confirm_network, extract_features
 from support.files import Folder
 from support.logger import log
 from support.pixels import rgb_transform
@@ -218,9 +218,6 @@ def mean_average_precision(queries: Tensor, database: Tensor, positives: Sequenc
     nearest = similarities.topk(min(NEAREST, len(database)), dim=1).indices.cpu().numpy()
     found = zip(nearest, positives, strict=True)
     return float(np.mean([average_precision(np.flatnonzero(np.isin(i, p)), len(p)) for i, p in found]))
-
-
-SAME = 1e-4  # distance of unit features of one image: rounding changes less
 
 
 def warn_of_copies(features: dict[str, Tensor], sets: dict[str, ImageFiles], blocks: Sequence[str]) -> None:

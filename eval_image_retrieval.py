@@ -34,7 +34,7 @@ from support.distributed import (
     is_main_process,
     same_error_on_all_ranks,
 )
-from support.errors import UserError, first_line
+from support.errors import UserError, few, first_line
 from support.features import confirm_network, extract_features, patch_size_of
 from support.formats import load_image
 from support.logger import log
@@ -152,8 +152,7 @@ def check_files(folder: Path, names: Sequence[str], kind: str) -> None:
     """Raise UserError if the folder lacks an image."""
     missing = [f"{name}.jpg" for name in names if not (folder / f"{name}.jpg").is_file()]
     if missing:
-        few = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        what = f"{len(missing)} of {len(names)} {kind}s are missing: {few}"
+        what = f"{len(missing)} of {len(names)} {kind}s are missing: {few(missing)}"
         raise UserError(what, str(folder), "add the images that the ground truth names")
 
 

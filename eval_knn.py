@@ -25,7 +25,7 @@ from torch import Tensor
 from extract_features import read_features
 from support import cli
 from support.checkpoints import load_file
-from support.checks import SAME_IMAGES, open_checked
+from support.checks import open_checked
 from support.cli import bool_flag
 from support.data import Images, Source, match_classes
 from support.distributed import (
@@ -37,8 +37,8 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import ImageError, UserError
-from support.features import compute, concat_patches, extract_features, load_by_flags
-from support.files import replacing
+from support.features import SAME, compute, concat_patches, extract_features, load_by_flags
+from support.files import evenly_spread, replacing
 from support.logger import log
 from support.pixels import AnyImage
 from utils import MultiCropWrapper
@@ -104,6 +104,7 @@ def knn_accuracies(
     """
     correct = {k: torch.zeros(2, dtype=torch.long, device=test_features.device) for k in ks}
     for first, k, votes in knn_votes(train_features, train_labels, test_features, ks, T, num_classes):
+        # As published, classes without a vote fill up the top 5 of few neighbours.
         ranking = votes.sort(dim=1, descending=True).indices
         hit = ranking == test_labels[first : first + len(votes), None]
         correct[k] += torch.stack([hit[:, :1].sum(), hit[:, : min(5, k)].sum()])
@@ -123,18 +124,41 @@ def knn_votes(
     Votes are (rows of the part, num_classes); the nearest neighbour's vote is 1. Arguments as in
     `knn_accuracies`.
     """
+    for first, similarity, neighbour in neighbours(train_features, test_features, max(ks)):
+        # Relative to the nearest neighbour, which avoids overflow for a small T and keeps the ranking.
+        vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
+        for k in ks:
+            votes = vote.new_zeros(len(vote), num_classes)
+            yield first, k, votes.scatter_add_(1, label[:, :k], vote[:, :k])
+
+
+def neighbours(train_features: Tensor, test_features: Tensor, k: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (first row, cosines, neighbours) for one part of the test set after the other.
+
+    Cosines and neighbours, the nearest first, are (rows of the part, k).
+    """
     rows = max(1, min(CHUNK // len(train_features), len(test_features)))
     # Allocated once, because fresh memory is slow on a CPU.
     room = train_features.new_empty(rows, len(train_features))
     for first in range(0, len(test_features), rows):
         chunk = test_features[first : first + rows]
         similarities = torch.mm(chunk, train_features.T, out=room[: len(chunk)])
-        similarity, neighbour = similarities.topk(max(ks), dim=1)  # (rows, k)
-        # Relative to the nearest neighbour, which avoids overflow for a small T and keeps the ranking.
-        vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
-        for k in ks:
-            votes = vote.new_zeros(len(chunk), num_classes)
-            yield first, k, votes.scatter_add_(1, label[:, :k], vote[:, :k])
+        yield first, *similarities.topk(k, dim=1)
+
+
+def warn_of_copies(train_features: Tensor, test_features: Tensor, most: int = 1_000) -> None:
+    """Warn of test images with the features of a training image, among up to `most`.
+
+    They are copies, also in another format, or the network gives all images the same features.
+    """
+    some = test_features[evenly_spread(len(test_features), most)]
+    copies = 0
+    for first, _, neighbour in neighbours(train_features, some, 1):
+        nearest = train_features[neighbour[:, 0]]
+        copies += int(((nearest - some[first : first + len(nearest)]).norm(dim=1) < SAME).sum())
+    if copies:
+        what = f"{copies} of {len(some)} test images look the same to the network as a training image"
+        log(f"warning: {what}: the accuracy may be too high")
 
 
 @torch.no_grad()
@@ -296,8 +320,6 @@ def load_features(folder: str, device: torch.device) -> Data:
     (N, D), (M, _) = x_shape, test_x_shape
     rows = list(zip(tensors, (f"{folder}/{name}" for name in names), strict=True))
     features = [_unit_rows(x, where, expected=is_extracted) for x, where in rows[::2]]
-    if torch.equal(*features):
-        log(f"warning: {SAME_IMAGES}")
     labels = [_class_numbers(y, where) for y, where in rows[1::2]]
     unknown = int((~torch.isin(labels[1], labels[0])).sum())
     if unknown:
@@ -313,6 +335,7 @@ def load_features(folder: str, device: torch.device) -> Data:
 def _extracted(folder: Path) -> list[Tensor]:
     """Features and labels of train/, then of val/, with the same class numbers. Raises UserError."""
     train, val = (read_features(folder / split) for split in ("train", "val"))
+    log(f"weights: {train.weights or 'not recorded'}; features: {train.identity.get('kind')}")
     if train.labels is None or val.labels is None:
         split = "train" if train.labels is None else "val"
         fix = "extract features of class folders"
@@ -419,6 +442,7 @@ def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     ks = list(dict.fromkeys(min(k, most) for k in args.nb_knn))
     if max(args.nb_knn) > most:
         log(f"note: --nb_knn limited to the {most} training images")
+    warn_of_copies(x, test_x)
     accuracies = knn_accuracies(x, y, test_x, test_y, ks, args.temperature, num_classes)
     for k, (top1, top5) in accuracies.items():
         log(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")

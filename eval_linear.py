@@ -54,7 +54,7 @@ from support.distributed import (
     is_main_process,
     same_error_on_all_ranks,
 )
-from support.errors import TrainingError, UserError
+from support.errors import TrainingError, UserError, few
 from support.features import compute, concat_patches, extract_features, frozen_features, load_by_flags
 from support.layouts import is_state
 from support.loading import EpochBatches, make_loader
@@ -307,7 +307,7 @@ def to_classes(labels: Tensor, images: Images, classes: list[str] | None, num_la
     if classes and names:
         unknown = sorted(set(names) - set(classes))
         if unknown:
-            what = f"the classifier does not know {len(unknown)} classes: {', '.join(unknown[:5])}"
+            what = f"the classifier does not know {len(unknown)} classes: {few(unknown)}"
             raise UserError(what, "--data_path", "remove their folders, or train with them")
         return torch.tensor([classes.index(name) for name in names], device=labels.device)[labels]
     found = len(names) if names else int(labels.max()) + 1

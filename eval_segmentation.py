@@ -45,7 +45,7 @@ from support.attention import attention_map, keep_mass
 from support.checks import check_images
 from support.data import ImageFiles, Images, in_format, read_names
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import UserError, WrongFormat, first_line, reason_of
+from support.errors import UserError, WrongFormat, few, first_line, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.formats import RGB, ImageFormat, extensions_of
@@ -147,7 +147,7 @@ class MaskedFiles(ImageFiles):
         found |= {"images": folder_files(root / FOLDERS["images"], extensions_of(form))}
         for kind, files in found.items():
             if missing := [stem for stem in self.stems if stem not in files]:
-                what = f"{len(missing)} of {len(self.stems)} {kind} are missing: {', '.join(missing[:3])}"
+                what = f"{len(missing)} of {len(self.stems)} {kind} are missing: {few(missing)}"
                 raise UserError(what, str(listed), f"put them into {root / FOLDERS[kind]}, or off the list")
         super().__init__(*(found["images"][stem] for stem in self.stems), form=form)
         self.masks = [found["masks"][stem] for stem in self.stems]
@@ -227,7 +227,7 @@ def open_masked(data_path: str, demo: bool, form: ImageFormat = RGB) -> tuple[Ma
         what = "the accuracy says nothing about other images"
         log(f"warning: {len(both)} of {len(val)} validation images are training images too: {what}")
     if unknown := sorted(val.present - train.present):
-        what = f"val has classes that train lacks: {', '.join(map(str, unknown[:5]))}"
+        what = f"val has classes that train lacks: {few(unknown)}"
         raise UserError(what, f"--data_path {root}", "name training images of these classes in train.txt")
     return train, val
 

@@ -254,15 +254,15 @@ class Store:
         with replacing(self.record_file) as file:
             file.write(json.dumps(record, indent=1).encode())
 
-    def finish(self, names: list[str], classes: list[str]) -> None:
-        """Write the final files; the features appear last."""
+    def finish(self, names: list[str], classes: list[str], weights: str) -> None:
+        """Write the final files; the features appear last. `weights` is a description of the network's."""
         with replacing(self.names_file) as file:
             file.writelines(os.fsencode(name) + b"\n" for name in names)
         if (self.labels >= 0).any():
             self._save(self.final_labels, self.labels)
         else:  # of earlier features
             self.final_labels.unlink(missing_ok=True)
-        self.record(classes=classes)
+        self.record(classes=classes, weights=weights)
         if self.suffix != ".npy":
             self._save(self.final, self.array)
         self.unmap()
@@ -355,6 +355,7 @@ class Features(NamedTuple):
     labels: Tensor | None  # (N,)
     classes: list[str]  # their names, [] if unknown
     identity: dict[str, Any]  # what determined the features, by name
+    weights: str  # of the network, in words; "" if unknown
 
 
 def read_features(folder: str | Path) -> Features:
@@ -373,6 +374,7 @@ def read_features(folder: str | Path) -> Features:
         _read_array(labels) if labels.exists() else None,
         record.get("classes", []),
         record.get("identity", {}),
+        record.get("weights", ""),
     )
 
 
@@ -493,7 +495,7 @@ def main(args: argparse.Namespace) -> Path:
         barrier()
         with main_process_first():
             if is_main_process():
-                store.finish(names, class_names(images))
+                store.finish(names, class_names(images), frozen.description)
         if store.unreadable:
             log(f"warning: {len(store.unreadable)} rows are NaN: features.json lists the images")
         log(f"written: {store.final}")

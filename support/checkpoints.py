@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from support.distributed import main_process_first
-from support.errors import UserError, lacks_memory, nearest
+from support.errors import UserError, few, lacks_memory, nearest
 from support.files import replacing
 from support.layouts import is_state, unwrap
 from support.logger import log
@@ -104,9 +104,7 @@ def find_file(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(f.name for f in path.iterdir() if f.suffix in (".pth", ".pt", ".bin", ".safetensors"))
-        raise UserError(
-            "is a folder", str(name), f"give a file in it: {', '.join(files[:3]) or 'it has no weights'}"
-        )
+        raise UserError("is a folder", str(name), f"give a file in it: {few(files) or 'it has no weights'}")
     if not path.is_file():
         if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
             raise UserError("URLs are not downloaded, only published models", str(name), "download the file")

@@ -44,13 +44,10 @@ def open_checked(source: Source) -> tuple[Images, Images]:
     return train, val
 
 
-SAME_IMAGES = "train and val are the same images: the accuracy says nothing about other images"
-
-
 def warn_of_shared(train: Images, val: Images) -> None:
     """Log a warning if images of val are in train too: the same files, or copies under other names."""
     if digest(train) == digest(val):
-        log(f"warning: {SAME_IMAGES}")
+        log("warning: train and val are the same images: the accuracy says nothing about other images")
     elif not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles)):
         return
     elif shared := shared_files(train.paths, val.paths):

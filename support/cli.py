@@ -32,7 +32,16 @@ from support.distributed import (
     launched_as,
     leave_group,
 )
-from support.errors import Interrupted, TrainingError, UserError, first_line, lacks_memory, reason_of, similar
+from support.errors import (
+    Interrupted,
+    TrainingError,
+    UserError,
+    few,
+    first_line,
+    lacks_memory,
+    reason_of,
+    similar,
+)
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
 from support.signals import SCHEDULERS, start_helper
@@ -385,8 +394,7 @@ def join_processes(args: argparse.Namespace) -> torch.device:
     flags = {name: str(value) for name, value in vars(args).items() if name not in LOCAL_FLAGS}
     others = all_gather_object(flags)
     different = [name for name in flags if any(other.get(name) != flags[name] for other in others)]
-    more = f" and {len(different) - 3} more" * (len(different) > 3)
-    agree("flags", " ".join(f"--{name} {flags[name]}" for name in different[:3]) + more)
+    agree("flags", few([f"--{name} {flags[name]}" for name in different]))
     return device
 
 

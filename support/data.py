@@ -26,7 +26,16 @@ from torchvision.transforms.functional import to_pil_image
 
 from support.archives import Archive, Members, is_archive, open_archives, shards_in
 from support.distributed import agree, main_process_first, same_error_on_all_ranks
-from support.errors import ImageError, UserError, WrongFormat, first_line, lacks_resources, nearest, reason_of
+from support.errors import (
+    ImageError,
+    UserError,
+    WrongFormat,
+    few,
+    first_line,
+    lacks_resources,
+    nearest,
+    reason_of,
+)
 from support.files import (
     ARRAYS,
     Folder,
@@ -165,8 +174,7 @@ class LabelledFiles(FilesWithClasses):
             what = f"classes in {kind} files beside the images, as in WebDataset's shards, are not read"
             raise UserError(what, str(root), "unpack the images into class folders")
         if empty := [name for name, names in zip(self.classes, found, strict=True) if not names]:
-            few = ", ".join(empty[:5])
-            raise UserError(f"no images in class folders {few}", str(root), "give each class images")
+            raise UserError(f"no images in class folders {few(empty)}", str(root), "give each class images")
         names = (f"{name}/{path}" for name, paths in zip(self.classes, found, strict=True) for path in paths)
         self.paths = folder.paths(names)
         self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
@@ -536,10 +544,10 @@ def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
     unknown = [name for name in seen if name not in numbers]
     if unknown:
         fix = "give train/ images of these classes, or remove them from val/"
-        raise UserError(f"val has classes that train lacks: {', '.join(unknown[:5])}", where, fix)
+        raise UserError(f"val has classes that train lacks: {few(unknown)}", where, fix)
     absent = sorted(numbers.keys() - set(seen), key=known.index)
     if absent:
-        log(f"note: val lacks {len(absent)} of {len(known)} classes: {', '.join(absent[:5])}")
+        log(f"note: val lacks {len(absent)} of {len(known)} classes: {few(absent)}")
     return [numbers[name] for name in seen]
 
 

@@ -78,6 +78,11 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error) or type(error).__name__).splitlines()[0]
 
 
+def few(names: Sequence, most: int = 3) -> str:
+    """The first names, for a message."""
+    return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
+
+
 def similar(name: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:
     """Up to three known names that begin with `name`, or are similar."""
     longer = sorted((each for each in known if name and each.startswith(name)), key=len)

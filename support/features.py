@@ -41,6 +41,9 @@ def load_by_flags(args: argparse.Namespace) -> Frozen:
     return frozen
 
 
+SAME = 1e-4  # distance of unit features of one image: rounding changes less
+
+
 def confirm_network(frozen: Frozen, *sizes: str) -> None:
     """Log what was loaded, and how images become its input; `sizes` say how they are resized.
 

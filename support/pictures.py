@@ -52,8 +52,12 @@ def save_picture(
 
 def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Repeat each patch as a block of pixels: (..., R, C) -> (..., H, W)."""
-    single = maps.reshape(-1, 1, *maps.shape[-2:]).float()
-    return F.interpolate(single, size=size, mode="nearest").reshape(*maps.shape[:-2], *size).to(maps.dtype)
+    # In integers: interpolate computes the places in float32, and some blocks start a pixel late.
+    row, column = (
+        torch.arange(length, device=maps.device) * patches // length
+        for length, patches in zip(size, maps.shape[-2:], strict=True)
+    )
+    return maps[..., row[:, None], column]
 
 
 def as_picture(pixels: Tensor) -> Image.Image:

@@ -21,7 +21,7 @@ from support.distributed import (
     main_process_first,
     same_error_on_all_ranks,
 )
-from support.errors import TrainingError, UserError, first_line, reason_of
+from support.errors import TrainingError, UserError, few, first_line, reason_of
 from support.files import replacing
 from support.lock import FolderLock
 from support.logger import log
@@ -159,8 +159,7 @@ class Run:
         if any(record["epoch"] > 0 for record in read_log(self.log_file)):
             kept.insert(0, self.log_file)
         if kept:
-            names = ", ".join(path.name for path in kept[:3])
-            what = f"an earlier run left {names}, but no {self.checkpoint.name}"
+            what = f"an earlier run left {few([path.name for path in kept])}, but no {self.checkpoint.name}"
             fix = "move them away, or give another folder"
             raise UserError(what, f"--output_dir {self.folder}", fix)
 

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides, is_known
 from support.checkpoints import PUBLISHED, SAVE, download, load_checkpoint
-from support.errors import UserError, first_line
+from support.errors import UserError, few, first_line
 from support.formats import ImageFormat, Range, pairs, range_words
 from support.layouts import (
     BESIDE,
@@ -62,11 +62,7 @@ def load_strictly(
             k for k in own if k in state and own[k].is_floating_point() != _is_floating_point(state[k])
         ],
     }
-    found = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in problems.items()
-        if keys
-    ]
+    found = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in problems.items() if keys]
     if found:
         raise UserError("weights do not fit: " + ", ".join(found), source, fix)
     versioned = OrderedDict(state)  # torchvision's MNASNet looks for the version of its layers
@@ -89,14 +85,14 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """
     empty = [name for name, value in state.items() if value.is_meta]
     if empty:
-        raise UserError(f"weights without values: {', '.join(empty[:3])}", source, f"save with {SAVE}")
+        raise UserError(f"weights without values: {few(empty)}", source, f"save with {SAVE}")
     odd = [name for name, value in state.items() if not _is_plain(value)]
     if odd:
-        what = f"weights are sparse, quantized or nested: {', '.join(odd[:3])}"
+        what = f"weights are sparse, quantized or nested: {few(odd)}"
         raise UserError(what, source, "save dense tensors of floating-point numbers")
     broken = [name for name, value in state.items() if not value.float().isfinite().all()]
     if broken:
-        what = f"weights are not finite: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}"
+        what = f"weights are not finite: {few(broken)}"
         raise UserError(what, source, "use another file")
 
 
@@ -149,7 +145,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
     state = checkpoint[entry] if entry else checkpoint
     others = [f"{name} ({type(v).__name__})" for name, v in state.items() if not isinstance(v, Tensor)]
     if others or not state:
-        what = f"values that are not tensors: {', '.join(others[:5])}" if others else "nothing"
+        what = f"values that are not tensors: {few(others)}" if others else "nothing"
         raise UserError(f"{entry or 'file'} contains {what}", weights, f"save weights only, with {SAVE}")
     trained = checkpoint.get("args")
     trained = trained if isinstance(trained, dict) else {}

@@ -430,8 +430,12 @@ def extract_both(data: Path, folder: Path, *flags: str, weights: tuple[str, ...]
 def test_knn_of_saved_features_is_that_of_the_images(labelled, tmp_path, weights, format, capsys):
     extract_both(labelled, tmp_path, "--format", format, weights=weights)
     direct = knn(*weights, "--data_path", str(labelled))
+    said = capsys.readouterr().out
     assert knn("--load_features", str(tmp_path)) == direct
-    assert "normalised" not in capsys.readouterr().out  # they are saved as they are
+    loaded = capsys.readouterr().out
+    assert "normalised" not in loaded  # they are saved as they are
+    read = next(line for line in said.splitlines() if line.startswith("weights: "))
+    assert f"{read}; features: cls\n" in loaded
 
 
 def test_classes_are_matched_by_name(tmp_path, capsys):

@@ -18,6 +18,8 @@ from support.pictures import (
 def test_patches_become_blocks():
     blocks = enlarge(torch.tensor([[[1, 2], [3, 4]]]), (4, 6))
     assert blocks.tolist() == [[[1, 1, 1, 2, 2, 2]] * 2 + [[3, 3, 3, 4, 4, 4]] * 2]
+    rows = enlarge(torch.tensor([[1.0], [2.0]]), (82, 1))  # 41 * (2 / 82) is less than 1 in float32
+    assert rows.flatten().tolist() == [1.0] * 41 + [2.0] * 41
 
 
 def test_a_picture_of_many_channels_shows_the_first_three_and_of_two_the_first():
