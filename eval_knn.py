@@ -36,7 +36,7 @@ from support.distributed import (
     is_main_process,
     same_error_on_all_ranks,
 )
-from support.errors import ImageError, UserError
+from support.errors import ImageError, UserError, WrongFormat
 from support.features import SAME, compute, concat_patches, extract_features, load_by_flags
 from support.files import evenly_spread, replacing
 from support.logger import log
@@ -246,7 +246,7 @@ class PeriodicKNN:
         except self.Stopped:
             log(f"epoch {epoch}: no k-NN accuracy: stopped by a signal")
             return {}
-        except ImageError as error:  # an image to evaluate with should not end a training
+        except (ImageError, WrongFormat) as error:  # an image to evaluate with should not end a training
             if get_world_size() > 1:  # the other ranks wait for this one
                 raise
             log(f"warning: no k-NN after epoch {epoch}: {error}")

@@ -415,10 +415,8 @@ def say(error: UserError) -> None:
     Before there is a group, from the first process of each machine.
     """
     if is_first(of_machine=True) or error.alone:  # the command may be wrong on one machine alone
-        # An error from a data-loading worker comes with that worker's traceback before it.
-        line = str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
         with contextlib.suppress(OSError):  # its reader has ended, or the disk is full
-            print(f"{error.label}: {line}", file=sys.stderr, flush=True)
+            print(f"{error.label}: {error}", file=sys.stderr, flush=True)
 
 
 @functools.cache

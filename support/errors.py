@@ -18,8 +18,9 @@ class UserError(Exception):
 
     def __init__(self, what: str, where: str = "", fix: str = "", alone: bool = False):
         self.alone = alone or type(self).alone
-        if where or fix:  # else torch rebuilds a worker's error from its traceback
-            what, where, fix = (_printable(str(part)) for part in (what, where, fix))
+        if not (where or fix):  # torch may rebuild a worker's error from its traceback, whose last line it is
+            what = what.strip().rpartition("\n")[2].rpartition(f"{type(self).__name__}: ")[2]
+        what, where, fix = (_printable(str(part)) for part in (what, where, fix))
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
 
 

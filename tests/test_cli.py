@@ -126,6 +126,7 @@ def test_an_error_of_a_worker_is_the_last_line_of_its_traceback(capsys):
     text = "Caught ImageError in DataLoader worker process 0.\n  raise\nsupport.errors.ImageError: broken (x)"
     cli.say(ImageError(text))
     assert capsys.readouterr().err == "error: broken (x)\n"
+    assert str(ImageError(text)) == "broken (x)"  # a warning may quote it
     cli.say(ImageError("broken\nsupport.UserError: forged", "a\n\x1b[31m.png", "repair it"))
     line = r"error: broken\nsupport.UserError: forged (a\n\x1b[31m.png): repair it"
     assert capsys.readouterr().err == f"{line}\n"

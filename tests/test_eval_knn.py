@@ -11,7 +11,7 @@ from torch import nn
 
 import eval_knn
 from support.distributed import fix_random_seeds
-from support.errors import UserError
+from support.errors import ImageError, UserError, WrongFormat
 from support.pixels import as_tensor
 from support.weights import load_backbone
 from tests.conftest import run_on_full_disk, same_of_one_and_of_two, save_images, torchrun
@@ -418,6 +418,17 @@ def test_the_knn_of_a_training_asks_twenty_neighbours_and_counts_the_near_more(s
 
     top1 = eval_knn.knn_top1(model, train, val, as_tensor, torch.device("cpu"))
     assert top1 == pytest.approx(100 * 2 / 3)
+
+
+@pytest.mark.parametrize("kind", [ImageError, WrongFormat])
+def test_images_that_broke_or_changed_do_not_end_a_training(kind, capsys):
+    def evaluate(model) -> float:
+        raise kind("archive was changed", "val.tar", "run it again")
+
+    network = MultiCropWrapper(nn.Linear(3, 3), nn.Identity())
+    assert eval_knn.PeriodicKNN(evaluate, 1, 1.0, None, lambda: False)(2, {"teacher": network}) == {}
+    said = capsys.readouterr().out
+    assert said == "warning: no k-NN after epoch 2: archive was changed (val.tar): run it again\n"
 
 
 def test_knn_takes_its_share_of_the_time_since_the_start(monkeypatch):
