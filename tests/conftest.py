@@ -1,5 +1,6 @@
 """Shared fixtures: small images on disk, small flags, and real processes."""
 
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from support.lock import FolderLock, _started
 from tests.data import eval_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,6 +234,20 @@ def same_of_one_and_of_two(words: str, *command: str) -> list[str]:
     )
     assert one == two
     return one
+
+
+@functools.cache
+def neighbour() -> int:
+    """The ID of another process, which lives as long as this one."""
+    wait_for_end = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    return subprocess.Popen(wait_for_end, stdin=subprocess.PIPE).pid
+
+
+def taken_by(lock: FolderLock, **changes) -> None:
+    """Another process takes the folder."""
+    lock._write(0)
+    other = {"token": "another", "pid": neighbour(), "started": _started(neighbour())} | changes
+    lock.path.write_text(json.dumps(json.loads(lock.path.read_text()) | other))
 
 
 def wait_for(condition: Callable, what: str, seconds: float = 300):

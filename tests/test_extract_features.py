@@ -25,10 +25,9 @@ from support.errors import UserError
 from support.features import cls_and_patches, frozen_features, last_cls_tokens, patch_tokens
 from support.formats import load_image
 from support.loading import num_cores
-from support.lock import _started
 from support.pixels import eval_transform
 from support.weights import load_backbone
-from tests.conftest import ROOT, run, save_images, torchrun, wait_for
+from tests.conftest import ROOT, run, save_images, taken_by, torchrun, wait_for
 
 PIXELS = ("--pretrained_weights", "pixels", "--image_size", "16")
 VIT = ("--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32")
@@ -347,9 +346,7 @@ def test_a_file_of_another_shape_or_cut_short_is_refused(half_done):
 def test_two_runs_do_not_share_a_folder(images, tmp_path):
     identity = {"dtype": "float32", "format": "npy", "batch_size_per_gpu": 4}
     held = Store(tmp_path, (20, 768), identity)
-    held.lock._write(0)
-    other = {"pid": os.getppid(), "started": _started(os.getppid())}
-    held.lock.path.write_text(json.dumps(json.loads(held.lock.path.read_text()) | other))
+    taken_by(held.lock)
     with pytest.raises(UserError, match="another run writes to this folder"):
         extract(tmp_path, "--data_path", str(images))
 
