@@ -301,5 +301,5 @@ def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
         try:
             record = json.loads(line)
             yield line, record if isinstance(record["epoch"], int) else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             yield line, None
