@@ -78,7 +78,7 @@ def open_archives(root: str | Path, paths: list[str]) -> "Archive":
     """Open archives as one tree of folders, called `root` in messages. Raises UserError."""
     files, parts = [], []
     for number, path in enumerate(paths):
-        file, index = _open(path)
+        file, index = _indexed(path)
         index.places[:, 0] = number
         files.append(file)
         parts.append((Path(path).stem, index))
@@ -298,7 +298,7 @@ def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
 # ---------------------------------------------------------------------------------------------
 
 
-def _open(path: str) -> tuple[File, Index]:
+def _indexed(path: str) -> tuple[File, Index]:
     """An archive and its index, from the cache if there is one. Raises UserError."""
     try:
         status = os.stat(path)
