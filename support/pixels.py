@@ -67,11 +67,12 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 def to_pixels(image: AnyImage) -> Tensor:
     """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize.
 
-    A uint8 tensor (C, H, W) is returned unchanged. Raises ValueError for others, e.g. of levels in [0, 1].
+    A uint8 tensor (C, H, W) is returned unchanged. Raises ValueError for others, e.g. of levels in [0, 1] or
+    (H, W, C).
     """
     if not isinstance(image, Tensor):
         return pil_to_tensor(to_rgb(image))
-    if image.dtype != torch.uint8 or image.ndim != 3:
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) > 16:  # the most channels
         raise ValueError(f"takes a PIL image or uint8 (C, H, W), not {image.dtype} {tuple(image.shape)}")
     return image
 

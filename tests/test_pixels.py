@@ -234,7 +234,8 @@ def test_views_of_a_batch_come_in_their_order_with_their_own_colours():
 
 def test_levels_other_than_uint8_are_refused():
     """Levels in [0, 1] would become black views."""
-    for pixels in (torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8)):
+    levels = torch.zeros(20, 20, 3, dtype=torch.uint8)  # channels last, which would be 20 channels
+    for pixels in (torch.rand(3, 8, 8), levels[..., 0], levels):
         with pytest.raises(ValueError, match=r"takes a PIL image or uint8 .C, H, W., not torch\."):
             to_pixels(pixels)
 
