@@ -1,3 +1,4 @@
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from support.checks import check_images, copied_files, open_checked
-from support.data import ImageFiles, Source
+from support.data import ImageFiles, Source, open_any_images
 from support.formats import ImageFormat
 from support.shapes import Shapes
 from tests.conftest import save_images
@@ -42,14 +43,19 @@ def test_sixteen_bit_files_that_use_twelve_are_named_before_the_training(tmp_pat
     assert len(found) == 1 and "3 of 3 checked images" in found[0]
     assert "use 12 of them (largest value 4095)" in found[0] and "train with --value_range 0 4095" in found[0]
     assert found[0].endswith(f"e.g. {tmp_path / f'0.{extension}'}")
+    Image.fromarray(noise(0, 32, 32, most=16_383).astype(np.uint16)).save(tmp_path / f"0.{extension}")
+    assert any("use 14 of them (largest value 16" in line for line in warnings(tmp_path, capsys))
 
 
 def test_a_range_that_nearly_all_values_lie_outside_is_named(tmp_path, capsys):
-    Image.fromarray(noise(0, 64, 64, most=4600).astype(np.uint16)).save(tmp_path / "0.png")
-    for high, named in ((255, True), (4600, False)):
-        check_images(ImageFiles(tmp_path, form=ImageFormat(1, ((0, high),))))
+    (tmp_path / "in").mkdir()
+    Image.fromarray(noise(0, 64, 64, most=4600).astype(np.uint16)).save(tmp_path / "in" / "0.png")
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "in")
+    for place, (high, named) in itertools.product((tmp_path / "in", packed), ((255, True), (4600, False))):
+        check_images(open_any_images(Source(str(place), form=ImageFormat(1, ((0, high),)))))
         said = capsys.readouterr().out
         assert ("few values of 1 checked images lie within --value_range 0 255: " in said) == named
+        assert "cannot be read" not in said
 
 
 def test_shares_of_a_range_are_those_of_the_images_that_are_read(tmp_path, capsys):
@@ -59,7 +65,7 @@ def test_shares_of_a_range_are_those_of_the_images_that_are_read(tmp_path, capsy
         values = noise(i, 2, 32, 32, most=high).astype(np.float32)
         values[1] = noise(i, 32, 32) + 9
         np.save(tmp_path / f"{i}.npy", values)
-    for i in range(3, 9):
+    for i in range(3, 19):
         (tmp_path / f"{i}.npy").write_bytes(b"")
     check_images(ImageFiles(tmp_path, form=form))
     said = capsys.readouterr().out
@@ -83,6 +89,9 @@ def test_one_dark_or_uniform_image_within_the_range_is_no_mistake(tmp_path, caps
     Image.fromarray(np.full((32, 32), 200, np.uint16)).save(tmp_path / "0.png")
     check_images(ImageFiles(tmp_path, form=ImageFormat(1, ((0, 4095),))))
     assert [line for line in capsys.readouterr().out.splitlines() if "nearly constant" not in line] == []
+    np.save(tmp_path / "1.npy", np.stack([np.zeros((32, 32)), np.full((32, 32), -9)]).astype(np.float32))
+    check_images(ImageFiles(tmp_path / "1.npy", form=ImageFormat(2, ((0, 1), (0, 1)))))
+    assert "0 % in channel 2;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5])
@@ -109,9 +118,10 @@ def test_sixteen_bit_files_that_use_all_or_say_how_many_are_not_mentioned(tmp_pa
 def test_colour_files_of_sixteen_bits_that_use_twelve_are_named_too(tmp_path, capsys):
     tifffile = pytest.importorskip("tifffile")
     values = noise(0, 32, 32, 3, most=4095).astype(np.uint16)
-    tifffile.imwrite(tmp_path / "0.tif", values, photometric="rgb")
-    found = warnings(tmp_path, capsys)
-    assert len(found) == 1 and "use 12 of them (largest value 4095)" in found[0]
+    for tags in ([], [(281, "H", 3, (4095,) * 3, True)]):  # what it states is not heeded either
+        tifffile.imwrite(tmp_path / "0.tif", values, photometric="rgb", extratags=tags)
+        found = warnings(tmp_path, capsys)
+        assert len(found) == 1 and "use 12 of them (largest value 4095)" in found[0]
     tifffile.imwrite(tmp_path / "0.tif", values * 16, photometric="rgb")
     assert warnings(tmp_path, capsys) == []
 
@@ -141,7 +151,7 @@ def test_bands_that_training_drops_are_named(tmp_path, capsys):
     grey.convert("P").save(tmp_path / "palette.gif", transparency=int(np.asarray(grey)[0, 0]))
     found = warnings(tmp_path, capsys, alike=False)
     assert len(found) == 2 and any("3 of 6 checked images lose transparency" in line for line in found)
-    assert any("lose 1 of 4 bands" in line and "infrared.tif" in line for line in found)
+    assert any("1 of 6 checked images lose 1 of 4 bands" in line and "infrared.tif" in line for line in found)
     assert any("lose transparency" in line and "alpha.png" in line for line in found)
 
 
@@ -164,9 +174,10 @@ def test_constant_and_repeated_images_are_named_and_so_are_unreadable_ones(tmp_p
     same = np.asarray(Image.open(tmp_path / "001.png")).astype(int) + noise(0, 40, 40, 3, most=1)
     Image.fromarray(same.clip(0, 255).astype(np.uint8)).save(tmp_path / "again.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "000.png").read_bytes()[:200])  # for another reason
     found = warnings(tmp_path, capsys)
     assert [line.split(": ", 1)[1].split(" checked images ")[0] for line in found] == [
-        "1 of 7", "1 of 7", "2 of 7",
+        "1 of 8", "2 of 8", "2 of 8",
     ]  # fmt: skip
     assert any("nearly constant" in line and "black.png" in line for line in found)
     assert any("nearly identical" in line and "001.png" in line for line in found)
@@ -192,6 +203,18 @@ def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
     assert len(found) == 1 and "5 of 5 checked images" in found[0]
     assert "30 of 30 checked images" in warnings(tmp_path, capsys)[0]
     assert warnings(tmp_path, capsys, seconds=-1) == []
+
+
+def test_what_it_has_read_when_its_time_is_over_is_spread_over_all():
+    seen = []
+
+    class Recorded(list):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    check_images(Recorded((Image.fromarray(noise(i, 8, 8, 3).astype(np.uint8)), 0) for i in range(40)))
+    assert sorted(seen) == list(range(40)) and min(seen[:10]) < 10 and max(seen[:10]) > 30
 
 
 def test_copies_under_other_names_in_train_and_val_are_named(labelled, capsys, tmp_path):
@@ -233,7 +256,7 @@ def test_copies_are_looked_for_among_all_of_a_few_thousand_files(tmp_path):
     for part, numbers in (("train", range(30)), ("val", range(29, -1, -1))):
         (tmp_path / part).mkdir()
         for number in numbers:
-            (tmp_path / part / f"{part[0]}{number:02}.png").write_bytes(b"%04d" % (number + 1))
+            (tmp_path / part / f"{part[0]}{number:02}.png").write_bytes(b"%04d" % (number + 1) * 2_000)
         paths.append(ImageFiles(tmp_path / part).paths)
     assert len(copied_files(*paths)) == 30
     assert copied_files(*paths, seconds=-1) == []

@@ -62,7 +62,7 @@ def test_precision_counts_the_twenty_nearest_alone():
     two = mean_average_precision(torch.cat([query, query]), database, [np.array([0]), np.array([1])])
     assert two == pytest.approx((1 + 1 / 4) / 2)
     assert (
-        mean_average_precision(query[:, :5], 3 * torch.eye(5), [np.array([0])]) == 1
+        mean_average_precision(query[:, :5], torch.arange(1.0, 6).diag(), [np.array([0])]) == 1
     )  # lengths do not count
 
 

@@ -25,7 +25,7 @@ from eval_segmentation import (
 )
 from support import logistic
 from support.backbones import build_backbone
-from support.errors import UserError
+from support.errors import UserError, WrongFormat
 from support.masks import read_mask
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from support.weights import Frozen
@@ -123,9 +123,9 @@ def test_each_class_takes_its_best_head_and_void_counts_nowhere():
 
 
 def test_one_head_for_all_images_is_the_one_of_the_best_jaccard(capsys):
-    objects, on_objects = torch.tensor([[0.2, 0.6], [0.5, 0.4]]), torch.tensor([[0.9, 0.5], [0.9, 0.5]])
+    objects, on_objects = torch.tensor([[0.2, 0.4], [0.5, 0.45]]), torch.tensor([[0.9, 0.5], [0.9, 0.5]])
     scores = AttentionScores(torch.ones(2), objects, on_objects, torch.tensor([0.1, 0.3]))
-    expected = {"jaccard": 100, "jaccard_image": 55, "jaccard_one_head": 50, "area": 20}
+    expected = {"jaccard": 100, "jaccard_image": 45, "jaccard_one_head": 42.5, "area": 20}
     assert report_attention(scores, 0.6, 2) == pytest.approx(expected)
     said = capsys.readouterr().out
     assert "head 1 for all images" in said and "of head 1's attention, 50.0 % is on the objects" in said
@@ -152,7 +152,8 @@ def test_a_sample_of_patches_is_bounded_and_follows_the_seed(voc):
     for same in (sample(100, batch_size=1), sample(100)):
         assert torch.equal(same[0], tokens) and torch.equal(same[1], labels)
     assert not torch.equal(sample(100, seed=1)[0], tokens)
-    assert len(sample(4)[1]) == 4  # fewer than there are images
+    few, one_each = sample(4)[0], sample(6)[0]  # fewer than there are images, but not the first ones
+    assert len(few) == 4 and not torch.equal(few, one_each[:4])
     whole = sample(10**6)[1]
     assert len(whole) == 6 * 31 * 32 and set(whole.tolist()) == {0, 1, 3}  # all but the void row
 
@@ -243,6 +244,9 @@ def test_images_of_one_channel_and_a_range(tmp_path):
         path.unlink()
     flags = *RANDOM_VIT, "--in_chans", 1, "--value_range", 0, 4080
     assert evaluate(*flags, "--data_path", tmp_path, "--nb_knn", 3)["k-NN"] > 33
+    np.save(tmp_path / "JPEGImages" / "val 1.npy", np.zeros((32, 48, 2), np.uint16))
+    with pytest.raises(WrongFormat, match="^image has no axis of 1 channels .*val 1.npy"):
+        evaluate(*flags, "--data_path", tmp_path)
 
 
 def test_the_seed_is_that_of_random_weights_and_of_the_sample(voc, tmp_path):
@@ -277,9 +281,11 @@ def test_masks_without_background_are_named(tmp_path, capsys):
     write_voc(tmp_path)
     MaskedFiles(tmp_path, "val")
     assert "no mask" not in capsys.readouterr().out
-    for path in (tmp_path / "SegmentationClass").glob("val*"):
+    for path in (tmp_path / "SegmentationClass").iterdir():
         numbers = np.array(Image.open(path))
         Image.fromarray(np.where(numbers == 0, 2, numbers)).save(path)  # the background is a class
+    MaskedFiles(tmp_path, "train")  # of which no attention is measured
+    assert "no mask" not in capsys.readouterr().out
     MaskedFiles(tmp_path, "val")
     said = capsys.readouterr().out.splitlines()
     assert said[1] == "warning: no mask has the background 0: all pixels count as objects"
@@ -380,9 +386,9 @@ def spoil_colours(root):
     Image.new("RGB", (48, 32)).save(root / "SegmentationClass" / "train 0.png")
 
 
-def spoil_classes(root):
+def spoil_classes(root, number: int = 255):
     for path in (root / "SegmentationClass").glob("train*"):
-        Image.new("L", (48, 32), 255).save(path)
+        Image.new("L", (48, 32), number).save(path)
 
 
 def spoil_val_class(root):
@@ -412,6 +418,7 @@ def make_void(root) -> None:
             "mask has Pillow's mode I;16, not numbers of 8 bits",
         ),
         (spoil_classes, "no class in the masks, only 255"),
+        (lambda root: spoil_classes(root, 0), "no class in the masks, only 0"),
         (spoil_val_class, "val has classes that train lacks: 9"),
         (
             lambda root: (root / "JPEGImages/val 3.png").unlink(),

@@ -300,6 +300,8 @@ def test_the_first_and_the_last_frame_are_not_scored(tmp_path):
     result = segment(data, tmp_path / "output")
     square(40).save(data / video.MASKS / "clip" / "00003.png")
     assert segment(data, tmp_path / "output") == result
+    (data / video.MASKS / "clip" / "00003.png").unlink()
+    assert segment(data, tmp_path / "output") == result
     square(40).save(data / video.MASKS / "clip" / "00002.png")
     assert segment(data, tmp_path / "output") != result
     found = video.read_mask(tmp_path / "output" / "clip" / "00001.png")
@@ -427,6 +429,10 @@ def a_path_in_the_list(data):
     (data / video.CLIPS).write_text("../clip\n")
 
 
+def the_folder_above_in_the_list(data):
+    (data / video.CLIPS).write_text("..\n")
+
+
 def no_folder(data):
     (data / video.CLIPS).write_text("clip\nnowhere\n")
 
@@ -500,6 +506,7 @@ def no_object(data):
         (no_list, r"^No such file or directory \(.*val.txt\): give the folder"),
         (empty_list, r"^no name in the list \(.*val.txt\)"),
         (a_path_in_the_list, r"^\.\./clip is not the name of a folder \(.*val.txt\)"),
+        (the_folder_above_in_the_list, r"^\.\. is not the name of a folder \(.*val.txt\)"),
         (no_folder, r"^clip nowhere has no folder \(.*480p/nowhere\)"),
         (no_frames, r"^clip clip has no frames \(.*480p/clip\)"),
         (no_first_mask, r"^clip clip has no mask of its first frame \(.*clip/00000.png\)"),

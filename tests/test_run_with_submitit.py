@@ -369,6 +369,38 @@ def test_the_jobs_own_options_are_in_its_script(tmp_path, monkeypatch):
     assert re.search(r"\nsrun .*--cpus-per-task=7 --kill-on-bad-exit=1 ", script), script
 
 
+@pytest.mark.parametrize(
+    ("flags", "lines"),  # those of these kinds
+    [
+        ("--ngpus 4", "--gpus-per-node=4 --mem=163840MB --ntasks-per-node=4 --requeue"),
+        ("--ngpus 0", "--ntasks-per-node=1 --requeue"),
+        ("--ngpus 0 --mem_gb 0", "--mem=0MB --ntasks-per-node=1 --requeue"),  # all of a node's
+        (
+            "--ngpus 1 --slurm_extra mem-per-cpu=4G exclusive wckey=mine",
+            "--exclusive --gpus-per-node=1 --mem-per-cpu=4G --ntasks-per-node=1 --requeue --wckey=mine",
+        ),
+        (
+            "--ngpus 0 --account me --qos fast --constraint a|b --use_volta32",
+            "--account=me --constraint='(a|b)&volta32' --ntasks-per-node=1 --qos=fast --requeue",
+        ),
+    ],
+)
+def test_what_is_not_given_is_left_to_the_cluster(flags, lines, tmp_path, monkeypatch):
+    (tmp_path / "srun").touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", "/packages")
+    setup = "--slurm_setup", "module load cuda", "ulimit -n 9"
+    job, _ = run_with_submitit.parse_args([*flags.split(), *setup])
+    executor = run_with_submitit.slurm_executor(job, tmp_path)
+    script = executor._make_submission_file_text("train", "1")
+    always = "cpus-per-task|error|job-name|nodes|open-mode|output|signal|time=2800"
+    assert sorted(re.findall(rf"^#SBATCH (--(?!{always}).*)$", script, re.M)) == lines.split()
+    assert "\nmodule load cuda\nulimit -n 9\n" in script
+    assert f" PYTHONPATH={ROOT}:/packages " in run_with_submitit.python_command()
+    local = run_with_submitit.local_executor(job, tmp_path)._executor.parameters
+    assert (local["tasks_per_node"], local["timeout_min"]) == (max(job.ngpus, 1), 2800)
+
+
 def test_an_array_is_refused():
     with pytest.raises(
         UserError, match="a run is one job .--slurm_extra array.: submit one job for each run"
@@ -384,6 +416,7 @@ def test_a_job_is_requeued_while_slurm_does_not_answer(tmp_path, monkeypatch):
     for script, wanted in (
         ("exit 1", True),
         ("echo JobState=CANCELLED", False),
+        ("echo JobState=COMPLETING", False),  # as a cancelled one until its processes have ended
         ("echo JobState=RUNNING", True),
     ):
         scontrol.write_text(f"#!/bin/sh\n{script}\n")

@@ -50,6 +50,8 @@ def test_views_have_the_published_number_order_and_sizes():
     views = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 8)(picture())
     assert [tuple(v.shape) for v in views] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 8
     assert all(v.dtype == torch.float32 for v in views)
+    views = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 1, (32, 48), (32, 16))(picture())  # of one height
+    assert [tuple(v.shape) for v in views] == [(3, 32, 48)] * 2 + [(3, 32, 16)]
 
 
 def test_each_view_is_cut_at_its_own_scale():
@@ -432,7 +434,8 @@ def test_a_classifier_is_dropped_as_by_the_published_code():
 
 def test_multicrop_equals_separate_passes():
     model = MultiCropWrapper(backbones.build_backbone("vit_nano", 8, 32)[0], DINOHead(128, 32)).eval()
-    views = [torch.randn(3, 3, size, size) for size in (32, 32, 16, 16, 16)]
+    sizes = (32, 32), (32, 32), (32, 16), (16, 16), (16, 16)  # others of one height, and of one width
+    views = [torch.randn(3, 3, *size) for size in sizes]
     with torch.no_grad():
         apart = torch.cat([model.head(model.backbone(view)) for view in views])
         torch.testing.assert_close(model(views), apart)
