@@ -149,15 +149,15 @@ def neighbours(train_features: Tensor, test_features: Tensor, k: int) -> Iterato
 def warn_of_copies(train_features: Tensor, test_features: Tensor, most: int = 1_000) -> None:
     """Warn of test images with the features of a training image, among up to `most`.
 
-    They are copies, also in another format, or the network gives all images the same features.
+    They are copies, also in another lossless format, or the network gives all images the same features.
     """
     some = test_features[evenly_spread(len(test_features), most)]
-    copies = 0
+    copies = torch.zeros((), dtype=torch.long, device=some.device)
     for first, _, neighbour in neighbours(train_features, some, 1):
         nearest = train_features[neighbour[:, 0]]
-        copies += int(((nearest - some[first : first + len(nearest)]).norm(dim=1) < SAME).sum())
-    if copies:
-        what = f"{copies} of {len(some)} test images look the same to the network as a training image"
+        copies += ((nearest - some[first : first + len(nearest)]).norm(dim=1) < SAME).sum()
+    if count := int(copies):
+        what = f"{count} of {len(some)} compared test images have the features of a training image"
         log(f"warning: {what}: the accuracy may be too high")
 
 
@@ -335,7 +335,8 @@ def load_features(folder: str, device: torch.device) -> Data:
 def _extracted(folder: Path) -> list[Tensor]:
     """Features and labels of train/, then of val/, with the same class numbers. Raises UserError."""
     train, val = (read_features(folder / split) for split in ("train", "val"))
-    log(f"weights: {train.weights or 'not recorded'}; features: {train.identity.get('kind')}")
+    kind = train.identity.get("kind", "not recorded")
+    log(f"weights: {train.weights or 'not recorded'}; kind of features: {kind}")
     if train.labels is None or val.labels is None:
         split = "train" if train.labels is None else "val"
         fix = "extract features of class folders"

@@ -73,6 +73,7 @@ from support.pictures import (
 from support.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MOST_CHANNELS,
     Size,
     denormalize,
     eval_transform,
@@ -265,7 +266,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("images", "meaning of the pixel values; the checkpoint records it "
         "for other scripts")
-    group.add_argument("--in_chans", default=3, type=number(int, at_least=1, at_most=16),
+    group.add_argument("--in_chans", default=3, type=number(int, at_least=1, at_most=MOST_CHANNELS),
         help="number of channels of the images; 1 makes RGB images grey, other numbers need TIFF (with "
              "tifffile), .npy or RGBA; unless 3, hue, saturation and --gray_p have no effect")
     group.add_argument("--value_range", default=None, type=cli.number_or_auto, nargs="+",
@@ -355,8 +356,6 @@ def no_effect(a: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tu
         ("vflip_p", a.quarter_turns and a.hflip_p == 0.5,
          "--quarter_turns with --hflip_p 0.5 gives all orientations"),
         ("gray_p", a.in_chans != 3 and a.gray_p, "it needs three channels"),
-        ("jitter", a.in_chans != 3 and any(a.jitter[2:]) and tuple(a.jitter[2:]) != PAPER.jitter[2:],
-         "S and H need three channels"),
         ("use_fp16", a.precision, "--precision overrides it"),
         ("warmup_teacher_temp_epochs", a.warmup_teacher_temp == a.teacher_temp,
          "--warmup_teacher_temp and --teacher_temp are equal"),
@@ -431,10 +430,6 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", "shorten it")
         setattr(args, name, args.epochs / 10)  # as long as in the published recipe, or shorter
         log(f"warning: --{name} shortened from {value} to {args.epochs / 10:g}, as --epochs is {args.epochs}")
-    if args.warmup_epochs == args.epochs:
-        log(
-            f"warning: --warmup_epochs {args.warmup_epochs:g} is the whole run: the learning rate never falls"
-        )
 
 
 WARM_UPS = "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"
@@ -577,7 +572,7 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
     per_epoch = EpochBatches(num_images, per_rank, args.seed).steps_per_epoch
     whole = args.epochs * per_epoch
     last = min(args.max_steps or whole, whole)
-    if last <= args.freeze_last_layer * per_epoch:
+    if (last - 1) / per_epoch < args.freeze_last_layer:
         log(f"warning: --freeze_last_layer keeps the prototypes frozen for all {last} steps")
     if args.save_every_steps >= min(per_epoch, last):
         log(f"warning: --save_every_steps has no effect: an epoch has {per_epoch} steps, the run {last}")
@@ -727,6 +722,9 @@ def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndar
     lr = cosine(args.lr * steps.batch / 256, args.min_lr, warmup_epochs=args.warmup_epochs)
     if not lr[: steps.last].any():
         log(f"warning: the learning rate is 0 in all {steps.last} steps, so nothing is learnt")
+    if round(args.warmup_epochs * steps.per_epoch) == len(lr):
+        words = f"--warmup_epochs {args.warmup_epochs:g} is the whole run"
+        log(f"warning: {words}: the learning rate never falls")
     step = np.arange(1, args.epochs * steps.per_epoch + 1)
     momenta = {
         "ema": cosine(args.momentum_teacher, 1.0),

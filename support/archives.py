@@ -159,7 +159,7 @@ class Members(Paths):
 
     def file(self, index: int) -> tuple[str, bytes]:
         """The path of a file, and its content. Raises OSError, or zlib.error if it is damaged; WrongFormat if
-        another archive has taken the place of the one that was opened.
+        the archive was changed after it was opened.
         """
         archive, offset, stored, size, how, checksum = self.places[index].tolist()
         if size == UNKNOWN:
@@ -170,7 +170,7 @@ class Members(Paths):
                 raise OSError("the archive is damaged")
             offset += 30 + sum(struct.unpack("<HH", header[26:30]))  # lengths of the name and the extra field
         content = self._read(archive, offset, stored)
-        if how == DEFLATED:  # not more than it should be, as a damaged file may unpack to gigabytes
+        if how == DEFLATED:  # at most one byte too many: a damaged file may unpack to gigabytes
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
         if len(content) != size or checksum not in (UNKNOWN, zlib.crc32(content)):
             raise OSError("the archive is damaged")
@@ -184,15 +184,14 @@ class Members(Paths):
         if file is None:
             if len(self._open) >= self.MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            path, *opened = self.files[archive]
-            file = open(path, "rb", buffering=0)
-            status = os.fstat(file.fileno())
-            if [status.st_size, status.st_mtime_ns] != opened:
-                what, fix = "archive was changed after it was opened", "run the same command again"
-                raise WrongFormat(what, path, fix)
-            self._open[archive] = file
+            file = self._open[archive] = open(self.files[archive].path, "rb", buffering=0)
         file.seek(offset)
         content = file.read(size)
+        path, *opened = self.files[archive]
+        status = os.fstat(file.fileno())  # after each read, because a tool may write into the open file
+        if [status.st_size, status.st_mtime_ns] != opened:
+            what, fix = "archive was changed after it was opened", "run the same command again"
+            raise WrongFormat(what, path, fix)
         if len(content) != size:
             raise OSError("the archive is cut short")
         return content
@@ -381,7 +380,7 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
             if member.isdir() and name:
                 places[f"{name}/"] = (0, 0, 0, TAR, UNKNOWN)
             elif member.islnk() and (target := _clean(member.linkname)) in places and target not in links:
-                places[name] = places[target]  # the member of that name at this place, not a later one
+                places[name] = places[target]  # the last member of that name before the link
             elif member.islnk() or member.issym():
                 folder = posixpath.dirname(name) if member.issym() else ""
                 target = _clean(posixpath.join(folder, member.linkname))

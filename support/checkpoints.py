@@ -106,7 +106,7 @@ def find_file(name: str | Path) -> Path:
         files = sorted(f.name for f in path.iterdir() if f.suffix in (".pth", ".pt", ".bin", ".safetensors"))
         raise UserError("is a folder", str(name), f"give a file in it: {few(files) or 'it has no weights'}")
     if not path.is_file():
-        if re.match(r"\w[\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
+        if re.match(r"[A-Za-z][\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
             raise UserError("URLs are not downloaded, only published models", str(name), "download the file")
         raise UserError("no such file", str(name), nearest(str(name), list(PUBLISHED)))
     if not os.access(path, os.R_OK):

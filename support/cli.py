@@ -44,6 +44,7 @@ from support.errors import (
 )
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
+from support.pixels import MOST_CHANNELS
 from support.signals import SCHEDULERS, start_helper
 
 T = TypeVar("T")
@@ -279,7 +280,7 @@ def add_weights_flags(
     group.add_argument("--seed", default=0, type=seed, help=f"seed of {seed_of}")
     if rgb_only:
         return
-    group.add_argument("--in_chans", default=None, type=number(int, at_least=1, at_most=16),
+    group.add_argument("--in_chans", default=None, type=number(int, at_least=1, at_most=MOST_CHANNELS),
         help="number of channels of the images (default: the file's, else 3)")
     group.add_argument("--value_range", default=None, type=number(float), nargs="+", metavar=("LOW", "HIGH"),
         help="for random and pixels: values that become the grey levels 0 and 255, as in training (default: "
@@ -531,6 +532,8 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
 
 def _end_by_signal(signum: int, _):
     """Handle a signal outside of training: there is nothing to finish and nothing to save."""
+    for number in SCHEDULERS:  # `timeout` and `srun` may send it twice
+        signal.signal(number, signal.SIG_IGN)
     what = f"by {signal.Signals(signum).name}, outside of training"
     end_at_once(Interrupted(what, "", "run the same command to resume"))
 

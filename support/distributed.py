@@ -187,6 +187,9 @@ def _name(address: tuple[str, int]) -> str:
     return place
 
 
+ANSWER = timedelta(seconds=20)  # for rank 0 to answer; torchrun kills 30 s after SIGTERM
+
+
 def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     """Connect to the store that all processes at this address share.
 
@@ -198,9 +201,12 @@ def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     place = ":".join(map(str, address)) if address else dist_url
     if rank and address:
         _wait_until(lambda: _listens(address), lambda: f"rank 0 of {world_size} processes ({_name(address)})")
+    # No signal ends a wait inside torch, and rank 0, which listened just now, may have ended.
+    patience = {"timeout": ANSWER} if rank and address else {}
     try:
         # World size 1, because torch would wait here for the others without a message.
-        store, *_ = next(dist.rendezvous(dist_url, rank, 1 if address else world_size))
+        store, *_ = next(dist.rendezvous(dist_url, rank, 1 if address else world_size, **patience))
+        store.set_timeout(timedelta(minutes=30))  # torch's default
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise

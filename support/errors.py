@@ -18,15 +18,18 @@ class UserError(Exception):
 
     def __init__(self, what: str, where: str = "", fix: str = "", alone: bool = False):
         self.alone = alone or type(self).alone
-        if not (where or fix):  # torch may rebuild a worker's error from its traceback, whose last line it is
-            what = what.strip().rpartition("\n")[2].rpartition(f"{type(self).__name__}: ")[2]
-        what, where, fix = (_printable(str(part)) for part in (what, where, fix))
+        what, where, fix = (_printable(str(part)) for part in (_of_worker(what), where, fix))
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
+
+
+def _of_worker(text: str) -> str:
+    """An error's text, without the traceback that torch puts before that of a data-loading worker."""
+    return text.strip().rpartition("\n")[2].partition(": ")[2] if text.startswith("Caught ") else text
 
 
 def _printable(text: str) -> str:
     """Text in one line: a file's name may hold line breaks and a terminal's control characters."""
-    return re.sub(r"[\0-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 class ImageError(UserError):
@@ -70,7 +73,7 @@ def lacks_resources(error: Exception) -> bool:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its type; without Pillow's description of the open file."""
-    text = repr(error) if isinstance(error, KeyError) else str(error)  # which would be the key alone
+    text = repr(error) if isinstance(error, KeyError) else _of_worker(str(error))  # `str` is the key alone
     return re.sub(r" <_io\.[^>]*>", "", text.strip() or type(error).__name__).splitlines()[0]
 
 
@@ -79,9 +82,9 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error) or type(error).__name__).splitlines()[0]
 
 
-def few(names: Sequence, most: int = 3) -> str:
-    """The first names, for a message."""
-    return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
+def few(names: Sequence) -> str:
+    """The first three names, for a message."""
+    return ", ".join(map(str, names[:3])) + ", ..." * (len(names) > 3)
 
 
 def similar(name: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:

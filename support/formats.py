@@ -226,9 +226,10 @@ def _tiff_values(file: IO[bytes], channels: int, path: str) -> tuple[np.ndarray,
         if colours in NOT_VALUES or (colours == "YCBCR" and "JPEG" not in compression):
             what = f"TIFF stores colours as {colours}, not as brightness"
             raise WrongFormat(what, path, "save it as grey values, 0 for black, or as RGB")
-        stored = [size for each in series.pages if each for size in each.databytecounts]
-        if 0 in stored or len(stored) < len(series.pages) * math.prod(page.chunked):
-            raise ValueError("parts of the image are not in the file")  # tifffile would read zeros
+        if not series.dataoffset:  # else tifffile reads one block, as a whole
+            stored = [size for each in series.pages if each for size in each.databytecounts]
+            if 0 in stored or len(stored) < len(series.pages) * math.prod(page.chunked):
+                raise ValueError("parts of the image are not in the file")  # tifffile would read zeros
         try:
             values = series.asarray()
         except ValueError as error:

@@ -60,7 +60,7 @@ class TrainingViews(Dataset):
         for candidate in [index] + [others.randrange(len(self)) for _ in range(self.TRIES)]:
             try:
                 return pixels_of(self.images, candidate), -1 if candidate == index else index
-            except WrongFormat:  # the images are not what the flags say
+            except WrongFormat:  # the images are not what the flags say, or not those of the start
                 raise
             except Exception as error:  # a broken file can raise nearly anything
                 if lacks_resources(error):

@@ -64,15 +64,18 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
+MOST_CHANNELS = 16  # of an image
+
+
 def to_pixels(image: AnyImage) -> Tensor:
     """An image of any mode -> uint8 (3, H, W), channels last in memory, which is fastest to resize.
 
-    A uint8 tensor (C, H, W) is returned unchanged. Raises ValueError for others, e.g. of levels in [0, 1] or
-    (H, W, C).
+    A uint8 tensor (C, H, W) is returned unchanged. Raises ValueError for others, e.g. of levels in [0, 1], or
+    (H, W, C) of more than 16 rows.
     """
     if not isinstance(image, Tensor):
         return pil_to_tensor(to_rgb(image))
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) > 16:  # the most channels
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) > MOST_CHANNELS:
         raise ValueError(f"takes a PIL image or uint8 (C, H, W), not {image.dtype} {tuple(image.shape)}")
     return image
 

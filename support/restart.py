@@ -175,7 +175,8 @@ class Run:
         if changed:
             self.changed = listed
             log(f"warning: resuming with {listed}: a new run would give another result")
-        for name, value in (checkpoint.get("identity") or {}).items():
+        recorded = checkpoint.get("identity")
+        for name, value in recorded.items() if isinstance(recorded, dict) else ():
             if name not in self.identity | added:
                 log(f"warning: {path} records {name} {value}, which this version does not compare")
 

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides, is_known
 from support.checkpoints import PUBLISHED, SAVE, download, load_checkpoint
-from support.errors import UserError, few, first_line
+from support.errors import UserError, few, first_line, reason_of
 from support.formats import ImageFormat, Range, pairs, range_words
 from support.layouts import (
     BESIDE,
@@ -238,7 +238,8 @@ def _read_fields(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        what = f"cannot read what describes the weights: {first_line(error)}"
+        reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
+        what = f"cannot read what describes the weights: {reason}"
         raise UserError(what, str(path), "repair it, or move it away") from None
     return fields if isinstance(fields, dict) else {}
 

@@ -237,16 +237,15 @@ def same_of_one_and_of_two(words: str, *command: str) -> list[str]:
 
 
 @functools.cache
-def neighbour() -> int:
-    """The ID of another process, which lives as long as this one."""
-    wait_for_end = [sys.executable, "-c", "import sys; sys.stdin.read()"]
-    return subprocess.Popen(wait_for_end, stdin=subprocess.PIPE).pid
+def neighbour() -> subprocess.Popen:
+    """Another process, which lives as long as this one."""
+    return subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
 
 
 def taken_by(lock: FolderLock, **changes) -> None:
     """Another process takes the folder."""
     lock._write(0)
-    other = {"token": "another", "pid": neighbour(), "started": _started(neighbour())} | changes
+    other = {"token": "another", "pid": neighbour().pid, "started": _started(neighbour().pid)} | changes
     lock.path.write_text(json.dumps(json.loads(lock.path.read_text()) | other))
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import shutil
+import tempfile
 import threading
 import types
 import zipfile
@@ -26,7 +27,7 @@ import visualize_attention
 from support import backbones, checkpoints
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.errors import UserError
-from support.files import _sync_folder, replacing
+from support.files import _sync_folder, appearing, replacing
 from support.pickles import PlainType
 from support.weights import load_backbone
 from tests.conftest import FORGED, TINY, Call, filled_twice
@@ -106,6 +107,18 @@ def test_an_error_keeps_its_text_and_gets_a_name_where_it_has_none(tmp_path):
         with pytest.raises(OSError, match=words), replacing(tmp_path / "x"):
             raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_processes_share_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # it may be on another disk
+    with pytest.raises(ZeroDivisionError), appearing(tmp_path / "x") as file:
+        file.write(b"ha")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with appearing(tmp_path / "x") as file:
+        file.write(b"whole")
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x").read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="not a Linux")

@@ -3,6 +3,7 @@ import errno
 import importlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ from support.errors import (
     lacks_resources,
     reason_of,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 
 @pytest.mark.parametrize(
@@ -71,11 +72,21 @@ def test_what_comes_from_outside_is_one_line(error, code, line, capsys):
     ("resumable", "end"), [(True, ", which resumes if anything is saved"), (False, " to begin again")]
 )
 def test_only_a_script_that_resumes_promises_to(resumable, end, capsys):
+    """With a scheduler's signals, too; but not where submitit has a handler for one."""
+
     def main(_):
+        handled = [signal.getsignal(number) is cli._end_by_signal for number in cli.SCHEDULERS]
+        assert handled == [False] + [resumable] * (len(cli.SCHEDULERS) - 1)
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit):
-        cli.run_script(main, argparse.Namespace(), resumable)
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in cli.SCHEDULERS]
+    signal.signal(cli.SCHEDULERS[0], signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            cli.run_script(main, argparse.Namespace(), resumable)
+    finally:
+        for number, handler in zip(cli.SCHEDULERS, handlers, strict=True):
+            signal.signal(number, handler)
     assert capsys.readouterr().err == f"stopped: at once, by Ctrl-C: run the same command{end}\n"
 
 
@@ -95,6 +106,9 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written_is_what_is_said():
     error.__context__ = RuntimeError("DataLoader worker (pid 25204) is killed by signal: Killed.")
     said = cli.as_user_error(error)
     assert said.exit_code == 75 and "worker (pid 25204)" in str(said)
+    later = RuntimeError("MPS backend out of memory (x)")
+    later.__context__ = RuntimeError("another one, that was being handled")
+    assert "out of memory: MPS backend" in str(cli.as_user_error(later))
     fault = TypeError("a fault of the program")
     fault.__context__ = error.__context__
     assert cli.as_user_error(fault) is None
@@ -143,11 +157,12 @@ def test_an_image_is_not_to_blame_for_what_the_machine_lacks(number):
     assert not lacks_resources(OSError(errno.EIO, "Input/output error"))
 
 
-@pytest.mark.parametrize("name", ["a/file", "~/a/file"])
+@pytest.mark.parametrize("name", ["a/b/file", "~/a/b/file"])
 def test_a_folder_that_cannot_be_made_is_named_with_its_flag(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path), monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.make_folder(os.path.dirname(name)).resolve() == tmp_path / "a"
-    (tmp_path / "a" / "file").write_text("")
+    assert cli.make_folder(os.path.dirname(name)).resolve() == tmp_path / "a" / "b"
+    assert cli.data_folder(os.path.dirname(name), "").resolve() == tmp_path / "a" / "b"
+    (tmp_path / "a" / "b" / "file").write_text("")
     with pytest.raises(UserError, match=rf"File exists \(--preview {name}\): choose another"):
         cli.make_folder(name, "preview")
 
@@ -175,6 +190,22 @@ def test_output_to_a_full_disk_fails_a_script_whose_result_it_is_and_no_training
             [sys.executable, "-c", text], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert (ended.returncode, ended.stderr) == (code, said)
+
+
+def test_a_signal_that_comes_twice_has_one_line():
+    """`timeout` sends SIGTERM to the program, then to its group."""
+    code = "import atexit, os, signal; from support import cli\n"
+    code += "def stop(*_): os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "atexit.register(stop); cli.run_script(stop, None, resumable=True)"
+    ended = run("-c", code, check=False)
+    words = "stopped: by SIGTERM, outside of training: run the same command to resume\n"
+    assert (ended.returncode, ended.stderr) == (75, words)
+
+
+def test_a_name_of_any_bytes_is_printed():
+    code = "import os; from support import cli, logger\n"
+    code += "cli.run_script(lambda _: logger.log(os.fsdecode(b'my \\xff')), None)"
+    assert run("-c", code, env={"PYTHONIOENCODING": "utf-8"}).stdout == "my \\udcff\n"
 
 
 def test_no_reader_of_output_and_errors_has_the_exit_code_of_no_reader():
@@ -433,7 +464,8 @@ def test_signs_of_a_shell_in_a_path_are_read_back_from_a_file(path, tmp_path):
 def test_a_list_given_twice_is_named_since_only_the_last_counts(tmp_path, capsys):
     file = tmp_path / "recipe.txt"
     file.write_text("--data_path a --seed 1")
-    assert main_dino.parse_args([f"@{file}", "--data_path", "b", "--seed", "2"]).data_path == "b"
+    sizes = "--seed 2 --seed 3 --local_crops_size 64 --local_crops_size 96".split()  # one value each
+    assert main_dino.parse_args([f"@{file}", "--data_path", "b", *sizes]).data_path == "b"
     assert capsys.readouterr().err == ""
     cli.say_once.cache_clear()  # another test may have said it
     assert main_dino.parse_args(["--data_path", "a", "--data_path=b"]).data_path == "b"
@@ -546,7 +578,8 @@ def test_arguments_written_to_a_file_are_read_as_they_were(tmp_path_factory, **v
 
 
 def test_paths_of_any_bytes_and_with_spaces_are_written_too(tmp_path):
-    parser, path = every_kind_of_flag(), os.fsdecode(b"my \xff images")
+    parser = every_kind_of_flag()
+    path = os.fsdecode(b"my \xff images") + "\f\u2028"  # `splitlines` takes these two for ends of lines
     args = parser.parse_args(["--path", path, "--text=-a", "--paths", "a b", "c#d", "--pair", "0", "1"])
     text = cli.argument_file(args, parser)
     (tmp_path / "args").write_bytes(text.encode(errors="surrogateescape"))

@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support import distributed
+from support import cli, distributed
 from support.distributed import (
     all_gather,
     all_reduce_mean,
@@ -57,6 +59,8 @@ def launch(monkeypatch):
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
         ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 8, 5)),  # each device is then rank % GPUs, as published
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
+        ({"WORLD_SIZE": "1"}, (0, 1, 0)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "3"}, (0, 1, 0)),  # alone, in one of several tasks
         (SLURM | STEP, (3, 4, 1)),
         ({"SLURM_PROCID": "3"} | STEP, (3, 4, 3)),
         (SLURM | {"SLURM_PROCID": "0"}, (0, 1, 0)),  # in the batch script, outside any srun
@@ -122,7 +126,7 @@ def test_processes_on_different_kinds_of_devices_form_no_group():
 
 def test_before_there_is_a_group_the_first_process_alone_speaks(launch, capsys):
     for rank, said in (("1", ""), ("0", "words\n")):
-        launch({"RANK": rank, "WORLD_SIZE": "2"})
+        launch({"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0"})  # each the first of its machine
         log("words")
         assert capsys.readouterr().out == said and is_main_process()
 
@@ -158,7 +162,7 @@ def test_an_address_that_the_user_sets_is_kept_without_asking_slurm(launch, monk
 
 def test_jobs_steps_and_attempts_take_different_ports(monkeypatch):
     ports = set()
-    for changes in ({}, {"SLURM_JOB_ID": "8"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}):
+    for changes in ({}, {"SLURM_JOB_ID": "200"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}):
         for name in ("MASTER_PORT", "SLURM_RESTART_COUNT"):
             monkeypatch.delenv(name, raising=False)
         base = {"MASTER_ADDR": "10.0.0.1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
@@ -167,7 +171,7 @@ def test_jobs_steps_and_attempts_take_different_ports(monkeypatch):
         distributed._set_slurm_address()
         ports.add(os.environ["MASTER_PORT"])
     monkeypatch.delenv("MASTER_PORT")
-    assert len(ports) == 4
+    assert len(ports) == 4 and all(20000 <= int(port) < 32768 for port in ports)  # Linux gives others away
 
 
 def test_the_first_node_of_a_step_is_found_by_its_address(launch, tmp_path, monkeypatch):
@@ -226,6 +230,8 @@ def test_the_published_call_is_accepted(launch):
 # more than `is_available`. Python runs a file of this name when it starts.
 WITHOUT_DISTRIBUTED = """
 import sys
+import threading
+from datetime import timedelta
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch.distributed":
@@ -291,6 +297,16 @@ def test_a_file_is_a_place_to_meet(launch, tmp_path):
     store = distributed.meet(f"file://{tmp_path}/store", 0, 1)
     store.set("key", "value")
     assert store.get("key") == b"value" and (tmp_path / "store").exists()
+
+
+def test_rank_0_may_end_before_it_answers(launch, monkeypatch):
+    launch({})
+    monkeypatch.setattr(distributed, "ANSWER", timedelta(seconds=1))
+    with distributed.socket.create_server(("127.0.0.1", 0)) as rank_0:
+        threading.Thread(target=lambda: (rank_0.accept(), rank_0.close())).start()
+        with pytest.raises(dist.DistError) as error:
+            distributed.meet(f"tcp://127.0.0.1:{rank_0.getsockname()[1]}", 1, 2)
+    assert "lost another process" in str(cli.as_user_error(error.value))
 
 
 def test_a_port_that_is_in_use_is_named():

@@ -131,6 +131,9 @@ def test_features_are_the_mean_over_three_scales_of_whole_patches():
     several = eval_image_retrieval.global_features(network, multiscale=True)(images)
     torch.testing.assert_close(several, F.normalize(total, dim=1))
     assert not torch.allclose(single, several, atol=1e-3)
+    for shape in ((7, 40), (40, 7)):
+        with pytest.raises(UserError, match="{}x{} pixels is smaller than a patch of 8".format(*shape)):
+            eval_image_retrieval.cut(torch.zeros(1, 3, *shape), 8)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])
@@ -252,6 +255,8 @@ def test_a_box_that_is_none_is_refused_if_queries_are_cropped(ground_truth):
     refused(folder, r"query query4: bbx is no box: \[\[1\], \[2, 3\]\]", "--crop_queries")
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, 10, 30]))
     refused(folder, r"query query4: bbx is no box: \[10, 10, 10, 30\]", "--crop_queries")
+    rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, np.inf, 30]))
+    refused(folder, r"query query4: bbx is no box: \[10, 10, inf, 30\]", "--crop_queries")
     refused(folder, "no such file")  # of weights: the box does not matter
 
 

@@ -144,7 +144,7 @@ def test_copies_in_another_format_are_named(tmp_path, capsys):
     with Image.open(tmp_path / "train" / "b" / "001.png") as image:
         image.save(tmp_path / "val" / "b" / "copy.bmp")
     pixels(tmp_path, "--nb_knn", "1")
-    assert "warning: 1 of 5 test images look the same to the network" in capsys.readouterr().out
+    assert "warning: 1 of 5 compared test images have the features" in capsys.readouterr().out
 
 
 def test_one_validation_image_will_do(tmp_path):
@@ -169,7 +169,7 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, caps
     names = sorted(path.name for path in (tmp_path / "features").iterdir())
     assert names == ["testfeat.pth", "testlabels.pth", "trainfeat.pth", "trainlabels.pth"]
     assert evaluate("--load_features=~/features", "--nb_knn", "3") == first
-    assert "look the same" not in capsys.readouterr().out
+    assert "compared test images" not in capsys.readouterr().out
     for part in ("feat", "labels"):
         train = (tmp_path / "features" / f"train{part}.pth").read_bytes()
         for split in ("train", "test"):
@@ -179,7 +179,7 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, caps
     (tmp_path / "testfeat.pth").unlink()
     with pytest.raises(UserError, match="has both train/ of extract_features.py and trainfeat.pth"):
         evaluate("--load_features", str(tmp_path))
-    copies = "15 of 15 test images look the same to the network as a training image: the accuracy may"
+    copies = "15 of 15 compared test images have the features of a training image: the accuracy may"
     assert f"warning: {copies}" in capsys.readouterr().out
     for name in ("trainfeat", "testfeat"):
         lengths = torch.load(tmp_path / "features" / f"{name}.pth").norm(dim=1)

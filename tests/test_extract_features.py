@@ -432,7 +432,7 @@ def test_knn_of_saved_features_is_that_of_the_images(labelled, tmp_path, weights
     loaded = capsys.readouterr().out
     assert "normalised" not in loaded  # they are saved as they are
     read = next(line for line in said.splitlines() if line.startswith("weights: "))
-    assert f"{read}; features: cls\n" in loaded
+    assert f"{read}; kind of features: cls\n" in loaded
 
 
 def test_classes_are_matched_by_name(tmp_path, capsys):

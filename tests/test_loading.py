@@ -27,6 +27,7 @@ from support.data import (
 from support.errors import Interrupted, UserError
 from support.loading import EpochBatches, EvalImages, Loader, TrainingViews, make_loader
 from support.pixels import eval_transform, normalized_views
+from support.signals import signals_held
 from tests.conftest import ROOT, TINY, save_images, wait_for, wait_for_words
 from utils import DataAugmentationDINO
 
@@ -247,6 +248,7 @@ def test_a_stop_signal_ends_a_wait_for_a_batch_that_never_comes(monkeypatch, num
 
 def test_one_of_several_processes_waits_for_a_slow_batch_when_asked_to_stop(monkeypatch):
     """Else it could not finish the step with the others, and nothing would be saved."""
+    assert Loader.last_wait < 30  # when torchrun kills
     monkeypatch.setattr(loading, "get_world_size", lambda: 2)
     wait_patiently(monkeypatch, grace=0.1, poll=0.1)
     loader = make_loader(Slow(), [[i] for i in range(3)], 1, torch.device("cpu"), lambda: True)
@@ -274,7 +276,7 @@ class Slow(Waiting):
 
 
 def test_a_batch_that_never_comes_ends_the_run_with_a_line(monkeypatch, capsys):
-    wait_patiently(monkeypatch, patience=1.5, warn_every=0.5, poll=0.2)
+    wait_patiently(monkeypatch, patience=1.5, warn_every=0.5, poll=0.2, last_wait=0.1)
     loader = make_loader(Waiting(8, never=3), [[i] for i in range(8)], 2, torch.device("cpu"))
     with pytest.raises(Interrupted, match=r"no batch of images for \d+ s: .*file system") as error:
         list(loader)
@@ -407,6 +409,24 @@ if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
     cli.run_script(main, None)
 """
+
+
+def test_a_signal_that_another_thread_gets_waits_for_the_workers_too():
+    """Else Python would run our handler, which may end the program, while a worker starts."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+    started, end = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: (started.set(), end.wait()))
+    thread.start()
+    started.wait()
+    with signals_held():
+        signal.pthread_kill(thread.ident, signal.SIGTERM)
+        time.sleep(0.1)
+        assert got == []
+    end.set()
+    thread.join()
+    signal.signal(signal.SIGTERM, before)
+    assert got == [signal.SIGTERM]
 
 
 @pytest.mark.slow

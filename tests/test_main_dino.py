@@ -144,6 +144,8 @@ def test_help_is_whole_and_does_not_import_timm():
             "vit_tiny_patch16_224 takes no images of 20 pixels",
         ),
         ("--data_path {images} --mean 124 116 104", r"must be from 0 to 1 \(--mean 124.*by 255"),
+        ("--data_path {images} --mean -0.1 0 0", r"must be from 0 to 1 \(--mean -0.1"),
+        ("--data_path {images} --mean 0 0 0 0", r"4 numbers for 3 channels \(--mean .*give one"),
         ("--data_path {images} --std 58 57 57", r"must be from 0 to 1 \(--std 58"),
         ("--demo --init_from x.pth", r"starts from random weights \(--init_from x.pth\): leave it out"),
     ],
@@ -191,9 +193,14 @@ def test_warmups_left_at_their_defaults_are_shortened(capsys):
     out = capsys.readouterr().out
     assert "warning: --warmup_epochs shortened from 10 to 0.1, as --epochs is 1" in out
     assert "warning: --freeze_last_layer shortened from 1 to 0.1" in out
-    main_dino.check_args(main_dino.parse_args(["--epochs", "10"]))  # as published
-    expected = "warning: --warmup_epochs 10 is the whole run: the learning rate never falls"
-    assert expected in capsys.readouterr().out
+
+
+def test_a_warm_up_of_all_steps_is_said(capsys):
+    for epochs, warm_up, said in ((10, 10, 1), (1, 0.95, 1), (1, 0.8, 0)):  # the first as published
+        args = main_dino.parse_args(["--epochs", str(epochs), "--warmup_epochs", str(warm_up)])
+        main_dino.build_schedules(args, main_dino.Steps(4, 4, 5, 5 * epochs))
+        expected = f"warning: --warmup_epochs {warm_up} is the whole run: the learning rate never falls"
+        assert (expected in capsys.readouterr().out) == said
 
 
 # ---- the recipe and its preview
@@ -235,7 +242,7 @@ def test_the_recipes_flags_reach_the_views():
         ("--vflip_p 0.5 --quarter_turns true --hflip_p 0", []),
         ("--warmup_teacher_temp 0.02", ["warmup_teacher_temp"]),
         ("--teacher_update copy --momentum_teacher 0.9", ["momentum_teacher"]),
-        ("--local_crops_number 0 --local_crops_size 32", ["local_crops_size"]),
+        ("--local_crops_number 0 --local_crops_size 20", ["local_crops_size"]),  # it need not fit the patches
         ("--local_crops_number 0 --local_crops_scale 0.1 0.2", ["local_crops_scale"]),
         ("--arch resnet18 --patch_size 8", ["patch_size"]),
         ("--precision fp32 --use_fp16 false", ["use_fp16"]),
@@ -246,6 +253,8 @@ def test_the_recipes_flags_reach_the_views():
         ("--dist_url tcp://localhost:9999", ["dist_url"]),
         ("--epochs 20 --knn_every 21 --knn_data x", ["knn_every"]),
         ("--epochs 20 --knn_every 20 --knn_data x", []),
+        ("--dataset FashionMNIST --knn_every 1", []),  # has labels, as the demo has
+        ("--demo --knn_every 1", []),
         ("--jitter 0.4 0.4 0.2 0.5 --mean 0 0 0 --std 1 1 1", []),  # at their limits
         ("--in_chans 1 --gray_p 0 --jitter 0.5 0.5 0.2 0.1", []),  # nor said of what is off or the default
         ("--warmup_teacher_temp_epochs 3", ["warmup_teacher_temp_epochs"]),
@@ -271,7 +280,8 @@ def test_local_views_larger_than_global_ones_are_said(capsys):
         main_dino.check_args(main_dino.parse_args((flags + more).split()))
         assert capsys.readouterr().out.count("warning: local views ") == count
     as_large = "--local_crops_size 224 --local_crops_scale 0.1 1 --global_crops_scale 0.4 0.9"
-    for flags in ("", "--demo", as_large):
+    as_much = "--local_crops_scale 0.25 1 --global_crops_scale 0.5 0.75"
+    for flags in ("", "--demo", as_large, as_much):
         main_dino.check_args(main_dino.parse_args(flags.split()))
     assert "local views" not in capsys.readouterr().out
 
@@ -283,6 +293,10 @@ def test_trials_shorter_than_a_freeze_or_a_save_are_said(capsys):
         said = capsys.readouterr().out
         assert said.count("keeps the prototypes frozen") == frozen
         assert said.count("--save_every_steps has no effect") == saved
+    for part, frozen in ((0.8, 0), (0.9, 1)):  # of the five steps of an epoch
+        flags = "--epochs", "1", "--warmup_epochs", "0", "--freeze_last_layer", str(part)
+        main_dino.count_steps(main_dino.parse_args([*TINY, *flags]), 20)
+        assert capsys.readouterr().out.count("keeps the prototypes frozen for all 5 steps") == frozen
     assert main_dino.count_steps(main_dino.parse_args([*TINY, "--max_steps", "99"]), 20).last == 10
 
 
@@ -455,8 +469,10 @@ def test_a_resumed_run_still_says_what_it_began_with(images, tmp_path, capsys):
     assert load_checkpoint(out / "checkpoint.pth")["args"]["init_from"] == str(weights)
     text = (out / "args.txt").read_text()
     assert f"--init_from {weights}\n" in text and "--max_steps 3\n" in text
-    train(*flags, "--max_steps", 1)  # nothing is left to do
+    train(*flags, "--max_steps", 3, "--saveckp_freq", 1)  # nothing is left to do
     assert "finished at step 3" in capsys.readouterr().out and (out / "args.txt").read_text() == text
+    train(*flags[:2], "--output_dir", tmp_path / "first", "--max_steps", 2, "--init_from", "others.pth")
+    assert load_checkpoint(weights)["args"]["init_from"] == ""  # it began with random weights
 
 
 def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys):

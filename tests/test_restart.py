@@ -322,9 +322,9 @@ def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
     assert "warning: cannot save: " in capsys.readouterr().out
     with pytest.raises(TrainingError, match="cannot save"):
         Run(tmp_path / "file", required=()).save({"step": 1}, last=True)
-    Run(tmp_path / "gone", required=()).save({"step": 1}, [{"epoch": 0}])
-    assert "gone was removed: creating it again" in capsys.readouterr().out
-    assert json.loads((tmp_path / "gone" / "log.txt").read_text()) == {"epoch": 0}
+    Run(tmp_path / "gone" / "run", required=()).save({"step": 1}, [{"epoch": 0}])
+    assert "run was removed: creating it again" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gone" / "run" / "log.txt").read_text()) == {"epoch": 0}
 
 
 def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_path):

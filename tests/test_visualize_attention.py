@@ -207,7 +207,8 @@ def test_one_image_gives_the_published_files_and_a_sheet(tmp_path):
 
 
 def test_folders_and_several_images(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "a", 2)
     save_images(tmp_path / "b", 1)
     look(*RANDOM_VIT, "--image_path", tmp_path / "a", tmp_path / "b" / "000.png", "--image_size", 32,
