@@ -2,6 +2,7 @@ import multiprocessing
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -10,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, pixels_of
 from support.errors import UserError
-from support.features import cls_and_patches, extract_features, patch_tokens
+from support.features import cls_and_patches, extract_features, patch_tokens, with_mean
 from support.pixels import eval_transform
 from support.weights import load_backbone
 
@@ -79,6 +80,18 @@ def test_patch_tokens_stand_where_the_patches_are():
     assert torch.equal(patch_tokens(network, images).flatten(1, 2), last[:, 5:])
     with pytest.raises(UserError, match="6 blocks"):
         patch_tokens(network, images, layer=7)
+
+
+def test_tokens_of_timms_networks_with_registers_and_the_order_of_their_mean():
+    network = timm.create_model("vit_tiny_patch16_224", reg_tokens=2, img_size=(32, 64), num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 64)
+    with torch.inference_mode():
+        tokens = network.forward_features(images)  # CLS, two registers, 2 x 4 patches
+        cls, patches = cls_and_patches(network, images)
+    torch.testing.assert_close(cls, tokens[:, 0])
+    torch.testing.assert_close(patches, tokens[:, 3:].unflatten(1, (2, 4)))
+    cls, patches = torch.tensor([[1.0, 2.0]]), torch.tensor([[[3.0, 4.0], [5.0, 6.0]]])
+    assert with_mean(cls, patches).tolist() == [[1, 4, 2, 5]]
 
 
 @pytest.mark.parametrize(
