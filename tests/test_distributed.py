@@ -391,7 +391,7 @@ init_distributed_mode(args)  # adds rank, world_size and gpu
 cli.join_processes(args)
 cli.join_processes(Namespace(lr=0.1, seed=rank, output_dir=f"runs/{rank}", **local))
 """
-    zero, one = (f"rank {rank}: --seed {rank} --output_dir runs/{rank}" for rank in range(2))
+    zero, one = (f"rank {rank}: --seed {rank}, --output_dir runs/{rank}" for rank in range(2))
     line = f"error: ranks have different flags ({zero}; {one}): give every process the same\n"
     assert two_processes(tmp_path, body) == [(2, line), (2, "")]
 
