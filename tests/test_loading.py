@@ -438,7 +438,8 @@ def test_a_signal_to_the_whole_job_ends_no_process_of_the_loader(method, tmp_pat
         [sys.executable, tmp_path / "signalled.py", method], start_new_session=True,
         capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    said = [line.partition(":")[0] for line in ended.stderr.splitlines()]
+    # Seldom, Python also names a semaphore that was being removed when the program ended.
+    said = re.findall(r"^SIG\w+|Traceback|died unexpectedly", ended.stderr, re.M)
     assert (ended.stdout, said) == ("begun\n7\n", ["SIGUSR1", "SIGTERM", "SIGINT"]), ended.stderr
 
 
