@@ -60,7 +60,7 @@ from support.layouts import is_state
 from support.loading import EpochBatches, make_loader
 from support.logger import MetricLogger, log
 from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize, to_rgb
-from support.restart import Run, comparable
+from support.restart import Run, comparable, recorded_identity
 from support.subsets import FewImages, draw_few, few_shot, labels_of
 from support.weights import Frozen, check_finite, digest_weights, load_strictly
 from vision_transformer import VisionTransformer
@@ -371,8 +371,7 @@ def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers
     """
     path = download(weights, "linearweights") if weights in PUBLISHED else weights
     checkpoint = load_checkpoint(path)
-    trained = checkpoint.get("identity") or checkpoint.get("args")
-    trained = trained if isinstance(trained, dict) else {}  # another program's
+    trained = recorded_identity(checkpoint)
     for name, flag in features.flags.items():
         value = trained.get(name, OLD_VALUES.get(name, flag))
         if value != flag:

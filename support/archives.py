@@ -42,6 +42,11 @@ class File(NamedTuple):
     size: int  # in bytes
     modified: int  # in nanoseconds
 
+    @classmethod
+    def of(cls, path: str, status: os.stat_result) -> "File":
+        """The archive at a path, in the state that the system gives."""
+        return cls(path, status.st_size, status.st_mtime_ns)
+
 
 class Index(NamedTuple):
     """The members of archives."""
@@ -187,11 +192,11 @@ class Members(Paths):
             file = self._open[archive] = open(self.files[archive].path, "rb", buffering=0)
         file.seek(offset)
         content = file.read(size)
-        path, *opened = self.files[archive]
-        status = os.fstat(file.fileno())  # after each read, because a tool may write into the open file
-        if [status.st_size, status.st_mtime_ns] != opened:
+        opened = self.files[archive]
+        # After each read, because a tool may write into the open file.
+        if File.of(opened.path, os.fstat(file.fileno())) != opened:
             what, fix = "archive was changed after it was opened", "run the same command again"
-            raise WrongFormat(what, path, fix)
+            raise WrongFormat(what, opened.path, fix)
         if len(content) != size:
             raise OSError("the archive is cut short")
         return content
@@ -304,7 +309,7 @@ def _indexed(path: str) -> tuple[File, Index]:
         times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"  # a tool may restore the first
         key = f"11\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
-        opened = File(path, status.st_size, status.st_mtime_ns)
+        opened = File.of(path, status)
         with contextlib.suppress(Exception):  # a broken file can raise nearly anything
             with np.load(cache) as kept:
                 names = os.fsdecode(kept["names"].tobytes()).split("\0")[:-1]

@@ -164,8 +164,8 @@ class Run:
             raise UserError(what, f"--output_dir {self.folder}", fix)
 
     def _check_identity(self, checkpoint: dict, added: dict, path: Path, allow_changed: bool | None) -> None:
-        known = checkpoint.get("identity") or checkpoint.get("args")  # the published code records args only
-        known = comparable(added | (known if isinstance(known, dict) else {}))
+        recorded = recorded_identity(checkpoint)
+        known = comparable(added | recorded)
         changed = [name for name in self.identity if name in known and known[name] != self.identity[name]]
         listed = ", ".join(f"{name} {known[name]} -> {self.identity[name]}" for name in changed)
         if changed and not allow_changed:
@@ -175,8 +175,7 @@ class Run:
         if changed:
             self.changed = listed
             log(f"warning: resuming with {listed}: a new run would give another result")
-        recorded = checkpoint.get("identity")
-        for name, value in recorded.items() if isinstance(recorded, dict) else ():
+        for name, value in recorded.items() if checkpoint.get("identity") else ():
             if name not in self.identity | added:
                 log(f"warning: {path} records {name} {value}, which this version does not compare")
 
@@ -256,6 +255,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     own, saved = (set(groups[0]) for groups in (optimizer.param_groups, state["param_groups"]))
     if {"betas", "dampening", "eta"} & own - saved:  # of Adam, SGD and LARS
         raise ValueError("another optimizer saved it")
+
+
+def recorded_identity(checkpoint: dict) -> dict:
+    """What a checkpoint records of its run: its identity; from the published code, its flags. Else {}."""
+    recorded = checkpoint.get("identity") or checkpoint.get("args")
+    return recorded if isinstance(recorded, dict) else {}  # else another program's
 
 
 def comparable(identity: dict) -> dict:

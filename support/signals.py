@@ -42,14 +42,13 @@ def signals_held() -> Iterator[None]:
     # Another thread may get the signal, and Python would run our handler in the middle of a fork.
     held: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS if is_main}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in ours:
+    handlers = {number: h for number in SIGNALS if is_main and callable(h := signal.getsignal(number))}
+    for number in handlers:
         signal.signal(number, lambda number, _: held.append(number))
     try:
         yield
     finally:
-        for number, handler in ours.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number in held:
