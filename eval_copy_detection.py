@@ -28,15 +28,10 @@ from eval_image_retrieval import average_precision
 from support import cli
 from support.cli import bool_flag
 from support.data import ImageFiles, describe, digest
-from support.distributed import (
-    agree,
-    fix_random_seeds,
-    is_main_process,
-    same_error_on_all_ranks,
-)
+from support.distributed import agree, fix_random_seeds, is_main_process, same_error_on_all_ranks
 from support.errors import UserError
 from support.features import SAME, cls_and_patches, confirm_network, extract_features
-from support.files import Folder
+from support.files import Folder, by_number
 from support.logger import log
 from support.pixels import rgb_transform
 from support.weights import Frozen, load_backbone
@@ -100,13 +95,8 @@ def open_blocks(data_path: str) -> dict[str, ImageFiles]:
         found = Folder(root / family).class_folders()
         if not found:
             raise UserError(f"no folders in {family}/", f"--data_path {root}", "add one for each degree")
-        names += [f"{family}/{name}" for name in sorted(found, key=_as_number)]
+        names += [f"{family}/{name}" for name in sorted(found, key=by_number)]
     return {name: open_folder(root / name, f"--data_path {root}") for name in names}
-
-
-def _as_number(name: str) -> tuple[float, str]:
-    """Sort "5" before "10", and words last."""
-    return (int(name) if name.isdecimal() else float("inf"), name)
 
 
 def open_folder(folder: str | Path, flag: str, at_least: int = 1) -> ImageFiles:

@@ -29,11 +29,7 @@ from torch import Tensor, nn
 from support import cli
 from support.cli import bool_flag
 from support.data import ImageFiles, on_all_ranks
-from support.distributed import (
-    fix_random_seeds,
-    is_main_process,
-    same_error_on_all_ranks,
-)
+from support.distributed import fix_random_seeds, is_main_process, same_error_on_all_ranks
 from support.errors import UserError, few, first_line
 from support.features import confirm_network, extract_features, patch_size_of
 from support.formats import load_image
@@ -234,7 +230,7 @@ def reduce(image: Image.Image, longest: int) -> Image.Image:
     return image
 
 
-SCALES = (1, math.sqrt(1 / 2), 1 / 2)
+SMALLER = math.sqrt(1 / 2), 1 / 2
 
 
 def cut(images: Tensor, patch_size: int) -> Tensor:
@@ -252,15 +248,12 @@ def global_features(network: nn.Module, multiscale: bool) -> Callable[[Tensor], 
     patch_size = patch_size_of(network)
 
     def features(images: Tensor) -> Tensor:
-        scales = SCALES if multiscale else SCALES[:1]
-        sizes = [images if scale == 1 else _rescale(images, scale) for scale in scales]
+        sizes = [images]
+        for scale in SMALLER if multiscale else ():
+            sizes.append(F.interpolate(images, scale_factor=scale, mode="bilinear"))
         return F.normalize(torch.stack([network(cut(size, patch_size)) for size in sizes]).mean(dim=0), dim=1)
 
     return features
-
-
-def _rescale(images: Tensor, scale: float) -> Tensor:
-    return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 def check_takes_any_size(network: nn.Module, imsize: int, multiscale: bool) -> None:

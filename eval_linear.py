@@ -521,11 +521,7 @@ def few_images(args: argparse.Namespace, images: Images) -> Images:
 
 
 def train_epochs(
-    args: argparse.Namespace,
-    run: Run,
-    state: dict,
-    batches: Batches,
-    val_data: tuple[Tensor, Tensor],
+    args: argparse.Namespace, run: Run, state: dict, batches: Batches, val_data: tuple[Tensor, Tensor]
 ) -> None:
     """Train the pieces of the run to `--epochs`; validate, log and save.
 

@@ -45,7 +45,7 @@ from support.attention import attention_map, keep_mass
 from support.checks import check_images
 from support.data import ImageFiles, Images, in_format, read_names
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import UserError, WrongFormat, few, first_line, reason_of
+from support.errors import UserError, few, reading, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.formats import RGB, ImageFormat, extensions_of
@@ -174,13 +174,8 @@ class MaskedFiles(ImageFiles):
         present: set[int] = set()
         for index, path in enumerate(self.paths):
             mask = self.class_mask(index)
-            try:
+            with reading("image", path):
                 height, width = self._size(index)
-            except WrongFormat:
-                raise
-            except Exception as error:  # a broken file can raise nearly anything
-                what = f"cannot read image: {first_line(error)}"
-                raise UserError(what, path, "repair or replace it") from None
             if mask.shape != (height, width):
                 what = f"mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}"
                 raise UserError(what, self.masks[index], "give masks of the images' size")

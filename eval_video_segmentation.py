@@ -27,7 +27,7 @@ from torch import Tensor
 from support import cli
 from support.data import ImageFiles, read_labelled, read_names
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import UserError, first_line
+from support.errors import UserError, reading
 from support.features import confirm_network, patch_size_of, patch_tokens
 from support.files import extension, file_id, readable_extensions, replacing
 from support.logger import log
@@ -177,15 +177,10 @@ def open_clip(root: Path, name: str) -> Clip:
 
 def _size(path: Path) -> tuple[int, int]:
     """Width and height, from the file's header. Raises UserError, also for a mask without numbers."""
-    try:
-        with Image.open(path) as image:
-            if extension(path) == ".png":
-                require_numbers(image, path)
-            return image.size
-    except UserError:
-        raise
-    except Exception as error:  # a broken file can raise nearly anything
-        raise UserError(f"cannot read image: {first_line(error)}", str(path), "repair it") from None
+    with reading("image", path, "repair it"), Image.open(path) as image:
+        if extension(path) == ".png":
+            require_numbers(image, path)
+        return image.size
 
 
 def without_void(mask: np.ndarray) -> np.ndarray:

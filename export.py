@@ -126,7 +126,6 @@ def to_timm(frozen: Frozen, path: Path) -> Exported:
 
 def timm_arguments(network: VisionTransformer, image_size: Size) -> tuple[str, dict[str, Size]]:
     """The name of timm's ViT of the same width, and the arguments by which ours differs from it."""
-    attention: Any = network.blocks[0].attn
     names = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
     width = network.embed_dim if network.embed_dim in names else 192
     theirs = {"img_size": 224, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": width // 64}
@@ -135,7 +134,7 @@ def timm_arguments(network: VisionTransformer, image_size: Size) -> tuple[str, d
         "patch_size": network.patch_embed.patch_size,
         "embed_dim": network.embed_dim,
         "depth": len(network.blocks),
-        "num_heads": attention.num_heads,
+        "num_heads": network.num_heads,
     }
     differ = {key: value for key, value in ours.items() if theirs[key] != value}
     return f"{names[width]}_patch16_224", differ
@@ -150,11 +149,10 @@ def to_hf(frozen: Frozen, path: Path) -> Exported:
     vit, (height, width) = frozen.network, height_and_width(frozen.image_size)
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{frozen.arch} is not one of our ViTs", "--to hf", "export it to another format")
-    attention: Any = vit.blocks[0].attn
     config = transformers.ViTConfig(
         hidden_size=vit.embed_dim,
         num_hidden_layers=len(vit.blocks),
-        num_attention_heads=attention.num_heads,
+        num_attention_heads=vit.num_heads,
         intermediate_size=4 * vit.embed_dim,
         image_size=frozen.image_size,
         patch_size=vit.patch_embed.patch_size,

@@ -62,14 +62,7 @@ from support.formats import ImageFormat, pairs
 from support.loading import EpochBatches, TrainingViews, make_loader, num_cores, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
-from support.pictures import (
-    as_picture,
-    check_free,
-    contact_sheet,
-    glow,
-    save_picture,
-    titled_rows,
-)
+from support.pictures import as_picture, check_free, contact_sheet, glow, save_picture, titled_rows
 from support.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -443,8 +436,7 @@ def is_too_long(warm_up: str, value: float, epochs: int) -> bool:
 def shortened(args: argparse.Namespace) -> list[str]:
     """The names of the warm-ups that `check_args` has shortened, as their value shows."""
     parser = parser_for(args)
-    defaults = {name: parser.get_default(name) for name in WARM_UPS}
-    found = (name for name in WARM_UPS if is_too_long(name, defaults[name], args.epochs))
+    found = (name for name in WARM_UPS if is_too_long(name, parser.get_default(name), args.epochs))
     return [name for name in found if getattr(args, name) == args.epochs / 10]
 
 

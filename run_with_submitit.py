@@ -192,8 +192,12 @@ def sbatch_options(words: list[str]) -> dict[str, str | bool]:
     return {key.replace("-", "_"): value if equals else True for key, equals, value in pairs}
 
 
-def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Submit a job that trains, or print its script under `--dry_run`. Raises UserError."""
+def main(flags: tuple[argparse.Namespace, argparse.Namespace]) -> None:
+    """Submit a job that trains, or print its script under `--dry_run`. Raises UserError.
+
+    `flags` are those of the job and those of the training.
+    """
+    job, args = flags
     if job.local and job.dry_run:
         raise UserError("a local job has no script", "--dry_run", "leave out one of --local, --dry_run")
     main_dino.check_args(argparse.Namespace(**vars(args)))  # checked now, not after days in the queue
@@ -217,11 +221,6 @@ def submit(job: argparse.Namespace, args: argparse.Namespace) -> None:
         raise UserError(reason_of(error), f"--shared_dir {folder}", "choose another") from None
     print(f"job {submitted.job_id}, output in {args.output_dir.replace('%j', submitted.job_id)}")
     print(f"watch it: tail -F {submitted.paths.stdout}")
-
-
-def main(flags: tuple[argparse.Namespace, argparse.Namespace]) -> None:
-    """Submit; `flags` are those of the job and those of the training."""
-    submit(*flags)
 
 
 if __name__ == "__main__":

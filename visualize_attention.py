@@ -206,7 +206,6 @@ def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
 
     Raises UserError.
     """
-    where = f"--image_path {' '.join(paths)}"
     for path in paths:
         if not Path(path).exists():
             raise UserError("no such file", f"--image_path {path}", "check the path")
@@ -217,7 +216,7 @@ def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
     if len(kept) < len(found):
         log(f"left out {len(found) - len(kept)} pictures of an earlier run")
     if not kept:
-        raise UserError("no images found", where, "give image files")
+        raise UserError("no images found", f"--image_path {' '.join(paths)}", "give image files")
     return ImageFiles(*kept, form=form)
 
 
@@ -294,18 +293,15 @@ class Viewer(NamedTuple):
         batch = normalize(pixels[None].to(self.device), self.frozen.mean, self.frozen.std)
         return as_picture(pixels).convert("RGB"), batch
 
-    def patch(self, image: AnyImage) -> tuple[int, int] | None:
-        """The query's patch (row, column). Raises UserError."""
-        size = patch_size_of(self.frozen.network)
-        return patch_at(self.query, image, self.image_size, size) if self.query else None
-
     def attention(self, image: AnyImage) -> tuple[Image.Image, Tensor, tuple[int, int] | None]:
         """One image in whole patches, the attention over them, on the CPU (h, R, C), and the query's patch.
 
         Raises UserError.
         """
-        (prepared, pixels), patch = self.prepare(image), self.patch(image)
-        return prepared, attention_map(self.frozen.network, pixels, self.layer, patch)[0].cpu(), patch
+        network, (prepared, pixels) = self.frozen.network, self.prepare(image)
+        size = patch_size_of(network)
+        patch = patch_at(self.query, image, self.image_size, size) if self.query else None
+        return prepared, attention_map(network, pixels, self.layer, patch)[0].cpu(), patch
 
     @torch.inference_mode()
     def tokens(self, image: AnyImage) -> tuple[Image.Image, Tensor]:

@@ -108,11 +108,9 @@ class Archive(Folder):
             yield folder
 
     def has(self, name: str) -> bool:
-        """Whether it has a folder of this name."""
         return f"{self.inside}{name}/" in self.tree.contents
 
     def below(self, name: str) -> "Archive":
-        """A folder in it."""
         root = os.path.join(self.root, name)
         return Archive(root, self.files, self.index, self.tree, f"{self.inside}{name}/")
 
@@ -133,7 +131,6 @@ class Archive(Folder):
         return set()
 
     def file_names(self) -> list[str]:
-        """List the names of the files in the folder itself, except hidden ones."""
         return self.tree.contents[self.inside][0]
 
     def paths(self, names: Iterable[str]) -> "Members":

@@ -9,7 +9,6 @@ import os
 import re
 import types
 import zipfile
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -19,7 +18,7 @@ from support.errors import UserError, few, lacks_memory, nearest
 from support.files import replacing
 from support.layouts import is_state, unwrap
 from support.logger import log
-from support.pickles import NUMPY, PlainArray, PlainType, Refused
+from support.pickles import NUMPY, Refused
 
 # The models published with the paper: name -> (stem of the files, architecture, patch size). Only some have
 # linear classifiers; dino_vits16_landmarks is trained on Google Landmarks v2, the others on ImageNet.
@@ -56,19 +55,10 @@ def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None =
                 os.replace(path, previous)
 
 
-def _stand_in(name: str, function: Callable) -> Callable:
-    """Make pickled data that calls the function `name` call `function` instead."""
-
-    def call(*args):
-        return function(*args)
-
-    call.__module__, _, call.__name__ = name.rpartition(".")
-    call.__qualname__ = call.__name__
-    return call
-
-
 def _data_types() -> list:
-    """Types and functions that pickled data may use in addition to torch's; none of them runs code."""
+    """Types and functions that pickled data may use in addition to torch's, some with the name that the data
+    gives them; none of them runs code.
+    """
     path_types = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
     path_types |= {"PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
     path_modules = ("pathlib", "pathlib._local")  # the second in Python 3.13
@@ -76,13 +66,12 @@ def _data_types() -> list:
         *(argparse.Namespace, types.SimpleNamespace),  # the published checkpoints carry a Namespace
         *(int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice),
         *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
-        # torch sets the state of an object only if its type is listed itself
-        *(torch.torch_version.TorchVersion, PlainArray, PlainType),
-        *(_stand_in(".".join(name), kind) for name, kind in NUMPY.items()),
-        *(_stand_in(f"{m}.{name}", kind) for m in path_modules for name, kind in path_types.items()),
+        torch.torch_version.TorchVersion,
+        *((kind, ".".join(name)) for name, kind in NUMPY.items()),
+        *((kind, f"{module}.{name}") for module in path_modules for name, kind in path_types.items()),
         # torch's loader fills dicts and lists only
-        _stand_in("collections.defaultdict", lambda *args: {}),
-        _stand_in("collections.deque", lambda items=(), *args: list(items)),
+        (lambda *args: {}, "collections.defaultdict"),
+        (lambda items=(), *args: list(items), "collections.deque"),
     ]
 
 

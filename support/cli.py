@@ -205,10 +205,9 @@ def argument_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 class OneOrMore(argparse.Action):
-    """Store one value as it is, and several as a list."""
+    """Store one value as it is, and several as a list; for a flag with nargs="+"."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Store the values of a flag with nargs="+"."""
         setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
@@ -216,7 +215,6 @@ class ImageSize(OneOrMore):
     """Store one length as it is, the side of a square, and two different ones as a list: height and width."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Store the values of a flag with nargs="+"."""
         if len(values) > 2:
             raise argparse.ArgumentError(self, f"takes one length, or height and width, not {len(values)}")
         super().__call__(parser, namespace, values if len(set(values)) > 1 else values[:1], option_string)

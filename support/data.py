@@ -666,11 +666,9 @@ def _torchvision_dataset(source: Source, split: str, called: str = "training ima
 
 def _torchvision_names() -> list[str]:
     """The names of torchvision's datasets that lie in a folder."""
-
-    def lies_in_folder(name: str) -> bool:
-        return "root" in inspect.signature(getattr(torchvision.datasets, name)).parameters
-
-    return [n for n in torchvision.datasets.__all__ if n != "VisionDataset" and lies_in_folder(n)]
+    known = {name: getattr(torchvision.datasets, name) for name in torchvision.datasets.__all__}
+    del known["VisionDataset"]  # what the others inherit from
+    return [name for name, make in known.items() if "root" in inspect.signature(make).parameters]
 
 
 def _unpack(archive: Path) -> None:
@@ -828,10 +826,7 @@ def read_image(images: Images, index: int) -> tuple[AnyImage, Any]:
 
 
 def transformed(
-    image: AnyImage,
-    transform: Callable[[AnyImage], Tensor],
-    images: Images,
-    index: int,
+    image: AnyImage, transform: Callable[[AnyImage], Tensor], images: Images, index: int
 ) -> Tensor:
     """`transform(image)` of a sample. Raises ImageError for values that it does not take."""
     try:

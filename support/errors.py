@@ -1,9 +1,10 @@
 """Errors that the user can correct, each in one line."""
 
+import contextlib
 import difflib
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -80,6 +81,17 @@ def first_line(error: Exception) -> str:
 def reason_of(error: OSError) -> str:
     """Why the system refused, e.g. "No space left on device"; else the error's own text, in one line."""
     return (error.strerror or str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def reading(kind: str, path: object, fix: str = "repair or replace it") -> Iterator[None]:
+    """Raise UserError for a file, of this kind, that the block cannot read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a broken file can raise nearly anything
+        raise UserError(f"cannot read {kind}: {first_line(error)}", str(path), fix) from None
 
 
 def few(names: Sequence) -> str:

@@ -8,6 +8,8 @@ import hashlib
 import heapq
 import io
 import os
+import posixpath
+import re
 import tempfile
 import zlib
 from collections import Counter
@@ -33,6 +35,11 @@ def evenly_spread(count: int, most: int) -> list[int]:
 def extension(path: str | Path) -> str:
     """The extension of a file's name, in lower case."""
     return os.path.splitext(path)[1].lower()
+
+
+def by_number(path: str) -> list:
+    """A key to sort names by, in which digits are numbers: "5" comes before "10", and words are last."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def file_id(path: str | Path) -> tuple[int, int]:
@@ -146,7 +153,7 @@ def readable_extensions() -> frozenset[str]:
 class Found(NamedTuple):
     """Files below a folder."""
 
-    names: list[str]  # of the images, relative to the folder, sorted by folder, then by name
+    names: list[str]  # of the images, relative to the folder, with "/", sorted by folder, then by name
     folders: list[str]  # that hold images, relative to the folder
     taken: Counter[str]  # images by extension
     left_out: Counter[str]  # other files by extension
@@ -169,7 +176,7 @@ def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[
                 left_out[kind or "no extension"] += 1
         folders.append((folder, sorted(images)))
         hidden += skipped
-    prefixed = ((_join(folder, ""), names) for folder, names in sorted(folders))
+    prefixed = ((posixpath.join(folder, ""), names) for folder, names in sorted(folders))
     found = [prefix + name for prefix, names in prefixed for name in names]
     return Found(found, [folder for folder, names in folders if names], taken, left_out, hidden)
 
@@ -198,18 +205,13 @@ def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, li
                     elif not entry.is_dir():
                         names.append(entry.name)
                     elif entry.is_symlink():
-                        heapq.heappush(links, _join(folder, entry.name))
+                        heapq.heappush(links, posixpath.join(folder, entry.name))
                     else:
-                        waiting.append(_join(folder, entry.name))
+                        waiting.append(posixpath.join(folder, entry.name))
         except OSError as error:
             fix = "make it readable, or give another folder"
             raise UserError(reason_of(error), error.filename or path, fix) from None
         yield folder, names, hidden
-
-
-def _join(folder: str, name: str) -> str:
-    """The name of a file relative to the folder that is searched; `/` separates, also on Windows."""
-    return f"{folder}/{name}" if folder else name
 
 
 class JoinedPaths(Paths):
@@ -225,12 +227,10 @@ class JoinedPaths(Paths):
         return self.parts[part], index - int(self.starts[part])
 
     def size(self, index: int) -> int:
-        """The size of a file in bytes; -1 if there is none."""
         part, number = self._part(index)
         return part.size(number)
 
     def file(self, index: int) -> tuple[str, bytes | None]:
-        """The path of a file, and its content if it does not lie at that path."""
         part, number = self._part(index)
         return part.file(number)
 

@@ -6,12 +6,14 @@ Shapes: B images, V views, H x W pixels.
 import contextlib
 import errno
 import functools
+import itertools
 import math
 import multiprocessing
 import os
 import random
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -103,7 +105,7 @@ class EpochBatches:
         batch_size: int,
         seed: int,
         first_step: int = 0,
-        last_step: int | None = None,
+        last_step: int = sys.maxsize,
         drop_last: bool = True,
     ):
         """`batch_size` counts the images of one rank."""
@@ -120,16 +122,12 @@ class EpochBatches:
         return whole.numpy()[places % self.num_images]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.first_step
-        while self.last_step is None or step < self.last_step:
-            epoch, first = divmod(step, self.steps_per_epoch)
+        steps = range(self.first_step, self.last_step)
+        for epoch, of_epoch in itertools.groupby(steps, lambda step: step // self.steps_per_epoch):
             order = self.order(epoch)
-            for place in range(first, self.steps_per_epoch):
-                if step == self.last_step:
-                    return
-                batch = order[place * self.batch_size :][: self.batch_size]
-                yield [(epoch, index) for index in batch.tolist()]
-                step += 1
+            for step in of_epoch:
+                first = step % self.steps_per_epoch * self.batch_size
+                yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
 
 
 def num_cores() -> int:
@@ -193,7 +191,6 @@ class Loader(DataLoader):
                     raise
             pins = getattr(batches, "_pin_memory_thread", None)  # with CUDA, workers' batches come through it
             if pins and not pins.is_alive():
-                kill_workers(workers)
                 what = "the thread that pins memory died, as its error above says"
                 fix = "raise ulimit -n, give /dev/shm more room, or lower --num_workers"
                 raise Interrupted(what, "", fix, alone=True)
@@ -202,16 +199,14 @@ class Loader(DataLoader):
             if self.stop_asked():
                 asked = min(asked, now)
                 if get_world_size() == 1 and waited > self.grace:
-                    kill_workers(workers)
+                    kill_workers(workers)  # at the end of a pass, torch would wait for each
                     return None
             if now - asked > self.last_wait:
-                kill_workers(workers)
                 what = f"asked to stop, and no batch of images for {waited:.0f} s, so nothing was saved"
                 raise Interrupted(
                     what, "", "run the same command to resume from the last checkpoint", alone=True
                 )
             if waited > self.patience:
-                kill_workers(workers)
                 raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW_ADVICE, alone=True)
             if waited > (warned + 1) * self.warn_every:
                 warned += 1

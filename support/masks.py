@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 from torch import Tensor
 
-from support.errors import UserError, first_line
+from support.errors import UserError, reading
 from support.files import evenly_spread
 from support.logger import log
 
@@ -27,15 +27,9 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 def read_mask_and_palette(path: str | Path) -> tuple[np.ndarray, list[int] | None]:
     """`read_mask`, and the red, green and blue of each number; None without a palette. Raises UserError."""
-    try:
-        with Image.open(path) as mask:
-            require_numbers(mask, path)
-            return np.array(mask).astype(np.uint8), mask.getpalette()
-    except UserError:
-        raise
-    except Exception as error:  # a broken file can raise nearly anything
-        what = f"cannot read mask: {first_line(error)}"
-        raise UserError(what, str(path), "repair or replace it") from None
+    with reading("mask", path), Image.open(path) as mask:
+        require_numbers(mask, path)
+        return np.array(mask).astype(np.uint8), mask.getpalette()
 
 
 def require_numbers(mask: Image.Image, path: str | Path) -> None:

@@ -387,11 +387,7 @@ def _convolve(images: Tensor, kernels: Sequence[list[float]]) -> None:
     taps = [_each(weights, images) for weights in zip(*kernels, strict=True)]
     padded = F.pad(images, [reach] * 4, mode="replicate")
     for dim in (3, 2):
-        size, stride = list(padded.shape), list(padded.stride())
-        size[dim] -= 2 * reach
-        size.insert(2, len(taps))
-        stride.insert(2, stride[dim])
-        shifted = padded.as_strided(size, stride).unbind(2)  # one view of the images for each tap
+        shifted = padded.unfold(dim, len(taps), 1).unbind(-1)  # one view of the images for each tap
         total = shifted[reach] * taps[reach]
         for i, tap in enumerate(taps):
             if i == reach:

@@ -50,8 +50,7 @@ class Shapes(Dataset):
     def __init__(self, split: str, length: int, scene: Scene = USUAL):
         self.split = SPLITS[split]
         self.length, self.scene, self.size = length, scene, scene.size
-        size = scene.size
-        self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
+        self.y, self.x = np.mgrid[: self.size, : self.size].astype(np.float32) + 0.5
 
     def __len__(self) -> int:
         return self.length

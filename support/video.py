@@ -5,7 +5,6 @@ Uses PyAV, whose wheels contain FFmpeg: pip install av.
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image, ImageOps
 
 from support.data import ImageFiles, describe, read_image
 from support.errors import UserError
-from support.files import replacing
+from support.files import by_number, replacing
 from support.logger import log
 
 # Encoders by the file's extension, the best first; FFmpeg may have been built without libx264.
@@ -48,7 +47,7 @@ class Frames:
         if Path(path).is_dir():
             found = ImageFiles(path)
             log(f"frames: {path}: {describe(found)}")
-            self.images = ImageFiles(*sorted(found.paths, key=_by_number))
+            self.images = ImageFiles(*sorted(found.paths, key=by_number))
         self.count, self.size, self.stated = 0, (0, 0), 0
         for frame in self:
             self.size = self.size if self.count else frame.size
@@ -92,11 +91,6 @@ class Frames:
         except av.FFmpegError as error:
             place = f" after frame {number}" if number else ""
             raise UserError(f"cannot read video{place}: {error.strerror}", where, fix) from None
-
-
-def _by_number(path: str) -> list:
-    """A key to sort names by, in which digits are numbers."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 @contextlib.contextmanager

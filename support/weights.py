@@ -22,15 +22,7 @@ from support.backbones import build_backbone, canonical, check_crop_sizes, check
 from support.checkpoints import PUBLISHED, SAVE, download, load_checkpoint
 from support.errors import UserError, few, first_line, reason_of
 from support.formats import ImageFormat, Range, pairs, range_words
-from support.layouts import (
-    BESIDE,
-    WITHIN,
-    groups,
-    is_state,
-    select_network,
-    to_timm_names,
-    vit_shapes,
-)
+from support.layouts import BESIDE, WITHIN, groups, is_state, select_network, to_timm_names, vit_shapes
 from support.logger import log
 from support.pixels import (
     IMAGENET_MEAN,
@@ -368,10 +360,7 @@ def check_is_ours(model: VisionTransformer, state: dict[str, Tensor], prefix: st
         if any(part in name for name in state):
             fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
             raise UserError(f"weights have {words}, which our ViTs lack", weights.source, fix)
-    ours: dict[str, list] = {
-        "num_attention_heads": [model.num_heads],
-        "hidden_act": ["gelu", "gelu_python"],
-    }
+    ours: dict[str, list] = {"num_attention_heads": [model.num_heads], "hidden_act": ["gelu", "gelu_python"]}
     for name, values in ours.items():  # transformers' names
         if (theirs := weights.trained.get(name, values[0])) not in values:
             what = f"the network has {name} {theirs}, our ViT of this width {values[0]}"

@@ -341,6 +341,7 @@ def test_a_file_cannot_make_another_object_an_arrays_type(tmp_path):
         load_checkpoint(path)
     state = {"dtype": "O"}, {"__class__": PlainType}
     torch.save(Call(scalar, Call(argparse.Namespace, state=state), b"\0" * 8), path)
+    change_pickle(path, lambda content: content.replace(b"csupport.pickles\nPlainType", b"cnumpy\ndtype"))
     with pytest.raises(UserError, match="file is damaged or of another kind"):
         load_checkpoint(path)
 
