@@ -233,7 +233,6 @@ class Store:
                 raise UserError("file is not ours", str(path), "give another --output_dir")
         self.done, self.unreadable = record.get("blocks", 0), record.get("unreadable", [])
         if self.final.exists():
-            self.done = self.blocks
             self._remove_partial()
         elif self.done and self.partial.exists() and self.partial_labels.exists():
             log(f"resuming {self.partial} at row {self.rows(self.done).start:,} of {self.shape[0]:,}")

@@ -48,7 +48,7 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pth")
     for name, message in (
-        ("gone", "no such file"), ("short", "damaged"), ("empty", "empty"), ("list", "holds a list"),
+        ("gone", "no such file"), ("short", "damaged"), ("empty", "file is empty"), ("list", "holds a list"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message) as error:
             load_checkpoint(tmp_path / f"{name}.pth")

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, pixels_of
 from support.errors import UserError
-from support.features import cls_and_patches, extract_features, patch_tokens, with_mean
+from support.features import cls_and_patches, extract_features, frozen_features, patch_tokens, with_mean
 from support.pixels import eval_transform
 from support.weights import load_backbone
 
@@ -51,6 +51,8 @@ def test_features_that_are_nearly_equal_are_named(labelled, capsys):
     for spread, named in ((1e-6, True), (0.01, False), (1.0, False)):
         extract_features(lambda x, s=spread: 1 + s * x.flatten(1)[:, :8], images, eval_transform(32), cpu)
         assert ("images are nearly equal" in capsys.readouterr().out) == named
+    extract_features(nn.Flatten(), [images[0]], eval_transform(8), cpu)
+    assert "nearly equal" not in capsys.readouterr().out  # one image has none that it could equal
 
 
 def test_no_worker_outlives_an_error_of_the_network(labelled):
@@ -78,8 +80,16 @@ def test_patch_tokens_stand_where_the_patches_are():
     network.prepare_tokens = lambda x: with_registers
     last = network.get_intermediate_layers(images, 1)[0]
     assert torch.equal(patch_tokens(network, images).flatten(1, 2), last[:, 5:])
+    assert patch_tokens(network, images, layer=6).shape == (2, 3, 4, 128)
     with pytest.raises(UserError, match="6 blocks"):
         patch_tokens(network, images, layer=7)
+
+
+def test_the_mean_of_the_patches_stands_beside_the_last_blocks_cls_token():
+    network, images = build_backbone("vit_nano", 8, 32)[0].eval(), torch.randn(2, 3, 32, 32)
+    before, last = network.get_intermediate_layers(images, 2)
+    expected = torch.cat([before[:, 0], with_mean(last[:, 0], last[:, 1:])], dim=1)
+    assert torch.equal(frozen_features(network, images, 2, avgpool_patchtokens=True), expected)
 
 
 def test_tokens_of_timms_networks_with_registers_and_the_order_of_their_mean():

@@ -319,8 +319,14 @@ def test_urls_folders_and_home(vits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_backbone(write(vits[0], pathlib.Path(folder.name, "vit.pth"))).arch == "vit_nano"
     write(vits[0], tmp_path / "vit.pth")
-    with pytest.raises(UserError, match=r"is a folder \(.*\): give a file in it: vit.pth"):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        UserError, match=r"is a folder \(.*\): give a file in it: model.safetensors, vit.pth$"
+    ):
         load_backbone(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is a folder .*: it has no weights$"):
+        load_backbone(str(tmp_path / "empty"))
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.testing.assert_close(load_backbone("~/vit.pth").network.state_dict(), vits[0])
 
@@ -393,6 +399,19 @@ def test_leftovers_are_said_when_they_are_heads_and_else_an_error(vits, tmp_path
     with pytest.raises(UserError, match="unknown purpose in file: gate .*--checkpoint_key backbone"):
         load_backbone(path)
     torch.testing.assert_close(load_backbone(path, "backbone").network.state_dict(), vits[0])
+    for part in (
+        "prototypes",
+        "linear_eval",
+        "classifier",
+        "predictor",
+        "decoder",
+        "fc",
+        "center",
+        "n_averaged",
+    ):
+        path = write({"state_dict": state | {f"{part}.weight": torch.ones(1)}}, tmp_path / "d")
+        torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
+        assert f"{path}: not used: {part}" in capsys.readouterr().out
     path = write(vits[0] | {"head.weight": torch.ones(9, 128)}, tmp_path / "c")
     load_backbone(path)
     assert f"{path}: not used: head" in capsys.readouterr().out
@@ -407,8 +426,12 @@ def test_values_that_are_no_tensors_are_named(vits, tmp_path):
         load_backbone(path)
     with pytest.raises(UserError, match=r"file contains values that are not tensors: epoch \(int\)"):
         load_backbone(write(vits[0] | {"epoch": 5}, tmp_path / "b.pth"))
-    with pytest.raises(UserError, match="'teacher' is a int, not weights"):
+    with pytest.raises(UserError, match="'teacher' is a int, not weights .*: choose among student$"):
         load_backbone(write({"teacher": 5, "student": vits[1]}, tmp_path / "c.pth"))
+    with pytest.raises(UserError, match="'teacher' is a int, not weights .*: choose among other files$"):
+        load_backbone(write({"teacher": 5}, tmp_path / "f.pth"))
+    with pytest.raises(UserError, match=r"^teacher contains nothing \(.*g.pth\): save weights only"):
+        load_backbone(write({"teacher": {}, "student": vits[1]}, tmp_path / "g.pth"))
     whole = vits[0] | {"norm.bias": torch.ones(128, dtype=torch.int8)}
     with pytest.raises(UserError, match=r"1 of another type \(norm.bias\)"):
         load_backbone(write(whole, tmp_path / "d.pth"))
@@ -424,6 +447,8 @@ def test_wrappers_are_removed_wherever_they_stand(vits, tmp_path):
     path = write({"teacher": state}, tmp_path / "a.pth")
     torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
     assert unwrap({"submodule.a": 1, "b.module.c": 2}, "") == {"submodule.a": 1, "b.c": 2}
+    sharded = {"_fsdp_wrapped_module.a._fsdp_wrapped_module._checkpoint_wrapped_module.b": 1}
+    assert unwrap(sharded, "") == {"a.b": 1}
     path = write(vits[0] | prefixed(vits[1], "_orig_mod."), tmp_path / "b.pth")
     with pytest.raises(UserError, match="two entries named cls_token, once as _orig_mod.cls_token"):
         load_backbone(path)
@@ -513,7 +538,7 @@ def test_a_state_dict_of_transformers_is_read_as_its_file(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
+def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys, monkeypatch):
     model, path = save_pretrained(tmp_path)
     frozen = load_backbone(path)
     assert (frozen.mean, frozen.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
@@ -529,6 +554,10 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
     other = tmp_path / "model.pth"  # another file is not described
     torch.save(safetensors.torch.load_file(path), other)
     assert "4 heads assumed, ImageNet's mean" in load_backbone(str(other)).description
+    monkeypatch.setenv("HOME", str(tmp_path))
+    other.rename(tmp_path / "pytorch_model.bin")  # as older versions of transformers wrote it
+    frozen = load_backbone("~/pytorch_model.bin")
+    assert frozen.mean == (0.5, 0.4, 0.3) and "assumed" not in frozen.description
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"do_normalize": False}))
     frozen = load_backbone(path)
@@ -542,10 +571,10 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"optimizer": "adam"}')  # of another program
     capsys.readouterr()
     assert "4 heads assumed" in load_backbone(path).description and "beside" not in capsys.readouterr().out
-    wrong = settings | {"image_mean": [0.5] * 3, "image_std": [0.0] * 3}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
-    with pytest.raises(UserError, match="normalization is"):
-        load_backbone(path)
+    for wrong in ({"image_mean": [0.5] * 3, "image_std": [0.0] * 3}, {"image_mean": [0.5] * 3}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="normalization is"):
+            load_backbone(path)
 
 
 @pytest.mark.parametrize(
@@ -672,6 +701,9 @@ def test_moco_v3s_small_vit_is_not_ours(tmp_path, capsys):
     weights["pos_embed"][:, 0] = 0  # as in its files of linear classification
     load_backbone(write(weights, tmp_path / "linear.pth"))
     assert "warning: " in (said := capsys.readouterr().out) and "12 heads, ours 6" in said
+    del weights["pos_embed"]
+    with pytest.raises(UserError, match=r"^weights do not fit: 1 missing \(pos_embed\) "):
+        load_backbone(write(weights, tmp_path / "less.pth"))
 
 
 # ---- pixels and what is known of a network
@@ -692,11 +724,17 @@ def test_timms_weights_get_timms_normalization_and_ours_keep_ours(vits, tmp_path
     trained = {"teacher": prefixed(state, "backbone."), "args": {"arch": "vit_tiny_patch16_224"}}
     path = write(trained, tmp_path / "ours.pth")
     assert load_backbone(path).mean == IMAGENET_MEAN
+    convnet = timm.create_model("resnet10t", num_classes=0).state_dict()  # which fits any image size
+    trained = {"teacher": convnet, "args": {"arch": "resnet10t", "global_crops_size": 96}}
+    assert load_backbone(write(trained, tmp_path / "convnet.pth")).image_size == 96
     recorded = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     content = vit_files(*vits)["ours.pth"] | {"normalization": recorded}
     frozen = load_backbone(write(content, tmp_path / "recorded.pth"))
     assert (frozen.mean, frozen.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    for wrong in ({"mean": [0.1]}, "ImageNet", {"mean": [1, 1, 1], "std": [1, 0, 1]}):
+    for wrong in (
+        {"mean": [0.1]}, "ImageNet", {"mean": [1, 1, 1], "std": [1, 0, 1]},
+        {"mean": [1, 1, 1], "std": [1, math.inf, 1]}, {"mean": [1, math.nan, 1], "std": [1, 1, 1]},
+    ):  # fmt: skip
         with pytest.raises(UserError, match="normalization is"):
             load_backbone(write(content | {"normalization": wrong}, tmp_path / "wrong.pth"))
     for wrong in ([], [[5, 5]], [[0, math.inf]], [[0, 1], [0, 1]]):
@@ -711,6 +749,9 @@ def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_rang
     frozen = load_backbone(write({"teacher": whole["teacher"], "args": flags}, tmp_path / "reduced.pth"))
     assert (frozen.mean, frozen.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert frozen.value_range == ((0.0, 4095.0),)
+    path = write({"teacher": whole["teacher"], "args": flags | {"value_range": None}}, tmp_path / "eight.pth")
+    eight = load_backbone(path)
+    assert (eight.mean, eight.std, eight.value_range) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), None)
     for other in ({"value_range": "auto"}, {"mean": None}, {"std": ["auto"]}):  # of other programs
         path = write({"teacher": whole["teacher"], "args": flags | other}, tmp_path / "other.pth")
         assert load_backbone(path).mean == IMAGENET_MEAN
@@ -731,6 +772,10 @@ def test_a_range_that_contradicts_the_weights_is_refused(vits, tmp_path):
         load_backbone(path, value_range=(0.0, 255.0))
     with pytest.raises(UserError, match=r"trained with 8-bit values \(--value_range 0 255\)"):
         load_backbone(write(content, tmp_path / "plain.pth"), value_range=(0.0, 255.0))
+    for baseline in (("random", None, "vit_nano", 8, 32), ("pixels",)):  # these take any
+        assert load_backbone(*baseline, value_range=(0.0, 4095.0)).value_range == ((0.0, 4095.0),)
+        with pytest.raises(UserError, match="takes one pair for all channels, or one for each"):
+            load_backbone(*baseline, value_range=(0.0, 1.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("record", [{}, {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}])
@@ -766,6 +811,8 @@ def test_flags_without_effect_are_said(capsys):
         "--checkpoint_key has no effect on random" in said
         and "--patch_size has no effect on resnet18" in said
     )
+    load_backbone("pixels", "student")
+    assert "--checkpoint_key has no effect on pixels" in capsys.readouterr().out
 
 
 def test_what_nobody_says_is_vit_small():
