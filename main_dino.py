@@ -617,7 +617,7 @@ def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCro
     student_head, teacher_head = head(embed_dim), head(embed_dim)
     student_head.defer_last_layer = True
     for backbone in (student_backbone, teacher_backbone):
-        if isinstance(backbone, VisionTransformer):
+        if type(backbone) is VisionTransformer:  # the output of a subclass may need the other tokens
             backbone.cls_only = True
     student = MultiCropWrapper(student_backbone, student_head)
     teacher = MultiCropWrapper(teacher_backbone, teacher_head)
@@ -641,7 +641,9 @@ def distribute(model: nn.Module, device: torch.device, sizes: Iterable[Size], in
     # the ranks' sums are rounded. So make a blank pass first; otherwise a restart would change bits.
     model.eval()
     views = [torch.zeros(1, in_chans, *height_and_width(size), device=device) for size in sizes]
-    model(views).sum().backward()
+    loss = model(views).sum()
+    loss += 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)  # some may act in training only
+    loss.backward()
     model.zero_grad()
     return model.train()
 
@@ -691,18 +693,27 @@ def check_batch_norms(args: argparse.Namespace, device: torch.device, backbone: 
 def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer by name; learning rate and weight decay come from the schedules."""
     groups = utils.get_params_groups(model)
+    optimizer: torch.optim.Optimizer
     if name == "lars":
-        return utils.LARS(groups)
-    if name == "sgd":  # not fused: that one fails for parameters whose first gradient comes later
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    optimizer.register_load_state_dict_pre_hook(keep_fused)
+        optimizer = utils.LARS(groups)
+    elif name == "sgd":  # not fused: that one fails for parameters whose first gradient comes later
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer.register_load_state_dict_pre_hook(keep_settings)
     return optimizer
 
 
-def keep_fused(_: torch.optim.Optimizer, state: dict) -> dict:
-    """Let a state load into a fused optimizer that was saved by another one, as in published checkpoints."""
-    return state | {"param_groups": [group | {"fused": True} for group in state["param_groups"]]}
+def keep_settings(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """Let a saved state bring its moments alone: torch would also take over its settings, e.g. the momentum.
+
+    A changed flag would have no effect; and published checkpoints were not saved by a fused optimizer.
+    """
+    groups = [
+        saved | {name: value for name, value in own.items() if name != "params"}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
+    ]
+    return state | {"param_groups": groups + state["param_groups"][len(groups) :]}
 
 
 def build_schedules(args: argparse.Namespace, steps: Steps) -> dict[str, np.ndarray]:
@@ -766,6 +777,21 @@ class Training:
         }
 
 
+def build_loss(args: argparse.Namespace) -> DINOLoss:
+    """Build the loss that the flags of temperature and centring describe."""
+    return DINOLoss(
+        args.out_dim,
+        args.local_crops_number + 2,
+        args.warmup_teacher_temp,
+        args.teacher_temp,
+        args.warmup_teacher_temp_epochs,
+        args.epochs,
+        accum_steps=args.accum_steps,
+        centering=args.centering,
+        adapt_teacher_temp=args.adapt_teacher_temp,
+    )
+
+
 def build_training(args: argparse.Namespace, device: torch.device, steps: Steps, resumes: bool) -> Training:
     """Build networks, loss, optimizer and schedules. Raises UserError."""
     # Only kernels whose sums have a fixed order. With cuDNN's others, for convolutions and attention,
@@ -799,17 +825,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
         compile_in_place(student_without_ddp, teacher)
     teacher.load_state_dict(student_without_ddp.state_dict())  # the ranks now agree on the student
 
-    dino_loss = DINOLoss(
-        args.out_dim,
-        args.local_crops_number + 2,
-        args.warmup_teacher_temp,
-        args.teacher_temp,
-        args.warmup_teacher_temp_epochs,
-        args.epochs,
-        accum_steps=args.accum_steps,
-        centering=args.centering,
-        adapt_teacher_temp=args.adapt_teacher_temp,
-    )
+    dino_loss = build_loss(args)
     if center is not None:
         dino_loss.center.copy_(center)
     dtype = autocast_dtype(args.precision, args.use_fp16, device)

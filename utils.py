@@ -212,7 +212,9 @@ class MultiCropWrapper(nn.Module):
         super().__init__()
         for classifier in ("fc", "head"):
             # a `head` of timm's convnets contains the pooling, and no classifier by now
-            if isinstance(getattr(backbone, classifier, None), nn.Linear):
+            if isinstance(layer := getattr(backbone, classifier, None), nn.Linear):
+                shape = f"{layer.in_features} to {layer.out_features}"
+                log(f"note: MultiCropWrapper leaves out the backbone's {classifier}, from {shape}")
                 setattr(backbone, classifier, nn.Identity())
         self.backbone = backbone
         self.head = head
@@ -590,7 +592,12 @@ def get_params_groups(model: nn.Module) -> list[dict]:
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set this step's learning rate, and the weight decay of the group that decays."""
+    """Set this step's learning rate, and the weight decay of the first group, as `get_params_groups` has it.
+
+    Raises ValueError for an optimizer with other groups: timm's have first what does not decay.
+    """
+    if any(param.ndim == 1 for param in optimizer.param_groups[0]["params"]):
+        raise ValueError("the first group has biases or norms, which do not decay: use get_params_groups")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay

@@ -70,7 +70,8 @@ def build_backbone(
     arch = canonical(arch)
     model: Any  # of timm's models, few attributes are declared
     if arch in VITS:
-        model = VITS[arch](patch_size, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
+        settings = {"img_size": img_size, "in_chans": in_chans, "drop_path_rate": drop_path_rate}
+        model = VITS[arch](patch_size=patch_size, **settings)  # by name: an own network has its own order
         model.dropped_classifiers = ("head",)
         return model, model.embed_dim
     if arch in torchvision_names():

@@ -40,13 +40,20 @@ PUBLISHED = {
 def save_checkpoint(state: dict, path: str | Path, previous: str | Path | None = None) -> None:
     """Write `state` to `path`, which is complete or absent at any moment; see `replacing`.
 
-    Keeps the old file as `previous`. Raises OSError; earlier files are then unchanged.
+    Keeps the old file as `previous`. Raises OSError, and UserError for a state that `load_checkpoint` would
+    refuse; earlier files are then unchanged.
     """
     path = Path(path)
     with replacing(path) as file:
         torch.save(state, file)
+        file.flush()
+        with torch.serialization.safe_globals(_data_types()):
+            refused = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
+        if refused:
+            what = f"could not be loaded again, as it contains {few(sorted(refused))}"
+            fix = "keep numbers, text, tensors and containers of them in flags and states"
+            raise UserError(what, str(path), fix)
         if previous and path.exists():
-            file.flush()
             os.fsync(file.fileno())
             Path(previous).unlink(missing_ok=True)
             try:

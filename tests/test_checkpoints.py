@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 import threading
 import types
@@ -68,6 +69,15 @@ def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(Exception, match="pickle|local object"):
         save_checkpoint({"epoch": lambda: None}, path)
     assert load_checkpoint(path) == {"epoch": 1}
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    """As the value of a flag of an own type: the run would be lost."""
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint({"step": 1}, path)
+    with pytest.raises(UserError, match="could not be loaded again, as it contains signal.Signals"):
+        save_checkpoint({"step": 2, "args": {"own": signal.SIGTERM}}, path)
+    assert load_checkpoint(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_file_before_is_kept_without_links_too(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -46,10 +47,18 @@ def test_views_depend_on_seed_epoch_and_index_alone(images):
         assert not torch.equal(first[0], other[0][0])
 
 
-def test_views_and_the_global_random_stream_do_not_touch_each_other(images):
-    states = random.getstate(), torch.get_rng_state()
-    small_views(images)[0, 0]
-    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+def test_what_others_draw_depends_on_seed_epoch_and_index_alone(images):
+    """As torchvision's RandomErasing in the views, or a dataset that takes a random frame of a video."""
+
+    def draw(pixels, rng):
+        return [torch.tensor([random.random(), np.random.rand(), torch.rand(())])], ()
+
+    dataset = TrainingViews(ImageFiles(images), draw, seed=1)
+    first = dataset[3, 7][0][0]
+    dataset[3, 8]
+    assert torch.equal(dataset[3, 7][0][0], first)
+    for other in (dataset[4, 7], dataset[3, 8], TrainingViews(ImageFiles(images), draw, seed=2)[3, 7]):
+        assert (other[0][0] != first).all()
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(images):

@@ -37,6 +37,7 @@ from support.pixels import normalize, normalized_views, to_pixels
 from support.restart import Run
 from tests.conftest import ROOT, TINY, run, save_images, torchrun
 from utils import PAPER, CollapseWatch, DINOHead, Recipe
+from vision_transformer import VITS, VisionTransformer
 
 PUBLISHED = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True,
@@ -812,6 +813,20 @@ def test_prototypes_of_given_weights_have_unit_length_unless_they_are_trained(im
         torch.testing.assert_close(student["head.last_layer.weight_g"], expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value"), [("adamw", "betas", (0.8, 0.9)), ("sgd", "momentum", 0.5)]
+)
+def test_a_resumed_optimizer_keeps_its_own_settings(name, setting, value):
+    """Else a setting that became a flag would be recorded as changed, and have no effect."""
+    saved, own = (main_dino.build_optimizer(name, torch.nn.Linear(3, 2)) for _ in range(2))
+    for group in own.param_groups:
+        group[setting] = value
+    own.load_state_dict(saved.state_dict())
+    assert [group[setting] for group in own.param_groups] == [value] * 2
+    with pytest.raises(ValueError, match="number of parameter groups"):
+        own.load_state_dict(torch.optim.SGD([torch.zeros(1)], lr=0.1).state_dict())
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_an_optimizer_resumes_from_one_that_was_not_fused_with_loss_scaling(name):
     """As of a published checkpoint, in fp16."""
@@ -825,6 +840,7 @@ def test_an_optimizer_resumes_from_one_that_was_not_fused_with_loss_scaling(name
     theirs.step()
     networks[1].load_state_dict(networks[0].state_dict())
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    utils.set_schedules(ours, 0.1, 0.0)
     theirs.zero_grad()
     networks[0](x).square().sum().backward()
     theirs.step()
@@ -1330,6 +1346,19 @@ def test_training_computes_only_the_cls_token_in_the_last_block():
         network.backbone.norm.register_forward_hook(lambda _, inputs, out, seen=seen: seen.append(out.shape))
         network([torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 16, 16)])
         assert seen == [(2, 1, 128)] * 2
+
+
+def test_a_subclass_of_our_vit_has_all_tokens_in_training(monkeypatch):
+    class Mean(VisionTransformer):
+        def forward(self, x):
+            return self.get_intermediate_layers(x)[0].mean(dim=1)
+
+    def make(patch_size=8, **kwargs):
+        return Mean(patch_size=patch_size, embed_dim=32, depth=2, num_heads=2, **kwargs)
+
+    monkeypatch.setitem(VITS, "mean", make)
+    for network in main_dino.build_networks(main_dino.parse_args([*TINY, "--arch", "mean"])):
+        assert not network.backbone.cls_only
 
 
 def test_the_state_of_another_optimizer_is_refused(images, tmp_path):

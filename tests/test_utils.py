@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
@@ -796,6 +798,15 @@ def test_biases_and_norms_do_not_decay():
     optimizer = torch.optim.AdamW([decayed, plain])
     utils.set_schedules(optimizer, 0.5, 0.3)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.3), (0.5, 0.0)]
+    with pytest.raises(ValueError, match="first group has biases or norms"):
+        utils.set_schedules(create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.1), 0.5, 0.3)
+
+
+def test_a_layer_that_is_left_out_is_named(capsys):
+    """A network's own layer of this name would be in no checkpoint."""
+    backbone = nn.Sequential(OrderedDict(flat=nn.Flatten(), fc=nn.Linear(12, 5)))
+    assert MultiCropWrapper(backbone, nn.Identity())(torch.zeros(2, 3, 2, 2)).shape == (2, 12)
+    assert capsys.readouterr().out == "note: MultiCropWrapper leaves out the backbone's fc, from 12 to 5\n"
 
 
 def test_clipping_is_per_parameter():
