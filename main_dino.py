@@ -705,9 +705,9 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def keep_settings(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """Let a saved state bring its moments alone: torch would also take over its settings, e.g. the momentum.
+    """Load the moments of a saved state, but not its settings, as torch would.
 
-    A changed flag would have no effect; and published checkpoints were not saved by a fused optimizer.
+    Otherwise a changed setting has no effect, and published checkpoints were not saved by a fused optimizer.
     """
     groups = [
         saved | {name: value for name, value in own.items() if name != "params"}

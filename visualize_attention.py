@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -223,18 +224,19 @@ def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
 def folder_names(paths: list[str], given: Sequence[str]) -> list[str]:
     """Name each image's folder after its file, for a file in a given folder with the path from there.
 
-    Adds a number if another image has that name.
+    Adds a number if another image has that name. Names that differ only in upper and lower case, or in the
+    form of Unicode, count as one, as they do in folders on a Mac.
     """
-    names: dict[str, None] = {}  # an ordered set
+    names: dict[str, str] = {}  # by what has to differ
     roots = {Path(root) for root in given}
     for path in map(Path, paths):
         root = next((folder for folder in path.parents if folder in roots), path.parent)
         stem = name = str(path.relative_to(root).with_suffix(""))
         number = 2
-        while name in names:
+        while (key := unicodedata.normalize("NFC", name).casefold()) in names:
             name, number = f"{stem}-{number}", number + 1
-        names[name] = None
-    return list(names)
+        names[key] = name
+    return list(names.values())
 
 
 # ---------------------------------------------------------------------------------------------

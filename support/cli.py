@@ -140,8 +140,11 @@ def expand(given: str) -> list[tuple[str, str]]:
         exit_with(error)
 
 
-# Text that a shell keeps (quotes, escapes, comments); group 1: a variable or a command.
-SHELL = re.compile(r"""'[^']*'|"(?:[^"\\$`]|\\.|\$(?![\w{(]))*"|\\.|(?<!\S)\#.*|(\$[\w{(]\S*|`\S*)""")
+# Text that a shell keeps (quotes, escapes, comments); group 1: a variable or a command; group 2: a path of
+# Windows, whose backslashes a shell drops.
+SHELL = re.compile(
+    r"""'[^']*'|"(?:[^"\\$`]|\\.|\$(?![\w{(]))*"|\\\W|(?<!\S)\#.*|(\$[\w{(]\S*|`\S*)|(\\\w\S*)"""
+)
 
 
 def read_words(path: Path) -> list[tuple[str, str]]:
@@ -165,9 +168,13 @@ def read_words(path: Path) -> list[tuple[str, str]]:
             found = split_line(line)
         except ValueError as error:
             raise UserError(str(error), place, "quote as in a shell") from None
-        for expansion in filter(None, (match[1] for match in SHELL.finditer(line))):
-            what = f"variables and commands are not replaced in a file: {expansion}"
-            raise UserError(what, place, "write the value")  # else $HOME/runs would be a folder's name
+        for expansion, dropped in (match.groups() for match in SHELL.finditer(line)):
+            if expansion:
+                what = f"variables and commands are not replaced in a file: {expansion}"
+                raise UserError(what, place, "write the value")  # else $HOME/runs would be a folder's name
+            if dropped:  # else C:\runs would be the folder C:runs
+                what = f"backslashes count as in a shell: {dropped}"
+                raise UserError(what, place, "put the path in single quotes")
         words += [(word, place) for word in found]
     return words
 

@@ -12,6 +12,7 @@ import operator
 import os
 import re
 import shutil
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -252,8 +253,13 @@ def text_lines(path: str | Path, fix: str = "make it readable") -> Iterator[tupl
     for number, line in enumerate(lines, 1):
         if b"\0" in line:
             raise UserError("is not a text file", str(path), "give a folder, or a text file of paths")
-        if line.strip():
-            yield number, os.fsdecode(line.strip())
+        try:
+            text = os.fsdecode(line.strip())
+        except UnicodeError:  # on Windows; elsewhere names are any bytes
+            where, fix = f"{path}, line {number}", "save it as UTF-8"
+            raise UserError("is not UTF-8 text", where, fix) from None
+        if text:
+            yield number, text
 
 
 def read_names(path: Path, fix: str) -> list[str]:
@@ -523,6 +529,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     """
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
     known, seen = class_names(train), class_names(val)
+    check_distinct([*known, *seen], f"--data_path {source.data_path}")
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}: every prediction is right; check the class folders")
     if known == seen:
@@ -535,11 +542,25 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     return train, val
 
 
+def check_distinct(names: Iterable[str], where: str) -> None:
+    """Raise UserError for two names of classes that look the same, as "é" and "e" with an accent do.
+
+    Names of files are often of the second kind if they come from a Mac.
+    """
+    forms: dict[str, str] = {}
+    for name in names:
+        other = forms.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            what = f"two classes look the same: {ascii(other)} and {ascii(name)}"
+            raise UserError(what, where, "give them one name, e.g. with convmv")
+
+
 def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
     """The numbers that the classes of val have among those of train; logs those that val lacks.
 
     Raises UserError if val has others.
     """
+    check_distinct([*known, *seen], where)
     numbers = {name: number for number, name in enumerate(known)}
     unknown = [name for name in seen if name not in numbers]
     if unknown:

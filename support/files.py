@@ -2,7 +2,6 @@
 
 import array
 import contextlib
-import errno
 import functools
 import hashlib
 import heapq
@@ -323,17 +322,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write the folder's list of names to the disk, because a power cut could undo a rename."""
+    """Write the folder's list of names to the disk, because a power cut could undo a rename.
+
+    Many file systems cannot, and name the reason differently: EINVAL, a Mac ENOTSUP for network folders, WSL
+    EIO. No such error counts, since the file itself is on the disk.
+    """
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -30,10 +30,11 @@ def write(message: str | None = None) -> None:
     Puts the first error of the disk into `lost`.
     """
     try:
+        if sys.stdout is None:  # the shell has closed it; tqdm 4.66 would fail
+            return
         if message is not None:
             tqdm.write(message)
-        if sys.stdout:  # None if the shell has closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended
         raise
     except OSError as error:

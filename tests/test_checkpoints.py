@@ -8,12 +8,13 @@ import io
 import os
 import pathlib
 import shutil
-import signal
+import stat
 import tempfile
 import threading
 import types
 import zipfile
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -75,8 +76,8 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     """As the value of a flag of an own type: the run would be lost."""
     path = tmp_path / "checkpoint.pth"
     save_checkpoint({"step": 1}, path)
-    with pytest.raises(UserError, match="could not be loaded again, as it contains signal.Signals"):
-        save_checkpoint({"step": 2, "args": {"own": signal.SIGTERM}}, path)
+    with pytest.raises(UserError, match="could not be loaded again, as it contains fractions.Fraction"):
+        save_checkpoint({"step": 2, "args": {"own": Fraction(1, 3)}}, path)
     assert load_checkpoint(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -134,6 +135,22 @@ def test_a_file_that_processes_share_appears_whole_or_not_at_all(tmp_path, monke
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="not a Linux")
 def test_a_file_system_that_does_not_synchronise_folders_is_no_error():
     _sync_folder(pathlib.Path("/proc"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EIO, errno.EBADF])
+def test_a_file_counts_as_written_where_its_folder_cannot_be_synchronised(number, tmp_path, monkeypatch):
+    """As in network folders on a Mac and in WSL."""
+    real, refused = os.fsync, []
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint({"epoch": 1}, tmp_path / "checkpoint.pth")
+    assert load_checkpoint(tmp_path / "checkpoint.pth") == {"epoch": 1} and refused
 
 
 def test_a_file_without_permission_is_named(permissions):

@@ -441,6 +441,10 @@ def test_every_script_takes_argument_files(name, tmp_path, capsys):
             "--seed 1 # not $x\n--min_lr '$1' --output_dir `hostname`",
             "variables and commands are not replaced in a file: `hostname` ({file}, line 2): write the value",
         ),
+        (
+            "--output_dir C:\\runs\\new",
+            "backslashes count as in a shell: \\runs\\new ({file}, line 1): put the path in single quotes",
+        ),
         ("@other", "unrecognized arguments: @other ({file}, line 1): see --help"),
         ("\x89PNG\0", "not a text file (@{file}): name a file of flags"),
     ],
@@ -454,7 +458,7 @@ def test_an_error_in_a_file_is_one_line_that_names_the_place(text, message, tmp_
     assert capsys.readouterr().err == f"error: {message.format(file=file)}\n"
 
 
-@pytest.mark.parametrize("path", ["bob's $x", "$x", 'a "$HOME" `b`', "#$x", "\\$x'"])
+@pytest.mark.parametrize("path", ["bob's $x", "$x", 'a "$HOME" `b`', "#$x", "\\$x'", "C:\\runs"])
 def test_signs_of_a_shell_in_a_path_are_read_back_from_a_file(path, tmp_path):
     file = tmp_path / "args.txt"
     file.write_text(shlex.join(["--data_path", path]) + "  # not $x\n")

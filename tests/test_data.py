@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import itertools
 import ntpath
 import os
 import re
@@ -30,6 +31,7 @@ from support.data import (
     open_training_images,
     read_image,
     read_labelled,
+    text_lines,
 )
 from support.errors import UserError
 from support.estimates import sample_values
@@ -621,6 +623,25 @@ def test_names_below_a_folder_are_the_same_on_windows(monkeypatch):
     monkeypatch.setattr(os, "path", ntpath)
     found = select_images([("a/b", ["0.png"], 0), ("", ["1.png"], 0)], {".png"})
     assert found.names == ["1.png", "a/b/0.png"]  # as in archives, and as `_check_one_part` splits them
+
+
+def test_a_list_of_another_encoding_is_named_on_windows(tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_bytes("0.png\ncaf\u00e9.png\n".encode("cp1252"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=r"is not UTF-8 text \(.*list.txt, line 2\): save it as UTF-8"):
+        list(text_lines(tmp_path / "list.txt"))
+
+
+@pytest.mark.parametrize("places", [(("a", "train"), ("b", "train")), (("a", "train"), ("a", "val"))])
+def test_classes_that_differ_in_the_form_of_unicode_are_named(places, tmp_path):
+    """As in a folder that comes from a Mac, beside one that does not."""
+    for root, split in itertools.product("ab", ("train", "val")):
+        save_images(tmp_path / root / split / "plain", 1)
+    for (root, split), name in zip(places, ("caf\u00e9", "cafe\u0301"), strict=True):
+        save_images(tmp_path / root / split / name, 1)
+    source = Source(str(tmp_path / "a"), more=(str(tmp_path / "b"),))
+    with pytest.raises(UserError, match=r"two classes look the same: 'cafe?\\\w+' and 'cafe?\\\w+' "):
+        open_train_and_val(source)
 
 
 def test_the_order_of_images_does_not_depend_on_the_order_of_the_disk(tmp_path):

@@ -46,6 +46,9 @@ def test_every_image_has_a_folder_of_its_own():
     paths = ["x/a.png", "x/y/a.jpg", "x/y/a.png", "x/y/z.b.png", "a.png", "x.zip/y/a.png"]
     names = ["a", "y/a", "y/a-2", "y/z.b", "a-2", "y/a-3"]
     assert visualize_attention.folder_names(paths, ["./x/", "a.png", "x.zip"]) == names
+    paths = ["x/Cat.png", "y/cat.png", "x/caf\u00e9.png", "y/cafe\u0301.png"]  # one folder on a Mac
+    names = ["Cat", "cat-2", "caf\u00e9", "cafe\u0301-2"]
+    assert visualize_attention.folder_names(paths, paths) == names
 
 
 def test_any_patch_size_will_do(tmp_path):
