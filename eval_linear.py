@@ -139,7 +139,7 @@ FREE_FLAGS = cli.LOCAL_FLAGS | {
 # Flags that only training uses, and flags of the CLS tokens, which only our ViTs have.
 TRAINING_FLAGS = ("epochs", "lr", "val_freq", "cache_features")
 VIT_FLAGS = ("n_last_blocks", "avgpool_patchtokens")
-OLD_VALUES = {"concat_patchtokens": False}  # value in older checkpoints
+OLD_VALUES = {"concat_patchtokens": False, "few_shot": None}  # values in older checkpoints
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -453,8 +453,6 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
     for name, value in state.items():
         if not isinstance(saved.get(name), type(value)):
             raise UserError(f"checkpoint lacks {name}", str(run.checkpoint), "give another --output_dir")
-    if "classes" not in saved:
-        log("warning: the checkpoint does not record its images: they may have changed")
     return {name: saved[name] for name in state}
 
 

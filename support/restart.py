@@ -175,6 +175,10 @@ class Run:
         if changed:
             self.changed = listed
             log(f"warning: resuming with {listed}: a new run would give another result")
+        lacking = [name for name in self.identity if name not in known]  # of an earlier version
+        if lacking:
+            what = ", ".join(lacking) if recorded else "settings"
+            log(f"warning: {path} does not record {what}: the run may have begun with others")
         for name, value in recorded.items() if checkpoint.get("identity") else ():
             if name not in self.identity | added:
                 log(f"warning: {path} records {name} {value}, which this version does not compare")

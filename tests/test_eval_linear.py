@@ -3,6 +3,7 @@ import copy
 import functools
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -440,9 +441,23 @@ def test_a_checkpoint_that_does_not_record_its_images_is_said_to(labelled, tmp_p
     probe(labelled, tmp_path)
     path = tmp_path / "checkpoint.pth.tar"
     old = load_checkpoint(path)
-    save_checkpoint({name: value for name, value in old.items() if name not in ("identity", "classes")}, path)
+    for lacking, named in (
+        (["identity"], "{path} does not record .*, training images, validation images: the run may have"),
+        (["identity", "args"], "{path} does not record settings: the run may have begun with others"),
+    ):
+        save_checkpoint({name: value for name, value in old.items() if name not in lacking}, path)
+        probe(labelled, tmp_path)
+        assert re.search(named.format(path=path), capsys.readouterr().out)
+
+
+def test_an_older_probe_was_trained_on_all_images(labelled, tmp_path):
     probe(labelled, tmp_path)
-    assert "warning: the checkpoint does not record its images" in capsys.readouterr().out
+    path = tmp_path / "checkpoint.pth.tar"
+    old = load_checkpoint(path)
+    del old["identity"]["few_shot"]
+    save_checkpoint(old, path)
+    with pytest.raises(UserError, match="few_shot None -> "):
+        probe(labelled, tmp_path, "--few_shot", 1)
 
 
 SHADES = {"black": 0, "dark": 80, "grey": 160, "white": 255}

@@ -194,6 +194,9 @@ def test_warmups_left_at_their_defaults_are_shortened(capsys):
     out = capsys.readouterr().out
     assert "warning: --warmup_epochs shortened from 10 to 0.1, as --epochs is 1" in out
     assert "warning: --freeze_last_layer shortened from 1 to 0.1" in out
+    args = main_dino.parse_args(["--epochs", "10"])
+    main_dino.check_args(args)
+    assert args.warmup_epochs == 10  # fits just so
 
 
 def test_a_warm_up_of_all_steps_is_said(capsys):
@@ -239,6 +242,7 @@ def test_the_recipes_flags_reach_the_views():
         ("--blur_sigma 0 0 --blur_p 1 1 1", ["blur_p"]),
         ("--blur_p 1 0.1 1 --solarize_p 0 0.2 1 --local_crops_number 0", ["blur_p", "solarize_p"]),
         ("--blur_p 1 1 1 --solarize_p 1 0.2 1 --local_crops_number 0", []),
+        ("--blur_p 1 0.1 1 --solarize_p 0 0.2 1 --blur_sigma 0 1", []),
         ("--vflip_p 0.5 --quarter_turns true", ["vflip_p"]),
         ("--vflip_p 0.5 --quarter_turns true --hflip_p 0", []),
         ("--warmup_teacher_temp 0.02", ["warmup_teacher_temp"]),
@@ -248,6 +252,7 @@ def test_the_recipes_flags_reach_the_views():
         ("--arch resnet18 --patch_size 8", ["patch_size"]),
         ("--precision fp32 --use_fp16 false", ["use_fp16"]),
         ("--download", ["download"]),
+        ("--demo --dataset FashionMNIST --download", ["download"]),
         ("--knn_data x --knn_share 0.5", ["knn_data", "knn_share"]),
         ("--demo --local_crops_number 0 --solarize_p 0 0.2 0", []),
         ("--demo --local_crops_number 0 --jitter_p 0", []),  # nor of what the demo sets itself
@@ -454,6 +459,8 @@ def test_the_settings_of_a_trial_suit_a_longer_run(images, tmp_path, capsys):
     again = main_dino.parse_args([f"@{tmp_path}/trial/args.txt"])
     main_dino.check_args(again)
     assert as_lists(again) == as_lists(args)
+    args.warmup_epochs = 0.5  # the user's
+    assert main_dino.shortened(args) == ["freeze_last_layer"]
     longer = main_dino.parse_args([f"@{tmp_path}/trial/args.txt", "--epochs", "100"])
     assert (longer.warmup_epochs, longer.warmup_teacher_temp_epochs, longer.freeze_last_layer) == (10, 0, 1)
 

@@ -348,6 +348,16 @@ def test_what_this_version_does_not_compare_is_said(tmp_path, capsys):
     assert "records schedule wsd, which this version does not compare" in capsys.readouterr().out
 
 
+def test_what_an_older_checkpoint_does_not_record_is_said(tmp_path, capsys):
+    pieces = {"student": torch.nn.Linear(1, 1)}
+    with Run(tmp_path, required=()) as run:
+        run.resume(pieces, {"lr": 1})
+        run.save({"epoch": 0})
+    with Run(tmp_path, required=()) as run:
+        run.resume(pieces, {"lr": 1, "gray": 0.2, "digest of the images": "ab12"}, added={"gray": 0.2})
+    assert "checkpoint.pth does not record digest of the images: the run" in capsys.readouterr().out
+
+
 def test_the_identity_that_was_saved_counts_before_the_flags_and_before_what_was_added(tmp_path):
     pieces = {"student": torch.nn.Linear(1, 1)}
     with Run(tmp_path, required=()) as run:
