@@ -415,7 +415,7 @@ def make_void(root) -> None:
             lambda root: Image.fromarray(np.full((32, 48), 257, np.uint16)).save(
                 root / "SegmentationClass/val 0.png"
             ),
-            "mask has Pillow's mode I;16, not numbers of 8 bits",
+            "mask has Pillow's mode I(;16)?, not numbers of 8 bits",
         ),
         (spoil_classes, "no class in the masks, only 255"),
         (lambda root: spoil_classes(root, 0), "no class in the masks, only 0"),
