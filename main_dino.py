@@ -704,13 +704,17 @@ def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+# Of the optimizers above. Other optimizers' groups may also hold state, such as the `d` of Prodigy.
+SETTINGS = {"amsgrad", "betas", "dampening", "eps", "eta", "fused", "momentum", "nesterov", "weight_decay"}
+
+
 def keep_settings(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """Load the moments of a saved state, but not its settings, as torch would.
+    """Load a saved state without its `SETTINGS`, which torch would load too.
 
     Otherwise a changed setting has no effect, and published checkpoints were not saved by a fused optimizer.
     """
     groups = [
-        saved | {name: value for name, value in own.items() if name != "params"}
+        saved | {name: own[name] for name in own.keys() & SETTINGS}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
     ]
     return state | {"param_groups": groups + state["param_groups"][len(groups) :]}

@@ -529,38 +529,30 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     """
     train, val = (open_labelled_images(source, split) for split in ("train", "val"))
     known, seen = class_names(train), class_names(val)
-    check_distinct([*known, *seen], f"--data_path {source.data_path}")
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}: every prediction is right; check the class folders")
-    if known == seen:
-        return train, val
     where = f"--data_path {source.data_path}"
     match_classes(known, seen, where)
+    if known == seen:
+        return train, val
     if not isinstance(val, FilesWithClasses):
         raise UserError("train and val number their classes differently", where, "use a folder instead")
     val.renumber(known)
     return train, val
 
 
-def check_distinct(names: Iterable[str], where: str) -> None:
-    """Raise UserError for two names of classes that look the same, as "é" and "e" with an accent do.
+def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
+    """The numbers that the classes of val have among those of train; logs those that val lacks.
 
+    Raises UserError if val has others, and for two that look the same, as "é" and "e" with an accent do.
     Names of files are often of the second kind if they come from a Mac.
     """
     forms: dict[str, str] = {}
-    for name in names:
+    for name in known + seen:
         other = forms.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
             what = f"two classes look the same: {ascii(other)} and {ascii(name)}"
             raise UserError(what, where, "give them one name, e.g. with convmv")
-
-
-def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
-    """The numbers that the classes of val have among those of train; logs those that val lacks.
-
-    Raises UserError if val has others.
-    """
-    check_distinct([*known, *seen], where)
     numbers = {name: number for number, name in enumerate(known)}
     unknown = [name for name in seen if name not in numbers]
     if unknown:

@@ -187,6 +187,30 @@ def test_batch_norms_of_several_processes_on_cpus_are_a_warning(images, tmp_path
     assert said.count("warning: batch norms see each process's own images") == 1
 
 
+MASKED = """
+import torch, main_dino
+from vision_transformer import VITS, VisionTransformer
+
+class Masked(VisionTransformer):
+    def __init__(self, *, patch_size, **settings):
+        super().__init__(patch_size=patch_size, embed_dim=32, depth=2, num_heads=2, **settings)
+        self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, 32))
+
+    def prepare_tokens(self, x):
+        return super().prepare_tokens(x) + (self.mask_token if self.training else 0)
+
+VITS["masked"] = Masked
+main_dino.train_dino(main_dino.parse_args())
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_train_a_parameter_that_acts_in_training_only(images, tmp_path):
+    (tmp_path / "masked.py").write_text(MASKED)
+    flags = "--arch", "masked", "--max_steps", "2", "--data_path", images, "--output_dir", tmp_path
+    torchrun(2, str(tmp_path / "masked.py"), *TINY, *map(str, flags), env={"PYTHONPATH": str(ROOT)})
+
+
 def test_warmups_left_at_their_defaults_are_shortened(capsys):
     args = main_dino.parse_args(["--epochs", "1"])
     main_dino.check_args(args)
@@ -827,9 +851,11 @@ def test_a_resumed_optimizer_keeps_its_own_settings(name, setting, value):
     """Else a setting that became a flag would be recorded as changed, and have no effect."""
     saved, own = (main_dino.build_optimizer(name, torch.nn.Linear(3, 2)) for _ in range(2))
     for group in own.param_groups:
-        group[setting] = value
+        group |= {setting: value, "d": 0.0}
+    for group in saved.param_groups:
+        group["d"] = 1.0  # state, as Prodigy and schedule-free optimizers keep it
     own.load_state_dict(saved.state_dict())
-    assert [group[setting] for group in own.param_groups] == [value] * 2
+    assert [(group[setting], group["d"]) for group in own.param_groups] == [(value, 1.0)] * 2
     with pytest.raises(ValueError, match="number of parameter groups"):
         own.load_state_dict(torch.optim.SGD([torch.zeros(1)], lr=0.1).state_dict())
 
