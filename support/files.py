@@ -324,11 +324,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def _sync_folder(folder: Path) -> None:
     """Write the folder's list of names to the disk, because a power cut could undo a rename.
 
-    Many file systems cannot, and name the reason differently: EINVAL, a Mac ENOTSUP for network folders, WSL
-    EIO. No such error counts, since the file itself is on the disk.
+    Windows and many file systems cannot, and name the reason differently: EACCES, EINVAL, a Mac ENOTSUP for
+    network folders, WSL EIO. No such error counts, since the file itself is on the disk.
     """
-    if os.name == "nt":
-        return
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from support.data import Images, pixels_of, read_labelled, sample_name, transformed, why_unreadable
-from support.distributed import env_number, fix_random_seeds, get_rank, get_world_size
+from support.distributed import env_number, fix_cpu_seeds, get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
 from support.logger import log, write
 from support.pixels import AnyImage, copy_to
@@ -74,7 +74,7 @@ class TrainingViews(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[list[Tensor], Sequence[Tensor], int]:
         epoch, index = item
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        fix_random_seeds(self.seed, epoch, index)  # what others' images and transforms draw from
+        fix_cpu_seeds(self.seed, epoch, index)  # what others' images and transforms draw from
         pixels, unreadable = self.readable(epoch, index)
         return *self.make_views(pixels, rng), unreadable
 

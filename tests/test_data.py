@@ -632,13 +632,13 @@ def test_a_list_of_another_encoding_is_named_on_windows(tmp_path, monkeypatch):
         list(text_lines(tmp_path / "list.txt"))
 
 
-@pytest.mark.parametrize("places", [(("a", "train"), ("b", "train")), (("a", "train"), ("a", "val"))])
+@pytest.mark.parametrize("places", ["a/train b/train", "a/train a/val", "a/train b/train a/val b/val"])
 def test_classes_that_differ_in_the_form_of_unicode_are_named(places, tmp_path):
     """As in a folder that comes from a Mac, beside one that does not."""
     for root, split in itertools.product("ab", ("train", "val")):
         save_images(tmp_path / root / split / "plain", 1)
-    for (root, split), name in zip(places, ("caf\u00e9", "cafe\u0301"), strict=True):
-        save_images(tmp_path / root / split / name, 1)
+    for place, name in zip(places.split(), ("caf\u00e9", "cafe\u0301") * 2, strict=False):
+        save_images(tmp_path / place / name, 1)
     source = Source(str(tmp_path / "a"), more=(str(tmp_path / "b"),))
     with pytest.raises(UserError, match=r"two classes look the same: 'cafe?\\\w+' and 'cafe?\\\w+' "):
         open_train_and_val(source)
