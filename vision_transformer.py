@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer does the product of `nn.Linear` alone: no other class, no hook, no other `forward`."""
-    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
     return type(layer) is nn.Linear and not changed
 
 
