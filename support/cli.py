@@ -143,7 +143,7 @@ def expand(given: str) -> list[tuple[str, str]]:
 # Text that a shell keeps (quotes, escapes, comments); group 1: a variable or a command; group 2: a path of
 # Windows, whose backslashes a shell drops.
 SHELL = re.compile(
-    r"""'[^']*'|"(?:[^"\\$`]|\\.|\$(?![\w{(]))*"|\\\W|(?<!\S)\#.*|(\$[\w{(]\S*|`\S*)|(\\\w\S*)"""
+    r"""'[^']*'|"(?:[^"\\$`]|\\.|\$(?![\w{(]))*"|\\[^\w.]|(?<!\S)\#.*|(\$[\w{(]\S*|`\S*)|(\\[\w.]\S*)"""
 )
 
 

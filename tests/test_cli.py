@@ -445,6 +445,10 @@ def test_every_script_takes_argument_files(name, tmp_path, capsys):
             "--output_dir C:\\runs\\new",
             "backslashes count as in a shell: \\runs\\new ({file}, line 1): put the path in single quotes",
         ),
+        (
+            "--output_dir C:\\.runs",
+            "backslashes count as in a shell: \\.runs ({file}, line 1): put the path in single quotes",
+        ),
         ("@other", "unrecognized arguments: @other ({file}, line 1): see --help"),
         ("\x89PNG\0", "not a text file (@{file}): name a file of flags"),
     ],
