@@ -6,6 +6,7 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -147,11 +148,11 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
         if image.float().std(dim=(1, 2), correction=0).max() < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
         else:
-            thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten().numpy()
+            thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten()
     read = checked - len(reasons)
     _check_range(images, within / max(read, 1), levels, read)
     faults |= _faults_of_depth(depths, deepest)
-    if alike and (same := _identical(thumbnails)):
+    if alike and thumbnails and (same := _identical(thumbnails)):
         faults["are nearly identical to another one: training learns from differences between images"] = same
     for words, indices in faults.items():
         example = sample_name(images, min(indices)) + reasons.get(min(indices), "")
@@ -240,10 +241,8 @@ def _dropped(file: Image.Image) -> str:
     return f"{bands - 3} of {bands} bands" if bands > 3 and file.mode != "CMYK" else ""
 
 
-def _identical(thumbnails: dict[int, np.ndarray]) -> list[int]:
+def _identical(thumbnails: dict[int, Tensor]) -> list[int]:
     """Indices of images whose thumbnail is nearly identical to another image's."""
-    indices = list(thumbnails)
-    return [
-        i for i in indices
-        if any(i != j and np.abs(thumbnails[i] - thumbnails[j]).mean() < IDENTICAL for j in indices)
-    ]  # fmt: skip
+    values = torch.stack([*thumbnails.values()])
+    alike = torch.cdist(values, values, p=1) < IDENTICAL * values.shape[1]  # each to itself too
+    return [index for index, count in zip(thumbnails, alike.sum(dim=1), strict=True) if count > 1]
