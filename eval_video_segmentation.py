@@ -11,8 +11,8 @@ Shapes: F context frames, H x W pixels, R x C patches, D features, K classes: th
 """
 
 import argparse
-import contextlib
 import math
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -191,19 +191,12 @@ def without_void(mask: np.ndarray) -> np.ndarray:
 def check_outputs(clips: list[Clip], output_dir: Path) -> None:
     """Make the clips' folders. Raises UserError if a mask would be written over a file of the data set."""
     for clip in clips:
-        inputs = {_identity(path) for path in (*clip.frames, *clip.masks)} - {None}
+        inputs = {file_id(path) for path in (*clip.frames, *clip.masks) if os.path.exists(path)}
         for mask in clip.masks:
             path = output_dir / clip.name / mask.name
-            if _identity(path) in inputs:
+            if os.path.exists(path) and file_id(path) in inputs:
                 raise UserError("would overwrite the data set", str(path), "give another --output_dir")
         cli.make_folder(output_dir / clip.name)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """`file_id`; None if there is no file."""
-    with contextlib.suppress(OSError):
-        return file_id(path)
-    return None
 
 
 # ---------------------------------------------------------------------------------------------
