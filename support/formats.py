@@ -20,7 +20,7 @@ from torch import Tensor
 
 from support.errors import UserError, WrongFormat
 from support.files import ARRAYS, all_extensions, extension, open_file, readable_extensions
-from support.pixels import as_tensor, to_pixels, to_rgb
+from support.pixels import as_tensor, to_rgb
 
 TIFFS = (".tif", ".tiff")
 
@@ -111,17 +111,15 @@ def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB
     """
     if not form.by_pillow or extension(path) in ARRAYS:
         return load_levels(path, content, form)
-    if form.channels == 1:
-        return as_tensor(load_image(path, content, 1))
     decode = getattr(torchvision.io, "decode_jpeg", None)
-    if decode and extension(path) in (".jpg", ".jpeg"):
+    if decode and form.channels == 3 and extension(path) in (".jpg", ".jpeg"):
         with open_file(path, content) as file:
             content = file.read()
         with Image.open(io.BytesIO(content)) as image:  # the header only; refuses decompression bombs
             is_colour_jpeg = image.format == "JPEG" and image.mode == "RGB"
         if is_colour_jpeg and content.endswith(b"\xff\xd9"):
             return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    return to_pixels(load_image(path, content))
+    return as_tensor(load_image(path, content, form.channels))
 
 
 def load_levels(path: str, content: bytes | None, form: ImageFormat) -> Tensor:
