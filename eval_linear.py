@@ -257,6 +257,7 @@ def train(
 
 CHUNK = 4096  # images at a time
 PRINT_FREQ = 10  # steps
+ACCURACY = "top-1 {acc1:.2f} %, top-5 {acc5:.2f} %"
 
 
 @torch.inference_mode()
@@ -417,10 +418,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
     x, labels = extract(args, features, images, device)
     labels = to_classes(labels, images, classes, num_labels)
     results = validate_network(classifier.to(device), x, labels)
-    log(
-        f"Accuracy of the network on the {len(images)} test images: "
-        f"top-1 {results[0]['acc1']:.2f} %, top-5 {results[0]['acc5']:.2f} %"
-    )
+    log(f"Accuracy of the network on the {len(images)} test images: {ACCURACY.format(**results[0])}")
     return results
 
 
@@ -512,10 +510,9 @@ def few_images(args: argparse.Namespace, images: Images) -> Images:
     """The images that `--few_shot` takes, all without it. Raises UserError."""
     if not args.few_shot:
         return images
-    chosen = draw_few(labels_of(images), args.few_shot, args.seed, class_names(images))
-    few = FewImages(images, chosen.tolist())
-    log(f"training on {len(few):,} of {len(images):,} images: {args.few_shot} of each class")
-    return few
+    drawn = draw_few(labels_of(images), args.few_shot, args.seed, class_names(images))
+    log(f"training on {len(drawn):,} of {len(images):,} images: {args.few_shot} of each class")
+    return FewImages(images, drawn.tolist())
 
 
 def train_epochs(
@@ -565,7 +562,7 @@ def keep_best(state: dict, classifiers: LinearClassifiers, results: list[dict], 
         if result["acc1"] > state["best"][i]["acc1"]:
             state["best"][i] = result | {"epoch": epoch}
     top = max(results, key=lambda result: result["acc1"])
-    log(f"epoch {epoch}: top-1 {top['acc1']:.2f} %, top-5 {top['acc5']:.2f} %")
+    log(f"epoch {epoch}: {ACCURACY.format(**top)}")
 
 
 def report(lrs: list[float], best: list[dict]) -> None:
@@ -575,7 +572,7 @@ def report(lrs: list[float], best: list[dict]) -> None:
         log(f"{lr:10g} {row['acc1']:7.2f} {row['acc5']:7.2f}  {row['epoch']}")
     # Of equal ones, the first that was reached, as in `keep_best`.
     lr, row = max(zip(lrs, best, strict=True), key=lambda pair: (pair[1]["acc1"], -pair[1]["epoch"]))
-    log(f"Best accuracy: top-1 {row['acc1']:.2f} %, top-5 {row['acc5']:.2f} %, with --lr {lr:g}")
+    log(f"Best accuracy: {ACCURACY.format(**row)}, with --lr {lr:g}")
 
 
 def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[str, float]]:
@@ -601,8 +598,8 @@ def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[st
         classifiers = LinearClassifiers(1, features.width, num_labels)
         classifiers[0].linear = logistic.fit(x[rows], y[rows], num_labels, l2)
         results += validate_network(classifiers, val_x, val_y)
-        log(f"seed {seed}: {len(rows):,} images, regularisation {l2:g}: "
-            f"top-1 {results[-1]['acc1']:.2f} %, top-5 {results[-1]['acc5']:.2f} %")  # fmt: skip
+        accuracy = ACCURACY.format(**results[-1])
+        log(f"seed {seed}: {len(rows):,} images, regularisation {l2:g}: {accuracy}")
     if len(results) > 1:
         top1, top5 = ([result[name] for result in results] for name in ("acc1", "acc5"))
         log(f"mean and deviation of {len(results)} subsets: "
