@@ -27,7 +27,7 @@ from torchvision import transforms
 from eval_image_retrieval import average_precision
 from support import cli
 from support.cli import bool_flag
-from support.data import ImageFiles, describe, digest
+from support.data import ImageFiles, JoinedFiles, describe, digest
 from support.distributed import agree, fix_random_seeds, is_main_process, same_error_on_all_ranks
 from support.errors import UserError
 from support.features import SAME, cls_and_patches, confirm_network, extract_features
@@ -273,7 +273,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     frozen = load_network(args)
     model = functools.partial(copy_features, frozen.network.to(device))
     transform = input_transform(args.imsize, frozen.mean, frozen.std)
-    images = ImageFiles(*(path for part in sets.values() for path in part.paths))
+    images = JoinedFiles([*sets.values()])
     flags = args.batch_size_per_gpu, args.num_workers, keep_on
     together = extract_features(model, images, transform, device, *flags)[0]
     if not is_main_process():
