@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler
 from torchvision import transforms
 
 from eval_knn import knn_votes
@@ -242,7 +242,7 @@ def resized_batches(
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
     channels = functools.partial(in_channels, channels=frozen.form.channels)
     transform = transforms.Compose([channels, resize, as_tensor])
-    order = BatchSampler(SequentialSampler(range(len(images))), batch_size, drop_last=False)
+    order = BatchSampler(range(len(images)), batch_size, drop_last=False)
     for pixels, _, indices in make_loader(EvalImages(images, transform), order, num_workers, device):
         yield indices.tolist(), normalize(pixels.to(device), frozen.mean, frozen.std)
 
