@@ -151,6 +151,5 @@ def vit_shapes(state: dict[str, Tensor]) -> dict[str, int]:
             if position is not None and position.ndim == 3 and patches.ndim == 4:
                 width, in_chans, _, patch_size = patches.shape
                 count = max(0, position.shape[1] - 1)
-                found = {"width": width, "patch_size": patch_size, "patches": count}
-                return found | {"in_chans": in_chans}
+                return {"width": width, "patch_size": patch_size, "patches": count, "in_chans": in_chans}
     return {}
