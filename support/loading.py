@@ -3,6 +3,7 @@
 Shapes: B images, V views, H x W pixels.
 """
 
+import atexit
 import contextlib
 import errno
 import functools
@@ -174,12 +175,15 @@ class Loader(DataLoader):
         return self._pass(batches, set(multiprocessing.active_children()) - others)
 
     def _pass(self, batches: Iterator, workers: set[BaseProcess]) -> Iterator:
+        end = functools.partial(kill_workers, workers)
+        atexit.register(end)  # at its exit, Python would wait for the workers of a pass that was kept open
         try:
             while (batch := self._next(batches, workers)) is not None:
                 yield batch
         finally:
             del batches  # torch then ends the workers that respond
-            kill_workers(workers)
+            end()
+            atexit.unregister(end)
 
     def _next(self, batches: Iterator, workers: set[BaseProcess]):
         """Return the next batch; None at the end, and if this process is asked to stop while it waits."""

@@ -396,6 +396,14 @@ def test_workers_end_with_a_training_that_is_killed(method, tmp_path):
     wait_for(lambda: not any(map(runs, workers)), "end of the workers")
 
 
+def test_a_process_ends_with_a_pass_that_is_kept_open():
+    """As a notebook keeps it, in a variable or after an error. Python would wait for the workers for ever."""
+    body = "import torch; from support.loading import make_loader; from tests.test_loading import Waiting; "
+    body += "kept = iter(make_loader(Waiting(2), [[0], [1]], 1, torch.device('cpu'))); next(kept)"
+    command = [sys.executable, "-c", body]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+
+
 SIGNALLED = """
 import multiprocessing, os, signal, sys
 import torch
