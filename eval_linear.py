@@ -16,13 +16,14 @@ Shapes: B images, D backbone width, F feature width, H classifiers, C classes.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -236,7 +237,7 @@ def features_of_images(
 
 def cached_batches(
     features: Tensor, labels: Tensor, batches: Iterable[list[tuple[int, int]]]
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield rows of features (N, F) and labels (N,) for each batch of (epoch, index)."""
     for batch in batches:
         rows = copy_to(torch.tensor([index for _, index in batch]), features.device)
@@ -457,7 +458,7 @@ def resume(run: Run, pieces: dict, identity: dict, num_rates: int) -> dict:
 class Batches(NamedTuple):
     """What a classifier trains on, epoch after epoch."""
 
-    loaded: Iterator[tuple[Tensor, Tensor]]
+    loaded: Generator[tuple[Tensor, Tensor], None, None]
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # to features (B, F) and labels (B,)
     per_epoch: int  # of one rank
     images: int  # of all ranks in an epoch
@@ -501,7 +502,8 @@ def train_linear(args: argparse.Namespace, device: torch.device) -> list[dict[st
             val_data = x, to_classes(labels, val_images, classes, num_labels)
             batches = build_batches(args, features, train_images, state["epoch"], device)
             state |= {"args": vars(args), "classes": classes or None}
-            train_epochs(args, run, state, batches, val_data)
+            with contextlib.closing(batches.loaded):  # also ends the workers after an error
+                train_epochs(args, run, state, batches, val_data)
     report(args.lr, state["best"])
     return state["best"]
 

@@ -2,6 +2,7 @@ import argparse
 import copy
 import functools
 import json
+import multiprocessing
 import random
 import re
 import shutil
@@ -554,6 +555,12 @@ def test_a_rate_that_runs_away_leaves_the_others(labelled, tmp_path):
     assert best[0]["acc1"] == 0 < best[1]["acc1"]
     with pytest.raises(TrainingError, match="every --lr is not finite .*: lower --lr"):
         probe(labelled, tmp_path / "all", "--lr", 1e40, 1e39, "--cache_features")
+
+
+def test_no_worker_outlives_an_error(labelled, tmp_path):
+    with pytest.raises(TrainingError) as error:
+        probe(labelled, tmp_path, "--lr", 1e40, "--num_workers", 1)
+    assert error.tb and multiprocessing.active_children() == []  # its traceback keeps the frames
 
 
 def test_a_run_that_is_over_is_reported_without_decoding_the_images(labelled, tmp_path, monkeypatch):
