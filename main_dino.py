@@ -901,7 +901,7 @@ ADVICE = "try --precision fp32, a lower --lr or --clip_grad 0.3"
 
 
 def train_dino(args: argparse.Namespace) -> None:
-    """Set up, resume the run in --output_dir if there is one, train, save."""
+    """Open the images and --output_dir, train the run there, and release the folder also after an error."""
     check_args(args)
     device = cli.join_processes(args)
     fix_random_seeds(args.seed)
@@ -914,7 +914,12 @@ def train_dino(args: argparse.Namespace) -> None:
     with same_error_on_all_ranks():
         source.check_outside(Path(args.output_dir, "curves.png"), f"--output_dir {args.output_dir}")
         folder = cli.make_folder(args.output_dir)
-    run = Run(folder, required=("student", "teacher", "optimizer"), advice=ADVICE)
+    with Run(folder, required=("student", "teacher", "optimizer"), advice=ADVICE) as run:
+        train_run(args, run, images, steps, device)
+
+
+def train_run(args: argparse.Namespace, run: Run, images: Images, steps: Steps, device: torch.device) -> None:
+    """Resume the run if it has begun, train, save."""
     settle_format(args, images, run)
     training = build_training(args, device, steps, resumes=all_gather_object(run.exists())[0])
 
@@ -944,7 +949,7 @@ def train_dino(args: argparse.Namespace) -> None:
     )
     batches = to_device(iter(build_loader(args, images, steps, step, device, monitor.stop_asked)), device)
     stopped = False
-    with run, monitor, contextlib.closing(batches):
+    with monitor, contextlib.closing(batches):
         while step < steps.last and not stopped:  # a stretch, then a checkpoint
             epoch = step // steps.per_epoch
             if step % steps.per_epoch == 0:  # else the sums continue from before the restart

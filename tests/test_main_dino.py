@@ -345,6 +345,7 @@ def test_a_run_does_not_resume_under_another_recipe(images, tmp_path):
             UserError, match=r"blur_p \[1.0, 0.1, 0.5\] -> \[0.0, 0.0, 0.0\], vflip_p 0.0 -> 0.5 "
         ):
             train(*flags, "--blur_p", 0, 0, 0, "--vflip_p", 0.5)
+        assert not list(tmp_path.glob(".*.lock"))  # a notebook goes on, and others may use the folder
     train(*flags, "--max_steps", 2)
     assert load_checkpoint(path)["step"] == 2 and load_checkpoint(path)["identity"]["gray_p"] == 0.2
 
