@@ -506,6 +506,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     start_helper()
+    others = set(multiprocessing.active_children())  # of the notebook or program that runs the script
     try:
         main(args)
         logger.write()  # what is still to be flushed
@@ -528,7 +529,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
             raise
         end_at_once(outside)
     finally:
-        kill_workers(multiprocessing.active_children())
+        kill_workers(set(multiprocessing.active_children()) - others)
         if logger.lost and resumable:
             say_once(f"warning: some output was lost: {reason_of(logger.lost[0])}")
         flush_output()

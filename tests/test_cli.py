@@ -208,6 +208,13 @@ def test_a_name_of_any_bytes_is_printed():
     assert run("-c", code, env={"PYTHONIOENCODING": "utf-8"}).stdout == "my \\udcff\n"
 
 
+def test_a_script_ends_no_process_of_a_notebook_that_runs_it():
+    code = "import multiprocessing, time; from support import cli\n"
+    code += "own = multiprocessing.Process(target=time.sleep, args=(300,)); own.start()\n"
+    code += "cli.run_script(print, 'done'); print(own.is_alive()); own.kill()"
+    assert run("-c", code).stdout == "done\nTrue\n"
+
+
 def test_no_reader_of_output_and_errors_has_the_exit_code_of_no_reader():
     """As for `main_dino.py 2>&1 | head`."""
     code = "from support import cli; cli.run_script(lambda _: print('a line', flush=True), None)"
