@@ -174,7 +174,11 @@ def knn_classifier(
     """Top-1 and top-5 accuracy in percent of the weighted k-NN classifier.
 
     Features as in `knn_accuracies`. Raises ValueError if one is not finite: it would be the nearest of all.
+    Also raises it unless there is one label for each feature.
     """
+    for features, labels in (train_features, train_labels), (test_features, test_labels):
+        if len(features) != labels.numel():
+            raise ValueError(f"{len(features)} features have {labels.numel()} labels")
     if not (train_features.isfinite().all() and test_features.isfinite().all()):
         raise ValueError("features are not finite")
     data = train_features, train_labels.flatten(), test_features, test_labels.flatten()

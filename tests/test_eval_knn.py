@@ -70,6 +70,13 @@ def test_all_k_at_once_equal_one_k_at_a_time():
         with pytest.raises(ValueError, match="features are not finite"):
             eval_knn.knn_classifier(*data, 5, 0.07, 4)
         features[3] = before
+    for place in (1, 3):  # else the accuracy would be another one, up to several hundred per cent
+        labels = list(data)
+        labels[place] = torch.cat([data[place], data[place]])
+        with pytest.raises(
+            ValueError, match=f"{len(data[place])} features have {2 * len(data[place])} labels"
+        ):
+            eval_knn.knn_classifier(*labels, 5, 0.07, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float32, torch.bool])
