@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from support.errors import UserError, WrongFormat, reason_of
-from support.files import Folder, Found, Paths, all_extensions, appearing, select_images
+from support.files import Folder, Found, Paths, all_extensions, appearing, is_hidden, select_images
 from support.logger import log
 
 ARCHIVES = (".tar", ".zip")
@@ -71,7 +71,7 @@ def shards_in(root: str | Path) -> list[str]:
     found = []
     with contextlib.suppress(OSError), os.scandir(root) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 continue
             if not is_archive(entry.path):
                 return []
@@ -211,13 +211,9 @@ class Tree(NamedTuple):
     contents: dict[str, tuple[list[str], set[str]]]  # by folder: the names of its files, and hidden names
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # companion files that a Mac adds to a zip
-
-
 def _in_hidden(path: str) -> bool:
     """Whether a member, or a folder above it, is hidden."""
-    return any(map(_is_hidden, path.split("/")))
+    return any(map(is_hidden, path.split("/")))
 
 
 def _tree(names: list[str]) -> Tree:
@@ -231,7 +227,7 @@ def _tree(names: list[str]) -> Tree:
             return folder in contents
         above, _, name = folder[:-1].rpartition("/")
         above += "/" * bool(above)
-        if enter(above) and not _is_hidden(name):
+        if enter(above) and not is_hidden(name):
             contents[folder] = ([], set())
             return True
         hidden.add(folder)
@@ -242,7 +238,7 @@ def _tree(names: list[str]) -> Tree:
     for path in names:
         folder, separator, name = path.rpartition("/")
         if enter(folder + separator) and name:
-            if _is_hidden(name):
+            if is_hidden(name):
                 contents[folder + separator][1].add(name)
             else:
                 contents[folder + separator][0].append(name)
@@ -271,7 +267,7 @@ def _without_own_folder(index: Index, stem: str) -> Index:
 def _has_images(index: Index) -> bool:
     """Whether an archive has images at its top level."""
     readable = tuple(all_extensions())
-    return any("/" not in x and x.lower().endswith(readable) and not _is_hidden(x) for x in index.names)
+    return any("/" not in x and x.lower().endswith(readable) and not is_hidden(x) for x in index.names)
 
 
 def _merge(parts: list[tuple[str, Index]], where: str) -> Index:

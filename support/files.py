@@ -180,6 +180,11 @@ def select_images(contents: Iterable[tuple[str, list[str], int]], readable: Set[
     return Found(found, [folder for folder, names in folders if names], taken, left_out, hidden)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a name is left out: one with a dot first, and the folder that a Mac adds to a zip."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, list[str], int]]:
     """Yield `root` and each folder below it, following links: the path relative to `root`, the names of the
     files, and the number of hidden names.
@@ -199,7 +204,7 @@ def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, li
             entered.add(own)
             with os.scandir(path) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if is_hidden(entry.name):
                         hidden += 1
                     elif not entry.is_dir():
                         names.append(entry.name)
@@ -267,7 +272,7 @@ class Folder:
         """List the names of its folders, sorted, except hidden ones. Raises UserError."""
         try:
             with os.scandir(self.root) as entries:
-                return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+                return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
         except OSError as error:
             fix = "make it readable, or give another folder"
             raise UserError(reason_of(error), error.filename or self.root, fix) from None
@@ -279,7 +284,7 @@ class Folder:
     def file_names(self) -> list[str]:
         """List the names of the files in the folder itself, except hidden ones."""
         with os.scandir(self.root) as entries:
-            return [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
+            return [e.name for e in entries if e.is_file() and not is_hidden(e.name)]
 
     def paths(self, names: Iterable[str]) -> Paths:
         """The paths of files, given by their names relative to the folder."""

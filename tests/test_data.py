@@ -301,6 +301,7 @@ def test_what_lies_beside_class_folders_is_left_out_and_counted(tmp_path, place,
         save_images(root / name, 2)
     save_images(root, 3)  # e.g. not yet sorted
     save_images(root / ".ipynb_checkpoints", 1)
+    (root / "__MACOSX" / "cat").mkdir(parents=True)  # from a zip that a Mac made
     (root / "._000.png").write_text("a Mac's companion")
     (root / "labels.csv").write_text("no image")
     if packed:
