@@ -70,6 +70,8 @@ def extract_features(
     device, maps a batch (B, C, H, W) to features (B, D). The results are kept on `keep_on`, by default the
     device. Raises UserError if an image cannot be read, and for features that are not finite.
     """
+    if getattr(model, "training", False):
+        log("warning: the network is in training mode, in which batch norm and dropout act: call its eval()")
     keep_on = keep_on or device
     dataset = EvalImages(images, transform)
     sampler: Sampler[int] = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=False)

@@ -55,6 +55,13 @@ def test_features_that_are_nearly_equal_are_named(labelled, capsys):
     assert "nearly equal" not in capsys.readouterr().out  # one image has none that it could equal
 
 
+def test_a_network_in_training_mode_is_said(labelled, capsys):
+    images, cpu = open_labelled_images(Source(str(labelled)), "train"), torch.device("cpu")
+    for network, said in ((nn.Flatten(), True), (nn.Flatten().eval(), False)):
+        extract_features(network, images, eval_transform(8), cpu)
+        assert ("warning: the network is in training mode" in capsys.readouterr().out) == said
+
+
 def test_no_worker_outlives_an_error_of_the_network(labelled):
     """Workers ignore SIGTERM, by which Python would end them at its exit."""
     images = open_labelled_images(Source(str(labelled)), "train")
