@@ -71,8 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = cli.ArgumentParser(__doc__)
     # fmt: off
-    cli.add_weights_flags(parser, seed_of="the classifiers' first weights, the order of the images, the "
-        "augmentation and the subset of --few_shot")
+    cli.add_weights_flags(parser, seed_of="the weights of --pretrained_weights random, the classifiers' "
+        "first weights, the order of the images, the augmentation and the subset of --few_shot")
     positive = cli.number(int, at_least=1)
     group = parser.add_argument_group("features")
     cli.add_size_flag(group, "--image_size", None,
