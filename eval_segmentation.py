@@ -6,8 +6,8 @@
 
 `--data_path` has VOC's layout: `JPEGImages/NAME.jpg`, `SegmentationClass/NAME.png` (a palette or grey PNG of
 class numbers; 0 is the background, 255 is void and counts nowhere), and the names in
-`ImageSets/Segmentation/train.txt` and `val.txt`. Images are resized to a square; predictions are enlarged
-to the size of the mask and compared there, pixel by pixel.
+`ImageSets/Segmentation/train.txt` and `val.txt`. Images are resized to `--image_size`: a square, or height
+and width. Predictions are enlarged to the size of the mask and compared there, pixel by pixel.
 
 Attention: of each head, the patches that hold a share of it (`--threshold`) against the objects, by the
 Jaccard index. The paper (Section 4.2.2, table of Figure 4) shows "the best head". Its first author explains
