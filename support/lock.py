@@ -172,10 +172,15 @@ def _machine() -> list[str]:
 
 
 def _started(pid: int) -> str:
-    """When a process started, to recognise a process ID that is used again; "" if unknown."""
+    """When a process started, to recognise a process ID that is used again; "" if unknown.
+
+    "ended" for a process that has ended and that its parent does not wait for, e.g. in a container whose
+    process 1 is `sleep`: it keeps its ID.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
-    except (OSError, IndexError):
+        state, *numbers = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return "ended" if state == b"Z" else numbers[18].decode()
+    except (OSError, ValueError, IndexError):
         return ""
 
 

@@ -213,6 +213,18 @@ def test_a_process_id_that_is_used_again_holds_nothing(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_killed_process_that_its_parent_does_not_wait_for_holds_nothing(tmp_path):
+    """As in a container whose process 1 is `sleep`, or of a notebook."""
+    process = holder(tmp_path / "lock")
+    process.kill()
+    wait_for(lambda: " Z " in Path(f"/proc/{process.pid}/stat").read_text(), "zombie")
+    lock = FolderLock(tmp_path / "lock")
+    lock.acquire()
+    lock.release()
+    process.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
 def test_a_process_may_have_any_name():
     code = (  # the kernel cuts the name after 15 bytes, here within a character
         "import ctypes, os; ctypes.CDLL(None).prctl(15, 'entraîné-modèleé'.encode()[:15])\n"
