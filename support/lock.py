@@ -19,7 +19,7 @@ class FolderLock:
     """A file that names the process which holds a folder, rewritten every `beat` seconds.
 
     Needs no locks of the file system. A lock that a dead process left is ignored: on the same machine its
-    process ID shows that it is dead, on other machines the file no longer changes.
+    process ID shows that it is dead, elsewhere that the file no longer changes.
     """
 
     def __init__(self, path: Path, beat: float = 10.0):
@@ -127,14 +127,11 @@ class FolderLock:
         return list(file_id(self.path.parent))
 
     def _is_dead(self, holder: dict) -> bool:
-        if holder["machine"] == _machine() and os.name != "nt":  # on Windows, signal 0 would end the process
-            if holder.get("folder", self._folder()) != self._folder():
-                return True
-            if holder["pid"] == os.getpid() or not _is_alive(holder["pid"], holder.get("started")):
-                return True
-            if holder.get("started"):
-                return False
-            # On a Mac, another process may have got the ID of a dead holder.
+        # Where nothing tells when processes started, e.g. on a Mac or without /proc, an ID may be used again
+        # or be another machine's. A folder that is mounted twice looks like a copy.
+        here = holder["machine"] == _machine() and holder.get("folder", self._folder()) == self._folder()
+        if here and holder.get("started"):
+            return holder["pid"] == os.getpid() or not _is_alive(holder["pid"], holder["started"])
         log(f"waiting up to {2 * self.beat:.0f} s to see whether {_name(holder)} holds {self.path.parent}")
         deadline = time.monotonic() + 2 * self.beat
         while time.monotonic() < deadline:
@@ -184,11 +181,11 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _is_alive(pid: int, started: str | None) -> bool:
+def _is_alive(pid: int, started: str) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return not started or _started(pid) in ("", started)
+    return _started(pid) in ("", started)

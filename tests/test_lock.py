@@ -42,11 +42,16 @@ def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lock_from_another_machine_holds_as_long_as_it_changes(tmp_path, capsys):
-    path = tmp_path / "lock"
+@pytest.mark.parametrize(
+    "told",
+    [{"machine": ["elsewhere", "", ""]}, {"folder": [0, 0]}, {"started": ""}],
+    ids=["another machine", "mounted twice", "no /proc"],
+)
+def test_a_lock_whose_process_is_unknown_here_holds_as_long_as_it_changes(told, tmp_path, capsys):
+    path, nobody = tmp_path / "lock", 2**22 + 1  # Linux gives no such ID
     mine = FolderLock(path, beat=0.2)
     mine.acquire()
-    told = json.loads(path.read_text()) | {"machine": ["elsewhere", "", ""], "token": "x", "pid": 1}
+    told = json.loads(path.read_text()) | {"token": "x", "pid": nobody} | told
     mine.release()
     path.write_text(json.dumps(told))
     begun = time.monotonic()
@@ -54,7 +59,7 @@ def test_a_lock_from_another_machine_holds_as_long_as_it_changes(tmp_path, capsy
     other.acquire()  # it does not change: dead
     assert (
         time.monotonic() - begun >= 1
-        and "waiting up to 1 s to see whether process 1" in capsys.readouterr().out
+        and f"waiting up to 1 s to see whether process {nobody}" in capsys.readouterr().out
     )
     other.release()
 
@@ -67,7 +72,7 @@ def test_a_lock_from_another_machine_holds_as_long_as_it_changes(tmp_path, capsy
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])
     try:
-        with pytest.raises(UserError, match="another run writes to this folder: process 1 on"):
+        with pytest.raises(UserError, match=f"another run writes to this folder: process {nobody} on"):
             FolderLock(path, beat=2).acquire()
     finally:
         process.kill(), process.wait()
