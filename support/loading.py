@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,8 +135,12 @@ class EpochBatches:
 
 
 def num_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    """How many cores this process may use; the quota of a container counts in whole cores, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    with contextlib.suppress(OSError, ValueError):  # not a container with cgroup v2; "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 @functools.cache

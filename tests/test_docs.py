@@ -18,7 +18,8 @@ SCRIPTS = [
 ]
 OTHER_FLAGS = {
     "torchrun": "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max_restarts "
-    "--signals-to-handle --shutdown-timeout",
+    "--signals-to-handle --shutdown-timeout --local-addr",
+    "docker run": "--init --shm-size",
     "sbatch, srun, squeue": "--nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue "
     "--open-mode --me",
     "pip": "--index-url",

@@ -351,6 +351,17 @@ def test_a_batch_lost_for_lack_of_files_or_shared_memory_ends_with_the_fix(image
     assert ended.returncode == 75 and said, ended.stderr
 
 
+@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("max 100000", None)])
+def test_the_cores_of_a_container_are_those_of_its_quota(quota, cores):
+    box = f'mount -t tmpfs none /sys/fs/cgroup; echo {quota} > /sys/fs/cgroup/cpu.max; exec "$@"'
+    command = ["unshare", "-Urm", "sh", "-ec", box, "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("not allowed here")
+    code = "from support.loading import num_cores; print(num_cores())"
+    said = subprocess.run([*command, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout == f"{cores or len(os.sched_getaffinity(0))}\n", said.stderr
+
+
 def test_a_folder_for_sockets_whose_path_is_too_long_is_refused(images, tmp_path, monkeypatch):
     """The thread of a worker that sends a batch would fail, and the batch be lost."""
     for length, fits in ((75, True), (76, False)):

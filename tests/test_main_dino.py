@@ -30,7 +30,7 @@ from support.checkpoints import load_checkpoint, save_checkpoint
 from support.data import ImageFiles, Source, open_training_images
 from support.distributed import fix_random_seeds
 from support.errors import TrainingError, UserError
-from support.loading import to_device
+from support.loading import num_cores, to_device
 from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalize, normalized_views, to_pixels
@@ -1007,6 +1007,18 @@ def test_threads_are_those_of_the_flag(images, tmp_path):
     try:
         train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1, "--cpu_threads", before + 1)
         assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_beyond_the_cores_are_named(capsys):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_cores() + 1)
+        main_dino.set_threads(0, torch.device("cpu"))
+        assert f"--cpu_threads {num_cores()} is faster" in capsys.readouterr().out
+        main_dino.set_threads(num_cores(), torch.device("cpu"))
+        assert torch.get_num_threads() == num_cores() and not capsys.readouterr().out
     finally:
         torch.set_num_threads(before)
 
