@@ -37,7 +37,7 @@ from support.distributed import (
     same_error_on_all_ranks,
 )
 from support.errors import ImageError, UserError, WrongFormat
-from support.features import SAME, compute, concat_patches, extract_features, load_by_flags
+from support.features import SAME, all_finite, compute, concat_patches, extract_features, load_by_flags
 from support.files import evenly_spread, replacing
 from support.logger import log
 from support.pixels import AnyImage
@@ -87,6 +87,7 @@ FEATURE_FLAGS = (
 
 
 CHUNK = 2**25  # similarities at a time; 128 MiB
+ROWS = 64  # test images at a time, at least: each part reads all training features
 
 
 def knn_accuracies(
@@ -137,7 +138,7 @@ def neighbours(train_features: Tensor, test_features: Tensor, k: int) -> Iterato
 
     Cosines and neighbours, the nearest first, are (rows of the part, k).
     """
-    rows = max(1, min(CHUNK // len(train_features), len(test_features)))
+    rows = max(1, min(max(CHUNK // len(train_features), ROWS), len(test_features)))
     # Allocated once, because fresh memory is slow on a CPU.
     room = train_features.new_empty(rows, len(train_features))
     for first in range(0, len(test_features), rows):
@@ -179,7 +180,7 @@ def knn_classifier(
     for features, labels in (train_features, train_labels), (test_features, test_labels):
         if len(features) != labels.numel():
             raise ValueError(f"{len(features)} features have {labels.numel()} labels")
-    if not (train_features.isfinite().all() and test_features.isfinite().all()):
+    if not (all_finite(train_features) and all_finite(test_features)):
         raise ValueError("features are not finite")
     data = train_features, train_labels.flatten(), test_features, test_labels.flatten()
     return knn_accuracies(*data, [k], T, num_classes)[k]
@@ -368,7 +369,7 @@ def _unit_rows(features: Tensor, where: str, expected: bool) -> Tensor:
 
     Logs other lengths unless they are `expected`.
     """
-    if features.is_complex() or not features.isfinite().all():
+    if features.is_complex() or not all_finite(features):
         raise UserError("features are not finite numbers", where, "save finite features")
     features = features.float()
     lengths = features.norm(dim=1)

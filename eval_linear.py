@@ -256,7 +256,7 @@ def train(
         yield losses.detach(), len(labels)
 
 
-CHUNK = 4096  # images at a time
+CHUNK = 512  # images at a time
 PRINT_FREQ = 10  # steps
 ACCURACY = "top-1 {acc1:.2f} %, top-5 {acc5:.2f} %"
 

@@ -640,7 +640,8 @@ def digest(images: Images) -> str:
     if isinstance(images, ImageFiles):
         summary.update(images.paths.digest)
     if isinstance(images, torchvision.datasets.DatasetFolder):
-        names = (os.path.relpath(path, images.root) for path, _ in images.samples)
+        folder = os.path.join(images.root, "")
+        names = (path.removeprefix(folder) for path, _ in images.samples)  # `relpath` takes 6 s for ImageNet
         summary.update(Paths(names, str(images.root)).digest)
     if isinstance(images, Subset):
         summary.update(repr((digest(images.dataset), images.indices)).encode())  # type: ignore[arg-type]

@@ -90,12 +90,17 @@ def extract_features(
             labels[index] = all_gather(copy_to(label, device)).to(keep_on)
     some = features[:: len(features) // 10_000 + 1]
     are_alike = some.std(dim=0, correction=0).norm() < 1e-3 * some.norm(dim=1).mean()
-    broken, alike = torch.stack([~features.isfinite().all(), are_alike]).tolist()  # the same on all ranks
+    broken, alike = torch.stack([~all_finite(features), are_alike]).tolist()  # the same on all ranks
     if broken:
         raise UserError("the network's features are not finite", "", "give weights that did not diverge")
     if alike and len(features) > 1:
         log(f"warning: the features of {len(features)} images are nearly equal: collapsed weights?")
     return features, labels
+
+
+def all_finite(features: Tensor) -> Tensor:
+    """Whether all values are finite, as a scalar; in parts of the rows, as `isfinite` copies its values."""
+    return torch.stack([part.isfinite().all() for part in features.split(4096)]).all()
 
 
 @torch.inference_mode()

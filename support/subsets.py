@@ -59,7 +59,7 @@ def draw_few(labels: np.ndarray, wanted: str, seed: int, classes: Sequence[str] 
         what = f"class {name} has only {sizes[smallest]} images"
         raise UserError(what, f"--few_shot {wanted}", f"give at most {sizes[smallest]}")
     chosen = []
-    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        order = np.random.default_rng([seed, number]).permutation(np.flatnonzero(labels == number))
-        chosen.append(order[:count])
+    of_classes = np.split(np.argsort(labels, kind="stable"), sizes.cumsum()[:-1])  # the images of each class
+    for number, count, rows in zip(numbers.tolist(), counts.tolist(), of_classes, strict=True):
+        chosen.append(np.random.default_rng([seed, number]).permutation(rows)[:count])
     return np.sort(np.concatenate(chosen))

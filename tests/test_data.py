@@ -599,6 +599,14 @@ def test_the_digest_of_known_files_stays_as_it_was(tmp_path):
     ]
 
 
+def test_the_digest_of_an_image_folder_of_torchvision_stays_as_it_was(tmp_path):
+    for name in ("a/x.jpg", "b/c/y.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(name.encode())
+    images = torchvision.datasets.ImageFolder(f"{tmp_path}/a/..")
+    assert data.digest(images) == "f7158b3f3465"
+
+
 @pytest.mark.parametrize("label", [0.73, torch.tensor([0, 1, 1]), torch.tensor(2.5), "cat", -1, None, (1, 2)])
 def test_a_label_that_is_no_class_number_is_one_clear_line(label):
     with pytest.raises(UserError, match=r"label is not a class number \(image 0: ") as error:

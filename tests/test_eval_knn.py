@@ -49,7 +49,16 @@ def test_classifier_equals_brute_force(n, m, classes, k, chunk, seed):
     args = train, labels[0], test, labels[1], k, 0.07, classes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_knn, "CHUNK", chunk)  # the test images in one part or in several
+        patch.setattr(eval_knn, "ROWS", 1)
         assert eval_knn.knn_classifier(*args) == pytest.approx(brute_force(*args))
+
+
+def test_few_passes_over_many_training_images(monkeypatch):
+    train, test = torch.rand(50, 6), torch.rand(100, 6)
+    monkeypatch.setattr(eval_knn, "CHUNK", 100)  # would be two test images at a time
+    parts = list(eval_knn.neighbours(train, test, 3))
+    assert [first for first, _, _ in parts] == [0, 64]
+    assert torch.equal(torch.cat([found for _, _, found in parts]), (test @ train.T).topk(3).indices)
 
 
 def test_short_rows_are_normalised_too(capsys):

@@ -240,6 +240,13 @@ def test_top1_and_top5_by_hand(monkeypatch, chunk):
     assert (second["acc1"], second["acc5"]) == (0.0, 50.0)
 
 
+def test_validation_takes_the_memory_of_a_training_step():
+    features, labels = torch.randn(4096, 4), torch.arange(4096)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        validate_network(LinearClassifiers(2, 4, 5000), features, labels)
+    assert max(each.cpu_memory_usage for each in seen.events()) < 4 * (2 * 4096 * 5000) / 4  # of all scores
+
+
 def test_a_classifier_that_ran_away_has_nothing_right():
     classifiers = LinearClassifiers(2, 4, 3)
     classifiers[0].linear.bias.data[:] = torch.nan

@@ -11,7 +11,14 @@ from torchvision.transforms.functional import to_pil_image
 from support.backbones import build_backbone
 from support.data import Source, open_labelled_images, pixels_of
 from support.errors import UserError
-from support.features import cls_and_patches, extract_features, frozen_features, patch_tokens, with_mean
+from support.features import (
+    all_finite,
+    cls_and_patches,
+    extract_features,
+    frozen_features,
+    patch_tokens,
+    with_mean,
+)
 from support.pixels import eval_transform
 from support.weights import load_backbone
 
@@ -43,6 +50,17 @@ def test_features_that_are_not_finite_are_refused(labelled, value):
 
     with pytest.raises(UserError, match="not finite"):
         extract_features(diverged, images, eval_transform(8), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_that_are_not_finite_are_found_without_a_copy_of_the_features(dtype):
+    features = torch.randn(50_000, 8).to(dtype)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        assert all_finite(features)
+    assert max(each.cpu_memory_usage for each in seen.events()) < features.nbytes / 4
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite(features.index_fill(0, torch.tensor(500), value))
+    assert all_finite(torch.arange(9).view(3, 3)) and all_finite(torch.zeros(0, 3))  # also integers, or none
 
 
 def test_features_that_are_nearly_equal_are_named(labelled, capsys):

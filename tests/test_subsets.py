@@ -39,6 +39,10 @@ def test_other_seeds_and_other_classes_draw_other_images():
     assert not np.array_equal(first, second - 200)
 
 
+def test_a_seed_draws_the_images_that_it_drew_in_earlier_versions():
+    assert draw_few(LABELS, "2", 0).tolist() == [2, 8, 16, 115, 211, 227]
+
+
 def test_the_class_that_is_too_small_is_named():
     with pytest.raises(UserError, match=r"class cat has only 10 images \(--few_shot 11\): give at most 10"):
         draw_few(2 * LABELS, "11", 0, ["ant", "no image", "bee", "no image", "cat"])
