@@ -53,6 +53,7 @@ from support.distributed import (
     fix_random_seeds,
     get_world_size,
     is_main_process,
+    only_one_in_process,
     same_error_on_all_ranks,
 )
 from support.errors import TrainingError, UserError, few
@@ -610,6 +611,7 @@ def fit_logistic(args: argparse.Namespace, device: torch.device) -> list[dict[st
     return results
 
 
+@only_one_in_process()
 def main(args: argparse.Namespace) -> list[dict[str, float]]:
     """Train classifiers on frozen features, or evaluate one; returns the validation of each."""
     check_args(args)

@@ -53,6 +53,7 @@ from support.distributed import (
     get_world_size,
     is_main_process,
     launched_as,
+    only_one_in_process,
     same_error_on_all_ranks,
 )
 from support.errors import UserError, reason_of
@@ -908,6 +909,7 @@ def set_threads(count: int, device: torch.device) -> None:
         log(f"note: {threads} threads for {cores} core{'s' * (cores > 1)}: --cpu_threads {cores} is faster")
 
 
+@only_one_in_process()
 def train_dino(args: argparse.Namespace) -> None:
     """Open the images and --output_dir, train the run there, and release the folder also after an error."""
     check_args(args)

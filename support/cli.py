@@ -87,11 +87,15 @@ class ArgumentParser(argparse.ArgumentParser):
                 for name in {word, word.partition("=")[0]}:
                     self.places.setdefault(name, []).append(place)
         for action in self._actions:  # argparse has no public list of them
-            given = sum(self.places.get(flag, []).count(COMMAND_LINE) for flag in action.option_strings)
+            places = [place for flag in action.option_strings for place in self.places.get(flag, [])]
+            sources = [place.partition(", line ")[0] for place in places]  # the command line, and files
+            times = max(map(sources.count, sources), default=0)
             is_list = action.nargs == "+" and not isinstance(action, ImageSize)
-            if is_list and given > 1:
-                flag = action.option_strings[0]
-                say_once(f"warning: {flag} is given {given} times: only the last counts")
+            if is_list and times > 1:
+                say_once(f"warning: {action.option_strings[0]} is given {times} times: only the last counts")
+            if COMMAND_LINE in places and places[-1] != COMMAND_LINE:
+                what = f"{action.option_strings[0]} of the command line has no effect"
+                say_once(f"warning: {what}: {places[-1]} follows it")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):

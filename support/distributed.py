@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import numpy as np
@@ -473,6 +473,21 @@ def all_gather_object(value) -> list:
     if get_world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+_in_use = threading.Lock()  # the random state of this process
+
+
+@contextlib.contextmanager
+def only_one_in_process() -> Iterator[None]:
+    """Raise UserError if another thread is in this block: the two would draw from one random state."""
+    if not _in_use.acquire(blocking=False):
+        fix = "start each in a process of its own"
+        raise UserError("this process already trains, in another thread", "", fix)
+    try:
+        yield
+    finally:
+        _in_use.release()
 
 
 def fix_random_seeds(seed: int = 31, *more: int) -> None:

@@ -437,8 +437,10 @@ def load_backbone(
         )
     if isinstance(image_size, list):
         image_size = tuple(image_size)
-    if weights in ("random", "pixels") and checkpoint_key:
-        log(f"note: --checkpoint_key has no effect on {weights}")
+    unused = {"random": ["checkpoint_key"], "pixels": ["checkpoint_key", "arch", "patch_size"]}
+    given = {"checkpoint_key": checkpoint_key, "arch": arch, "patch_size": patch_size}
+    for name in filter(given.get, unused.get(weights, [])):
+        log(f"note: --{name} has no effect on {weights}")
     if weights == "pixels":
         size = image_size or FALLBACK["image_size"]
         count = in_chans or FALLBACK["in_chans"]

@@ -434,7 +434,7 @@ def test_every_script_takes_argument_files(name, tmp_path, capsys):
             "--seed 1\n\n--sed 2\n",
             "unrecognized arguments: --sed 2 ({file}, line 3): did you mean --seed?",
         ),
-        ("--epochs 1 8\n", "unrecognized arguments: 8 ({file}, line 1): see --help"),
+        ("--seed 1 8\n", "unrecognized arguments: 8 ({file}, line 1): see --help"),
         ("seed 1\n", "unrecognized arguments: seed 1 ({file}, line 1): see --help"),
         ("--seed 1\n--lr fast", "argument --lr: 'fast' is not a number ({file}, line 2): see --help"),
         ("--lr=fast", "argument --lr: 'fast' is not a number ({file}, line 1): see --help"),
@@ -485,6 +485,20 @@ def test_a_list_given_twice_is_named_since_only_the_last_counts(tmp_path, capsys
     cli.say_once.cache_clear()  # another test may have said it
     assert main_dino.parse_args(["--data_path", "a", "--data_path=b"]).data_path == "b"
     assert capsys.readouterr().err == "warning: --data_path is given 2 times: only the last counts\n"
+    cli.say_once.cache_clear()
+    file.write_text("--data_path a\n--data_path b")
+    assert main_dino.parse_args([f"@{file}"]).data_path == "b"
+    assert capsys.readouterr().err == "warning: --data_path is given 2 times: only the last counts\n"
+
+
+def test_a_file_after_a_flag_of_the_command_line_says_that_it_overrides_it(tmp_path, capsys):
+    file = tmp_path / "base.txt"
+    file.write_text("--lr 0.01\n--seed 1")
+    assert main_dino.parse_args([f"@{file}", "--lr", "0.1", "--epochs", "2"]).lr == 0.1
+    assert capsys.readouterr().err == ""
+    assert main_dino.parse_args(["--lr=0.1", "--epochs", "2", f"@{file}"]).lr == 0.01
+    line = f"warning: --lr of the command line has no effect: {file}, line 1 follows it\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 
 import eval_knn
+import eval_linear
 import main_dino
 import utils
 from support import backbones, cli
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.data import ImageFiles, Source, open_training_images
-from support.distributed import fix_random_seeds
+from support.distributed import fix_random_seeds, only_one_in_process
 from support.errors import TrainingError, UserError
 from support.loading import num_cores, to_device
 from support.logger import MetricLogger
@@ -1414,3 +1415,18 @@ def test_the_state_of_another_optimizer_is_refused(images, tmp_path):
     for other in ("sgd", "lars"):
         with pytest.raises(UserError, match="optimizer does not fit: another optimizer saved it"):
             train(*flags, "--optimizer", other)
+
+
+def test_two_trainings_at_once_in_one_process_are_refused(images, tmp_path):
+    """As of a sweep in threads: both would draw from one random state."""
+    flags = "--data_path", images, "--max_steps", 1, "--output_dir", tmp_path / "run"
+    probe = eval_linear.parse_args(["--pretrained_weights", "random", "--output_dir", str(tmp_path / "run")])
+    with only_one_in_process():
+        for start in (lambda: train(*flags), lambda: eval_linear.main(probe)):
+            with pytest.raises(UserError, match="this process already trains, in another thread: start each"):
+                start()
+    assert not (tmp_path / "run").exists()
+    train(*flags)
+    with pytest.raises(UserError, match="no such folder"):  # an error ends it too
+        train("--data_path", tmp_path / "absent")
+    train(*flags)

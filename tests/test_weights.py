@@ -802,8 +802,9 @@ def test_flags_without_effect_are_said(capsys):
         "--checkpoint_key has no effect on random" in said
         and "--patch_size has no effect on resnet18" in said
     )
-    load_backbone("pixels", "student")
-    assert "--checkpoint_key has no effect on pixels" in capsys.readouterr().out
+    load_backbone("pixels", "student", "vit_nano", 8)
+    lines = [f"note: --{name} has no effect on pixels\n" for name in ("checkpoint_key", "arch", "patch_size")]
+    assert capsys.readouterr().out == "".join(lines)
 
 
 def test_what_nobody_says_is_vit_small():
