@@ -145,7 +145,7 @@ KINDS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 class Rows(Dataset[tuple[Tensor, int, bool]]):
     """Transformed images, each with its class number, -1 for none, and whether it could be read.
 
-    With `skip_unreadable`, the pixels of an image that cannot be read are NaN; without, raises ImageError.
+    With `skip_unreadable`, an image that cannot be read is blank; without, raises ImageError.
     """
 
     def __init__(self, images: Images, frozen: Frozen, skip_unreadable: bool):
@@ -160,7 +160,7 @@ class Rows(Dataset[tuple[Tensor, int, bool]]):
             pixels = transformed(image, self.transform, self.images, index)
         except ImageError as error:
             if self.skip_unreadable:
-                return torch.full_like(self.blank, torch.nan), -1, False
+                return self.blank, -1, False
             raise ImageError(f"{error}, or add --skip_unreadable") from None
         return pixels, class_number(label) if self.labelled else -1, True
 

@@ -48,9 +48,9 @@ class Moments:
 
         The largest entry of each direction is positive, so that its sign does not depend on the machine.
         """
-        mean = self.total / max(self.count, 1)
+        mean = self.total / self.count
         rank = 0
-        if self.count > 1:
+        if self.count:
             covariance = self.products / self.count - torch.outer(mean, mean)
             values, vectors = torch.linalg.eigh(covariance)  # in ascending order
             rank = int((values > 1e-12 * self.products.trace() / self.count).sum())  # beyond rounding

@@ -37,7 +37,7 @@ def labels_of(images: Images) -> np.ndarray:
     for name in LABELS:
         labels = np.asarray(getattr(images, name, None))
         if labels.shape == (len(images),) and labels.dtype.kind in "iu":  # QMNIST's have more columns
-            return labels.astype(np.int64)
+            return labels
     log(f"reading the labels of {len(images):,} images")
     return np.array([read_labelled(images, index)[1] for index in range(len(images))])
 

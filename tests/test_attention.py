@@ -35,6 +35,7 @@ def test_ours_and_timms_give_the_same_map(fused):
     torch.testing.assert_close(
         attention_map(theirs, images), attention_map(ours, images), rtol=1e-3, atol=1e-5
     )
+    assert {block.attn.fused_attn for block in theirs.blocks} == {fused}
 
 
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16_224", "vit_small_patch14_reg4_dinov2", "cait_xxs24_224"])

@@ -323,11 +323,12 @@ def test_a_name_counts_once_and_a_byte_order_mark_is_no_part_of_it(tmp_path, cap
 
 def test_images_that_viewers_turn_are_named(tmp_path, capsys):
     write_voc(tmp_path)
-    path = tmp_path / "JPEGImages/val 2.png"
-    turned = Image.Exif()
-    turned[Base.Orientation] = 3
-    with Image.open(path) as image:
-        image.save(path, exif=turned)
+    for number, orientation in ((1, 1), (2, 3)):  # 1 is upright
+        path = tmp_path / f"JPEGImages/val {number}.png"
+        exif = Image.Exif()
+        exif[Base.Orientation] = orientation
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
     MaskedFiles(tmp_path, "val")
     said = "warning: 1 of 4 checked images are stored turned or mirrored (EXIF orientation): masks must"
     assert f"{said} fit them as stored; e.g. {path}" in capsys.readouterr().out.splitlines()

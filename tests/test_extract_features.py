@@ -19,7 +19,7 @@ import eval_knn
 import extract_features
 from extract_features import PAGE, Store, read_features
 from support.backbones import build_backbone
-from support.data import class_number
+from support.data import Source, class_number, open_any_images
 from support.distributed import fix_random_seeds
 from support.errors import UserError
 from support.features import cls_and_patches, frozen_features, last_cls_tokens, patch_tokens
@@ -27,7 +27,7 @@ from support.formats import load_image
 from support.loading import num_cores
 from support.pixels import eval_transform
 from support.weights import load_backbone
-from tests.conftest import ROOT, run, save_images, taken_by, torchrun, wait_for
+from tests.conftest import ROOT, free_port, run, save_images, taken_by, torchrun, wait_for
 
 PIXELS = ("--pretrained_weights", "pixels", "--image_size", "16")
 VIT = ("--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32")
@@ -72,7 +72,10 @@ def test_rows_names_and_labels_are_in_one_order(labelled, tmp_path, capsys):
         image = load_image(str(labelled / "train" / name))
         assert np.array_equal(row, transform(image).flatten().numpy())
         assert "abc"[label] == name[0]
-    assert json.loads((tmp_path / "features.json").read_text())["classes"] == ["a", "b", "c"]
+    record = json.loads((tmp_path / "features.json").read_text())
+    assert record["classes"] == ["a", "b", "c"] and record["identity"]["shape"] == [15, 768]
+    assert record["identity"]["mean"] == [0.485, 0.456, 0.406]
+    assert record["identity"]["std"] == [0.229, 0.224, 0.225]
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*"))
     said = capsys.readouterr().out
     assert "/train: 15 images, 3 classes (.png 15)" in said and "preprocessing: 16 pixels" in said
@@ -178,6 +181,16 @@ def test_an_image_that_cannot_be_read_has_no_class(labelled, tmp_path):
     assert read_features(tmp_path / "out").labels.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]
 
 
+def test_likely_mistakes_in_the_images_are_named(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(0, 4096, (32, 32)).astype(np.uint16)
+    (tmp_path / "images").mkdir()
+    for name in "ab":  # which may be alike
+        Image.fromarray(values).save(tmp_path / "images" / f"{name}.png")
+    extract(tmp_path, "--data_path", str(tmp_path / "images"))
+    said = capsys.readouterr().out
+    assert "2 of 2 checked images" in said and said.count("warning") == 1
+
+
 def test_features_of_rectangular_images(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")
@@ -245,7 +258,7 @@ def test_torch_files_and_half_precision_hold_the_same(images, tmp_path):
 @pytest.fixture
 def half_done(images, tmp_path, monkeypatch) -> Path:
     """Features of twenty images whose eleventh could not be read; below `images`, the images."""
-    monkeypatch.setattr(extract_features, "RECORD", 1)
+    monkeypatch.setattr(extract_features, "RECORD", 4)
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read image: .*nested/002.png.*, or add --skip_unreadable"):
@@ -288,6 +301,7 @@ def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
         (["--dtype", "float16"], "differs from the features in it: dtype float32 -> float16 "),
         (["--batch_size_per_gpu", "8"], "batch_size_per_gpu 4 -> 8"),
         (["--image_size", "24"], r"pixels 16 -> 24"),
+        (["--value_range", "0", "255"], r"value_range None -> \[\[0.0, 255.0\]\]"),
         (["--format", "pt"], "format npy -> pt"),
         (["--pretrained_weights", "random", "--arch", "vit_nano"], "network .* -> "),
         ("images", "images .* -> "),
@@ -332,15 +346,36 @@ def test_progress_is_forgotten_before_its_rows_are(half_done):
     assert json.loads((half_done / "features.json").read_text())["blocks"] == 0
 
 
-def test_a_file_of_another_shape_or_cut_short_is_refused(half_done):
+def test_a_file_of_another_shape_or_type_or_cut_short_is_refused(half_done):
     path = half_done / "features.npy.partial"
     rows, width = np.load(path, mmap_mode="r").shape
-    extract_features._create(path, (width, rows), np.dtype("float32"))  # of the same length
-    with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
-        extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
-    os.truncate(half_done / "features.npy.partial", 5000)
-    with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
-        extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+    whole = path.read_bytes()
+    for shape, dtype in (((width, rows), "float32"), ((rows, width), "int32")):  # of the same length
+        extract_features._create(path, shape, np.dtype(dtype))
+        with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
+            extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+    for content in (whole[:-1], whole + b"\0", b"x" * len(whole)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
+            extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+    with pytest.raises(UserError, match="file is damaged .*absent"):  # as on a disk that is not shared
+        extract_features._map(half_done / "absent", (rows, width), np.dtype("float32"))
+
+
+def test_the_network_gets_batches_of_the_flag_whatever_the_blocks(images, tmp_path):
+    found, sizes = open_any_images(Source(str(images))), []
+    identity = {"dtype": "float32", "format": "npy", "batch_size_per_gpu": 3}
+
+    def model(pixels):
+        sizes.append(len(pixels))
+        return pixels.mean(dim=(2, 3))
+
+    with Store(tmp_path, (20, 3), identity) as store:
+        store.begin()
+        assert store.block > 20
+        rows = extract_features.Rows(found, load_backbone("pixels", image_size=16), False)
+        extract_features.fill(store, rows, model, 0, torch.device("cpu"))
+    assert sizes == [3] * 6 + [2]
 
 
 def test_two_runs_do_not_share_a_folder(images, tmp_path):
@@ -382,14 +417,19 @@ def test_a_killed_run_gives_the_file_of_one_that_was_not(tmp_path):
     run("extract_features.py", *flags, "--output_dir", str(tmp_path / "whole"))
     command = [sys.executable, "-c", "import extract_features as e; e.RECORD = 1; e.cli.run_script(e.main, "
                "e.parse_args())", *flags, "--output_dir", str(tmp_path / "killed")]  # fmt: skip
-    record = tmp_path / "killed" / "features.json"
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    record, port = tmp_path / "killed" / "features.json", str(free_port())
+    processes = []
+    for rank in "01":
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
+        environment = os.environ | group | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
     wait_for(lambda: record.exists() and json.loads(record.read_text())["blocks"] >= 20, "progress")
-    process.kill()
-    process.wait()
+    for process in processes:
+        process.kill()
+        process.wait()
     assert not (tmp_path / "killed" / "features.npy").exists()
-    # More processes may continue what one has begun.
-    ended = torchrun(2, "extract_features.py", *flags, "--output_dir", str(tmp_path / "killed"))
+    # Any number of processes may continue what others have begun.
+    ended = torchrun(3, "extract_features.py", *flags, "--output_dir", str(tmp_path / "killed"))
     assert "resuming" in ended.stdout and "of 1,000" in ended.stdout
     for name in ("features.npy", "labels.npy", "names.txt"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -398,6 +438,7 @@ def test_a_killed_run_gives_the_file_of_one_that_was_not(tmp_path):
 @pytest.mark.slow
 def test_processes_write_what_one_writes(labelled, tmp_path):
     flags = [*VIT, "--data_path", str(labelled / "train"), "--num_workers", "2", "--batch_size_per_gpu", "4"]
+    flags += ["--kind", "last4"]  # rows of half a page
     for count in (1, 3):  # of four blocks, so in the last round only one process has work
         command = "extract_features.py", *flags, "--output_dir", str(tmp_path / f"{count}")
         ended = torchrun(count, *command) if count > 1 else run(*command)

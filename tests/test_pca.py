@@ -120,6 +120,7 @@ def test_full_colour_stands_for_two_deviations():
     )
     colours = PatchColours(lambda: [rows], "all")
     scores, picture = colours.components.scores(rows), colours(rows)
+    assert colours.share == 1
     assert ((picture > 25) & (picture < 255))[scores.abs() < 1.99].all() and (
         picture[scores > 2] == 255
     ).all()

@@ -345,6 +345,7 @@ def test_what_this_version_does_not_compare_is_said(tmp_path, capsys):
         run.save({"epoch": 0})
     with Run(tmp_path, required=()) as run:
         run.resume(pieces, {"lr": 1})
+    assert not run.lock.path.exists()
     assert "records schedule wsd, which this version does not compare" in capsys.readouterr().out
 
 
