@@ -187,7 +187,7 @@ class CroppedFiles(ImageFiles):
         self.boxes = boxes
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        left, top, right, bottom = (round(side) for side in self.boxes[index])
+        left, top, right, bottom = self.boxes[index]
         return load_image(*self.paths.file(index)).crop((left, top, right, bottom)), 0
 
 

@@ -213,7 +213,8 @@ def test_a_line_takes_the_place_of_those_from_before_a_restart(tmp_path):
 def test_what_a_run_without_checkpoint_left_is_not_overwritten(tmp_path, left):
     run, identity = Run(tmp_path, required=()), {"lr": 1}
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')  # killed while it saved its first epoch
-    (tmp_path / "checkpoint0000.pth").touch()
+    for name in ("checkpoint0000.pth", "checkpoint_damaged.pth"):
+        (tmp_path / name).touch()
     assert run.resume({}, identity) == {}
     with (tmp_path / left).open("a") as file:
         file.write('{"epoch": 1}\n')
@@ -258,15 +259,17 @@ def test_a_log_that_lacks_epochs_is_said(tmp_path, capsys, text, lost):
     assert warnings == [lost] * bool(lost)
 
 
-def test_output_that_goes_to_the_log_is_refused(tmp_path):
+@pytest.mark.parametrize(("logged", "other"), [("stdout", "stderr"), ("stderr", "stdout")])
+def test_output_that_goes_to_the_log_is_refused(tmp_path, logged, other):
     code = (
         "import pathlib, sys; from support.restart import Run; from support.errors import UserError\n"
         "try: Run(pathlib.Path(sys.argv[1]), required=()).resume({}, {})\n"
-        "except UserError as error: print(error, file=sys.stderr)"
+        "except UserError as error: print(error, file=getattr(sys, sys.argv[2]))"
     )
     with (tmp_path / "log.txt").open("w") as output:
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        said = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True).stderr
+        command = [sys.executable, "-c", code, str(tmp_path), other]
+        streams = {logged: output, other: subprocess.PIPE}
+        said = getattr(subprocess.run(command, cwd=ROOT, text=True, **streams), other)
     assert "the output goes to the run's log, which is replaced" in said and "give it another name" in said
 
 
@@ -284,7 +287,7 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
     run.save({"step": 3})  # what is damaged does not come back
     assert [run.newest_whole()[1]["step"], load_checkpoint(path)["step"]] == [3, 1]
     run.checkpoint.write_bytes(b"x"), path.write_bytes(b"y")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged .*/checkpoint.pth\)"):
         run.newest_whole()
     assert path.read_bytes() == b"y"
 
@@ -327,12 +330,14 @@ def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
     assert json.loads((tmp_path / "gone" / "run" / "log.txt").read_text()) == {"epoch": 0}
 
 
-def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_path):
-    saved = {"student": torch.nn.Linear(1, 1).state_dict(), "epoch": 0, "args": {"range": (0.4, 1)}}
+def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_path, capsys):
+    flags = {"range": (0.4, 1), "dist_url": "env://"}
+    saved = {"student": torch.nn.Linear(1, 1).state_dict(), "epoch": 0, "args": flags}
     torch.save(saved, tmp_path / "checkpoint.pth")
     pieces, added = {"student": torch.nn.Linear(1, 1)}, {"gray": 0.2, "pair": (1, 2)}
     run = Run(tmp_path, required=())
     assert run.resume(pieces, {"range": (0.4, 1), "gray": 0.2, "pair": [1, 2], "new": 3}, added=added)
+    assert "does not compare" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"differs from the run to resume: gray 0.2 -> 0.3 \("):
         run.resume(pieces, {"range": (0.4, 1), "gray": 0.3, "pair": (1, 2)}, added=added)
     run.lock.release()
@@ -347,6 +352,9 @@ def test_what_this_version_does_not_compare_is_said(tmp_path, capsys):
         run.resume(pieces, {"lr": 1})
     assert not run.lock.path.exists()
     assert "records schedule wsd, which this version does not compare" in capsys.readouterr().out
+    with Run(tmp_path, required=()) as run:
+        run.resume(pieces, {"lr": 1}, added={"schedule": "cosine"})  # a flag that may now change
+    assert "does not compare" not in capsys.readouterr().out
 
 
 def test_what_an_older_checkpoint_does_not_record_is_said(tmp_path, capsys):
@@ -365,7 +373,9 @@ def test_the_identity_that_was_saved_counts_before_the_flags_and_before_what_was
         run.resume(pieces, {"gray": 0.5})
         run.save({"epoch": 0, "args": {"gray": 0.9}})
     with Run(tmp_path, required=()) as run:
-        assert run.resume(pieces, {"gray": 0.5}, added={"gray": 0.2})["epoch"] == 0
+        found = run.resume(pieces, {"gray": 0.5}, added={"gray": 0.2})
+    # without the pieces, which would stay in memory
+    assert found == {"epoch": 0, "args": {"gray": 0.9}, "identity": {"gray": 0.5}}
 
 
 def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):

@@ -14,6 +14,17 @@ def test_images_depend_on_split_and_index_alone():
     assert len(first) == 10 and len(Shapes.classes) == 8
 
 
+def test_images_are_those_of_the_results_in_the_readme():
+    expected = [
+        (3, [119, 205, 116, 108], 2103), (4, [147, 154, 101, 107], 1124), (5, [130, 133, 149, 116], 1436),
+        (3, [146, 129, 138, 115], 1482), (4, [165, 122, 114, 235], 1422), (6, [113, 106, 148, 254], 1297),
+    ]  # fmt: skip
+    for i, (number, grey, area) in enumerate(expected):
+        pixels, label, mask = Shapes("val", 6).draw(i)
+        assert label == number and abs(int(mask.sum()) - area) <= 2
+        assert pixels[24::48, 24::48].mean(axis=-1).flatten() == pytest.approx(grey, abs=2)
+
+
 @pytest.mark.parametrize("scene", [Scene(), CLOSE_UP])
 def test_an_image_is_the_same_in_any_size(scene):
     for i in range(5):
