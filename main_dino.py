@@ -504,7 +504,7 @@ def settle_format(args: argparse.Namespace, images: Images, run: Run | None = No
 def find_format(args: argparse.Namespace, images: Images, run: Run | None, names: list[str]) -> dict:
     """Numbers for these flags, as `settle_format` says; logs them. Raises UserError."""
     known = run.recorded_args() if run else {}
-    if known.get("in_chans") == args.in_chans and all(known.get(name) for name in names):
+    if all(known.get(name) for name in names):
         found, origin = {name: known[name] for name in names}, "from the run to resume"
     else:
         values = sample_values(images, args.in_chans)

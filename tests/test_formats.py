@@ -43,6 +43,7 @@ from support.formats import (
     to_levels,
 )
 from support.pixels import Colour, apply_colours, eval_transform
+from support.restart import Run
 from support.weights import load_backbone
 from tests.conftest import TINY, picture, torchrun
 
@@ -200,6 +201,7 @@ def test_tiffs_whose_numbers_are_no_brightness_are_refused(tmp_path, colours):
         (np.ones((8, 8, 3), complex), "values of type complex128"),
         (np.full((8, 8, 3), "a"), "values of type <U1"),
         (np.full((8, 8, 3), np.nan), "not finite"),
+        (np.full((8, 8, 3), np.inf), "not finite"),
     ],
 )
 def test_an_array_that_holds_no_image_takes_no_part_in_what_is_estimated(tmp_path, values, message):
@@ -507,13 +509,23 @@ def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, t
     assert "from the run to resume: --value_range" in capsys.readouterr().out
 
 
-def test_a_range_is_estimated_beside_a_mean_that_is_given(satellite):
-    argv = [*TINY, "--in_chans", str(BANDS), "--value_range", "auto", *normalization()]
-    args = main_dino.parse_args(argv)
+@pytest.mark.parametrize("given", ["range", "mean and deviation", "deviation", "nothing"])
+def test_what_is_estimated_stands_beside_what_is_given(satellite, tmp_path, given):
+    """What the run to resume has is not taken in part."""
+    ranged = ["0", "10000"] if given == "range" else ["auto"]
+    scaled = [] if given == "mean and deviation" else ["--mean", "auto"]
+    scaled += [] if "deviation" in given else ["--std", "auto"]
+    flags = ["--in_chans", str(BANDS), "--value_range", *ranged, *normalization(), *scaled]
+    args = main_dino.parse_args([*TINY, *flags])
     images = open_training_images(Source(str(satellite / "train"), form=main_dino.image_format(args)))
-    main_dino.settle_format(args, images)
-    assert args.value_range == estimate_range(sample_values(images, BANDS), BANDS)
-    assert (args.mean, args.std) == ([0.5] * BANDS, [0.25] * BANDS)
+    with Run(tmp_path, required=()) as run:
+        run.save({"args": {"mean": [0.1] * BANDS, "std": [0.1] * BANDS, "value_range": None}})
+        main_dino.settle_format(args, images, run if given == "nothing" else None)
+    values = sample_values(images, BANDS)
+    assert args.value_range == ([0, 10_000] if given == "range" else estimate_range(values, BANDS))
+    mean, std = estimate_normalization(values, ImageFormat(BANDS, pairs(args.value_range)))
+    assert args.mean == ([0.5] * BANDS if given == "mean and deviation" else mean)
+    assert args.std == ([0.25] * BANDS if "deviation" in given else std)
 
 
 def planted(run: Path, path: Path) -> str:
@@ -830,6 +842,15 @@ def test_a_hot_pixel_does_not_decide_the_range():
     values = 100_000 + np.arange(10_000, dtype=np.float32)[None]
     low, high = estimate_range([values, np.full((1, 5), 1e9, np.float32)], 1)
     assert 100_009 <= low <= 100_011 and 109_985 <= high <= 109_999
+
+
+def test_each_channel_has_its_own_range():
+    values = np.stack([np.arange(1000), 5000 + np.arange(1000)])
+    assert estimate_range([values, values], 2) == pytest.approx([1, 998, 5001, 5998], abs=1)
+    assert estimate_range([values], 1) == pytest.approx([2, 5997], abs=1)  # RGB, which becomes grey later
+    values[1] = 7
+    with pytest.raises(UserError, match="channel 2 is 7 in nearly all of the sample .--value_range auto"):
+        estimate_range([values], 2)
 
 
 def test_a_narrow_range_far_from_zero_keeps_its_levels():
