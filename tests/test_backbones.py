@@ -4,7 +4,9 @@ import sys
 
 import pytest
 import torch
+from timm.layers import DropPath
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from support import backbones
 from support.errors import UserError
@@ -90,6 +92,22 @@ def test_drop_path_that_a_network_lacks_is_said(capsys):
     assert capsys.readouterr().out == "note: --drop_path_rate has no effect on dla46_c\n"
 
 
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_tiny_patch16_224"])
+def test_the_last_block_drops_at_the_rate_of_the_flag(arch):
+    last = backbones.build_backbone(arch, 16, 224, drop_path_rate=0.25)[0].blocks[-1]
+    found = [m.p for m in last.modules() if isinstance(m, StochasticDepth)]  # ours
+    found += [m.drop_prob for m in last.modules() if isinstance(m, DropPath)]  # timm's
+    assert set(found) == {0.25}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny"])
+def test_a_first_convolution_for_other_channels_is_otherwise_the_same(arch):
+    networks = (backbones.build_backbone(arch, in_chans=channels)[0] for channels in (3, 5))
+    usual, other = (next(m for m in net.modules() if isinstance(m, nn.Conv2d)) for net in networks)
+    assert repr(other) == repr(usual).replace("Conv2d(3,", "Conv2d(5,")
+    assert other.bias is None or not other.bias.any()  # torchvision's begins at 0
+
+
 def test_both_sides_have_to_divide():
     backbones.check_divides("size", [48, 32], 16)
     for size, words in (
@@ -111,3 +129,5 @@ def test_average_pools_with_padding_are_found(arch, padded):
     torch.testing.assert_close(backbone.state_dict(), before, rtol=0, atol=0)
     assert backbones.pads_average_pools(nn.AvgPool2d(3, 2, padding=1), 96)
     assert not backbones.pads_average_pools(nn.AvgPool2d(3, 2), 96)
+    pools = nn.Sequential(nn.AvgPool2d(3, 2, padding=1), nn.AvgPool2d(3, 2, ceil_mode=True))
+    assert backbones.pads_average_pools(pools, 96)

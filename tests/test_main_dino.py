@@ -747,6 +747,15 @@ def test_an_epoch_that_larger_batches_have_seen_whole_still_ends_with_its_record
     assert (tmp_path / "checkpoint0000.pth").exists()
 
 
+def test_a_stretch_ends_with_the_epoch_and_the_run_however_often_it_is_saved():
+    steps = main_dino.Steps(per_rank=4, batch=4, per_epoch=5, last=13)
+    for every, ends in ((0, [5, 10, 13]), (2, [2, 4, 5, 6, 8, 10, 12, 13]), (7, [5, 7, 10, 13])):
+        found = [0]
+        while found[-1] < steps.last:
+            found.append(main_dino.end_of_stretch(found[-1], steps, every))
+        assert found[1:] == ends
+
+
 def test_a_run_that_ends_within_an_epoch_keeps_the_copy_of_the_one_before(images, tmp_path):
     for steps in (5, 7):
         train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 1, "--max_steps", steps)
