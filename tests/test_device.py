@@ -135,7 +135,7 @@ def test_a_network_whose_gradients_an_older_torch_gets_wrong_is_refused(monkeypa
         )
         with words if refused else contextlib.nullcontext():
             main_dino.check_device(args, torch.device("cuda"), backbone)
-    main_dino.check_device(args, torch.device("cpu"), backbone)
+        main_dino.check_device(args, torch.device("cpu"), backbone)
 
 
 def test_a_mac_trains_on_the_cpu_when_its_gpu_is_hidden(monkeypatch):

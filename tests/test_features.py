@@ -14,6 +14,7 @@ from support.errors import UserError
 from support.features import (
     all_finite,
     cls_and_patches,
+    compute,
     extract_features,
     frozen_features,
     patch_tokens,
@@ -32,6 +33,14 @@ def test_features_are_in_the_order_of_the_images_and_as_the_network_gives_them(l
         )
         assert labels.tolist() == [images[i][1] for i in range(15)]
         torch.testing.assert_close(features[7], transform(images[7][0]).flatten(), rtol=0, atol=0)
+    half = extract_features(lambda batch: batch.flatten(1).half(), images, transform, torch.device("cpu"))[0]
+    assert torch.equal(half, features.half().float()) and half.dtype == torch.float32
+
+
+def test_features_that_were_computed_in_half_precision_are_float32():
+    network, x = nn.Linear(4, 4), torch.rand(2, 4)  # whose output autocast leaves in bfloat16
+    found = compute(lambda model, images: model(images), network, x, torch.bfloat16)
+    assert found.dtype == torch.float32 and torch.equal(found, found.bfloat16().float())
 
 
 def test_features_do_not_move_the_global_random_stream(labelled):

@@ -392,19 +392,21 @@ def test_the_preview_of_rectangular_views(images, tmp_path):
 @pytest.mark.parametrize("place", ["worker", "device"])
 def test_the_preview_shows_the_views_of_the_training(images, tmp_path, place):
     flags = f"--data_path {images} --augment_on {place} --seed 3 --vflip_p 0.5 --blur_p 0 1 0".split()
-    args = main_dino.parse_args([*TINY, *flags, "--batch_size_per_gpu", "12"])
+    flags += "--mean 0.5 0.4 0.3 --std 0.2 0.2 0.3 --batch_size_per_gpu 12".split()
+    args = main_dino.parse_args([*TINY, *flags])
     found = open_training_images(Source.of(args))
     rows = main_dino.preview_rows(args, found)
     loader = main_dino.build_loader(
         args, found, main_dino.count_steps(args, len(found)), 0, torch.device("cpu"), lambda: False
     )
     views, colours, _ = next(iter(loader))
-    seen = normalized_views(views, colours)
+    scale = args.mean, args.std
+    seen = normalized_views(views, colours, *scale)
     assert len(rows) == 12 and len(seen) == 4
     for i, (image, *shown) in enumerate(rows):
         assert image.size == (32, 32)  # of 40 x 40
         for view, picture in zip(seen, shown, strict=True):
-            assert (normalize(to_pixels(picture)) - view[i]).abs().max() < 1e-5
+            assert (normalize(to_pixels(picture), *scale) - view[i]).abs().max() < 1e-5
 
 
 def test_the_preview_ends_without_a_run_and_keeps_files_of_others(images, tmp_path, capsys):
