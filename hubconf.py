@@ -25,15 +25,17 @@ _hidden: dict = {}  # our modules, while the caller's of the same name are in th
 
 @contextlib.contextmanager
 def _own_modules():
-    """In the block, `support` and `vision_transformer` are ours; torch.hub puts our folder first in sys.path.
+    """In the block, `support` and `vision_transformer` are ours.
 
     After it, the caller's are again in their place; ours stay where the caller has none of that name.
     """
     theirs = {name: sys.modules.pop(name) for name in _imported() if not _is_ours(sys.modules[name])}
     sys.modules.update(_hidden)
+    sys.path.insert(0, _HERE)
     try:
         yield
     finally:
+        sys.path.remove(_HERE)
         for name in _imported():
             top = name.partition(".")[0]
             if top in theirs or _caller_has(top):
