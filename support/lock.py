@@ -1,6 +1,5 @@
 """Keeps a second run out of a folder that a run writes to."""
 
-import atexit
 import contextlib
 import json
 import os
@@ -19,7 +18,7 @@ class FolderLock:
     """A file that names the process which holds a folder, rewritten every `beat` seconds.
 
     Needs no locks of the file system. A lock that a dead process left is ignored: on the same machine its
-    process ID shows that it is dead, elsewhere that the file no longer changes.
+    process ID shows that it is dead; elsewhere, the file no longer changes.
     """
 
     def __init__(self, path: Path, beat: float = 10.0):
@@ -53,12 +52,10 @@ class FolderLock:
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
         self._pid = os.getpid()
-        atexit.register(self.release)  # an error may come before the block that releases it
 
     def release(self) -> None:
         """Release the folder, if this process has taken it."""
         if self._thread and self._pid == os.getpid():  # a forked process also gets here when it ends
-            atexit.unregister(self.release)
             self._ended.set()
             self._thread.join()
             self._thread = None
