@@ -177,12 +177,15 @@ class Loader(DataLoader):
         start_helper()
         with _explained(), signals_held():
             batches = super().__iter__()  # starts the workers now, not when the first batch is asked for
-        return self._pass(batches, set(multiprocessing.active_children()) - others)
+        running = self._pass(batches, set(multiprocessing.active_children()) - others)
+        next(running)
+        return running
 
     def _pass(self, batches: Iterator, workers: set[BaseProcess]) -> Iterator:
         end = functools.partial(kill_workers, workers)
         atexit.register(end)  # at its exit, Python would wait for the workers of a pass that was kept open
         try:
+            yield  # to `__iter__`: from here on, the end of this process and `close` end the workers
             while (batch := self._next(batches, workers)) is not None:
                 yield batch
         finally:

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import gc
 import itertools
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 import tracemalloc
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -407,12 +409,22 @@ def test_workers_end_with_a_training_that_is_killed(method, tmp_path):
     wait_for(lambda: not any(map(runs, workers)), "end of the workers")
 
 
-def test_a_process_ends_with_a_pass_that_is_kept_open():
+@pytest.mark.parametrize("begun", ["pass", "next(kept)"])
+def test_a_process_ends_with_a_pass_that_is_kept_open(begun):
     """As a notebook keeps it, in a variable or after an error. Python would wait for the workers for ever."""
     body = "import torch; from support.loading import make_loader; from tests.test_loading import Waiting; "
-    body += "kept = iter(make_loader(Waiting(2), [[0], [1]], 1, torch.device('cpu'))); next(kept)"
+    body += f"kept = iter(make_loader(Waiting(2), [[0], [1]], 1, torch.device('cpu'))); {begun}"
     command = [sys.executable, "-c", body]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+
+
+def test_nothing_is_kept_of_a_pass_that_has_ended():
+    batches = iter(make_loader(Waiting(2), [[0], [1]], 1, torch.device("cpu")))
+    workers = [weakref.ref(worker) for worker in multiprocessing.active_children()]
+    assert len(list(batches)) == 2
+    del batches
+    gc.collect()
+    assert workers and not any(worker() for worker in workers)
 
 
 SIGNALLED = """
