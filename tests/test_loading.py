@@ -353,6 +353,7 @@ def test_a_batch_lost_for_lack_of_files_or_shared_memory_ends_with_the_fix(image
     assert ended.returncode == 75 and said, ended.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not a Linux")
 @pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("max 100000", None)])
 def test_the_cores_of_a_container_are_those_of_its_quota(quota, cores):
     box = f'mount -t tmpfs none /sys/fs/cgroup; echo {quota} > /sys/fs/cgroup/cpu.max; exec "$@"'
