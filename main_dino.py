@@ -906,7 +906,7 @@ def set_threads(count: int, device: torch.device) -> None:
     if count:
         torch.set_num_threads(count)
     elif device.type == "cpu" and (threads := torch.get_num_threads()) > (cores := num_cores()):
-        log(f"note: {threads} threads for {cores} core{'s' * (cores > 1)}: --cpu_threads {cores} is faster")
+        log(f"note: {threads} threads for {cores} core(s): --cpu_threads {cores} is faster")
 
 
 @only_one_in_process()

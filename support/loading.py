@@ -149,7 +149,7 @@ def _note_workers(num_workers: int) -> None:
     processes = env_number("LOCAL_WORLD_SIZE") or 1 if get_world_size() > 1 else 1
     if num_workers * processes > max(cores, processes):
         enough = max(cores // processes, 1)
-        log(f"note: {num_workers * processes} workers on {cores} cores: --num_workers {enough} is enough")
+        log(f"note: {num_workers * processes} workers on {cores} core(s): --num_workers {enough} is enough")
 
 
 class Loader(DataLoader):
