@@ -354,7 +354,6 @@ def no_effect(a: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tu
         ("warmup_teacher_temp_epochs", a.warmup_teacher_temp == a.teacher_temp,
          "--warmup_teacher_temp and --teacher_temp are equal"),
         ("knn_every", a.knn_every > a.epochs, "--epochs is smaller"),
-        ("download", not a.dataset or a.demo, "only --dataset downloads"),
         ("knn_data", not a.knn_every, "--knn_every is 0"),
         ("knn_share", not a.knn_every, "--knn_every is 0"),
         ("dist_url", launched_as()[1] == 1, "there is one process"),

@@ -350,6 +350,8 @@ class Source(NamedTuple):
         if getattr(args, "demo", False) and (args.data_path or args.dataset):
             given = "--data_path" if args.data_path else f"--dataset {args.dataset}"
             raise UserError("--demo draws its own images", given, "leave one out")
+        if args.download and not args.dataset:
+            log("warning: --download has no effect: only --dataset downloads")
         values = {name: value for name, value in vars(args).items() if name in cls._fields}
         if isinstance(args.data_path, list):
             values["data_path"], *more = args.data_path

@@ -19,6 +19,8 @@ import torch
 import torchvision
 from PIL import Image
 
+import eval_knn
+import main_dino
 from support import data
 from support.checks import open_checked
 from support.data import (
@@ -149,6 +151,13 @@ def test_the_home_directory_of_a_dataset_is_expanded(tmp_path, monkeypatch):
     picture().save(folder / "0.ppm")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(open_training_images(Source("~", "GTSRB"))) == 1
+
+
+def test_download_without_a_dataset_is_said_to_have_no_effect(capsys):
+    for script in (main_dino, eval_knn):
+        for flags, count in (("--data_path x", 1), ("--demo", 1), ("--data_path x --dataset CIFAR10", 0)):
+            Source.of(script.parse_args([*flags.split(), "--download"]))
+            assert capsys.readouterr().out.count("warning: --download has no effect: ") == count
 
 
 def test_a_dataset_that_cannot_be_downloaded_is_named(capsys):

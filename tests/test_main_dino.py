@@ -276,8 +276,6 @@ def test_the_recipes_flags_reach_the_views():
         ("--local_crops_number 0 --local_crops_scale 0.1 0.2", ["local_crops_scale"]),
         ("--arch resnet18 --patch_size 8", ["patch_size"]),
         ("--precision fp32 --use_fp16 false", ["use_fp16"]),
-        ("--download", ["download"]),
-        ("--demo --dataset FashionMNIST --download", ["download"]),
         ("--knn_data x --knn_share 0.5", ["knn_data", "knn_share"]),
         ("--demo --local_crops_number 0 --solarize_p 0 0.2 0", []),
         ("--demo --local_crops_number 0 --jitter_p 0", []),  # nor of what the demo sets itself
