@@ -127,7 +127,8 @@ def knn_votes(
     """
     for first, similarity, neighbour in neighbours(train_features, test_features, max(ks)):
         # Relative to the nearest neighbour, which avoids overflow for a small T and keeps the ranking.
-        vote, label = ((similarity - similarity[:, :1]) / T).exp(), train_labels[neighbour]
+        # In float32, as the published code sums them, also for features of half precision.
+        vote, label = ((similarity - similarity[:, :1]).float() / T).exp(), train_labels[neighbour]
         for k in ks:
             votes = vote.new_zeros(len(vote), num_classes)
             yield first, k, votes.scatter_add_(1, label[:, :k], vote[:, :k])

@@ -88,6 +88,13 @@ def test_all_k_at_once_equal_one_k_at_a_time():
             eval_knn.knn_classifier(*labels, 5, 0.07, 4)
 
 
+def test_votes_of_half_precision_features_are_counted_in_float32():
+    counts = 2_100, 2_300  # float16 counts to 2,048 only
+    labels, features = torch.arange(2).repeat_interleave(torch.tensor(counts)), torch.ones(sum(counts), 1)
+    data = features.half(), labels, torch.ones(1, 1).half(), torch.ones(1)
+    assert eval_knn.knn_classifier(*data, sum(counts), 0.07, 2)[0] == 100
+
+
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float32, torch.bool])
 def test_class_numbers_of_any_type(dtype):
     assert eval_knn._class_numbers(torch.tensor([0, 1]).to(dtype), "").tolist() == [0, 1]
