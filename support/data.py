@@ -47,6 +47,7 @@ from support.files import (
     extension,
     lies_below,
     select_images,
+    without_links,
 )
 from support.formats import RGB, ImageFormat, extensions_of, load_image, load_pixels
 from support.logger import log
@@ -214,7 +215,7 @@ class ListedFiles(FilesWithClasses):
 
     def __init__(self, path: str | Path, labelled: bool = False, form: ImageFormat = RGB):
         super().__init__(form=form)
-        root, names, classes, lacking = os.path.dirname(path), [], [], []
+        root, names, classes, lacking = without_links(os.path.dirname(path)), [], [], []
         for number, line in text_lines(path):
             name, label = _path_and_class(line, root)
             if not os.path.isfile(os.path.join(root, name)):
@@ -662,7 +663,8 @@ def digest(images: Images) -> str:
 
 def _torchvision_dataset(source: Source, split: str, called: str = "training images") -> Images:
     """Open a torchvision dataset by class name, and try the usual names of its splits; log it as `called`."""
-    name, root, known = source.dataset, os.path.expanduser(source.data_path), _torchvision_names()
+    name, known = source.dataset, _torchvision_names()
+    root = source.data_path and without_links(os.path.expanduser(source.data_path))
     if name in ("ImageFolder", "DatasetFolder"):
         fix = "leave it out: --data_path alone reads class folders"
         raise UserError("is not one dataset", f"--dataset {name}", fix)

@@ -47,6 +47,15 @@ def file_id(path: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def without_links(path: str | Path) -> str:
+    """Where a path leads now: a link in it, e.g. `current`, may lead to another version of the files later.
+
+    A path without links stays as it is, relative or not.
+    """
+    real = os.path.realpath(path)
+    return str(path) if real == os.path.abspath(path) else real
+
+
 def lies_below(path: Path, folders: Iterable[str | Path]) -> bool:
     """Whether a file at this path would be found in a search of one of these folders."""
     above = path.expanduser().resolve().parents
@@ -248,7 +257,7 @@ class Folder:
     """The image files below a folder, by names relative to it."""
 
     def __init__(self, root: str | Path):
-        self.root = str(root)
+        self.root = without_links(root)
 
     def __str__(self) -> str:
         return self.root

@@ -246,6 +246,22 @@ def test_links_are_followed_but_not_in_a_circle(tmp_path):
     assert len(ImageFiles(tmp_path / "data")) == 3
 
 
+@pytest.mark.parametrize("name", ["current", "current/list.txt", "current/train"])
+def test_a_link_that_is_switched_to_other_images_does_not_mix_them(name, tmp_path):
+    """A link such as `current -> v1`, under which a new version appears while a run reads the old one."""
+    for seed, version in enumerate(("v1", "v2")):
+        save_images(tmp_path / version / "train", 2, seed=seed)
+        (tmp_path / version / "list.txt").write_text("train/000.png\ntrain/001.png\n")
+    link = tmp_path / "current"
+    link.symlink_to("v1")
+    images = open_training_images(Source(str(tmp_path / name)))
+    link.unlink(), link.symlink_to("v2")
+    others = open_training_images(Source(str(tmp_path / name)))
+    for i, path in enumerate(("000.png", "001.png")):
+        old, new = (load_image(str(tmp_path / version / "train" / path)) for version in ("v1", "v2"))
+        assert images[i][0] == old != new == others[i][0]
+
+
 def test_folders_that_link_to_each_other_are_entered_once_by_their_own_path(tmp_path):
     for name in "ab":
         save_images(tmp_path / name, 5)
