@@ -42,6 +42,7 @@ from support.errors import (
     reason_of,
     similar,
 )
+from support.files import without_links
 from support.loading import WORKER_DIED, kill_workers
 from support.logger import log
 from support.pixels import MOST_CHANNELS
@@ -366,8 +367,10 @@ seed = number(int, at_least=0, below=2**63)  # what torch takes
 
 
 def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
-    """Create the folder for a run's files if it does not exist. Raises UserError if it is not writable."""
-    folder = Path(path).expanduser()
+    """Create the folder for a run's files if it does not exist; returns it without links, which could lead to
+    the files of another run later. Raises UserError if it is not writable.
+    """
+    folder = Path(without_links(os.path.expanduser(path)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -381,7 +384,7 @@ def data_folder(data_path: str, fix: str) -> Path:
     """The folder of an evaluation's own layout. Raises UserError, with this advice if none is given."""
     if not data_path:
         raise UserError("no data given", "--data_path", fix)
-    folder = Path(data_path).expanduser()
+    folder = Path(without_links(os.path.expanduser(data_path)))
     if not folder.is_dir():
         raise UserError("no such folder", f"--data_path {data_path}", "check the path")
     return folder

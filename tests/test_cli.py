@@ -167,6 +167,16 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_flag(name, tmp_path, mon
         cli.make_folder(name, "preview")
 
 
+def test_a_link_that_is_switched_to_another_run_does_not_move_the_output(tmp_path):
+    """It would overwrite the files of that run."""
+    link = tmp_path / "current"
+    link.symlink_to("run1")
+    (tmp_path / "run1").mkdir()
+    folders = cli.make_folder(link), cli.data_folder(str(link), "")
+    link.unlink(), link.symlink_to("run2")
+    assert folders == (tmp_path / "run1", tmp_path / "run1")
+
+
 def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(permissions):
     os.mkdir("closed", 0o500)
     with pytest.raises(UserError, match=r"Permission denied \(--output_dir closed\): choose another"):
