@@ -51,6 +51,7 @@ class Run:
         self.lock = FolderLock(folder / f".checkpoint{suffix}.lock")
         self.pieces: dict = {}
         self.identity: dict = {}
+        self.unwritten: list[dict] = []  # records that a disk error keeps out of the log
         self.changed = ""  # how the identity differs from that of the run it resumes
 
     def exists(self) -> bool:
@@ -249,9 +250,16 @@ class Run:
         return None
 
     def write_records(self, records: Sequence[dict], last: bool = False) -> None:
-        """Write an epoch's records to the log. Rank 0 writes."""
+        """Write an epoch's records to the log, after those that it lacks. Rank 0 writes."""
+
+        def write(path: Path) -> None:
+            add_records(self.unwritten, path)
+            self.unwritten = []
+
         if records and is_main_process():
-            try_to_write(self.log_file, lambda path: add_records(records, path), last)
+            earlier = [record for record in self.unwritten if record["epoch"] < records[0]["epoch"]]
+            self.unwritten = [*earlier, *records]
+            try_to_write(self.log_file, write, last)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

@@ -477,6 +477,22 @@ def test_an_epochs_line_and_its_copy_are_written_before_the_checkpoint(tmp_path,
     assert written == ["log.txt", "checkpoint0000.pth", "checkpoint.pth"]
 
 
+def test_what_the_log_could_not_take_is_written_with_the_next_epoch(tmp_path, capsys):
+    """Also lines that are written twice, as for the k-NN accuracy, and two lines of one epoch."""
+    run, obstacle = Run(tmp_path, required=()), tmp_path / ".log.txt.tmp"
+    run.save({"step": 1}, [{"epoch": 0}])
+    obstacle.mkdir()
+    for epoch in (1, 2):
+        run.save({"step": 1}, [{"epoch": epoch, "lr": lr} for lr in (1, 2)])
+        run.write_records([{"epoch": epoch, "lr": lr, "knn": 50} for lr in (1, 2)])
+    obstacle.rmdir()
+    run.save({"step": 4}, [{"epoch": 3}])
+    run.save({"step": 5}, [{"epoch": 4}])
+    assert capsys.readouterr().out.count("cannot save") == 4
+    whole = [{"epoch": epoch, "lr": lr, "knn": 50} for epoch in (1, 2) for lr in (1, 2)]
+    assert read_log(run.log_file) == [{"epoch": 0}, *whole, {"epoch": 3}, {"epoch": 4}]
+
+
 @pytest.mark.parametrize("name", ["log.txt", "checkpoint0000.pth"])
 def test_whatever_the_last_save_cannot_write_is_an_error(tmp_path, name):
     (tmp_path / name).mkdir()
