@@ -24,7 +24,7 @@ from torch import Tensor
 
 from extract_features import read_features
 from support import cli
-from support.checkpoints import load_file
+from support.checkpoints import find_file, load_file
 from support.checks import open_checked
 from support.cli import bool_flag
 from support.data import Images, Source, match_classes
@@ -39,6 +39,7 @@ from support.distributed import (
 from support.errors import ImageError, UserError, WrongFormat
 from support.features import SAME, all_finite, compute, concat_patches, extract_features, load_by_flags
 from support.files import evenly_spread, replacing
+from support.lock import FolderLock
 from support.logger import log
 from support.pixels import AnyImage
 from utils import MultiCropWrapper
@@ -303,8 +304,8 @@ def load_features(folder: str, device: torch.device) -> Data:
     """Features (N, D) and labels (N,) of train, then of test.
 
     Reads the folders train/ and val/ of extract_features.py, or the files that `dump_features` saves.
-    Normalises features whose length is not 1. Raises UserError for tensors that do not fit together, and
-    for values that are neither features nor class numbers.
+    Normalises features whose length is not 1. Raises UserError for tensors that do not fit together, for
+    values that are neither features nor class numbers, and for files that others replace meanwhile.
     """
     names: Sequence[str] = FEATURE_FILES
     root = Path(folder).expanduser()
@@ -315,7 +316,12 @@ def load_features(folder: str, device: torch.device) -> Data:
     if is_extracted:
         names, tensors = ("train/features", "train/labels", "val/features", "val/labels"), _extracted(root)
     else:
-        tensors = [load_file(root / name) for name in names]
+        paths = [find_file(root / name) for name in names]
+        before = list(map(_version, paths))
+        tensors = list(map(load_file, paths))
+        if before != list(map(_version, paths)):
+            what, fix = "features were replaced while they were read", "run the same command again"
+            raise UserError(what, f"--load_features {folder}", fix)
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
     x_shape, y_shape, test_x_shape, test_y_shape = shapes
     fit = len(x_shape) == len(test_x_shape) == 2 and x_shape[1] == test_x_shape[1]
@@ -336,6 +342,12 @@ def load_features(folder: str, device: torch.device) -> Data:
         log("warning: only one class, so all answers are right")
     (x, test_x), (y, test_y) = ([tensor.to(device) for tensor in pair] for pair in (features, labels))
     return x, y, test_x, test_y
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Differs if the file was replaced or written to. Raises OSError."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _extracted(folder: Path) -> list[Tensor]:
@@ -426,14 +438,27 @@ def normalized(features: Tensor, which: str) -> Tensor:
 def main(args: argparse.Namespace) -> dict[int, tuple[float, float]]:
     """Compute or load features, classify, and print a line for each k; {k: (top1, top5)} on rank 0."""
     device = cli.join_processes(args)
-    keep_on = device if args.use_cuda else torch.device("cpu")
     fix_random_seeds(args.seed)
-    folder = None
-    if args.dump_features:  # checked at the start, not after all the work
-        with same_error_on_all_ranks():
-            folder = cli.make_folder(args.dump_features, "dump_features")
+    if not args.dump_features:
+        return evaluate(args, device)
+    with same_error_on_all_ranks():  # checked at the start, not after all the work
+        folder = cli.make_folder(args.dump_features, "dump_features")
         if args.load_features and folder.resolve() == Path(args.load_features).expanduser().resolve():
             raise UserError("would overwrite --load_features", f"--dump_features {folder}", "leave it out")
+        lock = FolderLock(folder / ".features.lock", flag="dump_features")
+        if is_main_process():
+            lock.acquire()
+    try:
+        return evaluate(args, device, folder)
+    finally:
+        lock.release()
+
+
+def evaluate(
+    args: argparse.Namespace, device: torch.device, folder: Path | None = None
+) -> dict[int, tuple[float, float]]:
+    """What `main` does; saves the features to `folder`, if given."""
+    keep_on = device if args.use_cuda else torch.device("cpu")
     if args.load_features:
         loaded = [(name, True, "--load_features gives the features") for name in FEATURE_FLAGS]
         cli.warn_no_effect(args, get_args_parser(), loaded)

@@ -21,8 +21,9 @@ class FolderLock:
     process ID shows that it is dead; elsewhere, the file no longer changes.
     """
 
-    def __init__(self, path: Path, beat: float = 10.0):
-        self.path, self.beat = path, beat
+    def __init__(self, path: Path, beat: float = 10.0, flag: str = "output_dir"):
+        """`flag` is the one that names the folder, for messages."""
+        self.path, self.beat, self.where = path, beat, f"--{flag} {path.parent}"
         self.token = uuid.uuid4().hex
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -37,7 +38,7 @@ class FolderLock:
             if holder and not self._is_dead(holder):
                 raise UserError(
                     f"another run writes to this folder: {_name(holder)}, since {holder['since']}",
-                    f"--output_dir {self.path.parent}",
+                    self.where,
                     "wait for it, stop it, or give another folder",
                 )
             self._write(0)
@@ -68,7 +69,7 @@ class FolderLock:
         holder = self._read()
         if holder and holder["token"] != self.token:
             fix = "stop one of the two, then run the same command"
-            raise error(f"{_name(holder)} has taken this folder", f"--output_dir {self.path.parent}", fix)
+            raise error(f"{_name(holder)} has taken this folder", self.where, fix)
 
     def _keep(self) -> None:
         beats = 0

@@ -12,9 +12,10 @@ from torch import nn
 import eval_knn
 from support.distributed import fix_random_seeds
 from support.errors import ImageError, UserError, WrongFormat
+from support.lock import FolderLock
 from support.pixels import as_tensor
 from support.weights import load_backbone
-from tests.conftest import run_on_full_disk, same_of_one_and_of_two, save_images, torchrun
+from tests.conftest import run_on_full_disk, same_of_one_and_of_two, save_images, taken_by, torchrun
 from utils import MultiCropWrapper
 
 
@@ -228,6 +229,40 @@ def test_a_full_disk_loses_neither_accuracies_nor_features_of_before(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(eval_knn.FEATURE_FILES)
     for name in eval_knn.FEATURE_FILES:
         assert (folder / name).read_bytes() == (old / name).read_bytes()
+
+
+def test_two_evaluations_do_not_dump_into_one_folder(labelled, tmp_path):
+    """Each would replace some of the four files, which then do not belong together."""
+    lock = FolderLock(tmp_path / ".features.lock")
+    taken_by(lock)
+    flags = "--nb_knn", "3", "--dump_features", str(tmp_path)
+    with pytest.raises(UserError, match=rf"another run writes .* \(--dump_features {tmp_path}\)"):
+        pixels(labelled, *flags)
+    lock.path.unlink()
+    for _ in range(2):
+        pixels(labelled, *flags)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(eval_knn.FEATURE_FILES)
+
+
+def test_features_that_are_replaced_while_they_are_read_are_refused(labelled, tmp_path, monkeypatch):
+    """Old training features with new test features would give an accuracy of neither."""
+    flags = "--nb_knn", "3", "--dump_features", str(tmp_path)
+    pixels(labelled, *flags)
+    load_file, read = eval_knn.load_file, []
+
+    def dumped_after_the_first(path):
+        tensor = load_file(path)
+        if not read:
+            pixels(labelled, *flags)
+        read.append(path.name)
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_knn, "load_file", dumped_after_the_first)
+        with pytest.raises(UserError, match=r"features were replaced while they were read"):
+            evaluate("--load_features", str(tmp_path))
+    assert read == list(eval_knn.FEATURE_FILES)
+    evaluate("--load_features", str(tmp_path), "--nb_knn", "3")
 
 
 @pytest.mark.parametrize(
