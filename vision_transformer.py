@@ -129,7 +129,7 @@ def _bicubic(old: int, new: int, like: Tensor) -> Tensor:
     """
     # The + 0.1 kept the published code's output size from rounding down. It also moves the sampling
     # points, and the published weights were trained with that.
-    scale = ((new + 0.1) / old, 1.0)
+    scale: Any = ((torch.sym_float(new) + 0.1) / old, 1.0)  # in torch.jit.trace, `new` is a tensor
     columns = torch.eye(old, dtype=like.dtype, device=like.device)[None, :, :, None]
     return F.interpolate(columns, scale_factor=scale, mode="bicubic")[0, :, :, 0].T
 

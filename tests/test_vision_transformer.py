@@ -414,6 +414,16 @@ def test_position_embedding_keeps_double_precision():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_at_another_size_than_the_embeddings():
+    """`torch.jit.trace`, and ONNX without dynamo, make sizes tensors; the trace refuses further sizes."""
+    model, images = vit_nano(img_size=32).eval(), torch.randn(2, 3, 48, 16)
+    traced = torch.jit.trace(model, images)
+    torch.testing.assert_close(traced(images[:1]), model(images[:1]))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        traced(torch.zeros(2, 3, 32, 32))
+
+
 @pytest.mark.parametrize(("layer", "token"), [(0, None), (-1, 0), (7, None), (1, 17), (1, -1)])
 def test_attention_that_is_not_there_is_an_error(layer, token):
     with pytest.raises(IndexError, match=f"layer {layer} of 6, token {token} of 17"):
