@@ -104,13 +104,14 @@ def to_timm(frozen: Frozen, path: Path) -> Exported:
     """A state dict that timm's model of this architecture loads strictly."""
     timm, safetensors = need("timm", "timm"), need("safetensors.torch", "timm")
     network, name = frozen.network, frozen.arch
-    kwargs: dict[str, Size] = {}
+    kwargs: dict[str, Any] = {}
     if isinstance(network, VisionTransformer):
         name, kwargs = timm_arguments(network, frozen.image_size)
     elif getattr(network, "dynamic_img_size", False):
         kwargs = {"dynamic_img_size": True}
     if frozen.form.channels != 3:
         kwargs["in_chans"] = frozen.form.channels
+    kwargs["pretrained_cfg_overlay"] = timm_preprocessing(frozen)
     if not timm.is_model(name):
         raise UserError(f"timm has no {name}", "--to timm", "export it to another format")
     metadata = {"architecture": name, "dino": json.dumps(records(frozen))}
@@ -124,7 +125,17 @@ def to_timm(frozen: Frozen, path: Path) -> Exported:
     return model.eval()
 
 
-def timm_arguments(network: VisionTransformer, image_size: Size) -> tuple[str, dict[str, Size]]:
+def timm_preprocessing(frozen: Frozen) -> dict[str, Any]:
+    """What `timm.data.resolve_model_data_config` gives, in place of the values of timm's own weights."""
+    height, _ = height_and_width(frozen.image_size)
+    share = round(height / (round(height * 256 / 224) + 0.5), 4)  # timm divides by it and rounds down
+    values = {"mean": frozen.mean, "std": frozen.std, "interpolation": "bicubic", "crop_pct": share}
+    if getattr(frozen.network, "default_cfg", {}).get("fixed_input_size"):
+        return values  # with a size, timm would also build the network for it
+    return values | {"input_size": tuple(frozen.zeros(1).shape[1:])}
+
+
+def timm_arguments(network: VisionTransformer, image_size: Size) -> tuple[str, dict[str, Any]]:
     """The name of timm's ViT of the same width, and the arguments by which ours differs from it."""
     names = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}
     width = network.embed_dim if network.embed_dim in names else 192

@@ -70,12 +70,14 @@ def test_timm_loads_what_the_printed_call_says(checkpoint, tmp_path, capsys, mon
     again = load_backbone("timm.safetensors", arch="vit_nano")
     assert again[1:4] == (size or 32, MEAN, STD) and torch.equal(again.network(images), expected)
     assert f"its images: {size or 32} pixels, mean" in said
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    torch.testing.assert_close(transform(picture()), again.transform(picture()), rtol=0, atol=1e-5)
 
 
 def test_timms_own_names_are_used_where_the_sizes_are_the_same(tmp_path, capsys):
     torch.save(vit_tiny(16).state_dict(), tmp_path / "tiny.pth")
     write(tmp_path, tmp_path / "tiny.pth", "--to", "timm")
-    words = 'timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path="timm.safetensors")'
+    words = 'timm.create_model("vit_tiny_patch16_224", num_classes=0, pretrained_cfg_overlay={'
     assert words in capsys.readouterr().out
     modes = {(tmp_path / name).stat().st_mode for name in ("tiny.pth", "timm.safetensors")}
     assert len(modes) == 1  # readable by those who may read other files
