@@ -450,7 +450,7 @@ def names_of(images: Images) -> list[str]:
     """The name of each row, in one line. Raises UserError."""
     names = [short_name(images, index) for index in range(len(images))]
     for name in names:
-        if "\n" in name:
+        if name.splitlines() != [name]:
             raise UserError("file name has a line break", repr(name), "rename it")
     return names
 

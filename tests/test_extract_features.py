@@ -549,10 +549,12 @@ def test_bad_data_is_one_clear_line(labelled, images, tmp_path):
         extract(tmp_path, "--data_path", str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has no effect on a file .--split train"):
         extract(tmp_path, "--data_path", str(images / "000.png"), "--split", "train")
-    save_images(tmp_path / "odd", 1)
-    (tmp_path / "odd" / "000.png").rename(tmp_path / "odd" / "0\n0.png")
-    with pytest.raises(UserError, match=r"file name has a line break \('0\\n0.png'\): rename it"):
-        extract(tmp_path, "--data_path", str(tmp_path / "odd"))
+    for number, sign in enumerate(["\n", "\r", "\u2028"]):  # where Python's readers end a line
+        odd = tmp_path / f"odd{number}"
+        save_images(odd, 1)
+        (odd / "000.png").rename(odd / f"0{sign}0.png")
+        with pytest.raises(UserError, match=r"file name has a line break \('0\\.*0.png'\): rename it"):
+            extract(tmp_path, "--data_path", str(odd))
 
 
 def test_values_that_are_not_finite_are_refused(images, tmp_path):
