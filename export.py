@@ -245,6 +245,7 @@ def to_onnx(frozen: Frozen, path: Path) -> Exported:
         dynamo=True,
         verbose=False,
     )
+    program.model.metadata_props["dino"] = json.dumps(records(frozen))
     program.save(path, external_data=False)
     session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -254,7 +255,7 @@ def to_torch_export(frozen: Frozen, path: Path) -> Exported:
     """A `torch.export` program of images (B, C, H, W), B free."""
     program = torch.export.export(frozen.network, (random_images(frozen, 2),), dynamic_shapes=ANY_NUMBER)
     saved = io.BytesIO()  # on a full disk, torch would abort the process
-    torch.export.save(program, saved)
+    torch.export.save(program, saved, extra_files={"dino": json.dumps(records(frozen))})
     with replacing(path) as file:
         file.write(saved.getbuffer())
     return torch.export.load(path).module()

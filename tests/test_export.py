@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -154,7 +155,9 @@ def shallow() -> Frozen:
 
 def test_torch_export_takes_any_number_of_images(shallow, tmp_path):
     difference = export.export(shallow, "torch_export", tmp_path)
-    program = torch.export.load(tmp_path / "model.pt2").module()
+    said = {"dino": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=said).module()
+    assert json.loads(said["dino"])["normalization"] == {"mean": [*MEAN], "std": [*STD], "value_range": None}
     images = export.random_images(shallow, 5)
     assert (program(images) - shallow.network(images)).abs().max() < 1e-4 and difference < 1e-4
 
@@ -164,6 +167,9 @@ def test_onnx_takes_any_number_of_images(shallow, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     difference = export.export(shallow, "onnx", tmp_path)
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    said = json.loads(session.get_modelmeta().custom_metadata_map["dino"])
+    assert said["normalization"] == {"mean": [*MEAN], "std": [*STD], "value_range": None}
+    assert said["args"]["global_crops_size"] == 32
     images = export.random_images(shallow, 5)
     found = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
     assert (found - shallow.network(images)).abs().max() < 1e-4 and difference < 1e-4
