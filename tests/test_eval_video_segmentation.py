@@ -533,7 +533,7 @@ def test_bad_data_is_refused_before_the_work_begins(tmp_path, harm, message):
     harm(data)
     with pytest.raises(UserError, match=message) as error:
         segment(data, tmp_path / "output")
-    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+    assert error.value.exit_code == 2
     assert not list((tmp_path / "output").rglob("*.png"))
 
 
