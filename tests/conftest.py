@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -164,10 +165,15 @@ def _own_cache(tmp_path_factory):
         yield
 
 
-def run(*command: str, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+def call(script: ModuleType, *flags):
+    """What a script's `main` returns for these flags, of which paths and numbers become text."""
+    return script.main(script.parse_args([*map(str, flags)]))
+
+
+def run(*command, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """A real process in the project's folder, with one thread and a bound on its time."""
     result = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, *map(str, command)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -209,9 +215,9 @@ script.cli.run_script(script.main, script.parse_args())
 """
 
 
-def run_on_full_disk(script: str, room: int, *flags: str) -> subprocess.CompletedProcess:
+def run_on_full_disk(script: str, room: int, *flags) -> subprocess.CompletedProcess:
     """A script as a real process that can write no file of more than `room` bytes."""
-    return run("-c", ON_FULL_DISK, script, str(room), *flags, check=False)
+    return run("-c", ON_FULL_DISK, script, room, *flags, check=False)
 
 
 def free_port() -> int:
@@ -221,12 +227,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def torchrun(processes: int, *command: str, **kwargs) -> subprocess.CompletedProcess:
+def torchrun(processes: int, *command, **kwargs) -> subprocess.CompletedProcess:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     return run(*launcher, *command, **kwargs)
 
 
-def same_of_one_and_of_two(words: str, *command: str) -> list[str]:
+def same_of_one_and_of_two(words: str, *command) -> list[str]:
     """The lines that begin with these words, which one process prints, and two print the same."""
     one, two = (
         [line for line in ended.stdout.splitlines() if line.startswith(words)]

@@ -35,7 +35,7 @@ from support.data import (
 )
 from support.errors import ImageError, UserError, WrongFormat
 from support.loading import TrainingViews
-from tests.conftest import TINY, picture, save_images
+from tests.conftest import TINY, call, picture, save_images
 from utils import DataAugmentationDINO
 
 
@@ -65,7 +65,7 @@ def same(one: Images, other: Images) -> bool:
 
 def knn(folder: Path) -> dict:
     flags = "--pretrained_weights pixels --image_size 16 --nb_knn 3 --num_workers 0 --data_path".split()
-    return eval_knn.main(eval_knn.parse_args([*flags, str(folder)]))
+    return call(eval_knn, *flags, folder)
 
 
 @pytest.fixture
@@ -852,16 +852,15 @@ def test_a_process_keeps_few_archives_open(own, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_archive_bit_by_bit(own, tmp_path):
     """The same images in another container are the same data, also to two workers."""
-    flags = [*TINY, "--num_workers", "2", "--data_path"]
-    archive = str(pack(tmp_path / "x.zip", own / "train"))
+    flags = [*TINY, "--num_workers", 2, "--data_path"]
+    archive = pack(tmp_path / "x.zip", own / "train")
 
-    def train(data_path: str, out: str, *more: str) -> dict:
-        folder = tmp_path / out
-        main_dino.train_dino(main_dino.parse_args([*flags, data_path, "--output_dir", str(folder), *more]))
-        return load_checkpoint(folder / "checkpoint.pth")
+    def train(data_path: Path, out: str, *more) -> dict:
+        call(main_dino, *flags, data_path, "--output_dir", tmp_path / out, *more)
+        return load_checkpoint(tmp_path / out / "checkpoint.pth")
 
-    whole = train(str(own / "train"), "whole")
-    train(str(own / "train"), "moved", "--max_steps", "2")
+    whole = train(own / "train", "whole")
+    train(own / "train", "moved", "--max_steps", 2)
     moved = train(archive, "moved")
     assert moved["step"] == whole["step"] > 2
     for name, value in whole["teacher"].items():

@@ -32,7 +32,7 @@ from support.errors import UserError
 from support.files import _sync_folder, appearing, replacing
 from support.pickles import PlainType
 from support.weights import load_backbone
-from tests.conftest import FORGED, TINY, Call, filled_twice
+from tests.conftest import FORGED, TINY, Call, call, filled_twice
 from vision_transformer import VITS
 
 
@@ -262,7 +262,7 @@ def test_no_entry_runs_code_from_a_file(entry, labelled, tmp_path):
     if name:
         shutil.copy(tmp_path / "evil.pth", out / name)
     with pytest.raises(UserError, match="file contains .*mkdir, which may run code"):
-        script.main(script.parse_args(list(flags)))
+        call(script, *flags)
     assert not owned.exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)
     assert owned.exists()  # so it would have

@@ -30,7 +30,7 @@ from support.errors import (
     lacks_resources,
     reason_of,
 )
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, call, run
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_second_process_of_a_script_for_one_says_so_and_does_nothing(
     script, flags, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    script.main(script.parse_args([flag.format(out=tmp_path / "out.png") for flag in flags]))
+    call(script, *(flag.format(out=tmp_path / "out.png") for flag in flags))
     said = capsys.readouterr()
     assert said.err.startswith("note: process 1 of 2 has nothing to do: ") and said.err.count("\n") == 1
     assert said.out == "" and not list(tmp_path.iterdir())
@@ -440,10 +440,7 @@ def test_every_script_takes_argument_files(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "--seed 1\n\n--sed 2\n",
-            "unrecognized arguments: --sed 2 ({file}, line 3): did you mean --seed?",
-        ),
+        ("--seed 1\n\n--sed 2\n", "unrecognized arguments: --sed 2 ({file}, line 3): did you mean --seed?"),
         ("--seed 1 8\n", "unrecognized arguments: 8 ({file}, line 1): see --help"),
         ("seed 1\n", "unrecognized arguments: seed 1 ({file}, line 1): see --help"),
         ("--seed 1\n--lr fast", "argument --lr: 'fast' is not a number ({file}, line 2): see --help"),
@@ -520,14 +517,8 @@ def test_a_file_after_a_flag_of_the_command_line_says_that_it_overrides_it(tmp_p
             "argument --epochs: 'x' is not a whole number ({file}, line 1 or the command line): see --help",
         ),
         ("--sed 3", "unrecognized arguments: --sed 3: did you mean --seed?"),
-        (
-            "--Save-Every=8",
-            "unrecognized arguments: --Save-Every=8: did you mean --save_every_steps?",
-        ),
-        (
-            "--l 8",
-            "unrecognized arguments: --l 8: did you mean --lr, --local_rank, --local_crops_size?",
-        ),
+        ("--Save-Every=8", "unrecognized arguments: --Save-Every=8: did you mean --save_every_steps?"),
+        ("--l 8", "unrecognized arguments: --l 8: did you mean --lr, --local_rank, --local_crops_size?"),
         ("--=8", "unrecognized arguments: --=8: see --help"),
     ],
 )

@@ -98,15 +98,9 @@ def test_whatever_slurm_leaves_out_no_task_becomes_a_run_by_itself(launch, monke
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', not a number: unset it, or start with torchrun or"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 processes: count the ranks from 0"),
-        (
-            {"RANK": "0", "WORLD_SIZE": "2"},
-            "MASTER_ADDR is not set: set it, or start the processes with",
-        ),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set: set it, or start the processes with"),
         (SLURM | STEP, "cannot find rank 0: .*scontrol.* .SLURM.: set MASTER_ADDR and MASTER_PORT"),
-        (
-            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
-            "cannot find rank 0: SLURM_STEP_NODELIST is",
-        ),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "cannot find rank 0: SLURM_STEP_NODELIST is"),
     ],
 )
 def test_half_a_launch_is_one_line(launch, monkeypatch, env, message):
@@ -254,7 +248,7 @@ def test_a_torch_without_distributed_trains(images, tmp_path):
     result = run("-c", code, env=env, check=False)
     error = "error: this torch has no torch.distributed: start one process only\n"
     assert (result.returncode, result.stderr) == (2, error)
-    flags = [*TINY, "--max_steps", "2", "--data_path", str(images), "--output_dir", str(tmp_path / "run")]
+    flags = [*TINY, "--max_steps", "2", "--data_path", images, "--output_dir", tmp_path / "run"]
     assert "1 process(es) on" in run("main_dino.py", *flags, env=env).stdout
 
 
@@ -572,10 +566,7 @@ barrier()
     ("count", "message"),
     [
         (0, r"error: rank 1: .* \(.*on1\): .*\n"),
-        (
-            8,
-            r"error: ranks have different images \(rank 0: .*16.*; rank 1: .*8.*\): give every .*\n",
-        ),
+        (8, r"error: ranks have different images \(rank 0: .*16.*; rank 1: .*8.*\): give every .*\n"),
     ],
 )
 def test_machines_with_different_data_do_not_train(count, message, tmp_path):

@@ -11,12 +11,12 @@ from support.backbones import build_backbone
 from support.data import ImageFiles
 from support.errors import UserError
 from support.features import patch_size_of
-from tests.conftest import picture, same_of_one_and_of_two, save_images
+from tests.conftest import call, picture, same_of_one_and_of_two, save_images
 
 
-def evaluate(folder, *flags: str) -> dict:
-    data = *["--data_path", str(folder)] * bool(folder), "--num_workers", "0"
-    return eval_copy_detection.main(eval_copy_detection.parse_args([*data, *flags]))
+def evaluate(folder, *flags) -> dict:
+    data = ["--data_path", folder] * bool(folder)
+    return call(eval_copy_detection, *data, "--num_workers", 0, *flags)
 
 
 # ---- the published numbers
@@ -32,7 +32,7 @@ def evaluate(folder, *flags: str) -> dict:
 )
 def test_the_published_numbers(paper_inputs, published, capsys, extra, words, tolerance):
     folders = [part for name in extra for part in (f"--{name}_path", str(paper_inputs / name))]
-    flags = "--pretrained_weights", str(paper_inputs / "weights.pth"), "--imsize", "96"
+    flags = "--pretrained_weights", paper_inputs / "weights.pth", "--imsize", "96"
     result = evaluate(paper_inputs / "copydays", *flags, *folders)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval on")]
     expected = published[f"copy --imsize 96{words}"]
@@ -177,7 +177,7 @@ def test_blocks_are_taken_as_found(blocks, capsys):
 
 def test_whiten_centred_changes_the_features_and_needs_images(blocks, tmp_path, capsys):
     save_images(tmp_path / "others", 5, seed=1)
-    others = "--whitening_path", str(tmp_path / "others")
+    others = "--whitening_path", tmp_path / "others"
     evaluate(blocks, *RANDOM, *others)
     said = capsys.readouterr().out
     assert "warning" not in said
@@ -193,22 +193,20 @@ def test_whiten_centred_changes_the_features_and_needs_images(blocks, tmp_path, 
 
 
 def test_images_that_are_there_twice_are_named(blocks, tmp_path, capsys):
-    def warnings(*flags: str) -> list[str]:
+    def warnings(*flags) -> list[str]:
         evaluate(blocks, *RANDOM, *flags)
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
 
     save_images(blocks / "strong", 3, seed=2)
     others = tmp_path / "others"
     save_images(others, 4, seed=1)
-    assert warnings("--distractors_path", str(others), "--whitening_path", str(others)) == []
+    assert warnings("--distractors_path", others, "--whitening_path", others) == []
     shutil.copy(blocks / "strong" / "001.png", others / "of another name.png")
     pair = f"e.g. {blocks}/strong/001.png and {others}/of another name.png"
     one = "warning: 1 of 12 images look the same to the network as one of"
-    assert warnings("--distractors_path", str(others)) == [
-        f"{one} distractors: there they count as wrong; {pair}"
-    ]
+    assert warnings("--distractors_path", others) == [f"{one} distractors: there they count as wrong; {pair}"]
     effect = "the whitening is fitted to what is evaluated"
-    assert warnings("--whitening_path", str(others)) == [f"{one} whitening: {effect}; {pair}"]
+    assert warnings("--whitening_path", others) == [f"{one} whitening: {effect}; {pair}"]
     shutil.copy(blocks / "original" / "001.png", blocks / "original" / "009.png")
     (found,) = warnings()
     assert found.startswith("warning: 2 of 4 images look the same to the network as one of original: most")
@@ -219,7 +217,7 @@ def test_images_that_are_there_twice_are_named(blocks, tmp_path, capsys):
     assert warnings() == []  # a single original is not its own copy
 
 
-def refused(folder, message: str, *flags: str) -> None:
+def refused(folder, message: str, *flags) -> None:
     """The script ends with this one line before it looks for the weights."""
     with pytest.raises(UserError, match=message) as error:
         evaluate(folder, "--pretrained_weights", "/nowhere.pth", *flags)
@@ -255,8 +253,8 @@ def test_bad_folders_of_other_images_are_named(blocks, tmp_path):
     (tmp_path / "empty").mkdir()
     for flag in ("--distractors_path", "--whitening_path"):
         refused(blocks, f"no such folder .{flag} /nowhere", flag, "/nowhere")
-        refused(blocks, f"no images in .*empty .{flag}", flag, str(tmp_path / "empty"))
-    refused(blocks, "only 1 images in one .--whitening_path", "--whitening_path", str(tmp_path / "one"))
+        refused(blocks, f"no images in .*empty .{flag}", flag, tmp_path / "empty")
+    refused(blocks, "only 1 images in one .--whitening_path", "--whitening_path", tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -288,9 +286,9 @@ def test_random_weights_are_of_the_published_default_network():
 @pytest.mark.slow
 def test_two_processes_print_what_one_prints(paper_inputs):
     flags = (
-        "eval_copy_detection.py", "--data_path", str(paper_inputs / "copydays"), "--imsize", "32",
-        "--pretrained_weights", str(paper_inputs / "weights.pth"), "--num_workers", "1",
-        "--whitening_path", str(paper_inputs / "whitening"),
+        "eval_copy_detection.py", "--data_path", paper_inputs / "copydays", "--imsize", "32",
+        "--pretrained_weights", paper_inputs / "weights.pth", "--num_workers", "1",
+        "--whitening_path", paper_inputs / "whitening",
     )  # fmt: skip
     assert len(same_of_one_and_of_two("eval on", *flags)) == 20
 
@@ -300,5 +298,5 @@ def test_the_whitening_is_the_flags(blocks, tmp_path, monkeypatch):
     seen, whiten = [], eval_copy_detection.whiten
     monkeypatch.setattr(eval_copy_detection, "whiten", lambda x, c: seen.append(c) or whiten(x, c))
     for more in ((), ("--whiten_centred",)):
-        evaluate(blocks, *RANDOM, "--whitening_path", str(tmp_path / "others"), *more)
+        evaluate(blocks, *RANDOM, "--whitening_path", tmp_path / "others", *more)
     assert seen == [False, True]

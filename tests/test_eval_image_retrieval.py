@@ -14,12 +14,12 @@ import eval_image_retrieval
 from eval_image_retrieval import Query, average_precision, measure, measure_query
 from support.backbones import build_backbone
 from support.errors import UserError
-from tests.conftest import picture, same_of_one_and_of_two
+from tests.conftest import call, picture, same_of_one_and_of_two
 
 
-def evaluate(folder, *flags: str) -> dict:
-    data = *["--data_path", str(folder)] * bool(folder), "--num_workers", "0"
-    return eval_image_retrieval.main(eval_image_retrieval.parse_args([*data, *flags]))
+def evaluate(folder, *flags) -> dict:
+    data = ["--data_path", folder] * bool(folder)
+    return call(eval_image_retrieval, *data, "--num_workers", 0, *flags)
 
 
 # ---- the published numbers
@@ -27,7 +27,7 @@ def evaluate(folder, *flags: str) -> dict:
 
 @pytest.mark.parametrize("flags", ["--imsize 112", "--imsize 160 --multiscale 1"])
 def test_the_published_numbers(paper_inputs, published, capsys, flags):
-    given = "--pretrained_weights", str(paper_inputs / "weights.pth")
+    given = "--pretrained_weights", paper_inputs / "weights.pth"
     result = evaluate(paper_inputs / "retrieval", *given, *flags.split())
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(">>")]
     expected = published[f"retrieval {flags}"]
@@ -183,7 +183,7 @@ def ground_truth(paper_inputs, tmp_path):
     return tmp_path, rewrite
 
 
-def refused(folder, message: str, *flags: str) -> None:
+def refused(folder, message: str, *flags) -> None:
     """The script ends with this one line before it looks for the weights."""
     with pytest.raises(UserError, match=message) as error:
         evaluate(folder, "--pretrained_weights", "/nowhere.pth", *flags)
@@ -285,7 +285,7 @@ def test_a_network_that_does_not_suit_is_one_clear_line(paper_inputs, flags, mes
 @pytest.mark.slow
 def test_two_processes_print_what_one_prints(paper_inputs):
     flags = (
-        "eval_image_retrieval.py", "--data_path", str(paper_inputs / "retrieval"), "--imsize", "64",
-        "--pretrained_weights", str(paper_inputs / "weights.pth"), "--num_workers", "1",
+        "eval_image_retrieval.py", "--data_path", paper_inputs / "retrieval", "--imsize", "64",
+        "--pretrained_weights", paper_inputs / "weights.pth", "--num_workers", "1",
     )  # fmt: skip
     assert len(same_of_one_and_of_two(">>", *flags)) == 2

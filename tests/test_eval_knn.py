@@ -15,7 +15,7 @@ from support.errors import ImageError, UserError, WrongFormat
 from support.lock import FolderLock
 from support.pixels import as_tensor
 from support.weights import load_backbone
-from tests.conftest import run_on_full_disk, same_of_one_and_of_two, save_images, taken_by, torchrun
+from tests.conftest import call, run_on_full_disk, same_of_one_and_of_two, save_images, taken_by, torchrun
 from utils import MultiCropWrapper
 
 
@@ -110,13 +110,12 @@ def test_images_that_arrive_dark_are_named(tmp_path, capsys):
     assert "warning: 2 of 2 checked images have 16 bits but use 12 of them" in capsys.readouterr().out
 
 
-def evaluate(*flags: str) -> dict:
-    return eval_knn.main(eval_knn.parse_args([*flags, "--num_workers", "0"]))
+def evaluate(*flags) -> dict:
+    return call(eval_knn, *flags, "--num_workers", 0)
 
 
-def pixels(labelled, *flags: str) -> dict:
-    data = "--pretrained_weights", "pixels", "--image_size", "16", "--data_path", str(labelled)
-    return evaluate(*data, *flags)
+def pixels(labelled, *flags) -> dict:
+    return evaluate("--pretrained_weights", "pixels", "--image_size", 16, "--data_path", labelled, *flags)
 
 
 def test_prints_the_published_line_and_limits_k(labelled, capsys):
@@ -133,15 +132,7 @@ def test_features_are_the_cls_token_or_all_patch_tokens(labelled, tmp_path, caps
     flags = "--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32"
     for value, width in (("false", 128), ("true", 16 * 128)):
         folder = tmp_path / value
-        evaluate(
-            *flags,
-            "--data_path",
-            str(labelled),
-            "--concat_patchtokens",
-            value,
-            "--dump_features",
-            str(folder),
-        )
+        evaluate(*flags, "--data_path", labelled, "--concat_patchtokens", value, "--dump_features", folder)
         assert torch.load(folder / "trainfeat.pth").shape == (15, width)
     assert "features: patch tokens, 2048 wide" in capsys.readouterr().out
     fix_random_seeds(0)
@@ -198,18 +189,18 @@ def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, caps
         train = (tmp_path / "features" / f"train{part}.pth").read_bytes()
         for split in ("train", "test"):
             (tmp_path / f"{split}{part}.pth").write_bytes(train)
-    evaluate("--load_features", str(tmp_path), "--nb_knn", "3")
+    evaluate("--load_features", tmp_path, "--nb_knn", "3")
     (tmp_path / "train").mkdir()
     (tmp_path / "testfeat.pth").unlink()
     with pytest.raises(UserError, match="has both train/ of extract_features.py and trainfeat.pth"):
-        evaluate("--load_features", str(tmp_path))
+        evaluate("--load_features", tmp_path)
     copies = "15 of 15 compared test images have the features of a training image: the accuracy may"
     assert f"warning: {copies}" in capsys.readouterr().out
     for name in ("trainfeat", "testfeat"):
         lengths = torch.load(tmp_path / "features" / f"{name}.pth").norm(dim=1)
         torch.testing.assert_close(lengths, torch.ones_like(lengths))
     with pytest.raises(UserError, match="no such file"):
-        evaluate("--load_features", str(tmp_path / "nowhere"))
+        evaluate("--load_features", tmp_path / "nowhere")
     same = str(tmp_path / "features" / ".." / "features")
     with pytest.raises(UserError, match="would overwrite --load_features"):
         evaluate("--load_features=~/features", "--dump_features", same)
@@ -221,7 +212,7 @@ def test_a_full_disk_loses_neither_accuracies_nor_features_of_before(tmp_path):
         each.mkdir()
         saved_features(each)
     saved_features(tmp_path, testfeat=lambda rows: rows.repeat(400, 1), testlabels=lambda y: y.repeat(400))
-    flags = "--load_features", str(tmp_path), "--dump_features", str(folder), "--nb_knn", "5"
+    flags = "--load_features", tmp_path, "--dump_features", folder, "--nb_knn", "5"
     result = run_on_full_disk("eval_knn", 50_000, *flags)  # the training features have room
     assert result.returncode == 1 and "5-NN classifier result: Top1: " in result.stdout
     where = folder / "testfeat.pth"
@@ -280,7 +271,7 @@ def test_features_that_do_not_fit_are_refused(labelled, tmp_path, name, tensor, 
     pixels(labelled, "--nb_knn", "3", "--dump_features", str(tmp_path))
     torch.save(tensor, tmp_path / f"{name}.pth")
     with pytest.raises(UserError, match=message):
-        evaluate("--load_features", str(tmp_path))
+        evaluate("--load_features", tmp_path)
 
 
 def saved_features(folder, **changes) -> dict:
@@ -295,7 +286,7 @@ def saved_features(folder, **changes) -> dict:
     tensors |= {name: change(tensors[name]) for name, change in changes.items()}
     for name, tensor in tensors.items():
         torch.save(tensor, folder / f"{name}.pth")
-    return evaluate("--load_features", str(folder), "--nb_knn", "5")
+    return evaluate("--load_features", folder, "--nb_knn", "5")
 
 
 def test_rows_of_any_length_give_the_same_accuracy(tmp_path, capsys):
@@ -315,7 +306,7 @@ def test_class_numbers_may_have_gaps(tmp_path):
     first = saved_features(tmp_path)
     apart = {name: lambda labels: labels * 10**11 for name in ("trainlabels", "testlabels")}
     assert saved_features(tmp_path, **apart) == first
-    evaluate("--load_features", str(tmp_path), "--dump_features", str(tmp_path / "copy"))
+    evaluate("--load_features", tmp_path, "--dump_features", tmp_path / "copy")
     assert torch.load(tmp_path / "copy" / "trainlabels.pth").max() == 2 * 10**11
 
 
@@ -359,7 +350,7 @@ def test_one_class_is_named_since_all_answers_are_right(tmp_path, capsys):
 def test_flags_without_effect_beside_loaded_features_are_named(tmp_path, capsys):
     saved_features(tmp_path)
     assert "no effect" not in capsys.readouterr().out.replace("--num_workers has no effect", "")
-    evaluate("--load_features", str(tmp_path), "--pretrained_weights", "x.pth", "--image_size", "64")
+    evaluate("--load_features", tmp_path, "--pretrained_weights", "x.pth", "--image_size", "64")
     said = capsys.readouterr().out
     assert "warning: --pretrained_weights has no effect: --load_features gives the features" in said
     assert "warning: --image_size has no effect" in said and "--arch" not in said
@@ -369,7 +360,7 @@ def test_flags_without_effect_beside_loaded_features_are_named(tmp_path, capsys)
 
 def test_the_temperature_is_the_flags(tmp_path):
     saved_features(tmp_path)
-    flags = "--load_features", str(tmp_path), "--nb_knn", "30", "--temperature"
+    flags = "--load_features", tmp_path, "--nb_knn", "30", "--temperature"
     assert evaluate(*flags, "0.001") != evaluate(*flags, "100")
 
 
@@ -377,7 +368,7 @@ def test_the_seed_of_random_weights_is_the_flags(labelled, tmp_path):
     random = "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 16".split()
     rows = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        flags = "--data_path", str(labelled), "--seed", seed, "--dump_features", str(tmp_path / name)
+        flags = "--data_path", labelled, "--seed", seed, "--dump_features", tmp_path / name
         evaluate(*random, *flags)
         rows.append(torch.load(tmp_path / name / "testfeat.pth"))
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
@@ -399,7 +390,7 @@ def test_a_small_temperature_leaves_the_nearest_alone():
 )
 def test_bad_usage_is_one_clear_line(labelled, flags, message):
     with pytest.raises(UserError, match=message):
-        eval_knn.main(eval_knn.parse_args(["--num_workers", "0", "--data_path", str(labelled), *flags]))
+        evaluate("--data_path", labelled, *flags)
 
 
 def test_it_says_what_it_took(labelled, capsys):
@@ -448,7 +439,7 @@ def test_a_broken_image_is_named_by_the_process_that_reads_it(tmp_path):
     broken = tmp_path / "train" / "a" / "001.png"  # the second image, so it is the second process's
     broken.write_bytes(b"not an image")
     flags = "--pretrained_weights pixels --image_size 16 --num_workers 0".split()
-    ended = torchrun(2, "eval_knn.py", *flags, "--data_path", str(tmp_path), check=False)
+    ended = torchrun(2, "eval_knn.py", *flags, "--data_path", tmp_path, check=False)
     named = [line for line in ended.stderr.splitlines() if line.startswith("error: cannot read image: ")]
     assert ended.returncode and len(named) == 1 and named[0].endswith(f"({broken}): repair or remove it")
 
@@ -457,7 +448,7 @@ def test_a_broken_image_is_named_by_the_process_that_reads_it(tmp_path):
 def test_two_processes_give_what_one_gives(labelled):
     flags = (
         "eval_knn.py", "--pretrained_weights", "random", "--arch", "resnet18", "--image_size", "32",
-        "--data_path", str(labelled), "--num_workers", "0", "--nb_knn", "3", "--batch_size_per_gpu", "4",
+        "--data_path", labelled, "--num_workers", "0", "--nb_knn", "3", "--batch_size_per_gpu", "4",
         "--seed", "1",
     )  # fmt: skip
     assert len(same_of_one_and_of_two("3-NN", *flags)) == 1

@@ -27,7 +27,7 @@ from support.loading import EpochBatches
 from support.pixels import to_pixels
 from support.weights import load_backbone
 from tests import golden
-from tests.conftest import ramps, run, same_of_one_and_of_two, save_images, slopes, torchrun
+from tests.conftest import call, ramps, run, same_of_one_and_of_two, save_images, slopes, torchrun
 
 PUBLISHED = {
     "n_last_blocks": 4, "avgpool_patchtokens": False, "pretrained_weights": "", "epochs": 100,
@@ -45,8 +45,7 @@ FLAGS = (
 
 
 def probe(labelled, out, *flags) -> list[dict]:
-    argv = [*FLAGS, "--data_path", labelled, "--output_dir", out, *flags]
-    return eval_linear.main(eval_linear.parse_args([*map(str, argv)]))
+    return call(eval_linear, *FLAGS, "--data_path", labelled, "--output_dir", out, *flags)
 
 
 def log_of(folder) -> list[dict]:
@@ -374,9 +373,9 @@ def test_two_processes_train_as_one_on_twice_the_batch(tmp_path):
     for seed, name in enumerate("ab"):
         save_images(tmp_path / "data" / "train" / name, 8, seed=seed)
         save_images(tmp_path / "data" / "val" / name, 3, seed=10 + seed)
-    common = ["eval_linear.py", *FLAGS, "--data_path", str(tmp_path / "data"), "--lr", "1", "0.1"]
-    run(*common, "--output_dir", str(tmp_path / "one"), "--batch_size_per_gpu", "8")
-    torchrun(2, *common, "--output_dir", str(tmp_path / "two"), "--batch_size_per_gpu", "4")
+    common = ["eval_linear.py", *FLAGS, "--data_path", tmp_path / "data", "--lr", "1", "0.1"]
+    run(*common, "--output_dir", tmp_path / "one", "--batch_size_per_gpu", "8")
+    torchrun(2, *common, "--output_dir", tmp_path / "two", "--batch_size_per_gpu", "4")
     one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("one", "two"))
     for checkpoint in (one, two):
         rates = [group["initial_lr"] for group in checkpoint["optimizer"]["param_groups"]]
@@ -748,7 +747,7 @@ def test_a_class_with_too_few_images_is_named_before_the_work(labelled, tmp_path
 
 @pytest.mark.slow
 def test_two_processes_fit_what_one_does(labelled):
-    flags = ("eval_linear.py", *FLAGS, "--data_path", str(labelled), "--logistic", "--few_shot", "3")
+    flags = ("eval_linear.py", *FLAGS, "--data_path", labelled, "--logistic", "--few_shot", "3")
     assert len(same_of_one_and_of_two("seed", *flags)) == 1
 
 

@@ -29,7 +29,7 @@ from support.errors import UserError, WrongFormat
 from support.masks import read_mask
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from support.weights import Frozen
-from tests.conftest import run
+from tests.conftest import call, run
 
 RANDOM_VIT = "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 32".split()
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def voc(tmp_path_factory):
 
 
 def evaluate(*flags) -> dict:
-    return eval_segmentation.main(eval_segmentation.parse_args([*map(str, flags), "--num_workers", "0"]))
+    return call(eval_segmentation, *flags, "--num_workers", 0)
 
 
 class Pixels(nn.Module):
@@ -476,6 +476,6 @@ def test_bad_usage_is_one_clear_line(flags, message):
 def test_an_error_of_a_user_ends_with_code_2(tmp_path):
     write_voc(tmp_path)
     spoil_size(tmp_path)
-    ended = run("eval_segmentation.py", *RANDOM_VIT, "--data_path", str(tmp_path), check=False)
+    ended = run("eval_segmentation.py", *RANDOM_VIT, "--data_path", tmp_path, check=False)
     assert ended.returncode == 2 and ended.stderr.startswith("error: mask has 48 x 31 pixels")
     assert ended.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ from PIL.ExifTags import Base
 import eval_video_segmentation as video
 from support.backbones import build_backbone
 from support.errors import ImageError, UserError
-from tests.conftest import ROOT, picture, run_on_full_disk
+from tests.conftest import ROOT, call, picture, run_on_full_disk
 
 RANDOM = ("--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "32")
 VIDEO3 = ("--n_last_frames", "3", "--size_mask_neighborhood", "0", "--topk", "7")
@@ -43,10 +43,9 @@ def make_clip(root: Path, name: str = "clip", masks: int = 4, size: tuple[int, i
     return root
 
 
-def segment(data: Path, output: Path, *flags: str) -> dict:
-    chosen = flags if "--pretrained_weights" in flags else (*RANDOM, *flags)
-    folders = "--data_path", str(data), "--output_dir", str(output)
-    return video.main(video.parse_args([*folders, *chosen]))
+def segment(data: Path, output: Path, *flags) -> dict:
+    weights = () if "--pretrained_weights" in flags else RANDOM
+    return call(video, "--data_path", data, "--output_dir", output, *weights, *flags)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -63,7 +62,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("name", "flags"), [("video", ()), ("video3", VIDEO3)])
 def test_masks_and_scores_are_the_published_ones(paper_inputs, published, tmp_path, name, flags):
     data = paper_inputs / "davis"
-    weights = "--pretrained_weights", str(paper_inputs / "weights.pth"), "--arch", "vit_tiny"
+    weights = "--pretrained_weights", paper_inputs / "weights.pth", "--arch", "vit_tiny"
     result = segment(data, tmp_path, *weights, *flags)
     own, theirs = read(tmp_path), read(ROOT / "tests" / "data" / "masks" / name)
     assert own.keys() == theirs.keys() == published[name].keys()
@@ -555,7 +554,7 @@ def test_the_data_set_is_not_overwritten_through_another_name(tmp_path):
 
 def test_masks_are_written_whole_or_not_at_all(tmp_path):
     data, output = make_clip(tmp_path / "data"), tmp_path / "output"
-    folders = "--data_path", str(data), "--output_dir", str(output)
+    folders = "--data_path", data, "--output_dir", output
     segment(data, output)
     before = (output / "clip" / "00000.png").read_bytes()
     ended = run_on_full_disk("eval_video_segmentation", 64, *folders, *RANDOM)

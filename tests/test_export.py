@@ -10,7 +10,7 @@ from support.checkpoints import load_checkpoint
 from support.errors import TrainingError, UserError
 from support.pixels import eval_transform
 from support.weights import Frozen, load_backbone
-from tests.conftest import picture, run_on_full_disk
+from tests.conftest import call, picture, run_on_full_disk
 from vision_transformer import vit_nano, vit_tiny
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
@@ -27,9 +27,8 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def write(folder: Path, weights: Path | str, *flags: str) -> dict[str, float]:
-    given = ["--pretrained_weights", str(weights), "--output_dir", str(folder), *flags]
-    return export.main(export.parse_args(given))
+def write(folder: Path, weights: Path | str, *flags) -> dict[str, float]:
+    return call(export, "--pretrained_weights", weights, "--output_dir", folder, *flags)
 
 
 def features(weights: Path, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,7 +217,7 @@ def test_a_missing_package_is_one_clear_line(checkpoint, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("to", ["backbone", "torch_export"])  # those that torch writes
 def test_a_full_disk_is_one_clear_line(checkpoint, tmp_path, to):
-    flags = "--pretrained_weights", str(checkpoint), "--output_dir", str(tmp_path), "--to", to
+    flags = "--pretrained_weights", checkpoint, "--output_dir", tmp_path, "--to", to
     result = run_on_full_disk("export", 20_000, *flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"error: File too large ({tmp_path}/.export")

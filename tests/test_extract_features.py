@@ -27,16 +27,15 @@ from support.formats import load_image
 from support.loading import num_cores
 from support.pixels import eval_transform
 from support.weights import load_backbone
-from tests.conftest import ROOT, free_port, run, save_images, taken_by, torchrun, wait_for
+from tests.conftest import ROOT, call, free_port, run, save_images, taken_by, torchrun, wait_for
 
 PIXELS = ("--pretrained_weights", "pixels", "--image_size", "16")
 VIT = ("--pretrained_weights", "random", "--arch", "vit_nano", "--patch_size", "8", "--image_size", "32")
 DEMO = ("--demo", "--split", "val", "--batch_size_per_gpu", "8")
 
 
-def extract(folder: Path, *flags: str, weights: tuple[str, ...] = PIXELS) -> Path:
-    given = [*weights, "--output_dir", str(folder), "--num_workers", "0", *flags]
-    return extract_features.main(extract_features.parse_args(given))
+def extract(folder: Path, *flags, weights: tuple = PIXELS) -> Path:
+    return call(extract_features, *weights, "--output_dir", folder, "--num_workers", 0, *flags)
 
 
 def names(folder: Path) -> list[str]:
@@ -56,7 +55,7 @@ def vit():
 def test_features_do_not_become_images(tmp_path):
     for i in range(3):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((16, 16), np.float32))
-    flags = ["--data_path", str(tmp_path), "--in_chans", "1", "--value_range", "0", "1"]
+    flags = ["--data_path", tmp_path, "--in_chans", "1", "--value_range", "0", "1"]
     with pytest.raises(UserError, match=r"features.npy would become one of the images .*--output_dir"):
         extract(tmp_path / "features", *flags)
     assert len(np.load(extract(tmp_path.with_name("beside"), *flags))) == 3
@@ -65,7 +64,7 @@ def test_features_do_not_become_images(tmp_path):
 
 
 def test_rows_names_and_labels_are_in_one_order(labelled, tmp_path, capsys):
-    path = extract(tmp_path, "--data_path", str(labelled), "--split", "train", "--batch_size_per_gpu", "4")
+    path = extract(tmp_path, "--data_path", labelled, "--split", "train", "--batch_size_per_gpu", "4")
     rows, transform = np.load(path, mmap_mode="r"), eval_transform(16)
     assert rows.shape == (15, 768) and rows.dtype == np.float32
     for row, label, name in zip(rows, np.load(tmp_path / "labels.npy"), names(tmp_path), strict=True):
@@ -83,12 +82,12 @@ def test_rows_names_and_labels_are_in_one_order(labelled, tmp_path, capsys):
 
 
 def test_images_beside_folders_have_no_classes(images, tmp_path):
-    extract(tmp_path, "--data_path", str(images))
+    extract(tmp_path, "--data_path", images)
     found = read_features(tmp_path)
     assert found.labels is None and found.classes == [] and not (tmp_path / "labels.npy").exists()
     (tmp_path / "features.npy").unlink()
     (tmp_path / "labels.npy").touch()  # of earlier features
-    extract(tmp_path, "--data_path", str(images))
+    extract(tmp_path, "--data_path", images)
     assert not (tmp_path / "labels.npy").exists()
     assert names(tmp_path) == [f"{i:03}.png" for i in range(8)] + [f"nested/{i:03}.png" for i in range(12)]
 
@@ -100,7 +99,7 @@ def test_no_file_of_the_user_is_overwritten(labelled, images, tmp_path, name, fo
     path.write_text("the user's")
     for data in (labelled / "train", images):  # with classes and without
         with pytest.raises(UserError, match=rf"^file is not ours .*{path.name}\): give another --output_dir"):
-            extract(tmp_path, "--data_path", str(data), "--format", format)
+            extract(tmp_path, "--data_path", data, "--format", format)
     assert path.read_text() == "the user's"
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
@@ -115,10 +114,10 @@ def test_a_list_gives_its_order_and_its_names(images, labelled, tmp_path):
     other = labelled / "val" / "a" / "001.png"
     listed = images / "some images.txt"
     listed.write_bytes(f"nested/003.png\r\n\n{other}\n  000.png".encode())
-    extract(tmp_path / "list", "--data_path", str(listed))
+    extract(tmp_path / "list", "--data_path", listed)
     listed.unlink()
     assert names(tmp_path / "list") == ["nested/003.png", str(other), "000.png"]
-    single = read_features(extract(tmp_path / "one", "--data_path", str(other)).parent)
+    single = read_features(extract(tmp_path / "one", "--data_path", other).parent)
     assert torch.equal(read_features(tmp_path / "list").features[1], single.features[0])
     assert single.labels is None and names(tmp_path / "one") == [str(other)]
 
@@ -126,7 +125,7 @@ def test_a_list_gives_its_order_and_its_names(images, labelled, tmp_path):
 def test_a_name_that_is_no_text_keeps_its_bytes(tmp_path):
     save_images(tmp_path / "images", 1)
     os.rename(tmp_path / "images" / "000.png", os.fsencode(tmp_path / "images") + b"/\xe9.png")
-    extract(tmp_path, "--data_path", str(tmp_path / "images"))
+    extract(tmp_path, "--data_path", tmp_path / "images")
     assert (tmp_path / "names.txt").read_bytes() == b"\xe9.png\n"
 
 
@@ -143,7 +142,7 @@ def test_the_demo_and_datasets_are_taken_as_the_evaluations_take_them(tmp_path, 
 
 @pytest.mark.parametrize("kind", extract_features.KINDS)
 def test_kinds_are_what_the_evaluations_use(images, tmp_path, kind):
-    extract(tmp_path, "--data_path", str(images), "--kind", kind, weights=VIT)
+    extract(tmp_path, "--data_path", images, "--kind", kind, weights=VIT)
     network = vit()
     transform = eval_transform(32)
     pixels = torch.stack([transform(load_image(str(images / name))) for name in names(tmp_path)])
@@ -162,14 +161,14 @@ def test_kinds_are_what_the_evaluations_use(images, tmp_path, kind):
 
 def test_the_precision_is_the_flags(images, tmp_path):
     found = [
-        np.load(extract(tmp_path / name, "--data_path", str(images), "--precision", name, weights=VIT))
+        np.load(extract(tmp_path / name, "--data_path", images, "--precision", name, weights=VIT))
         for name in ("fp32", "bf16")
     ]
     assert not np.array_equal(*found) and np.allclose(*found, rtol=0.1, atol=0.1)
 
 
 def test_the_seed_is_the_flags(images, tmp_path):
-    flags = "--data_path", str(images), "--seed"
+    flags = "--data_path", images, "--seed"
     found = [np.load(extract(tmp_path / seed, *flags, seed, weights=VIT)) for seed in "01"]
     assert not np.allclose(*found, atol=0.1)
 
@@ -177,7 +176,7 @@ def test_the_seed_is_the_flags(images, tmp_path):
 def test_an_image_that_cannot_be_read_has_no_class(labelled, tmp_path):
     shutil.copytree(labelled / "val", tmp_path / "val")
     (tmp_path / "val" / "b" / "001.png").write_bytes(b"no image")
-    extract(tmp_path / "out", "--data_path", str(tmp_path / "val"), "--skip_unreadable")
+    extract(tmp_path / "out", "--data_path", tmp_path / "val", "--skip_unreadable")
     assert read_features(tmp_path / "out").labels.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]
 
 
@@ -186,7 +185,7 @@ def test_likely_mistakes_in_the_images_are_named(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for name in "ab":  # which may be alike
         Image.fromarray(values).save(tmp_path / "images" / f"{name}.png")
-    extract(tmp_path, "--data_path", str(tmp_path / "images"))
+    extract(tmp_path, "--data_path", tmp_path / "images")
     said = capsys.readouterr().out
     assert "2 of 2 checked images" in said and said.count("warning") == 1
 
@@ -194,7 +193,7 @@ def test_likely_mistakes_in_the_images_are_named(tmp_path, capsys):
 def test_features_of_rectangular_images(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")
-    flags = "--data_path", str(tmp_path / "images"), "--kind", "patches", "--skip_unreadable"
+    flags = "--data_path", tmp_path / "images", "--kind", "patches", "--skip_unreadable"
     extract(tmp_path / "out", *flags, weights=(*VIT, "16"))
     rows = np.load(tmp_path / "out" / "features.npy")
     assert rows.shape == (20, 4, 2, 128) and np.isnan(rows).all(axis=(1, 2, 3)).sum() == 1
@@ -243,7 +242,7 @@ def test_kinds_of_other_networks():
 def test_torch_files_and_half_precision_hold_the_same(images, tmp_path):
     found = {}
     for name, flags in {"npy": [], "pt": ["--format", "pt"], "half": ["--dtype", "float16"]}.items():
-        path = extract(tmp_path / name, "--data_path", str(images), *flags)
+        path = extract(tmp_path / name, "--data_path", images, *flags)
         found[name] = read_features(path.parent).features
     assert torch.equal(found["pt"], found["npy"]) and torch.equal(found["half"], found["npy"].half())
     there = {path.name for path in (tmp_path / "pt").iterdir()}
@@ -262,7 +261,7 @@ def half_done(images, tmp_path, monkeypatch) -> Path:
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "nested" / "002.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read image: .*nested/002.png.*, or add --skip_unreadable"):
-        extract(tmp_path, "--data_path", str(tmp_path / "images"), "--batch_size_per_gpu", "4")
+        extract(tmp_path, "--data_path", tmp_path / "images", "--batch_size_per_gpu", "4")
     return tmp_path
 
 
@@ -277,10 +276,10 @@ def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
     record = json.loads((half_done / "features.json").read_text()) | {"unreadable": ["nested/000.png"]}
     (half_done / "features.json").write_text(json.dumps(record))  # as if it had been so before the stop
     (half_done / "images").rename(half_done / "moved")
-    flags = "--data_path", str(half_done / "moved"), "--batch_size_per_gpu", "4", "--skip_unreadable"
+    flags = "--data_path", half_done / "moved", "--batch_size_per_gpu", "4", "--skip_unreadable"
     extract(half_done, *flags)
     rows = np.load(half_done / "features.npy")
-    whole = np.load(extract(half_done / "whole", "--data_path", str(images)))
+    whole = np.load(extract(half_done / "whole", "--data_path", images))
     kept = np.array([i for i in range(20) if i not in (3, 10)])
     assert np.array_equal(rows[kept], whole[kept]) and (rows[3] == 7).all() and np.isnan(rows[10]).all()
     said = capsys.readouterr().out
@@ -315,14 +314,14 @@ def test_other_features_are_not_continued(half_done, images, flags, message):
     with pytest.raises(UserError, match=message) as error:
         extract(half_done, *common, "--data_path", data, *flags)
     assert str(error.value).endswith("or another --output_dir")
-    extract(half_done, *common, "--data_path", str(half_done / "images"))
+    extract(half_done, *common, "--data_path", half_done / "images")
     with pytest.raises(UserError, match=message):
         extract(half_done, *common, "--data_path", data, *flags)
 
 
 @pytest.mark.parametrize("lost", ["features", "labels"])
 def test_lost_files_are_computed_again(half_done, capsys, lost):
-    flags = "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4", "--skip_unreadable"
+    flags = "--data_path", half_done / "images", "--batch_size_per_gpu", "4", "--skip_unreadable"
     (half_done / f"{lost}.npy.partial").unlink()
     whole = np.load(extract(half_done, *flags))
     assert "resuming" not in capsys.readouterr().out and np.isfinite(whole).all(axis=1).sum() == 19
@@ -342,7 +341,7 @@ def test_progress_is_forgotten_before_its_rows_are(half_done):
     path.unlink()
     path.symlink_to(half_done / "absent" / "x")  # so that it cannot be created
     with pytest.raises(UserError, match="cannot reserve .*labels.npy.partial"):
-        extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+        extract(half_done, "--data_path", half_done / "images", "--batch_size_per_gpu", "4")
     assert json.loads((half_done / "features.json").read_text())["blocks"] == 0
 
 
@@ -353,11 +352,11 @@ def test_a_file_of_another_shape_or_type_or_cut_short_is_refused(half_done):
     for shape, dtype in (((width, rows), "float32"), ((rows, width), "int32")):  # of the same length
         extract_features._create(path, shape, np.dtype(dtype))
         with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
-            extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+            extract(half_done, "--data_path", half_done / "images", "--batch_size_per_gpu", "4")
     for content in (whole[:-1], whole + b"\0", b"x" * len(whole)):
         path.write_bytes(content)
         with pytest.raises(UserError, match="file is damaged .*features.npy.partial.: remove it to begin"):
-            extract(half_done, "--data_path", str(half_done / "images"), "--batch_size_per_gpu", "4")
+            extract(half_done, "--data_path", half_done / "images", "--batch_size_per_gpu", "4")
     with pytest.raises(UserError, match="file is damaged .*absent"):  # as on a disk that is not shared
         extract_features._map(half_done / "absent", (rows, width), np.dtype("float32"))
 
@@ -383,7 +382,7 @@ def test_two_runs_do_not_share_a_folder(images, tmp_path):
     held = Store(tmp_path, (20, 768), identity)
     taken_by(held.lock)
     with pytest.raises(UserError, match="another run writes to this folder"):
-        extract(tmp_path, "--data_path", str(images))
+        extract(tmp_path, "--data_path", images)
 
 
 @settings(deadline=None)
@@ -414,7 +413,7 @@ def test_rows_begin_at_a_page_and_room_is_reserved(tmp_path, monkeypatch, system
 @pytest.mark.slow
 def test_a_killed_run_gives_the_file_of_one_that_was_not(tmp_path):
     flags = [*PIXELS, *DEMO, "--num_workers", "0"]
-    run("extract_features.py", *flags, "--output_dir", str(tmp_path / "whole"))
+    run("extract_features.py", *flags, "--output_dir", tmp_path / "whole")
     command = [sys.executable, "-c", "import extract_features as e; e.RECORD = 1; e.cli.run_script(e.main, "
                "e.parse_args())", *flags, "--output_dir", str(tmp_path / "killed")]  # fmt: skip
     record, port = tmp_path / "killed" / "features.json", str(free_port())
@@ -429,7 +428,7 @@ def test_a_killed_run_gives_the_file_of_one_that_was_not(tmp_path):
         process.wait()
     assert not (tmp_path / "killed" / "features.npy").exists()
     # Any number of processes may continue what others have begun.
-    ended = torchrun(3, "extract_features.py", *flags, "--output_dir", str(tmp_path / "killed"))
+    ended = torchrun(3, "extract_features.py", *flags, "--output_dir", tmp_path / "killed")
     assert "resuming" in ended.stdout and "of 1,000" in ended.stdout
     for name in ("features.npy", "labels.npy", "names.txt"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -437,10 +436,10 @@ def test_a_killed_run_gives_the_file_of_one_that_was_not(tmp_path):
 
 @pytest.mark.slow
 def test_processes_write_what_one_writes(labelled, tmp_path):
-    flags = [*VIT, "--data_path", str(labelled / "train"), "--num_workers", "2", "--batch_size_per_gpu", "4"]
+    flags = [*VIT, "--data_path", labelled / "train", "--num_workers", "2", "--batch_size_per_gpu", "4"]
     flags += ["--kind", "last4"]  # rows of half a page
     for count in (1, 3):  # of four blocks, so in the last round only one process has work
-        command = "extract_features.py", *flags, "--output_dir", str(tmp_path / f"{count}")
+        command = "extract_features.py", *flags, "--output_dir", tmp_path / f"{count}"
         ended = torchrun(count, *command) if count > 1 else run(*command)
         assert ended.stdout.count("written: ") == 1
         assert (f"note: {2 * count} workers on" in ended.stdout) == (2 * count > num_cores())
@@ -453,13 +452,13 @@ def test_processes_write_what_one_writes(labelled, tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
-def knn(*flags: str) -> dict:
-    return eval_knn.main(eval_knn.parse_args([*flags, "--num_workers", "0", "--nb_knn", "1", "3", "7"]))
+def knn(*flags) -> dict:
+    return call(eval_knn, *flags, "--num_workers", 0, "--nb_knn", 1, 3, 7)
 
 
-def extract_both(data: Path, folder: Path, *flags: str, weights: tuple[str, ...] = PIXELS) -> Path:
+def extract_both(data: Path, folder: Path, *flags, weights: tuple = PIXELS) -> Path:
     for split in ("train", "val"):
-        extract(folder / split, "--data_path", str(data), "--split", split, *flags, weights=weights)
+        extract(folder / split, "--data_path", data, "--split", split, *flags, weights=weights)
     return folder
 
 
@@ -467,9 +466,9 @@ def extract_both(data: Path, folder: Path, *flags: str, weights: tuple[str, ...]
 @pytest.mark.parametrize("format", ["npy", "pt"])
 def test_knn_of_saved_features_is_that_of_the_images(labelled, tmp_path, weights, format, capsys):
     extract_both(labelled, tmp_path, "--format", format, weights=weights)
-    direct = knn(*weights, "--data_path", str(labelled))
+    direct = knn(*weights, "--data_path", labelled)
     said = capsys.readouterr().out
-    assert knn("--load_features", str(tmp_path)) == direct
+    assert knn("--load_features", tmp_path) == direct
     loaded = capsys.readouterr().out
     assert "normalised" not in loaded  # they are saved as they are
     read = next(line for line in said.splitlines() if line.startswith("weights: "))
@@ -481,31 +480,31 @@ def test_classes_are_matched_by_name(tmp_path, capsys):
         save_images(tmp_path / "data" / split / name, 4, seed=seed % 3)
     folder = extract_both(tmp_path / "data", tmp_path / "features")
     capsys.readouterr()
-    assert knn("--load_features", str(folder)) == knn(*PIXELS, "--data_path", str(tmp_path / "data"))
+    assert knn("--load_features", folder) == knn(*PIXELS, "--data_path", tmp_path / "data")
     assert "note: val lacks 2 of 3 classes: a, b" in capsys.readouterr().out
     shutil.rmtree(folder / "val")
     (tmp_path / "data" / "val" / "c").rename(tmp_path / "data" / "val" / "d")
-    extract(folder / "val", "--data_path", str(tmp_path / "data" / "val"))
+    extract(folder / "val", "--data_path", tmp_path / "data" / "val")
     with pytest.raises(UserError, match="val has classes that train lacks: d "):
-        knn("--load_features", str(folder))
+        knn("--load_features", folder)
     record = json.loads((folder / "val" / "features.json").read_text())
     (folder / "val" / "features.json").write_text(json.dumps(record | {"classes": []}))
     with pytest.raises(UserError, match="only one of train/ and val/ has names of classes"):
-        knn("--load_features", str(folder))
+        knn("--load_features", folder)
 
 
 def test_features_that_do_not_belong_together_are_refused(labelled, images, tmp_path):
     extract_both(labelled, tmp_path)
-    load = "--load_features", str(tmp_path)
+    load = "--load_features", tmp_path
 
-    def again(split: str, *flags: str, **kwargs) -> None:
+    def again(split: str, *flags, **kwargs) -> None:
         shutil.rmtree(tmp_path / split)
         extract(tmp_path / split, *flags, **kwargs)
 
-    again("val", "--data_path", str(labelled / "val"), "--image_size", "24")
+    again("val", "--data_path", labelled / "val", "--image_size", "24")
     with pytest.raises(UserError, match=r"train/ and val/ differ in pixels \(--load_features"):
         knn(*load)
-    again("val", "--data_path", str(images))
+    again("val", "--data_path", images)
     with pytest.raises(UserError, match="features without labels .*val/"):
         knn(*load)
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
@@ -518,7 +517,7 @@ def test_features_that_do_not_belong_together_are_refused(labelled, images, tmp_
         knn(*load)
     extract_both(labelled, tmp_path / "patches", "--kind", "patches", weights=VIT)
     with pytest.raises(UserError, match="do not fit together"):
-        knn("--load_features", str(tmp_path / "patches"))
+        knn("--load_features", tmp_path / "patches")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -538,22 +537,22 @@ def test_a_bad_list_is_one_clear_line(tmp_path, content, message):
     save_images(tmp_path, 1)
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        extract(tmp_path / "out", "--data_path", str(tmp_path / "list.txt"))
+        extract(tmp_path / "out", "--data_path", tmp_path / "list.txt")
 
 
 def test_bad_data_is_one_clear_line(labelled, images, tmp_path):
     with pytest.raises(UserError, match=r"folder has train/ and val/ .*: give --data_path .*/train"):
-        extract(tmp_path, "--data_path", str(labelled))
+        extract(tmp_path, "--data_path", labelled)
     with pytest.raises(UserError, match="no such folder"):
-        extract(tmp_path, "--data_path", str(tmp_path / "absent"))
+        extract(tmp_path, "--data_path", tmp_path / "absent")
     with pytest.raises(UserError, match="has no effect on a file .--split train"):
-        extract(tmp_path, "--data_path", str(images / "000.png"), "--split", "train")
+        extract(tmp_path, "--data_path", images / "000.png", "--split", "train")
     for number, sign in enumerate(["\n", "\r", "\u2028"]):  # where Python's readers end a line
         odd = tmp_path / f"odd{number}"
         save_images(odd, 1)
         (odd / "000.png").rename(odd / f"0{sign}0.png")
         with pytest.raises(UserError, match=r"file name has a line break \('0\\.*0.png'\): rename it"):
-            extract(tmp_path, "--data_path", str(odd))
+            extract(tmp_path, "--data_path", odd)
 
 
 def test_values_that_are_not_finite_are_refused(images, tmp_path):
@@ -562,7 +561,7 @@ def test_values_that_are_not_finite_are_refused(images, tmp_path):
     torch.save(network.state_dict(), tmp_path / "large.pth")
     weights = "--pretrained_weights", str(tmp_path / "large.pth")
     with pytest.raises(UserError, match="features are not finite .000.png to nested/011.png"):
-        extract(tmp_path, "--data_path", str(images), "--dtype", "float16", weights=weights)
+        extract(tmp_path, "--data_path", images, "--dtype", "float16", weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -581,9 +580,9 @@ def test_features_of_another_network_do_not_belong_together(labelled, tmp_path, 
     record["identity"][fact] = "other"
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=rf"train/ and val/ differ in {fact} \("):
-        knn("--load_features", str(tmp_path))
+        knn("--load_features", tmp_path)
     with pytest.raises(UserError, match=f"differs from the features in it: {fact} other -> "):
-        extract(tmp_path / "val", "--data_path", str(labelled / "val"))
+        extract(tmp_path / "val", "--data_path", labelled / "val")
 
 
 def test_cls_tokens_stand_before_registers():

@@ -45,7 +45,7 @@ from support.formats import (
 from support.pixels import Colour, apply_colours, eval_transform
 from support.restart import Run
 from support.weights import load_backbone
-from tests.conftest import TINY, picture, torchrun
+from tests.conftest import TINY, call, picture, torchrun
 
 BANDS, RANGE = 13, ((100.0, 3_000.0),)
 FORM = ImageFormat(BANDS, RANGE)
@@ -91,9 +91,8 @@ def run(satellite, tmp_path_factory) -> Path:
     return folder
 
 
-def train(data: Path, folder: Path, *flags: str) -> None:
-    argv = [*TINY, "--data_path", str(data), "--output_dir", str(folder), "--in_chans", str(BANDS), *flags]
-    main_dino.main(main_dino.parse_args(argv))
+def train(data: Path, folder: Path, *flags) -> None:
+    call(main_dino, *TINY, "--data_path", data, "--output_dir", folder, "--in_chans", BANDS, *flags)
 
 
 def weights_of(folder: Path) -> dict:
@@ -279,11 +278,11 @@ def test_an_array_too_large_for_the_memory_is_named(tmp_path):
     with open(tmp_path / "in" / "x.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
     flags = "--pretrained_weights pixels --image_size 8 --in_chans 5 --value_range 0 9 --num_workers".split()
-    places = "--data_path", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")
+    places = "--data_path", tmp_path / "in", "--output_dir", tmp_path / "out"
     for workers in "01":
         argv = [*flags, workers, *places]
         with pytest.raises(MemoryError) as error:
-            extract_features.main(extract_features.parse_args(argv))
+            call(extract_features, *argv)
         assert "out of memory: " in (said := str(cli.as_user_error(error.value)))
         assert "x.npy: Unable to allocate" in said
 
@@ -463,22 +462,18 @@ def test_device_and_workers_give_the_same_views():
 
 def test_trained_and_evaluated_end_to_end(satellite, run, tmp_path):
     args = weights_of(run)["args"]
-    assert (args["in_chans"], len(args["value_range"]), len(args["mean"]), len(args["std"])) == (
-        13,
-        26,
-        13,
-        13,
-    )
-    data = ["--pretrained_weights", str(run / "checkpoint.pth"), "--data_path", str(satellite)]
+    lengths = [len(args[name]) for name in ("value_range", "mean", "std")]
+    assert (args["in_chans"], lengths) == (13, [26, 13, 13])
+    data = ["--pretrained_weights", run / "checkpoint.pth", "--data_path", satellite]
     data += ["--num_workers", "0"]
-    accuracy = eval_knn.main(eval_knn.parse_args([*data, "--nb_knn", "3"]))[3][0]
+    accuracy = call(eval_knn, *data, "--nb_knn", "3")[3][0]
     assert accuracy == 100
-    out = ["--output_dir", str(tmp_path), "--epochs", "2"]
-    assert len(eval_linear.main(eval_linear.parse_args([*data, *out]))) == 1
-    eval_linear.main(eval_linear.parse_args([*data, "--logistic"]))
+    out = ["--output_dir", tmp_path, "--epochs", "2"]
+    assert len(call(eval_linear, *data, *out)) == 1
+    call(eval_linear, *data, "--logistic")
     baseline = ["--pretrained_weights", "pixels", "--image_size", "32", "--in_chans", "13"]
     argv = [*data, *baseline, "--value_range", "100", "3000", "--nb_knn", "3"]
-    assert eval_knn.main(eval_knn.parse_args(argv))[3][0] == 100
+    assert call(eval_knn, *argv)[3][0] == 100
 
 
 def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, tmp_path, capsys):
@@ -536,8 +531,8 @@ def planted(run: Path, path: Path) -> str:
 
 
 def features(weights: str, satellite: Path, folder: Path) -> np.ndarray:
-    argv = ["--pretrained_weights", weights, "--data_path", str(satellite / "val"), "--num_workers", "0"]
-    return np.load(extract_features.main(extract_features.parse_args([*argv, "--output_dir", str(folder)])))
+    argv = ["--pretrained_weights", weights, "--data_path", satellite / "val", "--num_workers", "0"]
+    return np.load(call(extract_features, *argv, "--output_dir", folder))
 
 
 def test_each_script_uses_the_recorded_numbers(satellite, run, tmp_path):
@@ -574,7 +569,7 @@ def test_each_script_uses_the_recorded_numbers(satellite, run, tmp_path):
         center, scale = (torch.tensor(x).view(-1, 1, 1) for x in (frozen.mean, frozen.std))
         assert torch.allclose(batch, frozen.network((augmented / 255 - center) / scale), atol=1e-4)
 
-        export.main(export.parse_args(["--pretrained_weights", weights, "--output_dir", str(folder / "x")]))
+        call(export, "--pretrained_weights", weights, "--output_dir", folder / "x")
         exported = load_backbone(str(folder / "x" / "backbone.pth"))
         assert (exported.mean, exported.std, exported.form) == (frozen.mean, frozen.std, frozen.form)
 
@@ -609,8 +604,8 @@ def test_segmentation_uses_the_recorded_numbers(run, tmp_path):
     level = torch.from_numpy(to_levels(scene(5, 1), ((0, 60_000),), ""))
     resized = eval_segmentation.transforms.Resize([32, 32], Image.Resampling.BICUBIC)(level)
     assert torch.allclose(batch[0], (resized / 255 - 0.9) / 0.1, atol=1e-4)
-    argv = ["--pretrained_weights", str(run / "checkpoint.pth"), "--data_path", str(tmp_path)]
-    eval_segmentation.main(eval_segmentation.parse_args([*argv, "--num_workers", "0"]))
+    argv = ["--pretrained_weights", run / "checkpoint.pth", "--data_path", tmp_path]
+    call(eval_segmentation, *argv, "--num_workers", "0")
     save_tiff(tmp_path / "JPEGImages" / "val.tif", scene(5, 1, 4))
     with pytest.raises(WrongFormat, match=r"^image has 4 channels, not 13 \(.*val.tif\)"):
         eval_segmentation.open_masked(str(tmp_path), False, frozen.form)
@@ -628,19 +623,11 @@ def test_the_loop_normalises_by_the_flags(satellite, tmp_path):
 def test_what_is_beside_the_loop_normalises_by_the_flags(satellite):
     """The k-NN in the training and the preview."""
     seen = {}
+    flags = f"--data_path {satellite}/train --in_chans 13 --value_range 100 3000 --max_steps 1"
+    flags = f"{flags} --knn_every 1 --knn_data {satellite}".split()
     for mean in ("0.1", "0.6"):
-        argv = [
-            *TINY,
-            "--data_path",
-            str(satellite / "train"),
-            "--in_chans",
-            "13",
-            "--value_range",
-            "100",
-            "3000",
-        ]
-        argv += ["--mean", *[mean] * 13, "--std", *["0.2"] * 13, "--max_steps", "1", "--knn_every", "1"]
-        args = main_dino.parse_args([*argv, "--knn_data", str(satellite)])
+        argv = [*TINY, *flags, "--mean", *[mean] * 13, "--std", *["0.2"] * 13]
+        args = main_dino.parse_args(argv)
         main_dino.check_args(args)
         images = open_training_images(Source.of(args, main_dino.image_format(args)))
         main_dino.settle_format(args, images)
@@ -697,8 +684,8 @@ def test_a_constant_channel_is_named(tmp_path):
 
 
 def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images, tmp_path, capsys):
-    flags = [*TINY, "--max_steps", "1", "--data_path", str(images), "--output_dir", str(tmp_path / "rgb")]
-    main_dino.main(main_dino.parse_args(flags))
+    flags = [*TINY, "--max_steps", "1", "--data_path", images, "--output_dir", tmp_path / "rgb"]
+    call(main_dino, *flags)
     start = str(tmp_path / "rgb" / "checkpoint.pth")
     train(satellite / "train", tmp_path / "13", "--value_range", "100", "3000", *normalization(),
           "--init_from", start, "--max_steps", "1", "--lr", "0", "--min_lr", "0")  # fmt: skip
@@ -713,8 +700,8 @@ def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images
     with pytest.raises(
         UserError, match=r"weights of 13 channels cannot start a network of 3 .*--in_chans 13"
     ):
-        again = [*flags, "--init_from", str(tmp_path / "13" / "checkpoint.pth")]
-        main_dino.main(main_dino.parse_args([*again, "--output_dir", str(tmp_path / "no")]))
+        again = [*flags, "--init_from", tmp_path / "13" / "checkpoint.pth"]
+        call(main_dino, *again, "--output_dir", tmp_path / "no")
     with pytest.raises(UserError, match="the weights have in_chans 13 .*--in_chans 3"):
         load_backbone(str(tmp_path / "13" / "checkpoint.pth"), in_chans=3)
 
@@ -723,10 +710,10 @@ def test_rgb_benchmarks_refuse_other_networks(run, paper_inputs):
     frozen = load_backbone(str(run / "checkpoint.pth"))
     with pytest.raises(UserError, match="takes 13 channels .*checkpoint.pth.*photographs have three"):
         frozen.require_rgb("photographs")
-    argv = ["--pretrained_weights", str(run / "checkpoint.pth"), "--data_path"]
+    argv = ["--pretrained_weights", run / "checkpoint.pth", "--data_path"]
     folder = next(path for path in Path(paper_inputs).rglob("original")).parent
     with pytest.raises(UserError, match="takes 13 channels"):
-        eval_copy_detection.main(eval_copy_detection.parse_args([*argv, str(folder)]))
+        call(eval_copy_detection, *argv, folder)
 
 
 def test_channels_first_names_what_is_ambiguous():
@@ -760,10 +747,10 @@ def test_every_kind_of_network_takes_other_channels(arch):
 
 
 def test_exports_of_other_channels_equal_the_network(run, tmp_path, capsys):
-    argv = ["--pretrained_weights", str(run / "checkpoint.pth"), "--output_dir", str(tmp_path)]
+    argv = ["--pretrained_weights", run / "checkpoint.pth", "--output_dir", tmp_path]
     formats = ["backbone", "timm", "torch_export"]
     formats += ["hf"] if importlib.util.find_spec("transformers") else []
-    differences = export.main(export.parse_args([*argv, "--to", *formats]))
+    differences = call(export, *argv, "--to", *formats)
     assert differences.keys() == set(formats) and max(differences.values()) < 1e-4
     said = capsys.readouterr().out
     assert "in_chans=13" in said
@@ -782,20 +769,10 @@ def test_without_tifffile_one_line_says_what_to_install(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_take_the_numbers_of_the_first(satellite, tmp_path):
     """And an image of another format ends all of them with one line."""
-    flags = [
-        *TINY,
-        "--batch_size_per_gpu",
-        "2",
-        "--in_chans",
-        "13",
-        "--value_range",
-        "auto",
-        "--max_steps",
-        "1",
-    ]
-    data = ["--data_path", str(satellite / "train"), "--output_dir"]
-    torchrun(2, "main_dino.py", *flags, *data, str(tmp_path / "two"))
-    main_dino.main(main_dino.parse_args([*flags, *data, str(tmp_path / "one")]))
+    flags = [*TINY, *"--batch_size_per_gpu 2 --in_chans 13 --value_range auto --max_steps 1".split()]
+    data = ["--data_path", satellite / "train", "--output_dir"]
+    torchrun(2, "main_dino.py", *flags, *data, tmp_path / "two")
+    call(main_dino, *flags, *data, tmp_path / "one")
     one, two = (weights_of(tmp_path / name)["normalization"] for name in ("one", "two"))
     assert one == two
 
@@ -803,15 +780,15 @@ def test_two_processes_take_the_numbers_of_the_first(satellite, tmp_path):
     shutil.copytree(satellite / "train", odd)
     save_tiff(odd / "field" / "odd.tif", scene(0, 0, 4))
     numbers = ["--value_range", "100", "3000", *normalization()]
-    failed = torchrun(2, "main_dino.py", *flags, *numbers, "--data_path", str(odd), "--output_dir",
-                      str(tmp_path / "failed"), check=False)  # fmt: skip
+    failed = torchrun(2, "main_dino.py", *flags, *numbers, "--data_path", odd, "--output_dir",
+                      tmp_path / "failed", check=False)  # fmt: skip
     lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "image has 4 channels, not 13" in lines[0] and "odd.tif" in lines[0]
 
 
 def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
-    flags = [*TINY, "--data_path", str(images), "--output_dir", str(tmp_path)]
-    main_dino.main(main_dino.parse_args([*flags, "--max_steps", "1"]))
+    flags = [*TINY, "--data_path", images, "--output_dir", tmp_path]
+    call(main_dino, *flags, "--max_steps", "1")
     weights = weights_of(tmp_path)
     for record in (weights["args"], weights["identity"]):
         for name in ("in_chans", "value_range", "mean", "std"):
@@ -820,8 +797,8 @@ def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
     torch.save(weights, tmp_path / "checkpoint.pth")
     assert load_backbone(str(tmp_path / "checkpoint.pth")).form == ImageFormat()
     with pytest.raises(UserError, match=r"mean \[0.485, 0.456, 0.406\] -> \[0.5, 0.5, 0.5\]"):
-        main_dino.main(main_dino.parse_args([*flags, "--mean", "0.5", "0.5", "0.5"]))
-    main_dino.main(main_dino.parse_args([*flags, "--max_steps", "2"]))
+        call(main_dino, *flags, "--mean", "0.5", "0.5", "0.5")
+    call(main_dino, *flags, "--max_steps", "2")
     assert weights_of(tmp_path)["step"] == 2
 
 

@@ -51,7 +51,7 @@ def gpu(request) -> torch.device:
 
 def trained(images, folder, *flags: str, env: dict | None = None) -> dict:
     """The checkpoint of a run of two epochs, by the script."""
-    run(*TRAINING, *flags, "--data_path", str(images), "--output_dir", str(folder), env=env)
+    run(*TRAINING, *flags, "--data_path", images, "--output_dir", folder, env=env)
     return load_checkpoint(folder / "checkpoint.pth")
 
 
@@ -183,7 +183,7 @@ def test_knn_equals_the_cpus(gpu, labelled, weights, tmp_path):
     said = []
     for name, env in (("gpu", None), ("cpu", ON_CPU)):
         (tmp_path / name).mkdir()
-        flags = ["--data_path", str(labelled), "--num_workers", "2", "--dump_features", str(tmp_path / name)]
+        flags = ["--data_path", labelled, "--num_workers", "2", "--dump_features", tmp_path / name]
         result = run("eval_knn.py", "--pretrained_weights", weights, "--nb_knn", "5", *flags, env=env)
         said.append([line for line in result.stdout.splitlines() if "Top1" in line])
     a, b = (torch.load(tmp_path / name / "trainfeat.pth") for name in ("gpu", "cpu"))
@@ -194,8 +194,8 @@ def test_knn_equals_the_cpus(gpu, labelled, weights, tmp_path):
 def test_linear_probe_equals_the_cpus(gpu, labelled, weights, tmp_path):
     found = []
     for name, env in (("gpu", None), ("cpu", ON_CPU)):
-        words = ["--pretrained_weights", weights, "--data_path", str(labelled), "--epochs", "3"]
-        words += ["--num_workers", "0", "--batch_size_per_gpu", "5", "--output_dir", str(tmp_path / name)]
+        words = ["--pretrained_weights", weights, "--data_path", labelled, "--epochs", "3"]
+        words += ["--num_workers", "0", "--batch_size_per_gpu", "5", "--output_dir", tmp_path / name]
         run("eval_linear.py", *words, env=env)
         lines = (tmp_path / name / "log_linear.txt").read_text().splitlines()
         found.append([json.loads(line)["train_loss"] for line in lines])
@@ -205,16 +205,8 @@ def test_linear_probe_equals_the_cpus(gpu, labelled, weights, tmp_path):
 def test_attention_equals_the_cpus(gpu, images, weights, tmp_path):
     pictures = []
     for name, env in (("gpu", None), ("cpu", ON_CPU)):
-        words = ["--pretrained_weights", weights, "--image_path", str(images / "000.png")]
-        run(
-            "visualize_attention.py",
-            *words,
-            "--image_size",
-            "64",
-            "--output_dir",
-            str(tmp_path / name),
-            env=env,
-        )
+        words = ["--pretrained_weights", weights, "--image_path", images / "000.png"]
+        run("visualize_attention.py", *words, "--image_size", "64", "--output_dir", tmp_path / name, env=env)
         pictures.append(np.asarray(Image.open(tmp_path / name / "attn-mean.png"), dtype=float))
     assert np.abs(pictures[0] - pictures[1]).max() <= 3
 
@@ -296,7 +288,7 @@ def test_two_processes_train_as_one_of_twice_the_batch(gpu, images, tmp_path, fl
     if env and "--use_bn_in_head" in flags:
         pytest.skip("batch norms over all processes need two GPUs")
     one = trained(images, tmp_path / "one", *ALIKE, *flags, env=env)
-    words = [*TRAINING, *ALIKE, *flags, "--data_path", str(images), "--output_dir", str(tmp_path / "two")]
+    words = [*TRAINING, *ALIKE, *flags, "--data_path", images, "--output_dir", tmp_path / "two"]
     torchrun(2, *words, "--batch_size_per_gpu", "2", env=env)
     two = load_checkpoint(tmp_path / "two" / "checkpoint.pth")
     assert two["step"] == one["step"] == 10 and distance(two, one) < (2e-3 if "bn" in str(flags) else 1e-4)

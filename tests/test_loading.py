@@ -23,10 +23,7 @@ from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from support import loading
-from support.data import (
-    ImageFiles,
-    why_unreadable,
-)
+from support.data import ImageFiles, why_unreadable
 from support.errors import Interrupted, UserError
 from support.loading import EpochBatches, EvalImages, Loader, TrainingViews, make_loader
 from support.pixels import eval_transform, normalized_views

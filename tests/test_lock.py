@@ -186,7 +186,7 @@ finally:
 
 def test_a_process_that_ends_leaves_no_lock_and_one_that_it_forked_does_not_touch_it(tmp_path):
     # Python warns of a fork beside the thread that keeps the lock.
-    result = run("-W", "ignore::DeprecationWarning", "-c", ENDS, str(tmp_path / "lock"), check=False)
+    result = run("-W", "ignore::DeprecationWarning", "-c", ENDS, tmp_path / "lock", check=False)
     assert (result.stdout, result.stderr) == ("True\n", "refused\n") and not list(tmp_path.iterdir())
 
 

@@ -16,13 +16,13 @@ from support import cli
 from support.checkpoints import load_checkpoint
 from support.errors import TrainingError, UserError
 from support.restart import Run, add_records, check_optimizer, read_log
-from tests.conftest import ROOT, TINY, taken_by, torchrun, wait_for, wait_for_words
+from tests.conftest import ROOT, TINY, call, taken_by, torchrun, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
 from utils import LARS
 
 
 def train(*flags) -> None:
-    main_dino.train_dino(main_dino.parse_args([*TINY, *map(str, flags)]))
+    call(main_dino, *TINY, *flags)
 
 
 class Ranks:
@@ -104,16 +104,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(images, tmp_path)
     run.processes[1].send_signal(signal.SIGUSR1)
     assert run.codes() == [75, 75]
     step = load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["step"]
-    torchrun(
-        2,
-        "main_dino.py",
-        *TINY,
-        *map(str, flags),
-        "--output_dir",
-        str(tmp_path / "whole"),
-        "--max_steps",
-        str(step),
-    )
+    torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", tmp_path / "whole", "--max_steps", step)
     whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for part in ("student", "teacher", "dino_loss"):
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
@@ -153,28 +144,12 @@ def test_a_signal_outside_of_training_ends_at_once_and_says_resume(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
-    flags = [
-        "--data_path",
-        str(images),
-        "--batch_size_per_gpu",
-        "2",
-        "--epochs",
-        "8",
-        "--save_every_steps",
-        "2",
-    ]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    flags = f"--data_path {images} --batch_size_per_gpu 2 --epochs 8 --save_every_steps 2".split()
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1".split()
+    command = [sys.executable, *launcher, "main_dino.py", *TINY, *flags, "--output_dir"]
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                *launcher,
-                "main_dino.py",
-                *TINY,
-                *flags,
-                "--output_dir",
-                str(tmp_path / "parts"),
-            ],
+            [*command, tmp_path / "parts"],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=said,
@@ -185,7 +160,7 @@ def test_torchrun_restarts_and_resumes_after_a_death(images, tmp_path):
         os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
         assert process.wait(timeout=300) == 0, (tmp_path / "said").read_text()
     assert (tmp_path / "said").read_text().count("resuming") == 1
-    torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path / "whole"))
+    torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", tmp_path / "whole")
     assert differing_bits(tmp_path / "whole", tmp_path / "parts") == 0
 
 

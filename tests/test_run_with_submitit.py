@@ -60,10 +60,7 @@ def test_published_flags_and_defaults():
             "--shared_dir /proc/x --warmup_epochs 101",
             "too long for --epochs 100 (--warmup_epochs 101): shorten it",
         ),
-        (
-            "--partition_ low",
-            "unrecognized arguments: --partition_ low: did you mean --partition?",
-        ),
+        ("--partition_ low", "unrecognized arguments: --partition_ low: did you mean --partition?"),
     ],
 )
 def test_bad_usage_is_one_clear_line(flags, message, monkeypatch, capsys):
@@ -80,17 +77,9 @@ def test_bad_usage_is_one_clear_line(flags, message, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
     """Two processes, by submitit's own executor; the signal is the one it sends at its time limit."""
-    flags = ["--data_path", str(images), "--epochs", "10", "--batch_size_per_gpu", "2"]
-    command = [
-        "run_with_submitit.py",
-        "--local",
-        "--ngpus",
-        "2",
-        *TINY,
-        *flags,
-        "--output_dir",
-        f"{tmp_path}/%j",
-    ]
+    flags = f"--data_path {images} --epochs 10 --batch_size_per_gpu 2".split()
+    command = ["run_with_submitit.py", *"--local --ngpus 2".split(), *TINY, *flags]
+    command += ["--output_dir", f"{tmp_path}/%j"]
     with open(tmp_path / "said", "w") as said:  # a pipe would be held open by the job
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=said, check=True)
@@ -103,7 +92,7 @@ def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
     wait_for(lambda: "Job completed successfully" in text_of(out), "end of the training")
     stopped = int(re.search(r"by SIGUSR2, saved step (\d+) of 50 ", text_of(logs / f"{number}_0_log.err"))[1])
     assert f"2 process(es) on cpu, torch.float32, from step {stopped} to 50" in text_of(out)
-    torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", str(tmp_path / "whole"))
+    torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", tmp_path / "whole")
     assert differences(tmp_path / number, tmp_path / "whole") == 0
 
 
@@ -211,7 +200,7 @@ def many_images(tmp_path_factory) -> Path:
 def uninterrupted(many_images, tmp_path_factory) -> Path:
     """The output of SHORT on two processes, without SLURM."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    torchrun(2, "main_dino.py", *SHORT, "--data_path", str(many_images), "--output_dir", str(folder))
+    torchrun(2, "main_dino.py", *SHORT, "--data_path", many_images, "--output_dir", folder)
     return folder
 
 
@@ -221,7 +210,7 @@ def test_dry_run_prints_the_script(tmp_path):
     options = "reservation=r gpus-per-node=a100:4 exclude=n1,n2 mail-type=END exclusive time=6"
     flags += ["--slurm_extra", *options.split()]
     setup = ["--slurm_setup", "module load cuda", "ulimit -n 4096"]
-    out = run("run_with_submitit.py", *flags, *setup, "--output_dir", str(tmp_path / "%j")).stdout
+    out = run("run_with_submitit.py", *flags, *setup, "--output_dir", tmp_path / "%j").stdout
     for line in (
         "#SBATCH --nodes=3", "#SBATCH --gpus-per-node=a100:4", "#SBATCH --ntasks-per-node=4",
         "#SBATCH --mem=163840MB", "#SBATCH --account=me", "#SBATCH --qos=fast",
@@ -256,7 +245,7 @@ def test_dry_run_prints_the_script(tmp_path):
 
 @needs_slurm
 def test_what_sbatch_refuses_is_one_line(tmp_path):
-    flags = "--ngpus", "0", "--partition", "none", "--output_dir", str(tmp_path / "out")
+    flags = "--ngpus", "0", "--partition", "none", "--output_dir", tmp_path / "out"
     result = run("run_with_submitit.py", *flags, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(
@@ -322,7 +311,7 @@ def test_time_limit_requeues_and_scancel_does_not(many_images, tmp_path):
     step = load_checkpoint(tmp_path / "run" / "checkpoint.pth")["step"]
     assert step > int(saved)
     assert f"stopped: by SIGTERM, saved step {step} of 48000 " in text_of(job.err)
-    torchrun(2, "main_dino.py", *flags, "--max_steps", str(step), "--output_dir", str(tmp_path / "whole"))
+    torchrun(2, "main_dino.py", *flags, "--max_steps", step, "--output_dir", tmp_path / "whole")
     assert differences(tmp_path / "run", tmp_path / "whole") == 0
 
 

@@ -15,19 +15,16 @@ from support.pictures import enlarge, heat_map
 from support.pixels import normalize
 from support.video import Frames, write_video
 from support.weights import load_backbone
-from tests.conftest import picture, run, run_on_full_disk, save_images
+from tests.conftest import call, picture, run, run_on_full_disk, save_images
 
 RANDOM_VIT = "--pretrained_weights random --arch vit_nano --patch_size 8".split()
 
 
 def look(*flags) -> None:
-    visualize_attention.main(visualize_attention.parse_args([*map(str, flags)]))
+    call(visualize_attention, *flags)
 
 
-@pytest.mark.parametrize(
-    ("arch", "words"),
-    [("vit_nano", "vit_nano, patch 8"), ("resnet10t", "resnet10t")],
-)
+@pytest.mark.parametrize(("arch", "words"), [("vit_nano", "vit_nano, patch 8"), ("resnet10t", "resnet10t")])
 def test_a_random_vit_has_the_patch_size_of_the_help(tmp_path, capsys, arch, words):
     assert "else 8)" in " ".join(visualize_attention.get_args_parser().format_help().split())
     save_images(tmp_path, 2)
@@ -87,8 +84,8 @@ def test_no_file_of_the_user_is_overwritten(tmp_path, name):
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path):
     save_images(tmp_path / "in", 1)
-    flags = [*RANDOM_VIT, "--image_path", str(tmp_path / "in"), "--image_size", "32", "--output_dir"]
-    result = run_on_full_disk("visualize_attention", 200, *flags, str(tmp_path / "out"))
+    flags = [*RANDOM_VIT, "--image_path", tmp_path / "in", "--image_size", "32", "--output_dir"]
+    result = run_on_full_disk("visualize_attention", 200, *flags, tmp_path / "out")
     where, fix = tmp_path / "out" / "img.png", "correct this, then run the same command"
     assert result.returncode == 1 and result.stderr == f"error: File too large ({where}): {fix}\n"
     assert not list((tmp_path / "out").iterdir())
@@ -171,7 +168,7 @@ def test_the_sheet_shows_the_first_images_that_can_be_read(tmp_path, capsys, mon
 @pytest.mark.slow
 def test_it_waits_for_no_other_process(tmp_path):
     save_images(tmp_path, 1)
-    flags = [*RANDOM_VIT, "--image_path", str(tmp_path), "--image_size", "32", "--output_dir", str(tmp_path)]
+    flags = [*RANDOM_VIT, "--image_path", tmp_path, "--image_size", "32", "--output_dir", tmp_path]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # where nobody listens
     run("visualize_attention.py", *flags, env=group | {"RANK": "1"})
     assert not (tmp_path / "sheet.png").exists()
@@ -396,8 +393,8 @@ def test_no_video_of_the_user_is_overwritten(tmp_path, name):
 def test_the_demo_draws_the_trained_network(tmp_path):
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--num_workers", "0"
     run("-c", f"import main_dino as m; m.train_dino(m.parse_args({[*flags, '--output_dir', str(tmp_path)]}))")
-    out = run("visualize_attention.py", "--demo", "--pretrained_weights", str(tmp_path / "checkpoint.pth"),
-              "--output_dir", str(tmp_path)).stdout  # fmt: skip
+    out = run("visualize_attention.py", "--demo", "--pretrained_weights", tmp_path / "checkpoint.pth",
+              "--output_dir", tmp_path).stdout  # fmt: skip
     demo = "--demo", "--pretrained_weights", tmp_path / "checkpoint.pth", "--output_dir", tmp_path
     with pytest.raises(UserError, match="have arch vit_nano"):
         look(*demo, "--arch", "vit_small")
@@ -422,10 +419,7 @@ def test_the_demo_draws_the_trained_network(tmp_path):
         (["--image_path", "{good}", "--image_size", "1", "2", "3"], "one or two lengths"),
         (["--image_path", "{good}", "--pretrained_weights", "pixels"], "Flatten has no CLS attention"),
         (["--image_path", "{good}", "--query", "40", "3"], r"outside of the 40 x 40 image \(--query 40 3\)"),
-        (
-            ["--image_path", "{good}", "{good}", "--query", "3", "3"],
-            "a place in one image, not in 2",
-        ),
+        (["--image_path", "{good}", "{good}", "--query", "3", "3"], "a place in one image, not in 2"),
         (["--image_path", "{good}", "--query", "3", "3", "--pca"], "leave out one of the two"),
         (["--image_path", "{good}", "--layer", "7"], r"network has 6 layers with attention \(--layer 7\)"),
         (["--image_path", "{good}", "--layer", "7", "--pca"], r"network has 6 blocks \(--layer 7\)"),

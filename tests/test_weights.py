@@ -22,7 +22,7 @@ from support.errors import UserError
 from support.layouts import to_timm_names, unwrap, vit_shapes
 from support.pixels import IMAGENET_MEAN, IMAGENET_STD
 from support.weights import init_from, load_backbone
-from tests.conftest import picture
+from tests.conftest import call, picture
 from tests.test_eval_segmentation import write_voc
 from tests.test_eval_video_segmentation import make_clip
 
@@ -919,8 +919,8 @@ def test_an_evaluation_follows_the_seed_the_key_and_the_recorded_normalization(n
     recorded = [write(content | {"normalization": r}, tmp_path / f"{i}.pth") for i, r in enumerate(records)]
 
     def evaluate(*weights: str) -> dict:
-        given = ["--data_path", str(data), *flags, "--pretrained_weights", *weights]
-        return script.main(script.parse_args(given))
+        given = ["--data_path", data, *flags, "--pretrained_weights", *weights]
+        return call(script, *given)
 
     random = "random", "--arch", "vit_nano", "--patch_size", "32", "--seed"
     found = [evaluate(*random, "0"), evaluate(*random, "1"), *map(evaluate, (plain, *recorded))]
