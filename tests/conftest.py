@@ -170,6 +170,15 @@ def call(script: ModuleType, *flags):
     return script.main(script.parse_args([*map(str, flags)]))
 
 
+def train(*flags) -> None:
+    """A training of the smallest network, without its curves: to draw them would take longer."""
+    import main_dino  # not for the processes that only need another part of this file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+        call(main_dino, *TINY, *flags)
+
+
 def run(*command, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """A real process in the project's folder, with one thread and a bound on its time."""
     result = subprocess.run(

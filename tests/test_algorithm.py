@@ -10,7 +10,7 @@ from support.data import ImageFiles
 from support.distributed import fix_random_seeds
 from support.loading import TrainingViews
 from support.pixels import normalize
-from tests.conftest import TINY
+from tests.conftest import TINY, train
 from utils import DataAugmentationDINO
 
 FLAGS = (
@@ -29,9 +29,8 @@ def cosine(first, last, step, steps):
 def test_a_run_is_algorithm_1(images, tmp_path, name):
     """With no flag at its default, against the paper's loop written plainly: 3 epochs of 5 steps."""
     flags = [*FLAGS, "--optimizer", name, "--lr", {"sgd": "6", "adamw": "0.6", "lars": "60"}[name]]
-    argv = [*TINY, *flags, "--data_path", str(images), "--output_dir", str(tmp_path)]
-    args = main_dino.parse_args(argv)
-    main_dino.train_dino(args)
+    train(*flags, "--data_path", images, "--output_dir", tmp_path)
+    args = main_dino.parse_args([*TINY, *flags])
     saved = load_checkpoint(tmp_path / "checkpoint.pth")
 
     fix_random_seeds(3)

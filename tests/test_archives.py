@@ -35,7 +35,7 @@ from support.data import (
 )
 from support.errors import ImageError, UserError, WrongFormat
 from support.loading import TrainingViews
-from tests.conftest import TINY, call, picture, save_images
+from tests.conftest import call, picture, save_images, train
 from utils import DataAugmentationDINO
 
 
@@ -852,16 +852,15 @@ def test_a_process_keeps_few_archives_open(own, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_archive_bit_by_bit(own, tmp_path):
     """The same images in another container are the same data, also to two workers."""
-    flags = [*TINY, "--num_workers", 2, "--data_path"]
     archive = pack(tmp_path / "x.zip", own / "train")
-
-    def train(data_path: Path, out: str, *more) -> dict:
-        call(main_dino, *flags, data_path, "--output_dir", tmp_path / out, *more)
-        return load_checkpoint(tmp_path / out / "checkpoint.pth")
-
-    whole = train(own / "train", "whole")
-    train(own / "train", "moved", "--max_steps", 2)
-    moved = train(archive, "moved")
+    for data_path, out, steps in (
+        (own / "train", "whole", 0),
+        (own / "train", "moved", 2),
+        (archive, "moved", 0),
+    ):
+        places = "--data_path", data_path, "--output_dir", tmp_path / out
+        train(*places, "--num_workers", 2, "--max_steps", steps)
+    whole, moved = (load_checkpoint(tmp_path / out / "checkpoint.pth") for out in ("whole", "moved"))
     assert moved["step"] == whole["step"] > 2
     for name, value in whole["teacher"].items():
         assert torch.equal(value, moved["teacher"][name]), name

@@ -45,7 +45,7 @@ from support.formats import (
 from support.pixels import Colour, apply_colours, eval_transform
 from support.restart import Run
 from support.weights import load_backbone
-from tests.conftest import TINY, call, picture, torchrun
+from tests.conftest import TINY, call, picture, torchrun, train
 
 BANDS, RANGE = 13, ((100.0, 3_000.0),)
 FORM = ImageFormat(BANDS, RANGE)
@@ -87,12 +87,12 @@ def satellite(tmp_path_factory) -> Path:
 def run(satellite, tmp_path_factory) -> Path:
     """A run on them, whose numbers are estimated."""
     folder = tmp_path_factory.mktemp("run")
-    train(satellite / "train", folder, "--value_range", "auto")
+    train_on_bands(satellite / "train", folder, "--value_range", "auto")
     return folder
 
 
-def train(data: Path, folder: Path, *flags) -> None:
-    call(main_dino, *TINY, "--data_path", data, "--output_dir", folder, "--in_chans", BANDS, *flags)
+def train_on_bands(data: Path, folder: Path, *flags) -> None:
+    train("--data_path", data, "--output_dir", folder, "--in_chans", BANDS, *flags)
 
 
 def weights_of(folder: Path) -> dict:
@@ -488,7 +488,7 @@ def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, t
     again = main_dino.parse_args([f"@{run / 'args.txt'}"])
     assert all(getattr(again, name) == first[name] for name in ("in_chans", "value_range", "mean", "std"))
 
-    train(satellite / "train", tmp_path, "--value_range", "auto", "--max_steps", "3")
+    train_on_bands(satellite / "train", tmp_path, "--value_range", "auto", "--max_steps", "3")
     weights = weights_of(tmp_path)
     changed = weights["args"] | {"mean": [0.25] * BANDS}  # what a new estimate would not give
     weights["identity"]["mean"] = changed["mean"]
@@ -496,7 +496,7 @@ def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, t
     moved = tmp_path / "moved"
     (satellite / "train").rename(moved)
     try:
-        train(moved, tmp_path, "--value_range", "auto")
+        train_on_bands(moved, tmp_path, "--value_range", "auto")
     finally:
         moved.rename(satellite / "train")
     assert weights_of(tmp_path)["normalization"]["mean"] == [0.25] * BANDS
@@ -615,7 +615,7 @@ def test_the_loop_normalises_by_the_flags(satellite, tmp_path):
     losses = []
     for mean in ("0.1", "0.6"):
         folder, scale = tmp_path / mean, ["--mean", *[mean] * 13, "--std", *["0.2"] * 13]
-        train(satellite / "train", folder, "--value_range", "100", "3000", *scale, "--epochs", "1")
+        train_on_bands(satellite / "train", folder, "--value_range", "100", "3000", *scale, "--epochs", "1")
         losses.append(json.loads((folder / "log.txt").read_text())["train_loss"])
     assert losses[0] != losses[1]
 
@@ -657,14 +657,14 @@ def test_what_is_beside_the_loop_normalises_by_the_flags(satellite):
 )
 def test_bad_flags_are_one_line(satellite, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        train(satellite / "train", tmp_path, *flags.split())
+        train_on_bands(satellite / "train", tmp_path, *flags.split())
 
 
 def test_a_range_is_one_line_before_training(satellite, tmp_path):
     with pytest.raises(UserError, match="no value of 12 checked images"):
-        train(satellite / "train", tmp_path, "--value_range", "50000", "60000", *normalization())
+        train_on_bands(satellite / "train", tmp_path, "--value_range", "50000", "60000", *normalization())
     with pytest.raises(UserError, match=r"no value of the sample .*--value_range 50000 60000"):
-        train(satellite / "train", tmp_path, "--value_range", "50000", "60000")
+        train_on_bands(satellite / "train", tmp_path, "--value_range", "50000", "60000")
 
 
 def normalization() -> list[str]:
@@ -678,17 +678,17 @@ def test_a_constant_channel_is_named(tmp_path):
         values[10] = 7
         save_tiff(tmp_path / "images" / f"{i}.tif", values)
     with pytest.raises(UserError, match="channel 11 is 7 in nearly all"):
-        train(tmp_path / "images", tmp_path / "run", "--value_range", "auto")
+        train_on_bands(tmp_path / "images", tmp_path / "run", "--value_range", "auto")
     with pytest.raises(UserError, match="channel 11 is the same in all"):
-        train(tmp_path / "images", tmp_path / "run", "--value_range", "0", "3000")
+        train_on_bands(tmp_path / "images", tmp_path / "run", "--value_range", "0", "3000")
 
 
 def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images, tmp_path, capsys):
-    flags = [*TINY, "--max_steps", "1", "--data_path", images, "--output_dir", tmp_path / "rgb"]
-    call(main_dino, *flags)
-    start = str(tmp_path / "rgb" / "checkpoint.pth")
-    train(satellite / "train", tmp_path / "13", "--value_range", "100", "3000", *normalization(),
-          "--init_from", start, "--max_steps", "1", "--lr", "0", "--min_lr", "0")  # fmt: skip
+    flags = ["--max_steps", 1, "--data_path", images, "--output_dir", tmp_path / "rgb"]
+    train(*flags)
+    start = tmp_path / "rgb" / "checkpoint.pth"
+    new = *"--value_range 100 3000 --max_steps 1 --lr 0 --min_lr 0 --init_from".split(), start
+    train_on_bands(satellite / "train", tmp_path / "13", *new, *normalization())
     rgb, wide = (
         weights_of(tmp_path / x)["student"]["backbone.patch_embed.proj.weight"] for x in ("rgb", "13")
     )
@@ -701,7 +701,7 @@ def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images
         UserError, match=r"weights of 13 channels cannot start a network of 3 .*--in_chans 13"
     ):
         again = [*flags, "--init_from", tmp_path / "13" / "checkpoint.pth"]
-        call(main_dino, *again, "--output_dir", tmp_path / "no")
+        train(*again, "--output_dir", tmp_path / "no")
     with pytest.raises(UserError, match="the weights have in_chans 13 .*--in_chans 3"):
         load_backbone(str(tmp_path / "13" / "checkpoint.pth"), in_chans=3)
 
@@ -724,8 +724,8 @@ def test_channels_first_names_what_is_ambiguous():
 
 
 def test_the_log_and_warnings_name_what_has_no_effect(satellite, tmp_path, capsys):
-    train(satellite / "train", tmp_path, "--value_range", "100", "3000", *normalization(), "--max_steps", "1",
-          "--gray_p", "0.3", "--jitter", "0.4", "0.4", "0.3", "0.1")  # fmt: skip
+    flags = "--value_range 100 3000 --max_steps 1 --gray_p 0.3 --jitter 0.4 0.4 0.3 0.1".split()
+    train_on_bands(satellite / "train", tmp_path, *flags, *normalization())
     said = capsys.readouterr().out
     assert "13 channels: hue, saturation and grey views are left out" in said
     assert "--gray_p has no effect" in said and "--jitter has no effect" not in said  # B and C act
@@ -787,8 +787,8 @@ def test_two_processes_take_the_numbers_of_the_first(satellite, tmp_path):
 
 
 def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
-    flags = [*TINY, "--data_path", images, "--output_dir", tmp_path]
-    call(main_dino, *flags, "--max_steps", "1")
+    flags = ["--data_path", images, "--output_dir", tmp_path]
+    train(*flags, "--max_steps", 1)
     weights = weights_of(tmp_path)
     for record in (weights["args"], weights["identity"]):
         for name in ("in_chans", "value_range", "mean", "std"):
@@ -797,8 +797,8 @@ def test_an_old_run_resumes_without_the_new_records(images, tmp_path):
     torch.save(weights, tmp_path / "checkpoint.pth")
     assert load_backbone(str(tmp_path / "checkpoint.pth")).form == ImageFormat()
     with pytest.raises(UserError, match=r"mean \[0.485, 0.456, 0.406\] -> \[0.5, 0.5, 0.5\]"):
-        call(main_dino, *flags, "--mean", "0.5", "0.5", "0.5")
-    call(main_dino, *flags, "--max_steps", "2")
+        train(*flags, "--mean", 0.5, 0.5, 0.5)
+    train(*flags, "--max_steps", 2)
     assert weights_of(tmp_path)["step"] == 2
 
 

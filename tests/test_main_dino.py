@@ -36,7 +36,7 @@ from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalize, normalized_views, to_pixels
 from support.restart import Run
-from tests.conftest import ROOT, TINY, call, run, save_images, torchrun
+from tests.conftest import ROOT, TINY, call, run, save_images, torchrun, train
 from utils import PAPER, CollapseWatch, DINOHead, Recipe
 from vision_transformer import VITS, VisionTransformer
 
@@ -63,10 +63,6 @@ NEW = {
     "vflip_p": 0.0, "quarter_turns": False, "crop_aspect": (3 / 4, 4 / 3), "preview": "",
     "in_chans": 3, "value_range": None, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }  # fmt: skip
-
-
-def train(*flags) -> None:
-    call(main_dino, *TINY, *flags)
 
 
 def log_of(folder) -> list[dict]:
@@ -666,7 +662,8 @@ def test_a_run_is_watched_for_collapse(images, tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
-    train("--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 2, "--epochs", 3)
+    flags = "--data_path", images, "--output_dir", tmp_path, "--saveckp_freq", 2, "--epochs", 3
+    call(main_dino, *TINY, *flags)  # with its curves
     checkpoints = {"checkpoint.pth", "checkpoint_prev.pth", "checkpoint0000.pth", "checkpoint0002.pth"}
     assert {path.name for path in tmp_path.iterdir()} == checkpoints | {"log.txt", "curves.png", "args.txt"}
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")

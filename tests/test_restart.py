@@ -16,13 +16,9 @@ from support import cli
 from support.checkpoints import load_checkpoint
 from support.errors import TrainingError, UserError
 from support.restart import Run, add_records, check_optimizer, read_log
-from tests.conftest import ROOT, TINY, call, taken_by, torchrun, wait_for, wait_for_words
+from tests.conftest import ROOT, TINY, taken_by, torchrun, train, wait_for, wait_for_words
 from tests.faults import differing_bits, free_port
 from utils import LARS
-
-
-def train(*flags) -> None:
-    call(main_dino, *TINY, *flags)
 
 
 class Ranks:
