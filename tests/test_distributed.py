@@ -154,17 +154,13 @@ def test_an_address_that_the_user_sets_is_kept_without_asking_slurm(launch, monk
     assert os.environ["MASTER_PORT"] == "29500"
 
 
-def test_jobs_steps_and_attempts_take_different_ports(monkeypatch):
+def test_jobs_steps_and_attempts_take_different_ports(launch):
     ports = set()
+    base = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     for changes in ({}, {"SLURM_JOB_ID": "200"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}):
-        for name in ("MASTER_PORT", "SLURM_RESTART_COUNT"):
-            monkeypatch.delenv(name, raising=False)
-        base = {"MASTER_ADDR": "10.0.0.1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
-        for name, value in (base | changes).items():
-            monkeypatch.setenv(name, value)
+        launch(base | changes)
         distributed._set_slurm_address()
         ports.add(os.environ["MASTER_PORT"])
-    monkeypatch.delenv("MASTER_PORT")
     assert len(ports) == 4 and all(20000 <= int(port) < 32768 for port in ports)  # Linux gives others away
 
 
@@ -224,8 +220,6 @@ def test_the_published_call_is_accepted(launch):
 # more than `is_available`. Python runs a file of this name when it starts.
 WITHOUT_DISTRIBUTED = """
 import sys
-import threading
-from datetime import timedelta
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch.distributed":

@@ -53,14 +53,16 @@ def vit():
 
 
 def test_features_do_not_become_images(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
     for i in range(3):
-        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((16, 16), np.float32))
-    flags = ["--data_path", tmp_path, "--in_chans", "1", "--value_range", "0", "1"]
+        np.save(data / f"{i}.npy", np.random.default_rng(i).random((16, 16), np.float32))
+    flags = "--data_path", data, "--in_chans", 1, "--value_range", 0, 1
     with pytest.raises(UserError, match=r"features.npy would become one of the images .*--output_dir"):
-        extract(tmp_path / "features", *flags)
-    assert len(np.load(extract(tmp_path.with_name("beside"), *flags))) == 3
-    extract(tmp_path / "features", *flags, "--format", "pt")
-    assert len(np.load(extract(tmp_path.with_name("again"), *flags))) == 3
+        extract(data / "features", *flags)
+    assert len(np.load(extract(tmp_path / "beside", *flags))) == 3
+    extract(data / "features", *flags, "--format", "pt")
+    assert len(np.load(extract(tmp_path / "again", *flags))) == 3
 
 
 def test_rows_names_and_labels_are_in_one_order(labelled, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,26 +17,31 @@ from support.lock import FolderLock, _started
 from tests.conftest import ROOT, run, taken_by, wait_for
 
 
-def holder(path, beat: float = 10.0) -> subprocess.Popen:
-    """A process that holds the folder until it is killed."""
-    code = (
-        "import sys, time, pathlib\nfrom support.lock import FolderLock\n"
-        f"FolderLock(pathlib.Path(sys.argv[1]), {beat}).acquire()\ntime.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
-    wait_for(path.exists, "lock")
-    return process
+@contextlib.contextmanager
+def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """Kill the process after the block."""
+    try:
+        yield process
+    finally:
+        process.kill(), process.wait()
+
+
+@contextlib.contextmanager
+def holder(path: Path) -> Iterator[subprocess.Popen]:
+    """A process that holds the folder until the end of the block."""
+    code = "import sys, time, pathlib; from support.lock import FolderLock; "
+    code += "FolderLock(pathlib.Path(sys.argv[1])).acquire(); time.sleep(600)"
+    with ended(subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT)) as process:
+        wait_for(path.exists, "lock")
+        yield process
 
 
 @pytest.mark.slow
 def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
     path = tmp_path / "lock"
-    process = holder(path)
-    try:
+    with holder(path) as process:
         with pytest.raises(UserError, match=rf"another run .* process {process.pid} on .*, since 20"):
             FolderLock(path).acquire()
-    finally:
-        process.kill(), process.wait()
     lock = FolderLock(path)  # a dead process locks nobody out
     lock.acquire()
     lock.release()
@@ -70,24 +77,18 @@ def test_a_lock_whose_process_is_unknown_here_holds_as_long_as_it_changes(told, 
         "    q.write_text(json.dumps(json.loads(p.read_text()) | {'beats': i}))\n"
         "    os.replace(q, p); time.sleep(0.1)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    try:
-        with pytest.raises(UserError, match=f"another run writes to this folder: process {nobody} on"):
-            FolderLock(path, beat=2).acquire()
-    finally:
-        process.kill(), process.wait()
+    words = f"another run writes to this folder: process {nobody} on"
+    with ended(subprocess.Popen([sys.executable, "-c", code, path])), pytest.raises(UserError, match=words):
+        FolderLock(path, beat=2).acquire()
 
 
 def test_who_comes_second_waits_for_the_name_of_the_first(tmp_path):
-    process = holder(tmp_path / "lock")
-    try:
-        path = tmp_path / "new"
-        path.touch()  # the first process has just made it
+    path = tmp_path / "new"
+    path.touch()  # the first process has just made it
+    with holder(tmp_path / "lock") as process:
         threading.Timer(0.1, shutil.copy, [tmp_path / "lock", path]).start()
         with pytest.raises(UserError, match=f"another run writes to this folder: process {process.pid} on"):
             FolderLock(path).acquire()
-    finally:
-        process.kill(), process.wait()
     path.write_text("")  # and has died at once
     lock = FolderLock(path, beat=0.1)
     lock.acquire()
@@ -97,14 +98,11 @@ def test_who_comes_second_waits_for_the_name_of_the_first(tmp_path):
 
 def test_a_copy_of_a_folder_in_use_is_free(tmp_path):
     (tmp_path / "one").mkdir()
-    process = holder(tmp_path / "one" / "lock")
-    try:
+    with holder(tmp_path / "one" / "lock"):
         shutil.copytree(tmp_path / "one", tmp_path / "two")
         lock = FolderLock(tmp_path / "two" / "lock", beat=0.1)
         lock.acquire()
         lock.release()
-    finally:
-        process.kill(), process.wait()
 
 
 def test_who_lost_the_folder_learns_it(tmp_path):
@@ -220,13 +218,12 @@ def test_a_process_id_that_is_used_again_holds_nothing(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
 def test_a_killed_process_that_its_parent_does_not_wait_for_holds_nothing(tmp_path):
     """As in a container whose process 1 is `sleep`, or of a notebook."""
-    process = holder(tmp_path / "lock")
-    process.kill()
-    wait_for(lambda: " Z " in Path(f"/proc/{process.pid}/stat").read_text(), "zombie")
-    lock = FolderLock(tmp_path / "lock")
-    lock.acquire()
-    lock.release()
-    process.wait()
+    with holder(tmp_path / "lock") as process:
+        process.kill()
+        wait_for(lambda: " Z " in Path(f"/proc/{process.pid}/stat").read_text(), "zombie")
+        lock = FolderLock(tmp_path / "lock")
+        lock.acquire()
+        lock.release()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
@@ -291,9 +288,9 @@ def test_a_process_outside_of_a_container_is_not_taken_for_dead(tmp_path):
     code = "import sys, pathlib; from support.lock import FolderLock\n"
     code += "FolderLock(pathlib.Path(sys.argv[1]), 2).acquire()"
     command = [*contained, sys.executable, "-c", code, str(lock.path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stderr
     lock.release()
-    assert f"another run writes to this folder: process {os.getpid()} on" in ended.stderr, ended.stderr
+    assert f"another run writes to this folder: process {os.getpid()} on" in said, said
 
 
 def test_of_two_that_find_the_holder_dead_the_last_to_write_has_the_folder(tmp_path, monkeypatch):

@@ -85,7 +85,8 @@ def test_a_full_disk_under_the_output_does_not_end_a_run(monkeypatch):
             log("cannot be written")
         assert [(error.errno, error.__traceback__) for error in logger.lost] == [(errno.ENOSPC, None)]
         monkeypatch.undo()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # Python flushes it when it closes
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), full.fileno())  # Python flushes it when it closes
 
 
 def test_a_closed_stderr_is_no_terminal(monkeypatch, capsys):

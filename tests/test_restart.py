@@ -182,22 +182,25 @@ def test_a_line_takes_the_place_of_those_from_before_a_restart(tmp_path):
 
 @pytest.mark.parametrize("left", ["checkpoint0020.pth", "log.txt"])
 def test_what_a_run_without_checkpoint_left_is_not_overwritten(tmp_path, left):
-    run, identity = Run(tmp_path, required=()), {"lr": 1}
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')  # killed while it saved its first epoch
     for name in ("checkpoint0000.pth", "checkpoint_damaged.pth"):
         (tmp_path / name).touch()
-    assert run.resume({}, identity) == {}
-    with (tmp_path / left).open("a") as file:
-        file.write('{"epoch": 1}\n')
-    with pytest.raises(UserError, match=rf"an earlier run left {left}, but no checkpoint.pth .*: move them"):
-        run.resume({}, identity)
-    run.lock.release()
+    words = rf"an earlier run left {left}, but no checkpoint.pth .*: move them"
+    with Run(tmp_path, required=()) as run:
+        assert run.resume({}, {"lr": 1}) == {}
+        with (tmp_path / left).open("a") as file:
+            file.write('{"epoch": 1}\n')
+        with pytest.raises(UserError, match=words):
+            run.resume({}, {"lr": 1})
 
 
 def test_a_link_to_a_checkpoint_that_is_away_is_not_a_new_run(tmp_path):
     (tmp_path / "checkpoint.pth").symlink_to("/nowhere/checkpoint.pth")
-    with pytest.raises(UserError, match="links to a file that is not there"):
-        Run(tmp_path, required=()).resume({}, {})
+    with (
+        Run(tmp_path, required=()) as run,
+        pytest.raises(UserError, match="links to a file that is not there"),
+    ):
+        run.resume({}, {})
 
 
 def test_the_log_keeps_lines_of_any_bytes(tmp_path):
@@ -306,12 +309,11 @@ def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_pa
     saved = {"student": torch.nn.Linear(1, 1).state_dict(), "epoch": 0, "args": flags}
     torch.save(saved, tmp_path / "checkpoint.pth")
     pieces, added = {"student": torch.nn.Linear(1, 1)}, {"gray": 0.2, "pair": (1, 2)}
-    run = Run(tmp_path, required=())
-    assert run.resume(pieces, {"range": (0.4, 1), "gray": 0.2, "pair": [1, 2], "new": 3}, added=added)
-    assert "does not compare" not in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"differs from the run to resume: gray 0.2 -> 0.3 \("):
-        run.resume(pieces, {"range": (0.4, 1), "gray": 0.3, "pair": (1, 2)}, added=added)
-    run.lock.release()
+    with Run(tmp_path, required=()) as run:
+        assert run.resume(pieces, {"range": (0.4, 1), "gray": 0.2, "pair": [1, 2], "new": 3}, added=added)
+        assert "does not compare" not in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"differs from the run to resume: gray 0.2 -> 0.3 \("):
+            run.resume(pieces, {"range": (0.4, 1), "gray": 0.3, "pair": (1, 2)}, added=added)
 
 
 def test_what_this_version_does_not_compare_is_said(tmp_path, capsys):
@@ -355,34 +357,39 @@ def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
     torch.save({"student": weights.state_dict(), "epoch": 2}, tmp_path / "checkpoint.pth")
     other = torch.nn.Linear(1, 1)
     pieces = {"student": other, "fp16_scaler": torch.amp.GradScaler("cpu")}
-    Run(tmp_path, required=("student",)).resume(pieces, {})
+    with Run(tmp_path, required=("student",)) as run:
+        run.resume(pieces, {})
     assert "has no fp16_scaler: starting from their initial state" in capsys.readouterr().out
     torch.testing.assert_close(other.state_dict(), weights.state_dict(), rtol=0, atol=0)
-    with pytest.raises(UserError, match="checkpoint lacks teacher"):
-        Run(tmp_path, required=("student", "teacher")).resume(pieces, {})
+    with (
+        Run(tmp_path, required=("student", "teacher")) as run,
+        pytest.raises(UserError, match="lacks teacher"),
+    ):
+        run.resume(pieces, {})
     torch.save({"student": weights.state_dict(), "epoch": -1}, tmp_path / "checkpoint.pth")
-    with pytest.raises(UserError, match="checkpoint lacks epoch"):
-        Run(tmp_path, required=("student",)).resume(pieces, {})
+    with Run(tmp_path, required=()) as run, pytest.raises(UserError, match="checkpoint lacks epoch"):
+        run.resume(pieces, {})
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path):
     """Their loss would never be finite again."""
     network = torch.nn.Linear(1, 1)
-    run = Run(tmp_path, required=("student",), advice="try a lower --lr")
-    assert run.resume({"student": network}, {}) == {}
-    run.save({"step": 1, "epoch": 0})
-    for ruined, words in ((2e19, "as large as 2.0e[+]19"), (torch.nan, "that are not finite")):
-        with torch.no_grad():
-            network.bias.fill_(ruined)
-        with pytest.raises(TrainingError, match=f"student has weights {words}: not saved.*try a lower --lr"):
-            run.save({"step": 2, "epoch": 0})
-    assert load_checkpoint(run.checkpoint)["step"] == 1
-    run.advice = None  # as of a search over learning rates
-    run.save({"step": 2, "epoch": 0})
-    run.advice = "try a lower --lr"
-    with pytest.raises(UserError, match="not finite .*remove it to resume from checkpoint_prev.pth"):
-        run.resume({"student": torch.nn.Linear(1, 1)}, {})
-    run.lock.release()
+    with Run(tmp_path, required=("student",), advice="try a lower --lr") as run:
+        assert run.resume({"student": network}, {}) == {}
+        run.save({"step": 1, "epoch": 0})
+        for ruined, words in ((2e19, "as large as 2.0e[+]19"), (torch.nan, "that are not finite")):
+            with torch.no_grad():
+                network.bias.fill_(ruined)
+            with pytest.raises(
+                TrainingError, match=f"student has weights {words}: not saved.*try a lower --lr"
+            ):
+                run.save({"step": 2, "epoch": 0})
+        assert load_checkpoint(run.checkpoint)["step"] == 1
+        run.advice = None  # as of a search over learning rates
+        run.save({"step": 2, "epoch": 0})
+        run.advice = "try a lower --lr"
+        with pytest.raises(UserError, match="not finite .*remove it to resume from checkpoint_prev.pth"):
+            run.resume({"student": torch.nn.Linear(1, 1)}, {})
 
 
 def test_a_float16_run_whose_steps_are_all_skipped_is_not_saved(tmp_path):
