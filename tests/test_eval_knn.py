@@ -170,14 +170,6 @@ def test_one_validation_image_will_do(tmp_path):
     assert set(pixels(tmp_path, "--nb_knn", "1")) == {1}
 
 
-def test_classes_of_train_and_val_must_agree(tmp_path):
-    for split, names in (("train", "ab"), ("val", "ac")):
-        for name in names:
-            save_images(tmp_path / split / name, 1)
-    with pytest.raises(UserError, match="val has classes that train lacks: c"):
-        pixels(tmp_path)
-
-
 def test_features_can_be_dumped_and_loaded(labelled, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ after = to us
     first = pixels(labelled, "--nb_knn", "3", "--dump_features=~/features")

@@ -52,6 +52,24 @@ def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log_linear.txt").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def probed(labelled, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probed")
+    probe(labelled, folder)
+    return folder
+
+
+@pytest.fixture
+def finished(probed, tmp_path):
+    """A copy of the folder that `probe(labelled, ...)` fills."""
+    return shutil.copytree(probed, tmp_path / "finished")
+
+
+def change_checkpoint(folder, **changes) -> None:
+    path = folder / "checkpoint.pth.tar"
+    save_checkpoint(load_checkpoint(path) | changes, path)
+
+
 def test_published_flags_and_defaults():
     args = vars(eval_linear.parse_args([]))
     assert {name: args[name] for name in PUBLISHED} == PUBLISHED and args["lr"] == [0.001]
@@ -420,17 +438,16 @@ def test_bad_usage_is_one_clear_line(labelled, tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_another_run_is_refused(labelled, tmp_path):
-    probe(labelled, tmp_path)
+def test_a_folder_with_another_run_is_refused(labelled, finished):
     with pytest.raises(UserError, match=r": lr \[0.001\] -> \[0.1\] .*or another --output_dir$"):
-        probe(labelled, tmp_path, "--lr", 0.1)
+        probe(labelled, finished, "--lr", 0.1)
     with pytest.raises(UserError, match="trained with 4 .*--n_last_blocks 3"):
-        probe(labelled, tmp_path, "--evaluate", "--n_last_blocks", 3)
+        probe(labelled, finished, "--evaluate", "--n_last_blocks", 3)
     pixels = "--pretrained_weights", "pixels"
     with pytest.raises(UserError, match=r": backbone \w+ -> \w+ "):
-        probe(labelled, tmp_path, *pixels)
+        probe(labelled, finished, *pixels)
     with pytest.raises(UserError, match="trained on the features of other weights"):
-        probe(labelled, tmp_path, *pixels, "--evaluate")
+        probe(labelled, finished, *pixels, "--evaluate")
 
 
 @pytest.mark.parametrize(("split", "words"), [("train", "training"), ("val", "validation")])
@@ -444,27 +461,24 @@ def test_other_images_are_another_run(labelled, tmp_path, split, words):
     assert len(log_of(tmp_path / "out")) == 3
 
 
-def test_a_checkpoint_that_does_not_record_its_images_is_said_to(labelled, tmp_path, capsys):
-    probe(labelled, tmp_path)
-    path = tmp_path / "checkpoint.pth.tar"
+def test_a_checkpoint_that_does_not_record_its_images_is_said_to(labelled, finished, capsys):
+    path = finished / "checkpoint.pth.tar"
     old = load_checkpoint(path)
     for lacking, named in (
         (["identity"], "{path} does not record .*, training images, validation images: the run may have"),
         (["identity", "args"], "{path} does not record settings: the run may have begun with others"),
     ):
         save_checkpoint({name: value for name, value in old.items() if name not in lacking}, path)
-        probe(labelled, tmp_path)
+        probe(labelled, finished)
         assert re.search(named.format(path=path), capsys.readouterr().out)
 
 
-def test_an_older_probe_was_trained_on_all_images(labelled, tmp_path):
-    probe(labelled, tmp_path)
-    path = tmp_path / "checkpoint.pth.tar"
-    old = load_checkpoint(path)
-    del old["identity"]["few_shot"]
-    save_checkpoint(old, path)
+def test_an_older_probe_was_trained_on_all_images(labelled, finished):
+    identity = load_checkpoint(finished / "checkpoint.pth.tar")["identity"]
+    del identity["few_shot"]
+    change_checkpoint(finished, identity=identity)
     with pytest.raises(UserError, match="few_shot None -> "):
-        probe(labelled, tmp_path, "--few_shot", 1)
+        probe(labelled, finished, "--few_shot", 1)
 
 
 SHADES = {"black": 0, "dark": 80, "grey": 160, "white": 255}
@@ -538,10 +552,8 @@ def test_a_classifier_without_names_needs_data_with_all_its_classes(tmp_path):
         ((), None),
     ],
 )
-def test_flags_without_effect_are_named(labelled, tmp_path, capsys, flags, words):
-    probe(labelled, tmp_path, "--epochs", 1)
-    capsys.readouterr()
-    out = tmp_path if "--evaluate" in flags else tmp_path / "other"
+def test_flags_without_effect_are_named(labelled, finished, tmp_path, capsys, flags, words):
+    out = finished if "--evaluate" in flags else tmp_path / "other"
     probe(labelled, out, "--epochs", 1, *flags)
     said = capsys.readouterr().out
     assert f"warning: {words}" in said if words else "no effect" not in said
@@ -604,12 +616,10 @@ def test_features_are_those_of_the_flags():
         ("classifiers", {"0.linear.weight": 1}, "weights do not fit"),
     ],
 )
-def test_an_odd_checkpoint_is_named(labelled, tmp_path, part, value, message):
-    probe(labelled, tmp_path)
-    path = tmp_path / "checkpoint.pth.tar"
-    save_checkpoint(load_checkpoint(path) | {part: value}, path)
+def test_an_odd_checkpoint_is_named(labelled, finished, part, value, message):
+    change_checkpoint(finished, **{part: value})
     with pytest.raises(UserError, match=message):
-        probe(labelled, tmp_path)
+        probe(labelled, finished)
 
 
 NO_WEIGHTS = {"linear.weight": 3}
@@ -632,23 +642,21 @@ def test_a_file_without_a_classifier_is_named(labelled, tmp_path, content, messa
         probe(labelled, tmp_path, "--evaluate", "--linear_weights", tmp_path / "odd.pth")
 
 
-def test_evaluation_needs_no_training_images(labelled, tmp_path):
-    best = probe(labelled, tmp_path / "out")
+def test_evaluation_needs_no_training_images(labelled, finished, tmp_path):
     (tmp_path / "val").symlink_to(labelled / "val")
-    assert probe(tmp_path, tmp_path / "out", "--evaluate")[0]["acc1"] == best[0]["acc1"]
+    best = load_checkpoint(finished / "checkpoint.pth.tar")["best"]
+    assert probe(tmp_path, finished, "--evaluate")[0]["acc1"] == best[0]["acc1"]
 
 
 @pytest.mark.parametrize(
     ("name", "before"),
     [("pixels", (24, 24)), ("mean", (0.1, 0.2, 0.3)), ("std", (0.1, 0.2, 0.3)), ("values", ((0.0, 9.0),))],
 )
-def test_a_classifier_of_other_pixels_is_refused(labelled, tmp_path, name, before):
-    probe(labelled, tmp_path / "out")
-    checkpoint = torch.load(tmp_path / "out" / "checkpoint.pth.tar")
-    checkpoint["identity"][name] = before
-    torch.save(checkpoint, tmp_path / "out" / "checkpoint.pth.tar")
+def test_a_classifier_of_other_pixels_is_refused(labelled, finished, name, before):
+    identity = load_checkpoint(finished / "checkpoint.pth.tar")["identity"]
+    change_checkpoint(finished, identity=identity | {name: before})
     with pytest.raises(UserError, match=f"images of other {name}: "):
-        probe(labelled, tmp_path / "out", "--evaluate")
+        probe(labelled, finished, "--evaluate")
 
 
 def test_classes_of_one_name_stay_apart():

@@ -645,8 +645,8 @@ def test_the_networks_compute_in_the_precision_of_the_flag(images, tmp_path, mon
         return forward(loss, student, teacher, epoch)
 
     monkeypatch.setattr(main_dino.DINOLoss, "forward", noted)
-    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1, "--precision", precision)
-    assert seen == {(dtype, dtype)}
+    train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 2, "--precision", precision)
+    assert seen == {(dtype, dtype)} and math.isfinite(log_of(tmp_path)[0]["train_loss"])
 
 
 def test_a_run_is_watched_for_collapse(images, tmp_path, monkeypatch):
@@ -771,15 +771,7 @@ def test_prototypes_are_frozen_for_a_fraction_of_an_epoch(images, tmp_path):
     assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
-def test_a_changed_number_of_images_is_named(tmp_path):
-    save_images(tmp_path / "data", 8)
-    train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 1)
-    save_images(tmp_path / "data", 9)
-    with pytest.raises(UserError, match=r"images 8 -> 9"):
-        train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
-
-
-def test_another_precision_fewer_processes_and_renamed_images_do_not_resume(tmp_path):
+def test_a_run_does_not_resume_with_another_precision_fewer_processes_or_other_images(tmp_path):
     save_images(tmp_path / "data", 8)
     flags = "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps"
     train(*flags, 1)
@@ -793,6 +785,9 @@ def test_another_precision_fewer_processes_and_renamed_images_do_not_resume(tmp_
     save_checkpoint(checkpoint, path)
     (tmp_path / "data" / "000.png").rename(tmp_path / "data" / "zzz.png")
     with pytest.raises(UserError, match=r"digest of the images"):
+        train(*flags, 2)
+    save_images(tmp_path / "data", 8)  # one more
+    with pytest.raises(UserError, match=r"images 8 -> 9"):
         train(*flags, 2)
 
 
@@ -882,34 +877,27 @@ def test_a_published_checkpoint_does_not_resume_with_what_is_not_in_it(images, t
     train(*flags, "--max_steps", 2)
 
 
-@pytest.mark.parametrize("name", ["student", "teacher", "optimizer"])
-def test_a_checkpoint_without_what_a_training_needs_does_not_resume(images, tmp_path, name):
+def test_a_checkpoint_without_student_teacher_or_optimizer_does_not_resume(images, tmp_path):
     flags = "--data_path", images, "--output_dir", tmp_path
     train(*flags, "--max_steps", 1)
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
-    del checkpoint[name]
-    save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
-    with pytest.raises(UserError, match=f"checkpoint lacks {name} .*: give another --output_dir"):
-        train(*flags, "--max_steps", 2)
+    for name in ("student", "teacher", "optimizer"):
+        save_checkpoint({n: v for n, v in checkpoint.items() if n != name}, tmp_path / "checkpoint.pth")
+        with pytest.raises(UserError, match=f"checkpoint lacks {name} .*: give another --output_dir"):
+            train(*flags, "--max_steps", 2)
 
 
-def test_each_epoch_is_counted_and_averaged_by_itself(tmp_path):
+def test_each_epoch_is_counted_and_averaged_by_itself_and_an_unreadable_image_is_named(tmp_path, capsys):
     save_images(tmp_path / "data", 8)
     (tmp_path / "data" / "003.png").write_bytes(b"broken")
     train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out")
     records = log_of(tmp_path / "out")
     assert [record["unreadable"] for record in records] == [1, 1]
+    assert re.search(r"warning: cannot read .*003\.png.*: another image", capsys.readouterr().out)
     schedules = main_dino.build_schedules(main_dino.parse_args(TINY), main_dino.Steps(4, 4, 2, 4))
     for name, values in schedules.items():
         means = values.reshape(2, 2).mean(axis=1)
         assert [record[f"train_{name}"] for record in records] == pytest.approx(means), name
-
-
-def test_an_unreadable_image_of_a_training_is_named_by_its_path(tmp_path, capsys):
-    save_images(tmp_path / "data", 4)
-    (tmp_path / "data" / "003.png").write_bytes(b"broken")
-    train("--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", 1)
-    assert re.search(r"warning: cannot read .*003\.png.*: another image", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("place", "fields"), [("worker", 0), ("device", 5)])
@@ -1276,8 +1264,9 @@ def test_unreadable_images_do_not_end_a_run_until_they_are_many(tmp_path, capsys
             train("--data_path", tmp_path / "data", "--output_dir", tmp_path / f"{broken}", *all_of_them)
 
 
-@pytest.mark.parametrize("flags", [["--arch", "resnet18"], ["--precision", "bf16"], ["--precision", "fp16"],
-                                   ["--local_crops_number", "0"], ["--num_workers", "2"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags", [["--arch", "resnet18"], ["--local_crops_number", "0"], ["--num_workers", "2"]]
+)
 def test_other_backbones_and_settings_train(images, tmp_path, flags):
     train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 2, *flags)
     assert math.isfinite(log_of(tmp_path)[0]["train_loss"])
