@@ -69,8 +69,8 @@ def knn(folder: Path) -> dict:
 
 
 @pytest.fixture
-def own(labelled, tmp_path) -> Path:
-    """A copy of `labelled`, in which a test may put files."""
+def own(tmp_path) -> Path:
+    """train/ and val/ with three classes of four images, to which a test may add files."""
     for split in ("train", "val"):
         for name in "abc":
             save_images(tmp_path / "data" / split / name, 4, seed=ord(name) + len(split))
@@ -83,7 +83,7 @@ def own(labelled, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("separator", ["\t", ",", " , "])
-def test_listed_images_are_those_of_the_folder(own, tmp_path, separator):
+def test_listed_images_are_those_of_the_folder(own, separator):
     train = own / "train"
     plain = write_list(train / "all.txt", train)
     assert same(open_training_images(Source(str(plain))), open_training_images(Source(str(train))))
@@ -711,7 +711,7 @@ def test_a_bad_archive_is_one_clear_line(own, tmp_path, name, damage, message):
         open_training_images(Source(str(path)))
 
 
-def test_other_bad_archives(own, tmp_path):
+def test_archives_that_cannot_be_a_dataset_are_refused(own, tmp_path):
     with pytest.raises(UserError, match=r"by bzip2: c/003.png \(.*x.zip\): pack it with the usual method"):
         open_training_images(Source(str(pack(tmp_path / "x.zip", own / "train", method=zipfile.ZIP_BZIP2))))
     (own / "train" / "d").mkdir()

@@ -195,7 +195,7 @@ def test_images_of_a_dataset_are_checked_and_named_by_their_files(tmp_path, caps
     assert capsys.readouterr().out == f"{words}{tmp_path}/a/red.png\n"
 
 
-def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
+def test_the_check_reads_few_of_many_images(tmp_path, capsys):
     save_images(tmp_path, 30)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
@@ -205,7 +205,7 @@ def test_it_looks_at_few_of_many_images_spread_over_all(tmp_path, capsys):
     assert warnings(tmp_path, capsys, seconds=-1) == []
 
 
-def test_what_it_has_read_when_its_time_is_over_is_spread_over_all():
+def test_the_images_that_are_checked_first_are_spread_over_all():
     seen = []
 
     class Recorded(list):

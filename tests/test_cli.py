@@ -58,7 +58,7 @@ from tests.conftest import ROOT, call, run
         (Interrupted("by SIGTERM", "out", "resume"), 75, "stopped: by SIGTERM (out): resume"),
     ],
 )  # fmt: skip
-def test_what_comes_from_outside_is_one_line(error, code, line, capsys):
+def test_an_error_from_outside_the_program_is_one_line(error, code, line, capsys):
     def main(_):
         raise error
 
@@ -90,7 +90,7 @@ def test_only_a_script_that_resumes_promises_to(resumable, end, capsys):
     assert capsys.readouterr().err == f"stopped: at once, by Ctrl-C: run the same command{end}\n"
 
 
-def test_what_is_a_fault_of_the_program_keeps_its_traceback():
+def test_a_fault_of_the_program_keeps_its_traceback():
     def main(_):
         raise RuntimeError("shapes do not match")
 
@@ -114,7 +114,7 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written_is_what_is_said():
     assert cli.as_user_error(fault) is None
 
 
-def test_the_one_that_knows_says_it(monkeypatch, capsys):
+def test_an_error_of_one_process_is_printed_by_it_and_a_shared_one_by_the_first(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(cli.as_user_error(MemoryError("no room"), argparse.Namespace(batch_size_per_gpu=4)))
     cli.say(ImageError("cannot read image"))
@@ -130,7 +130,7 @@ def test_the_one_that_knows_says_it(monkeypatch, capsys):
     ]  # fmt: skip
 
 
-def test_who_does_not_know_its_rank_says_it(monkeypatch, capsys):
+def test_a_process_with_an_invalid_rank_prints_its_error(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "x"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(UserError("no such folder"))
     assert capsys.readouterr().err == "error: no such folder\n"
@@ -374,7 +374,7 @@ def test_a_size_is_one_length_or_two(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_bool_flag():
+def test_words_for_true_and_false():
     assert [bool_flag(w) for w in ("true", "On", "1", "False", "off", "0")] == [True] * 3 + [False] * 3
     with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
         bool_flag("maybe")

@@ -77,7 +77,7 @@ def test_a_disk_that_fails_is_a_warning(tmp_path, capsys):
     assert "warning: cannot save" in capsys.readouterr().out
 
 
-def test_without_the_libraries(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_or_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     Curves(tmp_path, main_dino.PANELS).update(RECORD)

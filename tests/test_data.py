@@ -429,7 +429,7 @@ print(len(open_training_images(Source(sys.argv[1], "FashionMNIST"))))
 
 
 @pytest.mark.slow
-def test_two_runs_that_start_together_unpack_the_same_archive(tmp_path):
+def test_an_archive_is_unpacked_whole_for_runs_that_start_meanwhile(tmp_path):
     write_fashion_mnist(tmp_path, 5_000, 10)
     command = [sys.executable, "-c", UNPACK, str(tmp_path)]
     options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -477,7 +477,7 @@ def test_a_dataset_whose_val_numbers_its_classes_otherwise_is_refused(tmp_path):
     assert [val[i][1] for i in range(3)] == [0, 1, 2] and train.classes == val.classes
 
 
-def test_a_folder_or_link_that_cannot_be_read_is_named(tmp_path, permissions):
+def test_a_folder_or_link_that_cannot_be_read_is_named(permissions):
     save_images(Path("train/a"), 1)
     source = Source(".")
     for place in (Path("train/a/loop.png"), Path("train/loop")):

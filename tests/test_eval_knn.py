@@ -289,7 +289,8 @@ def test_rows_of_any_length_give_the_same_accuracy(tmp_path, capsys):
     said = capsys.readouterr().out
     assert longer == unit and 0 < unit[5][0]
     assert "rows of length 0.1 to 30 normalised to 1" in said and "rows of length 7 to 7" in said
-    assert saved_features(tmp_path, trainfeat=lambda rows: rows.half(), testfeat=lambda rows: rows.double())
+    other_types = dict(trainfeat=lambda rows: rows.half(), testfeat=lambda rows: rows.double())
+    assert saved_features(tmp_path, **other_types) == unit
     assert saved_features(tmp_path, trainlabels=lambda labels: labels.float()) == unit
 
 
@@ -385,7 +386,7 @@ def test_bad_usage_is_one_clear_line(labelled, flags, message):
         evaluate("--data_path", labelled, *flags)
 
 
-def test_it_says_what_it_took(labelled, capsys):
+def test_weights_preprocessing_and_images_are_said(labelled, capsys):
     pixels(labelled, "--nb_knn", "3")
     weights, preprocessing, train, val = capsys.readouterr().out.splitlines()[:4]
     assert "/train: 15 images, 3 classes" in train and "/val: 9 images, 3 classes" in val

@@ -374,7 +374,7 @@ def test_cached_features_are_those_of_the_plain_images(labelled, tmp_path, monke
     torch.testing.assert_close(kept[0], torch.cat(alone))
 
 
-def test_it_learns_what_can_be_learned(tmp_path):
+def test_a_probe_of_pixels_tells_dark_from_bright_images(tmp_path):
     """Dark against bright images: raw pixels tell them apart."""
     for split, count in (("train", 20), ("val", 10)):
         for level, name in ((60, "dark"), (200, "bright")):
@@ -403,7 +403,7 @@ def test_two_processes_train_as_one_on_twice_the_batch(tmp_path):
         assert b == pytest.approx(a, rel=1e-4)
 
 
-def test_a_published_classifier_evaluates(labelled, tmp_path, capsys):
+def test_a_published_classifier_evaluates(labelled, tmp_path):
     """As published: `module.linear.*` in `state_dict`, beside an optimizer and a scheduler."""
     trained = probe(labelled, tmp_path / "run", "--lr", 1)
     classifier = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["state_dict"]
@@ -559,7 +559,7 @@ def test_flags_without_effect_are_named(labelled, finished, tmp_path, capsys, fl
     assert f"warning: {words}" in said if words else "no effect" not in said
 
 
-def test_it_says_what_it_took(labelled, tmp_path, capsys):
+def test_a_probe_says_its_images_weights_and_preprocessing(labelled, tmp_path, capsys):
     probe(labelled, tmp_path, "--epochs", 1)
     said = capsys.readouterr().out
     assert "/train: 15 images, 3 classes" in said and "/val: 9 images, 3 classes" in said
@@ -720,7 +720,7 @@ def test_logistic_regression_of_several_subsets(labelled, tmp_path, capsys, monk
     assert not list(tmp_path.iterdir())  # it writes no files
 
 
-def test_logistic_regression_learns_what_can_be_learned(tmp_path):
+def test_logistic_regression_tells_two_colours_apart(tmp_path):
     for split, count in (("train", 6), ("val", 3)):
         for seed, name in enumerate("ab"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -733,7 +733,7 @@ def test_logistic_regression_learns_what_can_be_learned(tmp_path):
     assert probe(tmp_path, tmp_path, "--logistic", "--few_shot", "1")[0]["acc1"] == 100
 
 
-def test_logistic_regression_is_that_of_the_subsets_features(labelled, tmp_path):
+def test_logistic_regression_is_that_of_the_subsets_features(labelled):
     args = eval_linear.parse_args([*FLAGS, "--data_path", str(labelled), "--logistic", "--few_shot", "40%"])
     found = eval_linear.main(args)[0]
     fix_random_seeds(0)

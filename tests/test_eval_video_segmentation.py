@@ -370,7 +370,7 @@ def test_only_the_context_is_kept(tmp_path):
     assert kept == [0, 1, 1, 1]
 
 
-def test_timms_vits_are_evaluated_too(tmp_path, capsys):
+def test_timms_vits_are_evaluated_too(tmp_path):
     flags = "--pretrained_weights", "random", "--arch", "vit_tiny_patch16_224"
     result = segment(make_clip(tmp_path / "data"), tmp_path / "output", *flags)
     assert 0 < result["mean"]["J"] <= 1

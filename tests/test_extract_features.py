@@ -389,7 +389,7 @@ def test_two_runs_do_not_share_a_folder(images, tmp_path):
 
 @settings(deadline=None)
 @given(width=st.integers(1, 3000), batch=st.integers(1, 300), dtype=st.sampled_from(["float32", "float16"]))
-def test_processes_never_share_a_page(tmp_path_factory, width, batch, dtype):
+def test_processes_never_share_a_page(width, batch, dtype):
     identity = {"dtype": dtype, "format": "npy", "batch_size_per_gpu": batch}
     store = Store(Path(), (10_000, width), identity)
     assert store.block * width * np.dtype(dtype).itemsize % PAGE == 0 and store.block % batch == 0

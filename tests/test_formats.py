@@ -612,7 +612,7 @@ def test_the_loop_normalises_by_the_flags(satellite, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_what_is_beside_the_loop_normalises_by_the_flags(satellite):
+def test_knn_and_preview_of_a_training_normalise_by_the_flags(satellite):
     """The k-NN in the training and the preview."""
     seen = {}
     flags = f"--data_path {satellite}/train --in_chans 13 --value_range 100 3000 --max_steps 1"
@@ -652,7 +652,7 @@ def test_bad_flags_are_one_line(satellite, tmp_path, flags, message):
         train_on_bands(satellite / "train", tmp_path, *flags.split())
 
 
-def test_a_range_is_one_line_before_training(satellite, tmp_path):
+def test_a_value_range_without_values_is_refused_before_training(satellite, tmp_path):
     with pytest.raises(UserError, match="no value of 12 checked images"):
         train_on_bands(satellite / "train", tmp_path, "--value_range", "50000", "60000", *normalization())
     with pytest.raises(UserError, match=r"no value of the sample .*--value_range 50000 60000"):

@@ -297,7 +297,7 @@ def test_two_processes_train_as_one_of_twice_the_batch(gpu, images, tmp_path, fl
 # ---- speed
 
 
-def test_a_step_waits_once_for_the_gpu(gpu, images, monkeypatch):
+def test_a_step_waits_once_for_the_gpu(gpu, images):
     """torch counts what waits: the copy of the statistics in `Monitor.check` alone."""
     if gpu.type != "cuda":
         pytest.skip("torch counts waits on CUDA only; tests/test_device.py covers the rest")

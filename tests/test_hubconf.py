@@ -32,7 +32,7 @@ def test_the_published_names_are_there():
     assert entries == NINE | {"dino"}  # what torch.hub.list shows
 
 
-def test_it_imports_neither_the_method_nor_a_script():
+def test_hubconf_imports_neither_the_method_nor_a_script():
     assert not imported(ROOT / "hubconf.py") & ((SCRIPTS | {"utils"}) - {"hubconf"})
 
 
@@ -92,7 +92,7 @@ def test_published_weights_are_read_from_torch_hubs_folder(tmp_path, monkeypatch
 
 
 @pytest.fixture
-def foreign(tmp_path, monkeypatch):
+def foreign(tmp_path):
     """A project whose modules are called as ours are."""
     (tmp_path / "support").mkdir()
     for name in ("support/__init__.py", "support/weights.py", "vision_transformer.py", "utils.py"):
@@ -174,7 +174,7 @@ def test_what_was_assumed_is_said(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("has_all", [False, True])
-def test_it_loads_from_a_foreign_project(foreign, weights, has_all):
+def test_a_network_loads_in_a_project_whose_modules_have_our_names(foreign, weights, has_all):
     if not has_all:
         for name in ("support/__init__.py", "support/weights.py", "vision_transformer.py"):
             (foreign / name).unlink()

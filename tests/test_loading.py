@@ -362,7 +362,7 @@ def test_the_cores_of_a_container_are_those_of_its_quota(quota, cores):
     assert said.stdout == f"{cores or len(os.sched_getaffinity(0))}\n", said.stderr
 
 
-def test_a_folder_for_sockets_whose_path_is_too_long_is_refused(images, tmp_path, monkeypatch):
+def test_a_folder_for_sockets_whose_path_is_too_long_is_refused(images, monkeypatch):
     """The thread of a worker that sends a batch would fail, and the batch be lost."""
     for length, fits in ((75, True), (76, False)):
         monkeypatch.setattr(loading.tempfile, "gettempdir", lambda length=length: "x" * length)

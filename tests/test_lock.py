@@ -82,7 +82,7 @@ def test_a_lock_whose_process_is_unknown_here_holds_as_long_as_it_changes(told, 
         FolderLock(path, beat=2).acquire()
 
 
-def test_who_comes_second_waits_for_the_name_of_the_first(tmp_path):
+def test_an_empty_lock_is_waited_for_until_it_names_its_process(tmp_path):
     path = tmp_path / "new"
     path.touch()  # the first process has just made it
     with holder(tmp_path / "lock") as process:
@@ -105,7 +105,7 @@ def test_a_copy_of_a_folder_in_use_is_free(tmp_path):
         lock.release()
 
 
-def test_who_lost_the_folder_learns_it(tmp_path):
+def test_a_lock_that_another_process_took_is_noticed(tmp_path):
     path = tmp_path / "lock"
     lock = FolderLock(path, beat=60)
     lock.acquire()
@@ -116,7 +116,7 @@ def test_who_lost_the_folder_learns_it(tmp_path):
     assert path.exists()  # it is not ours
 
 
-def test_who_lost_the_folder_no_longer_writes_to_it(tmp_path):
+def test_a_lock_that_another_process_took_is_no_longer_written(tmp_path):
     path = tmp_path / "lock"
     lock = FolderLock(path, beat=0.02)
     lock.acquire()
@@ -199,7 +199,7 @@ def test_a_folder_that_became_read_only_does_not_hide_how_the_run_ended(tmp_path
     lock.release()
 
 
-def test_what_is_no_lock_of_ours_holds_nothing(tmp_path):
+def test_a_file_that_is_no_lock_does_not_hold_the_folder(tmp_path):
     path = tmp_path / "lock"
     for content in ("", "[1]", "{}", '{"pid": 1}', "3", "\x00"):
         path.write_text(content)

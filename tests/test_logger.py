@@ -10,7 +10,7 @@ from support import logger
 from support.logger import MetricLogger, SmoothedValue, log
 
 
-def test_smoothed_value():
+def test_a_smoothed_value_has_a_mean_of_the_last_and_of_all():
     series = SmoothedValue(window_size=2)
     for value in (1.0, 2.0, 6.0):
         series.update(value)

@@ -24,7 +24,7 @@ def test_the_solution_is_a_minimum(l2):
     assert max(p.grad.abs().max().item() for p in linear.parameters()) < 1e-5
 
 
-def test_it_equals_scikit_learns():
+def test_the_solution_equals_scikit_learns():
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = blobs(60)
     x = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
@@ -34,7 +34,7 @@ def test_it_equals_scikit_learns():
     torch.testing.assert_close(ours(x).softmax(dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_freedom_it_gives_the_frequencies_of_the_classes():
+def test_strong_regularisation_gives_the_frequencies_of_the_classes():
     x, _ = blobs(60)
     y = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)
     shares = logistic.fit(x, y, 3, 1e3)(x).softmax(dim=1)

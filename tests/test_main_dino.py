@@ -164,7 +164,7 @@ def test_the_process_ends_with_the_line_and_code_2():
 
 
 @pytest.mark.slow
-def test_all_ranks_end_and_one_speaks():
+def test_all_ranks_end_and_one_prints_the_error():
     result = torchrun(2, "main_dino.py", "--data_path", "/nowhere", check=False)
     assert result.returncode != 0
     assert result.stderr.count("error: no such folder") == 1
@@ -369,7 +369,7 @@ def test_the_preview_of_rectangular_views(images, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["worker", "device"])
-def test_the_preview_shows_the_views_of_the_training(images, tmp_path, place):
+def test_the_preview_shows_the_views_of_the_training(images, place):
     flags = f"--data_path {images} --augment_on {place} --seed 3 --vflip_p 0.5 --blur_p 0 1 0".split()
     flags += "--mean 0.5 0.4 0.3 --std 0.2 0.2 0.3 --batch_size_per_gpu 12".split()
     args = main_dino.parse_args([*TINY, *flags])
@@ -587,7 +587,7 @@ def test_schedules_run_between_their_ends():
 
 
 @pytest.mark.parametrize(("update", "momenta"), [("epoch", [1, 1, 0, 1, 1, 0]), ("copy", [0] * 6)])
-def test_other_teachers_are_other_momenta(update, momenta):
+def test_other_teachers_are_other_schedules_of_the_momentum(update, momenta):
     args = main_dino.parse_args(f"--teacher_update {update} --epochs 2 --warmup_epochs 1".split())
     schedules = main_dino.build_schedules(args, main_dino.Steps(4, 4, per_epoch=3, last=6))
     assert schedules["momentum"].tolist() == momenta
@@ -602,7 +602,7 @@ def test_other_teachers_are_other_momenta(update, momenta):
         (None, True, "mps", None),
     ],
 )  # fmt: skip
-def test_precision(precision, use_fp16, device, dtype):
+def test_the_default_precision_of_each_device(precision, use_fp16, device, dtype):
     assert main_dino.autocast_dtype(precision, use_fp16, torch.device(device)) == dtype
 
 
@@ -615,7 +615,7 @@ def test_only_fp16_scales_the_loss(precision, scales):
     assert training.scaler.is_enabled() == scales
 
 
-def test_what_a_gpu_computes_in_no_fixed_order_is_off():
+def test_operations_without_a_fixed_order_are_off_on_a_gpu():
     torch.backends.cudnn.deterministic = False
     torch.backends.cuda.enable_cudnn_sdp(True)
     args = main_dino.parse_args(TINY)
@@ -1019,7 +1019,7 @@ def test_loss_scaling_is_undone_before_gradients_are_clipped(images):
     assert (half - exact).norm() < 0.05 * exact.norm()
 
 
-def test_no_limit_of_gradients_is_one_that_none_reaches(images):
+def test_clip_grad_0_does_not_clip(images):
     free, limited = (mean_gradient(images, "fp32", clip) for clip in ("0", "1e9"))
     assert free.any() and torch.equal(free, limited)
 
@@ -1123,7 +1123,7 @@ def test_accumulated_batches_train_as_one_large_batch(images, tmp_path, processe
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
-def test_what_other_networks_do_in_training_is_said(capsys):
+def test_dropout_of_other_networks_is_named(capsys):
     for arch, dropout in (("mobilenet_v2", True), ("resnet18", False)):
         argv = ["--arch", arch, "--grad_checkpointing", "--drop_path_rate", "0"]
         main_dino.build_networks(main_dino.parse_args(argv))
@@ -1131,7 +1131,7 @@ def test_what_other_networks_do_in_training_is_said(capsys):
         assert said == dropout
 
 
-def test_what_saves_time_or_memory_leaves_the_training_as_it_is(images, tmp_path):
+def test_colours_on_the_device_and_checkpointing_leave_the_training_as_it_is(images, tmp_path):
     flags = ["--data_path", images, "--drop_path_rate", 0.3, "--optimizer", "sgd", "--freeze_last_layer", 0]
     flags += ["--max_steps", 3]
     train(*flags, "--output_dir", tmp_path / "plain")
@@ -1346,7 +1346,7 @@ def test_a_terminal_gets_a_live_progress_bar(images, tmp_path):
     assert "epoch 0:   0%" in shown and "img/s" in shown and "5/5" in shown
 
 
-def test_a_run_among_its_images_is_refused(images, tmp_path):
+def test_a_run_among_its_images_is_refused(images):
     """Its curves.png would be an image, and the run could not resume."""
     with pytest.raises(UserError, match=r"curves.png would become one of the images \(--output_dir"):
         train("--data_path", images, "--output_dir", images / "run")

@@ -59,7 +59,7 @@ def test_a_claim_shows_if_it_does_so_in_every_seed(a, b, said):
     assert compare({"a": np.array(a), "b": np.array(b)}, ("a", "b")) == said
 
 
-def test_table():
+def test_a_row_of_the_table_has_mean_and_deviation():
     row = Row("claim", "k-NN, %", {"a": np.array([1, 2, 3])}, "yes")
     assert table([row]).splitlines()[2] == "| claim | k-NN, % | a 2.0 ± 1.0 | yes |"
     assert spread(np.array([1.0])) == "1.0"
@@ -149,7 +149,7 @@ def test_a_run_that_has_not_collapsed_is_not_said_to_have(made_up):
     assert shows == ["in 1 of 2 seeds"] * 2
 
 
-def test_figures(made_up):
+def test_the_figures_are_written(made_up):
     save_figures(made_up)
     assert {path.name for path in made_up.out.glob("*.png")} == {"teachers.png", "collapse.png", "crops.png"}
 

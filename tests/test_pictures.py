@@ -102,7 +102,7 @@ def test_columns_are_broken_into_bands():
     assert [len(row) for row in bands(columns[:2])] == [2, 2]
 
 
-def test_side_by_side():
+def test_pictures_side_by_side_keep_their_pixels():
     joined = side_by_side([Image.new("RGB", (3, 2), "red"), Image.new("L", (4, 2), 7)])
     assert (
         joined.size == (7, 2)

@@ -98,6 +98,6 @@ def test_brightness_says_nothing_about_the_class():
         assert max(found) - min(found) < (10 if statistic is np.mean else 5)  # grey levels of 255
 
 
-def test_unknown_split():
+def test_an_unknown_split_is_an_error():
     with pytest.raises(KeyError, match="test"):
         Shapes("test", 10)

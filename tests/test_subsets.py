@@ -54,7 +54,7 @@ def test_numbers_and_shares_are_taken(text):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "0%", "101%", "1.5", "few", "%", "nan%", ""])
-def test_others_are_refused(text):
+def test_numbers_and_shares_out_of_range_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         few_shot(text)
 

@@ -166,7 +166,7 @@ def test_the_sheet_shows_the_first_images_that_can_be_read(tmp_path, capsys, mon
 
 
 @pytest.mark.slow
-def test_it_waits_for_no_other_process(tmp_path):
+def test_the_first_process_draws_without_waiting_for_the_others(tmp_path):
     save_images(tmp_path, 1)
     flags = [*RANDOM_VIT, "--image_path", tmp_path, "--image_size", "32", "--output_dir", tmp_path]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # where nobody listens
@@ -176,7 +176,7 @@ def test_it_waits_for_no_other_process(tmp_path):
     assert (tmp_path / "sheet.png").exists()
 
 
-def test_it_says_what_it_took(tmp_path, capsys):
+def test_weights_images_and_preprocessing_are_said(tmp_path, capsys):
     save_images(tmp_path, 1)
     Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
     look(*RANDOM_VIT, "--image_path", tmp_path, "--image_size", 32, "--output_dir", tmp_path)

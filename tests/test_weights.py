@@ -310,7 +310,7 @@ def test_weights_beside_data_load(vits, tmp_path):
     torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
 
 
-def test_urls_folders_and_home(vits, tmp_path, monkeypatch):
+def test_urls_and_folders_are_refused_and_the_home_is_expanded(vits, tmp_path, monkeypatch):
     for url in ("https://example.com/a.pth", "s3://bucket/a.pth", "hf-hub:timm/vit_small"):
         with pytest.raises(UserError, match="URLs are not downloaded.*download the file"):
             load_backbone(url)
@@ -807,7 +807,7 @@ def test_flags_without_effect_are_said(capsys):
     assert capsys.readouterr().out == "".join(lines)
 
 
-def test_what_nobody_says_is_vit_small():
+def test_the_default_network_is_vit_small_with_patch_16():
     assert weights.settle_architecture(weights.Weights({}, "", {})) == (
         "vit_small", 16, 224,
     )  # fmt: skip
