@@ -107,11 +107,13 @@ def find_networks(state: Iterable[str], own: Iterable[str]) -> list[str]:
     return sorted(p for p in prefixes if 2 * sum(p + name in state for name in own) >= len(own))
 
 
-def select_network(state: Iterable[str], own: Iterable[str], key: str | None, source: str) -> str:
+def select_network(
+    state: Iterable[str], own: Iterable[str], key: str | None, source: str, fix: str = ""
+) -> str:
     """Return the prefix of the only network in `state`, or of the one that `key` names.
 
     Of a teacher and a student in one state dict, takes the teacher. Raises UserError if several networks
-    fit, or none.
+    fit, with `fix` instead of advice to give --checkpoint_key, or if none has that key.
     """
     prefixes = find_networks(state, own)
     named = [prefix.removesuffix(".") for prefix in prefixes if prefix]
@@ -126,7 +128,7 @@ def select_network(state: Iterable[str], own: Iterable[str], key: str | None, so
     if len(found) > 1:
         choices = " or ".join(f"--checkpoint_key {p.removesuffix('.')}" for p in found if p)
         listed = ", ".join(f"{p}*" for p in found)
-        raise UserError(f"{len(found)} networks in file: {listed}", source, f"give {choices}")
+        raise UserError(f"{len(found)} networks in file: {listed}", source, fix or f"give {choices}")
     if found:
         return found[0]
     return "backbone." if any(name.startswith("backbone.") for name in state) else ""

@@ -118,6 +118,7 @@ class Weights(NamedTuple):
     center: Tensor | None = None  # of the loss, (1, K); belongs to the teacher's head
     value_range: Range | None = None  # of the images' values, which became grey levels
     named: str | None = None  # the architecture that a file of another program names
+    fix: str = ""  # advice if the file holds several networks; "" names --checkpoint_key
 
     @property
     def are_dinos(self) -> bool:
@@ -130,7 +131,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
 
     `checkpoint_key` names an entry of the file or a network in it, or both, as in
     "state_dict.momentum_backbone"; None takes the teacher of a training checkpoint, or the only
-    network of other files. Raises UserError; `fix` is its advice if a checkpoint has no teacher.
+    network of other files. Raises UserError; `fix` is its advice for a script without --checkpoint_key.
     """
     checkpoint = load_checkpoint(download(weights, "pretrain") if weights in PUBLISHED else weights)
     entry, key = _choose_entry(checkpoint, checkpoint_key, weights, fix)
@@ -162,6 +163,7 @@ def read_weights(weights: str, checkpoint_key: str | None = None, fix: str = "")
         center=loss.get("center") if is_state(loss) and entry == "teacher" else None,
         value_range=value_range,
         named=named if named and is_known(named) else None,
+        fix=fix,
     )
 
 
@@ -185,7 +187,8 @@ def _choose_entry(checkpoint: dict, key: str | None, source: str, fix: str) -> t
         networks = parts or networks
     if len(networks) > 1:
         choices = " or ".join(f"--checkpoint_key {name}" for name in networks)
-        raise UserError(f"several state dicts in file: {', '.join(networks)}", source, f"give {choices}")
+        what = f"several state dicts in file: {', '.join(networks)}"
+        raise UserError(what, source, fix or f"give {choices}")
     if not networks and not any(isinstance(value, Tensor) for value in checkpoint.values()):
         raise UserError("no weights in file", source, "use another file")
     return (networks or [""])[0], key
@@ -281,7 +284,7 @@ def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor
     holds several networks and none is chosen, or parts of unknown purpose.
     """
     own = model.state_dict()
-    prefix = select_network(weights.state, own, weights.key, weights.source)
+    prefix = select_network(weights.state, own, weights.key, weights.source, weights.fix)
     parent = prefix.removesuffix("backbone.") if f".{prefix}".endswith(".backbone.") else None
     heads = "" if parent is None else f"{parent}head."
     backbone, head, rest = {}, {}, []
@@ -294,7 +297,7 @@ def select_weights(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor
             rest.append(name.removeprefix(parent or ""))
     unknown = [name for name in rest if not BESIDE.search(name.partition(".")[0])]
     if unknown and not weights.key and not prefix.startswith("teacher."):
-        fix = f"give --checkpoint_key {prefix.removesuffix('.')} to take that part alone"
+        fix = weights.fix or f"give --checkpoint_key {prefix.removesuffix('.')} to take that part alone"
         raise UserError(f"parts of unknown purpose in file: {groups(unknown)}", weights.source, fix)
     backbone = _as_timm_reads_it(backbone, model)
     # timm's LeViT and others drop a norm beside the classifier, which is in one module with it.
@@ -557,7 +560,7 @@ def init_from(
     adapted to the run's number, which is the length of `mean`. Returns the centre (1, K) that belongs to
     the head, if both are there. Raises UserError.
     """
-    fix = "give a checkpoint with a teacher, or a file of weights alone"
+    fix = "give a checkpoint with a teacher, or a file with the weights of one network"
     known = read_weights(weights, None, fix)
     arch, patch_size, size = settle_architecture(known, arch, patch_size, image_size)
     in_chans = settle_channels(known, None)
@@ -678,7 +681,7 @@ def _settle(name: str, flag, record: dict, shape):
     recorded = _recorded(record, name)
     if flag is not None and recorded is not None and canonical(str(recorded)) != canonical(str(flag)):
         what = f"the weights have {name} {recorded}"
-        raise UserError(what, f"--{name} {flag}", f"give --{name} {recorded}, or leave it out")
+        raise UserError(what, f"--{name} {flag}", f"give --{name} {recorded}")
     return next(value for value in (flag, recorded, shape, FALLBACK[name]) if value is not None)
 
 

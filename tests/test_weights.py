@@ -237,7 +237,7 @@ def test_a_run_begins_with_backbone_and_head(tmp_path):
     path = write({"teacher": old.state_dict(), "args": VIT_ARGS}, tmp_path / "old.pth")
     init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
     torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
-    with pytest.raises(UserError, match="have arch vit_nano .*give --arch vit_nano"):
+    with pytest.raises(UserError, match="have arch vit_nano .*give --arch vit_nano$"):
         init_from(new.backbone, new.head, path, "vit_tiny", 8, 32)
     narrow = utils.MultiCropWrapper(
         students(32).backbone, utils.DINOHead(128, 32, hidden_dim=32, bottleneck_dim=16)
@@ -247,6 +247,12 @@ def test_a_run_begins_with_backbone_and_head(tmp_path):
     path = write({"student": old.state_dict(), "args": VIT_ARGS}, tmp_path / "student.pth")
     with pytest.raises(UserError, match="no 'teacher' in file .*give a checkpoint with a teacher"):
         init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
+    one = students(32).backbone.state_dict()
+    named = [{f"{name}.{key}": x for key, x in one.items()} for name in ("backbone", "momentum_backbone")]
+    for several in (named[0] | named[1], {"online": one, "target": one}, named[0] | {"gate": torch.zeros(3)}):
+        path = write(several, tmp_path / "several.pth")
+        with pytest.raises(UserError, match="a file with the weights of one network$"):  # it has no such flag
+            init_from(new.backbone, new.head, path, "vit_nano", 8, 32)
 
 
 def test_a_backbone_alone_leaves_the_head_as_it_is_and_fits_another_image_size(vits, tmp_path):
