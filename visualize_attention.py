@@ -455,11 +455,12 @@ def draw_demo(viewer: Viewer, args: argparse.Namespace, output_dir: Path) -> Non
 
 def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
     """Load the network that the flags name, to the device. Raises UserError."""
-    if args.demo and not Path(args.pretrained_weights).is_file():
-        raise UserError("no such file", args.pretrained_weights, "run main_dino.py --demo first")
+    weights = args.pretrained_weights
+    if args.demo and weights == DEMO["pretrained_weights"] and not Path(weights).is_file():
+        raise UserError("no such file", weights, "run main_dino.py --demo first")
     is_ours = args.arch is None or canonical(args.arch) in VITS
-    by_default = PATCH_SIZE if args.pretrained_weights == "random" and is_ours else None
-    network = args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size or by_default
+    by_default = PATCH_SIZE if weights == "random" and is_ours else None
+    network = weights, args.checkpoint_key, args.arch, args.patch_size or by_default
     frozen = load_backbone(*network, in_chans=args.in_chans, value_range=args.value_range)
     if (args.demo or args.video) and frozen.form.channels not in (1, 3):
         what = f"the network takes {frozen.form.channels} channels"
