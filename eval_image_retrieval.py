@@ -239,7 +239,7 @@ def cut(images: Tensor, patch_size: int) -> Tensor:
     if not height or not width:
         rows, cols = images.shape[-2:]
         what = f"an image of {rows}x{cols} pixels is smaller than a patch of {patch_size}"
-        raise UserError(what, "--imsize", "raise it, or leave --multiscale out", alone=True)
+        raise UserError(what, "--imsize", "raise it, or use larger images", alone=True)
     return images[..., :height, :width]
 
 

@@ -296,7 +296,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError("does not say what the features are", str(path), "give another --output_dir")
+    fix = "run extract_features.py with another --output_dir"
+    raise UserError("file does not say what the features are", str(path), fix)
 
 
 def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

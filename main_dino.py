@@ -560,7 +560,8 @@ def count_steps(args: argparse.Namespace, num_images: int) -> Steps:
     batch = per_rank * get_world_size()
     if num_images < batch:
         what = f"a batch of {batch} over all processes is larger than the dataset of {num_images}"
-        raise UserError(what, "--batch_size_per_gpu", "lower it")
+        fix = "lower it" + " or --accum_steps" * (args.accum_steps > 1)
+        raise UserError(what, f"--batch_size_per_gpu {args.batch_size_per_gpu}", fix)
     per_epoch = EpochBatches(num_images, per_rank, args.seed).steps_per_epoch
     whole = args.epochs * per_epoch
     last = min(args.max_steps or whole, whole)
@@ -856,7 +857,7 @@ def build_training(args: argparse.Namespace, device: torch.device, steps: Steps,
 def build_knn(args: argparse.Namespace, training: Training, monitor: Monitor) -> eval_knn.PeriodicKNN:
     """Build the k-NN evaluation of student and teacher during training. Raises UserError."""
     form = image_format(args)
-    source = Source(args.knn_data, form=form) if args.knn_data else Source.of(args, form)
+    source = Source(args.knn_data, form=form, flag="--knn_data") if args.knn_data else Source.of(args, form)
     train, val = open_checked(source)
     log(f"k-NN every {args.knn_every} epochs: train {describe(train)}; val {describe(val)}")
     evaluate = partial(

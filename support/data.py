@@ -344,6 +344,7 @@ class Source(NamedTuple):
     split: str = ""  # to train on; empty: as `open_training_images` chooses
     more: tuple[str, ...] = ()  # further data paths
     form: ImageFormat = RGB
+    flag: str = "--data_path"  # what a message calls the path
 
     @classmethod
     def of(cls, args: argparse.Namespace, form: ImageFormat = RGB) -> "Source":
@@ -394,7 +395,7 @@ def _open_part(source: Source, files: Callable[..., ImageFiles], called: str) ->
     """Open the images of one data path; log them as `called`. Raises UserError."""
     place = _one_part(source)
     images = _listed(place, source.form) if isinstance(place, Path) else files(place, form=source.form)
-    _check_not_empty(images, place)
+    _check_not_empty(images, place, source.flag)
     _check_one_part(images, place)
     log(f"{called}: {place}: {_selection(images)}")
     return images
@@ -413,20 +414,19 @@ def _join(sets: list[ImageFiles], called: str) -> ImageFiles:
 
 def _one_part(source: Source) -> Folder | Path:
     """Where the images of `source`, or of its split, are. Raises UserError."""
-    root = _existing_path(source.data_path)
+    root = _existing_path(source)
     if source.split and os.path.isfile(root) and not is_archive(root):
         raise UserError("has no effect on a file", f"--split {source.split}", "leave it out")
-    return _split_of(root, source.split) if source.split else _open_place(root)
+    return _split_of(root, source.split, source.flag) if source.split else _open_place(root)
 
 
-def _existing_path(data_path: str) -> Path:
-    if not data_path:
-        raise UserError(
-            "no data given", "--data_path", "give a folder of images, or try --demo, which needs none"
-        )
-    root = Path(data_path).expanduser()
+def _existing_path(source: Source) -> Path:
+    if not source.data_path:
+        fix = "give a folder of images, or try --demo, which needs none"
+        raise UserError("no data given", source.flag, fix)
+    root = Path(source.data_path).expanduser()
     if not os.path.isdir(root) and not os.path.isfile(root):
-        raise UserError("no such folder", f"--data_path {root}", "check the path")
+        raise UserError("no such file or folder", f"{source.flag} {root}", "check the path")
     return root
 
 
@@ -484,12 +484,12 @@ def _listed(path: Path, form: ImageFormat) -> ImageFiles:
     return ImageFiles(path, form=form) if is_image else ListedFiles(path, form=form)
 
 
-def _check_not_empty(images: ImageFiles, place: Folder | Path) -> None:
+def _check_not_empty(images: ImageFiles, place: Folder | Path, flag: str) -> None:
     if not len(images):
         only = f", only {_by_extension(images.left_out)}" if images.left_out else ""
         arrays = any(images.left_out[name] for name in ARRAYS)
-        fix = "for .npy files give --in_chans or --value_range" if arrays else "give image files"
-        raise UserError(f"no images found{only}", f"--data_path {place}", fix)
+        fix = "for .npy files train with --value_range" if arrays else "give image files"
+        raise UserError(f"no images found{only}", f"{flag} {place}", fix)
 
 
 def open_any_images(source: Source) -> Images:
@@ -517,10 +517,10 @@ def open_labelled_images(source: Source, split: str) -> Images:
         return _torchvision_dataset(source, split)
     sets: list[ImageFiles] = []
     for part in source.each():
-        place = _split_of(_existing_path(part.data_path), split)
+        place = _split_of(_existing_path(part), split, source.flag)
         form, is_list = source.form, isinstance(place, Path)
         sets.append(ListedFiles(str(place), True, form) if is_list else LabelledFiles(place, form))
-        _check_not_empty(sets[-1], place)
+        _check_not_empty(sets[-1], place, source.flag)
         log(f"{split} images: {place}: {_selection(sets[-1])}")
     return _join(sets, f"{split} images")
 
@@ -534,7 +534,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     known, seen = class_names(train), class_names(val)
     if len(known) == 1:
         log(f"warning: only one class, {known[0]}: every prediction is right; check the class folders")
-    where = f"--data_path {source.data_path}"
+    where = f"{source.flag} {source.data_path}"
     match_classes(known, seen, where)
     if known == seen:
         return train, val
@@ -571,7 +571,7 @@ def match_classes(known: list[str], seen: list[str], where: str) -> list[int]:
 PART_FILES = (".tar", ".zip", ".txt", ".tsv", ".csv")
 
 
-def _split_of(root: Path, split: str) -> Folder | Path:
+def _split_of(root: Path, split: str, flag: str) -> Folder | Path:
     """One part of a dataset: a folder, or a file named as the part. Raises UserError."""
     files = [root / f"{split}{ending}" for ending in PART_FILES]
     files = [path for path in files if os.path.isfile(path)]
@@ -580,18 +580,18 @@ def _split_of(root: Path, split: str) -> Folder | Path:
             log(f"note: {root}: took {split}/, not {' and '.join(path.name for path in files)} beside it")
         return _open_place(root / split)
     if len(files) > 1:
-        what = f"both {files[0].name} and {files[1].name}"
-        raise UserError(what, f"--data_path {root}", "keep one of them")
+        what = f"folder has both {files[0].name} and {files[1].name}"
+        raise UserError(what, f"{flag} {root}", "keep one of them")
     if files:
         return _open_place(files[0])
     place = _open_place(root)
     if isinstance(place, Path):
         fix = f"give the folder that holds {split}.txt"
-        raise UserError("a list is one part of a dataset", f"--data_path {root}", fix)
+        raise UserError("a list is one part of a dataset", f"{flag} {root}", fix)
     if place.has(split):  # in an archive
         return place.below(split)
-    fix = "make train/ and val/, or archives or lists of these names, e.g. train.tar and val.txt"
-    raise UserError(f"no folder {split}/", f"--data_path {root}", fix)
+    fix = f"give the folder that holds {split}/, {split}.tar, {split}.zip or the list {split}.txt"
+    raise UserError(f"no folder {split}/", f"{flag} {root}", fix)
 
 
 # ---------------------------------------------------------------------------------------------

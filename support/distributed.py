@@ -210,7 +210,8 @@ def meet(dist_url: str, rank: int, world_size: int) -> dist.Store:
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise UserError("the port is in use", place, "set another MASTER_PORT") from None
+        fix = "set another MASTER_PORT" if dist_url == "env://" else "set another port in --dist_url"
+        raise UserError("the port is in use", place, fix) from None
     return _fresh_store(store, rank, world_size, place)
 
 

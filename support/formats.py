@@ -146,7 +146,7 @@ def to_levels(values: np.ndarray, value_range: Range | None, path: str) -> np.nd
     """
     if value_range is None:
         if values.dtype != np.uint8:
-            fix = "give --value_range LOW HIGH, or auto"
+            fix = "train with --value_range LOW HIGH or auto, or convert them to 8 bits"
             raise WrongFormat(f"values of type {values.dtype} have no agreed range", path, fix)
         return values
     if not np.isfinite(values).all():
@@ -187,7 +187,7 @@ def load_values(path: str, content: bytes | None, channels: int) -> np.ndarray:
     if len(values) == 1 and channels == 3:
         return values.repeat(3, axis=0)
     if len(values) != channels and not (is_rgb and channels == 1):
-        fix = "give files with the same number of channels, and that number as --in_chans"
+        fix = f"give images of {channels}, or train with another --in_chans"
         raise WrongFormat(f"image has {len(values)} channels, not {channels}", path, fix)
     return values
 
@@ -205,7 +205,7 @@ def channels_first(array: np.ndarray, channels: int, path: str) -> np.ndarray:
     fits = [axis for axis in (0, 2) if array.shape[axis] == channels]
     if len(fits) != 1:
         what = f"first and last axis both have {channels} entries, so either could be the channels"
-        fix = f"give files with {channels} channels, first or last, or another --in_chans"
+        fix = f"give files with {channels} channels, first or last, or train with another --in_chans"
         raise WrongFormat(what if fits else f"image has no axis of {channels} channels", where, fix)
     return np.moveaxis(array, fits[0], 0)
 

@@ -447,7 +447,7 @@ class BadInputs:
     def folders(self) -> None:
         out = ["--output_dir", self.new("out")]
         argv = [*TINY, *out, "--data_path"]
-        self.expect("`--data_path` does not exist", [*argv, "/nowhere"], 2, "error: no such folder")
+        self.expect("`--data_path` does not exist", [*argv, "/nowhere"], 2, "error: no such file or folder")
         self.expect("`--data_path` is a file", [*argv, __file__], 2, 'error: no such file: """')
         self.expect("`--data_path` without images", [*argv, self.new("empty")], 2, "error: no images found")
         dataset = self.new("dataset")
@@ -458,7 +458,7 @@ class BadInputs:
         )
         loop = self.work / "loop"
         loop.symlink_to(loop)
-        self.expect("`--data_path` is a link to itself", [*argv, loop], 2, "error: no such folder")
+        self.expect("`--data_path` is a link to itself", [*argv, loop], 2, "error: no such file or folder")
         self.expect(
             "`--output_dir` is a file", [*self.flags, "--output_dir", __file__], 2, "error: File exists"
         )
@@ -474,7 +474,7 @@ class BadInputs:
         (closed / "inner").chmod(0)
         for what, flags, words in (
             ("a folder of images that cannot be listed", [*argv, closed], "error: Permission denied"),
-            ("`--data_path` that cannot be entered", [*argv, closed / "inner"], "error: no such folder"),
+            ("`--data_path` that cannot be entered", [*argv, closed / "inner"], "error: no such file or"),
             ("`--output_dir` that cannot be written", [*self.flags, "--output_dir", closed],
              "error: Permission denied"),
         ):  # fmt: skip
@@ -1089,7 +1089,7 @@ class SilentFaults(BadInputs):
         slurm = {"SLURM_PROCID": "{rank}", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"}
         differ = "error: ranks have different images"
         for what, images, seed, code, words, environment in (
-            ("one of two processes has no images", 0, 0, 2, "error: rank 1: no such folder", None),
+            ("one of two processes has no images", 0, 0, 2, "error: rank 1: no such file or folder", None),
             ("one of two processes has fewer images", 20, 0, 2, differ, None),
             ("one of two processes has other images", 24, 1, 2, differ, None),
             ("SLURM in a container, without scontrol and SLURM_LOCALID", 24, 0, 0, "2 process(es)", slurm),

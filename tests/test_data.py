@@ -122,7 +122,7 @@ def test_a_link_to_the_folder_of_the_classes_adds_no_images(tmp_path, link):
     ("kwargs", "message"),
     [
         ({"data_path": ""}, "--demo"),
-        ({"data_path": "/nowhere"}, "no such folder"),
+        ({"data_path": "/nowhere"}, "no such file or folder"),
         ({"data_path": "/tmp", "dataset": "FashionMINST"}, "did you mean FashionMNIST"),
         ({"data_path": "", "dataset": "FashionMNIST"}, "--data_path"),
         ({"data_path": "/nowhere", "dataset": "FashionMNIST"}, "--download"),

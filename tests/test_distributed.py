@@ -297,13 +297,16 @@ def test_rank_0_may_end_before_it_answers(launch, monkeypatch):
     assert "lost another process" in str(cli.as_user_error(error.value))
 
 
-def test_a_port_that_is_in_use_is_named():
+def test_a_port_that_is_in_use_is_named(launch):
     with distributed.socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"the port is in use .{place}.: set another MASTER_PORT"):
-            distributed.meet(f"tcp://{place}", 0, 2)
+        port = taken.getsockname()[1]
+        launch({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for url, fix in (("env://", "MASTER_PORT"), (f"tcp://127.0.0.1:{port}", "port in --dist_url")):
+            match = f"the port is in use .127.0.0.1:{port}.: set another {fix}"
+            with pytest.raises(UserError, match=match):
+                distributed.meet(url, 0, 2)
 
 
 # ---- two processes

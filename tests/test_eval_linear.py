@@ -428,7 +428,7 @@ def test_a_published_classifier_evaluates(labelled, tmp_path):
         (["--linear_weights", "x.pth"], "add --evaluate"),
         (["--evaluate"], "folder has no checkpoint.pth.tar .--output_dir"),
         (["--evaluate", "--logistic"], "saves no classifier for --evaluate .*--logistic"),
-        (["--data_path", "/nowhere"], "no such folder"),
+        (["--data_path", "/nowhere"], "no such file or folder"),
         (["--image_size", "30"], "not a multiple of --patch_size 8 .--image_size 30."),
     ],
 )

@@ -545,7 +545,7 @@ def test_a_bad_list_is_one_clear_line(tmp_path, content, message):
 def test_bad_data_is_one_clear_line(labelled, images, tmp_path):
     with pytest.raises(UserError, match=r"folder has train/ and val/ .*: give --data_path .*/train"):
         extract(tmp_path, "--data_path", labelled)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         extract(tmp_path, "--data_path", tmp_path / "absent")
     with pytest.raises(UserError, match="has no effect on a file .--split train"):
         extract(tmp_path, "--data_path", images / "000.png", "--split", "train")

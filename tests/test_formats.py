@@ -170,7 +170,7 @@ def test_arrays_are_images_only_where_the_flags_say_so(tmp_path):
     assert len(open_training_images(Source(str(tmp_path)))) == 1
     assert len(open_training_images(Source(str(tmp_path), form=ImageFormat(3, ((0, 255),))))) == 2
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match=r"only .npy 1 .*--in_chans or --value_range"):
+    with pytest.raises(UserError, match=r"only .npy 1 .*for .npy files train with --value_range"):
         open_training_images(Source(str(tmp_path)))
 
 
@@ -359,8 +359,8 @@ def save(folder: Path, name: str, values: np.ndarray) -> None:
         ("x.npy", scene(0, 0, 4), FORM, r"no axis of 13 channels \(.*x.npy: shape \(4, 40, 40\)"),
         ("x.npy", np.zeros((13, 8, 13)), FORM, r"both have 13 .*x.npy: shape \(13, 8, 13\)"),
         ("x.npy", np.zeros((2, 2, 13, 8)), FORM, r"not an image .*x.npy"),
-        ("x.tif", scene(0, 0), ImageFormat(13), r"uint16 .*no agreed range \(.*x.tif\): give --value_range"),
-        ("x.npy", np.zeros((8, 8)), ImageFormat(1), r"float64 .*x.npy\): give --value_range"),
+        ("x.tif", scene(0, 0), ImageFormat(13), r"uint16 .*no agreed .*: train with --value_range"),
+        ("x.npy", np.zeros((8, 8)), ImageFormat(1), r"float64 .*x.npy\): train with --value_range"),
         ("x.tif", scene(0, 0), ImageFormat(), r"13 channels, not 3 \(.*x.tif\)"),
         ("x.tif", scene(0, 0, 4), ImageFormat(1, RANGE), r"4 channels, not 1 \(.*x.tif\)"),
         ("x.tif", np.zeros((2, 13, 8, 8)), FORM, r"the axes \w+ \(2, 13, 8, 8\) \(.*x.tif\): save height"),

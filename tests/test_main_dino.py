@@ -110,9 +110,13 @@ def test_help_is_whole_and_does_not_import_timm():
         ("--precision int8", "--precision: invalid choice: .int8. .choose from"),
         ("", "no data given .--data_path.: give a folder of images, or try --demo"),
         ("--data_path {images} --knn_every 1", "needs labelled images .--knn_every.: give --knn_data"),
-        ("--data_path /nowhere", "no such folder"),
+        ("--data_path /nowhere", "no such file or folder"),
         ("--data_path {docs}", "no images found"),
         ("--data_path {images} --batch_size_per_gpu 21", "a batch of 21 .* larger than the dataset of 20"),
+        ("--data_path {images} --batch_size_per_gpu 3 --accum_steps 7", r"lower it or --accum_steps$"),
+        ("--data_path {images} --split dev", r"no folder dev/ .*the folder that holds dev/, dev.tar,"),
+        ("--data_path {images} --knn_every 1 --knn_data /nowhere", r"or folder \(--knn_data /nowhere\)"),
+        ("--data_path {images} --knn_every 1 --knn_data {images}", r"no folder train/ \(--knn_data"),
         ("--data_path {images} --local_crops_size 100", r"--local_crops_size 100\): try 96 or 104"),
         ("--data_path {images} --local_crops_size 32 20", r"--local_crops_size 32 20\): try 32 16 or 32 24"),
         ("--data_path {images} --global_crops_size 60 32", r"_crops_size 60 32\): try 56 32 or 64 32"),
@@ -160,14 +164,14 @@ def test_bad_usage_is_one_clear_line(images, tmp_path, capsys, flags, message):
 def test_the_process_ends_with_the_line_and_code_2():
     result = run("main_dino.py", "--data_path", "/nowhere", check=False)
     assert result.returncode == 2
-    assert result.stderr == "error: no such folder (--data_path /nowhere): check the path\n"
+    assert result.stderr == "error: no such file or folder (--data_path /nowhere): check the path\n"
 
 
 @pytest.mark.slow
 def test_all_ranks_end_and_one_prints_the_error():
     result = torchrun(2, "main_dino.py", "--data_path", "/nowhere", check=False)
     assert result.returncode != 0
-    assert result.stderr.count("error: no such folder") == 1
+    assert result.stderr.count("error: no such file or folder") == 1
 
 
 @pytest.mark.slow
@@ -1392,6 +1396,6 @@ def test_two_trainings_at_once_in_one_process_are_refused(images, tmp_path):
                 start()
     assert not (tmp_path / "run").exists()
     train(*flags)
-    with pytest.raises(UserError, match="no such folder"):  # an error ends it too
+    with pytest.raises(UserError, match="no such file or folder"):  # an error ends it too
         train("--data_path", tmp_path / "absent")
     train(*flags)

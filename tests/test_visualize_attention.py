@@ -433,7 +433,7 @@ def test_the_demo_draws_the_trained_network(tmp_path):
         (["--video", "{broken}"], "cannot read video"),
         (["--video", "{empty}"], "no frames"),
         (["--demo", "--image_path", "{good}"], "draws its own images"),
-        (["--demo", "--pretrained_weights", "/nowhere.pth"], r"no such file \(/nowhere.pth\): check the name"),
+        (["--demo", "--pretrained_weights", "/nowhere.pth"], "no such file .*: check the name"),
     ],
 )
 def test_bad_usage_is_one_clear_line(tmp_path, flags, message):
