@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="temperature of the vote: the weight of a neighbour is exp(similarity / temperature)")
     cli.add_weights_flags(parser)
     cli.add_size_flag(parser, "--image_size", None,
-        "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
+        "image size in pixels: one length, or height and width (default: the file's, else 224)")
     cli.add_concat_flag(parser, "the CLS token")
     parser.add_argument("--use_cuda", default=True, type=bool_flag,
         help="keep the features on the GPU, if there is one; turn off if they do not fit into its memory")

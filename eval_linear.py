@@ -77,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     positive = cli.number(int, at_least=1)
     group = parser.add_argument_group("features")
     cli.add_size_flag(group, "--image_size", None,
-        "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
+        "image size in pixels: one length, or height and width (default: the file's, else 224)")
     group.add_argument("--n_last_blocks", default=4, type=positive,
         help="concatenate the CLS tokens of this many last blocks; the paper uses 4 for ViT-S, 1 for ViT-B; "
              "for our ViTs only: other networks give their pooled output")

@@ -79,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="evaluate on the drawn shapes of main_dino.py --demo, whose masks are exact")
     cli.add_size_flag(group, "--image_size", None,
         "side in pixels of the square, or height and width, that images are resized to; larger gives more "
-        "patches, e.g. 480 (default: the checkpoint's, else 224)")
+        "patches, e.g. 480 (default: the file's, else 224)")
     group.add_argument("--batch_size_per_gpu", default=16, type=positive, help="images per forward pass")
     group.add_argument("--num_workers", default=10, type=cli.number(int, at_least=0),
         help="data-loading workers; at most one per core")

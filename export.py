@@ -51,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="what to write: a backbone file of this project, a state dict for timm, a Hugging Face ViTModel "
              "folder, ONNX, torch.export")
     cli.add_size_flag(group, "--image_size", None,
-        "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
+        "image size in pixels: one length, or height and width (default: the file's, else 224)")
     group.add_argument("--output_dir", default="exported", help="folder for the files")
     # fmt: on
     return parser

@@ -90,7 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "tokens, (R, C, D); last4: the CLS tokens of the last four blocks, (4 D,); avgpool: CLS token "
              "and mean of the patch tokens, interleaved, (2 D,), for networks without patches their output")
     cli.add_size_flag(group, "--image_size", None,
-        "image size in pixels: one length, or height and width (default: the checkpoint's, else 224)")
+        "image size in pixels: one length, or height and width (default: the file's, else 224)")
     group.add_argument("--precision", default="fp32", choices=cli.PRECISIONS,
         help="precision of the network's forward pass")
     group.add_argument("--batch_size_per_gpu", default=128, type=cli.number(int, at_least=1),
@@ -106,7 +106,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--skip_unreadable", action="store_true",
         help="give an image that cannot be read a row of NaN, with a warning, instead of stopping there")
     cli.add_data_flags(parser,
-        "a folder, .tar or .zip of images, or a text file that lists images, one a line",
+        "a folder, .tar or .zip of images, or a text file that lists images, one per line",
         "the drawn shapes of main_dino.py --demo, as the evaluations take them",
         "the folder, archive or list in --data_path, or the split of --dataset or --demo, e.g. train or val")
     cli.add_launch_flags(parser)

@@ -137,7 +137,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="keep the prototypes at unit length: more stable; false can be better for ViT-S, not for ViT-B")
     group.add_argument("--momentum_teacher", default=0.996, type=number(float, at_least=0, at_most=1),
         help="first value of the teacher's EMA momentum, which rises to 1; raise it for small batches in "
-             "long runs (e.g. 0.9995 at 256), lower it for a few thousand steps (e.g. 0.98)")
+             "long runs (e.g. 0.9995 for 256 images), lower it for a few thousand steps (e.g. 0.98)")
     group.add_argument("--use_bn_in_head", default=False, type=bool_flag,
         help="batch norm in the projection head: helps small networks that collapse at the start")
     group.add_argument("--head_hidden_dim", default=2048, type=number(int, at_least=1),
@@ -174,13 +174,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="autocast precision on any device; if not given, --use_fp16 decides on CUDA, and other "
              "devices take fp32")
     group.add_argument("--weight_decay", default=0.04, type=number(float, at_least=0),
-        help="first value; weights only, not biases and norms; small, and the same at the end, for convnets "
-             "(1e-4)")
+        help="first value; weights only, not biases and norms; for convnets small, and the same at the end, "
+             "e.g. 1e-4")
     group.add_argument("--weight_decay_end", default=0.4, type=number(float, at_least=0),
         help="last value, reached along a cosine; a larger one helps ViTs")
     group.add_argument("--clip_grad", default=3.0, type=number(float, at_least=0),
-        help="largest norm of each parameter's gradient; lower (0.3) if the loss becomes NaN; 0 turns "
-             "clipping off")
+        help="largest norm of each parameter's gradient; lower it, e.g. to 0.3, if the loss becomes NaN; 0 "
+             "turns clipping off")
     group.add_argument("--batch_size_per_gpu", default=64, type=number(int, at_least=1),
         help="images per process and forward pass: as many as fit; the learning rate follows")
     group.add_argument("--accum_steps", default=1, type=number(int, at_least=1),
@@ -209,7 +209,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("crops")
     group.add_argument("--global_crops_scale", default=(0.4, 1.0),
         type=number(float, above=0, at_most=1), nargs=2, metavar=("MIN", "MAX"),
-        help="share of the image's area; (0.14, 1) without local crops")
+        help="share of the image's area; 0.14 1 without local crops")
     group.add_argument("--local_crops_number", default=8, type=number(int, at_least=0),
         help="small views per image, for the student only; 0 turns multi-crop off")
     group.add_argument("--local_crops_scale", default=(0.05, 0.4),

@@ -46,8 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--cpus_per_task", default=10, type=cli.number(int, at_least=1),
         help="cores per process; --num_workers plus one is best: 11 with its default of 10")
     group.add_argument("--mem_gb", default=None, type=cli.number(float, at_least=0),
-        help="memory per node, 0 for all of it; by default 40 per GPU, and for a CPU job the cluster's "
-             "default")
+        help="memory per node in GB, 0 for all of it (default: 40 per GPU, and for a CPU job the cluster's "
+             "default)")
     group.add_argument("--slurm_extra", default=[], nargs="+", metavar="OPTION",
         help="further options of sbatch without the leading dashes, e.g. reservation=dino "
              "gpus-per-node=a100:8 exclude=node7 exclusive; they override the job's own")

@@ -52,11 +52,14 @@ T = TypeVar("T")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each flag's default, except for switches and empty defaults."""
+    """Shows each flag's default as it is given to the flag, except for switches and empty defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        empty = action.nargs == 0 or action.default in (None, "")
-        return action.help if empty else super()._get_help_string(action)
+        if action.nargs == 0 or action.default in (None, "", []):
+            return action.help
+        if isinstance(action.default, list | tuple):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -254,7 +257,7 @@ def add_data_flags(parser: argparse.ArgumentParser, folder: str, demo: str, spli
     if split:
         group.add_argument("--split", default="", help=split)
     group.add_argument("--download", action="store_true",
-        help="let --dataset fetch what is missing; several machines have to share --data_path")
+        help="download what is missing of --dataset; several machines have to share --data_path")
     group.add_argument("--demo", action="store_true", help=demo)
     group.add_argument("--num_workers", default=10, type=number(int, at_least=0),
         help="data-loading workers per process; increase while the log shows more than a few per cent of the "

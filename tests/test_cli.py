@@ -287,10 +287,13 @@ def test_help_shows_defaults_where_there_are_some(capsys, monkeypatch):
     parser.add_argument("--switch", action="store_true", help="turns")
     parser.add_argument("--number", default=0, help="counts")
     parser.add_argument("--flag", default=False, type=bool_flag, help="decides")
+    parser.add_argument("--pair", default=(0.4, 1.0), nargs=2, help="bounds")
+    parser.add_argument("--more", default=[], nargs="+", help="adds")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     out = capsys.readouterr().out
-    assert "counts (default: 0)" in out and "decides (default: False)" in out and out.count("(default:") == 2
+    shown = ("counts (default: 0)", "decides (default: False)", "bounds (default: 0.4 1.0)")
+    assert all(words in out for words in shown) and out.count("(default:") == len(shown)
 
 
 @pytest.mark.parametrize(
