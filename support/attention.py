@@ -45,7 +45,8 @@ def attention_map(
 def check_layer(layer: int, depth: int) -> None:
     """Raise UserError for a layer, counted from the end, that is not there."""
     if not 1 <= layer <= depth:
-        raise UserError(f"network has {depth} layers with attention", f"--layer {layer}", "give one of them")
+        what = f"network has {depth} layers with attention"
+        raise UserError(what, f"--layer {layer}", f"give 1 to {depth}")
 
 
 def _timm_attention(backbone: Any, images: Tensor, layer: int, patches: int, patch: int | None) -> Tensor:

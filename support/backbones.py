@@ -94,7 +94,8 @@ def build_backbone(
         except TypeError as error:  # most convnets accept neither argument
             unknown = [name for name in kwargs if f"'{name}'" in str(error)]
             if "in_chans" in unknown:
-                raise UserError("takes three channels only", f"--arch {arch}", "use another") from None
+                fix = "use another, or --in_chans 3"
+                raise UserError("network takes three channels only", f"--arch {arch}", fix) from None
             if not unknown:
                 raise
             if drop_path_rate and unknown[0] == "drop_path_rate":
@@ -107,7 +108,7 @@ def _torchvision_backbone(arch: str, in_chans: int) -> tuple[nn.Module, int]:
     model = torchvision.models.get_model(arch, weights=None, **auxiliary)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise UserError("architecture has no linear classifier to drop", f"--arch {arch}", "use another")
+        raise UserError("network has no linear classifier to remove", f"--arch {arch}", "use another")
     parent, _, name = linear[-1].rpartition(".")
     embed_dim = model.get_submodule(linear[-1]).in_features
     setattr(model.get_submodule(parent), name, nn.Identity())
@@ -202,7 +203,8 @@ def checkpoint_activations(backbone: nn.Module, arch: str) -> None:
     with contextlib.suppress(AttributeError, AssertionError):  # how other models refuse
         if enable:
             return enable()
-    raise UserError(f"{arch} cannot recompute activations", "--grad_checkpointing", "use a ViT")
+    what = f"{arch} cannot recompute activations"
+    raise UserError(what, "--grad_checkpointing", "leave it out, or use a ViT")
 
 
 def convert_batchnorms(model: nn.Module) -> nn.Module:

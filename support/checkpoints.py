@@ -100,7 +100,8 @@ def find_file(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(f.name for f in path.iterdir() if f.suffix in (".pth", ".pt", ".bin", ".safetensors"))
-        raise UserError("is a folder", str(name), f"give a file in it: {few(files) or 'it has no weights'}")
+        fix = f"give a file in it: {few(files)}" if files else "give a file of weights; it has none"
+        raise UserError("this is a folder", str(name), fix)
     if not path.is_file():
         if re.match(r"[A-Za-z][\w+.-]+:(//|\w+/)", str(name)):  # https://..., s3://..., hf-hub:timm/...
             raise UserError("URLs are not downloaded, only published models", str(name), "download the file")

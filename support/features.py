@@ -179,7 +179,8 @@ def patch_tokens(network: Any, images: Tensor, layer: int = 1) -> Tensor:
     """
     if isinstance(network, VisionTransformer):
         if layer > len(network.blocks):
-            raise UserError(f"network has {len(network.blocks)} blocks", f"--layer {layer}", "lower it")
+            depth = len(network.blocks)
+            raise UserError(f"network has {depth} blocks", f"--layer {layer}", f"give 1 to {depth}")
         return _grid(network, images, network.get_intermediate_layers(images, layer)[0])
     return _timm_layers(network, images, layer, output_fmt="NCHW")[0].permute(0, 2, 3, 1)
 

@@ -46,13 +46,12 @@ def load_strictly(
 ) -> None:
     """Load a state dict. Raises UserError, which names in one line what does not fit."""
     own = module.state_dict()
+    both = [k for k in own if k in state]
     problems = {
         "missing": [k for k in own if k not in state],
         "unexpected": [k for k in state if k not in own],
-        "misshapen": [k for k in own if k in state and own[k].shape != getattr(state[k], "shape", None)],
-        "of another type": [
-            k for k in own if k in state and own[k].is_floating_point() != _is_floating_point(state[k])
-        ],
+        "of another shape": [k for k in both if own[k].shape != getattr(state[k], "shape", None)],
+        "of another type": [k for k in both if own[k].is_floating_point() != _is_floating_point(state[k])],
     }
     found = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in problems.items() if keys]
     if found:
@@ -222,7 +221,7 @@ def _description_beside(weights: str) -> dict:
         _recorded_normalization(found, str(path.parent))
     if found:
         words = ", ".join(f"{name} {value}" for name, value in found.items())
-        log(f"note: {weights}: by the files beside it, {words}")
+        log(f"note: {weights}: from the .json files beside it: {words}")
     return found
 
 
@@ -234,7 +233,7 @@ def _read_fields(path: Path) -> dict:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
-        what = f"cannot read what describes the weights: {reason}"
+        what = f"cannot read the description of the weights: {reason}"
         raise UserError(what, str(path), "repair it, or move it away") from None
     return fields if isinstance(fields, dict) else {}
 
@@ -261,14 +260,16 @@ def _recorded_normalization(record, source: str):
     except (TypeError, ValueError, KeyError, AttributeError):
         mean, std, value_range = (), (), None
     if not (0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0):
-        raise UserError(f"normalization is {record}", source, "give both for each channel")
+        what = f"mean and deviation in the file are not valid: {record}"
+        raise UserError(what, source, "record both for each channel, the deviation above 0")
     ends = [number for pair in value_range or () for number in pair]
     if value_range is not None and (
         len(value_range) not in (1, len(mean))
         or not all(map(math.isfinite, ends))
         or any(low >= high for low, high in value_range)
     ):
-        raise UserError(f"value_range is {record['value_range']}", source, "give pairs LOW HIGH")
+        what = f"value_range in the file is not valid: {record['value_range']}"
+        raise UserError(what, source, "record pairs LOW HIGH, for all channels or for each")
     return (mean, std), value_range
 
 
@@ -354,11 +355,12 @@ def check_is_ours(model: VisionTransformer, state: dict[str, Tensor], prefix: st
     `prefix` is the network's in the file. Warns of what may be MoCo v3's.
     """
     if model.embed_dim == 384:
-        what = "MoCo v3's vit_small has 12 heads, ours 6, and shapes do not show it"
+        what = "MoCo v3's vit_small has 12 heads, ours has 6"
         if f".{prefix}".endswith((".base_encoder.", ".momentum_encoder.")):
             raise UserError(what, weights.source, "use another file")
         if "pos_embed" in state and not state["pos_embed"].flatten()[:384].any():
-            log(f"warning: {weights.source}: the CLS token has the position zero, as in MoCo v3: {what}")
+            why = "the CLS token has the position zero"
+            log(f"warning: {weights.source} may be MoCo v3's ({why}); then features are wrong: {what}")
     for part, words in NOT_OURS.items():
         if any(part in name for name in state):
             fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
@@ -366,7 +368,7 @@ def check_is_ours(model: VisionTransformer, state: dict[str, Tensor], prefix: st
     ours: dict[str, list] = {"num_attention_heads": [model.num_heads], "hidden_act": ["gelu", "gelu_python"]}
     for name, values in ours.items():  # transformers' names
         if (theirs := weights.trained.get(name, values[0])) not in values:
-            what = f"the network has {name} {theirs}, our ViT of this width {values[0]}"
+            what = f"the network has {name} {theirs}, our ViT of this width has {values[0]}"
             raise UserError(what, weights.source, "use another file")
 
 
@@ -413,10 +415,14 @@ class Frozen(NamedTuple):
     def require_rgb(self, images: str) -> None:
         """Check that the network takes 8-bit RGB images; `images` names them. Raises UserError."""
         if len(self.mean) != 3:
-            what = f"the network takes {len(self.mean)} channels"
-            raise UserError(what, self.description.partition(":")[0], f"{images} have three: use another")
+            what = f"the network takes {len(self.mean)} channels, and {images} have three"
+            raise UserError(what, self.description.partition(":")[0], "use a network of three channels")
         if self.value_range is not None:
-            log(f"note: {images} have 8 bits: their values are not mapped from the range of the training's")
+            log(f"note: {images} have 8 bits: taken as they are, without the training's --value_range")
+
+
+class Pixels(nn.Flatten):
+    """The baseline without a network: an image as a vector, (B, C, H, W) -> (B, C H W)."""
 
 
 def load_backbone(
@@ -448,7 +454,7 @@ def load_backbone(
         size = image_size or FALLBACK["image_size"]
         count = in_chans or FALLBACK["in_chans"]
         scale, limits = unknown_normalization(count), pairs(value_range, count)
-        return Frozen(nn.Flatten().eval(), size, *scale, "pixels: no network", "", limits)
+        return Frozen(Pixels().eval(), size, *scale, "pixels: no network", "", limits)
     known = Weights({}, weights, {}) if weights == "random" else read_weights(weights, checkpoint_key)
     in_chans = settle_channels(known, in_chans)
     limits = settle_range(known, pairs(value_range, in_chans))
@@ -570,7 +576,8 @@ def init_from(
     backbone, _ = build_backbone(arch, patch_size, size, in_chans=in_chans)
     if wants_transform(known, backbone):
         fix = "use another network, or start from random weights"
-        raise UserError(f"torchvision's weights of {arch} expect other pixels", weights, fix)
+        what = f"torchvision's weights of {arch} expect another mean and deviation"
+        raise UserError(what, weights, fix)
     head, _ = load_pretrained_weights(backbone, known)
     if in_chans == len(mean):
         theirs = normalization_of(known, backbone, in_chans)
@@ -671,7 +678,7 @@ def settle_range(weights: Weights, value_range: Range | None) -> Range | None:
     known = weights.value_range
     is_baseline = not weights.state
     if value_range is not None and value_range != known and not is_baseline:
-        what = f"weights were trained with {range_words(known) or '8-bit values'}"
+        what = f"the weights were trained with {range_words(known) or '8-bit values'}"
         raise UserError(what, f"--value_range {range_words(value_range)}", "leave it out")
     return value_range if is_baseline else known
 

@@ -186,7 +186,7 @@ def test_attention_among_channels_is_not_taken_for_patches():
 def test_a_layer_that_is_not_there_is_named(arch):
     backbone = backbones.build_backbone(arch, 16, 224)[0].eval()
     with pytest.raises(
-        UserError, match=r"network has (6|12) layers with attention \(--layer 13\): give one of them"
+        UserError, match=r"network has (6|12) layers with attention \(--layer 13\): give 1 to (6|12)"
     ):
         attention_map(backbone, torch.randn(1, 3, 224, 224), layer=13)
     for layer in (0, -1):  # would count from the other end

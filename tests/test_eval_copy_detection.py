@@ -261,7 +261,7 @@ def test_bad_folders_of_other_images_are_named(blocks, tmp_path):
     ("flags", "message"),
     [
         ([], "no weights given"),
-        (["--pretrained_weights", "pixels"], "Flatten has no patch tokens"),
+        (["--pretrained_weights", "pixels"], "Pixels has no patch tokens"),
         (["--pretrained_weights", "random", "--arch", "resnet18"], "ResNet has no patch tokens"),
         ([*RANDOM, "--imsize", "20"], r"not a multiple of --patch_size 8 \(--image_size 20\)"),
     ],

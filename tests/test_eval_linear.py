@@ -134,7 +134,7 @@ def test_a_probe_of_patch_tokens(labelled, tmp_path, capsys):
     torch.save(saved, tmp_path / "checkpoint.pth.tar")
     with pytest.raises(UserError, match="concat_patchtokens False -> True"):
         probe(labelled, tmp_path, *flags, "--n_last_blocks", 99)
-    with pytest.raises(UserError, match="Flatten has no patch tokens"):
+    with pytest.raises(UserError, match="Pixels has no patch tokens"):
         probe(labelled, tmp_path / "pixels", *flags, "--pretrained_weights", "pixels")
 
 
@@ -413,7 +413,7 @@ def test_a_published_classifier_evaluates(labelled, tmp_path):
     flags = "--evaluate", "--linear_weights", tmp_path / "linearweights.pth"
     result = probe(labelled, tmp_path, *flags)
     assert result[0]["acc1"] == pytest.approx(trained[0]["acc1"])
-    misfit = r"misshapen \(linear.weight\) .*128 features.*check --concat_patchtokens, --n_last_blocks"
+    misfit = r"of another shape \(linear.weight\) .*128 features.*check --concat_patchtokens, --n_last_blocks"
     with pytest.raises(UserError, match=misfit):
         probe(labelled, tmp_path, *flags, "--n_last_blocks", 1)
 
@@ -633,7 +633,7 @@ ODD_BIAS = {"linear.weight": torch.ones(2, 3), "linear.bias": torch.ones(())}
         ({"state_dict": NO_WEIGHTS}, "no classifier in file"),
         ({"epoch": 1}, "no classifier in file"),
         ({"state_dict": NO_WEIGHTS, "args": ["--lr", "1"]}, "no classifier in file"),
-        (ODD_BIAS, "misshapen"),
+        (ODD_BIAS, "of another shape"),
     ],
 )
 def test_a_file_without_a_classifier_is_named(labelled, tmp_path, content, message):

@@ -459,7 +459,7 @@ def test_bad_data_is_one_clear_line_before_the_work(tmp_path, spoil, message):
         (RANDOM_VIT, "no data given .*--demo"),
         ([*RANDOM_VIT, "--data_path", "/nowhere"], "no such folder .*--data_path /nowhere"),
         (["--demo"], "no weights given"),
-        (["--demo", "--pretrained_weights", "pixels"], "Flatten has no patch tokens"),
+        (["--demo", "--pretrained_weights", "pixels"], "Pixels has no patch tokens"),
         (
             ["--demo", *RANDOM_VIT, "--image_size", "60"],
             r"not a multiple of --patch_size 8 \(--image_size 60\)",

@@ -700,7 +700,7 @@ def test_weights_of_three_channels_start_a_network_of_thirteen(satellite, images
 
 def test_rgb_benchmarks_refuse_other_networks(run, paper_inputs):
     frozen = load_backbone(str(run / "checkpoint.pth"))
-    with pytest.raises(UserError, match="takes 13 channels .*checkpoint.pth.*photographs have three"):
+    with pytest.raises(UserError, match="takes 13 channels, and .*photographs have three .*checkpoint.pth"):
         frozen.require_rgb("photographs")
     argv = ["--pretrained_weights", run / "checkpoint.pth", "--data_path"]
     folder = next(path for path in Path(paper_inputs).rglob("original")).parent

@@ -706,7 +706,7 @@ def test_changed_flags_are_listed_and_refused_until_allowed(images, tmp_path, ca
     with pytest.raises(UserError, match=r"batch_size_per_gpu 4 -> 2"):
         train(*again, "--batch_size_per_gpu", 2)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
-    with pytest.raises(UserError, match=r"weights do not fit: .*misshapen .*student"):
+    with pytest.raises(UserError, match=r"weights do not fit: .*of another shape .*student"):
         train(*again, "--out_dim", 32, "--allow_changed_args")
     capsys.readouterr()
     # Step 6 of 5 a epoch had seen 4 images of epoch 1; in batches of 2, that is step 12 of 10 an epoch.

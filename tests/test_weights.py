@@ -147,7 +147,7 @@ def test_weights_load_right_or_not_at_all(vits, tmp_path):
     state["extra"] = torch.ones(1)
     state["cls_token"] = torch.ones(1, 1, 7)
     path = write({"teacher": prefixed(state, "backbone.")}, tmp_path / "odd.pth")
-    message = r"1 missing \(norm.bias\), 1 unexpected \(extra\), 1 misshapen \(cls_token\) \(.*odd.pth\)"
+    message = r"1 missing \(norm.bias\), 1 unexpected \(extra\), 1 of another shape \(cls_token\)"
     with pytest.raises(UserError, match=message):
         load_backbone(path)
     with pytest.raises(UserError, match="no 'student' in file .*--checkpoint_key teacher"):
@@ -242,7 +242,7 @@ def test_a_run_begins_with_backbone_and_head(tmp_path):
     narrow = utils.MultiCropWrapper(
         students(32).backbone, utils.DINOHead(128, 32, hidden_dim=32, bottleneck_dim=16)
     )
-    with pytest.raises(UserError, match="misshapen .*head.*give the old run's --out_dim"):
+    with pytest.raises(UserError, match="of another shape .*head.*give the old run's --out_dim"):
         init_from(narrow.backbone, narrow.head, path, "vit_nano", 8, 32)
     path = write({"student": old.state_dict(), "args": VIT_ARGS}, tmp_path / "student.pth")
     with pytest.raises(UserError, match="no 'teacher' in file .*give a checkpoint with a teacher"):
@@ -291,7 +291,7 @@ def test_the_grid_of_a_rectangle_is_the_recorded_one(tmp_path):
         z = torch.randn(2, 3, 24, 48)
         torch.testing.assert_close(new.backbone.eval()(z), network(z))
     untold = write(network.state_dict(), tmp_path / "untold.pth")
-    with pytest.raises(UserError, match="misshapen .*pos_embed"):
+    with pytest.raises(UserError, match="of another shape .*pos_embed"):
         load_backbone(untold)
     assert torch.equal(load_backbone(untold, image_size=[32, 24]).network(x), network(x))
     with pytest.raises(UserError, match=r"--image_size 60 32\): try 56 32 or 64 32"):
@@ -327,11 +327,11 @@ def test_urls_and_folders_are_refused_and_the_home_is_expanded(vits, tmp_path, m
     write(vits[0], tmp_path / "vit.pth")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        UserError, match=r"is a folder \(.*\): give a file in it: model.safetensors, vit.pth$"
+        UserError, match=r"this is a folder \(.*\): give a file in it: model.safetensors, vit.pth$"
     ):
         load_backbone(str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is a folder .*: it has no weights$"):
+    with pytest.raises(UserError, match="this is a folder .*: give a file of weights; it has none$"):
         load_backbone(str(tmp_path / "empty"))
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.testing.assert_close(load_backbone("~/vit.pth").network.state_dict(), vits[0])
@@ -542,7 +542,7 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys, m
     assert frozen.description == f"{path}: vit, vit_nano, patch 8"  # nothing is assumed
     said = capsys.readouterr().out
     words = "num_attention_heads 4, hidden_act gelu, mean [0.5, 0.4, 0.3], std [0.2, 0.2, 0.2]"
-    assert f"note: {path}: by the files beside it, {words}" in said
+    assert f"note: {path}: from the .json files beside it: {words}" in said
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(frozen.network(images), model(images).last_hidden_state[:, 0])
     new = students(32)
@@ -561,7 +561,7 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys, m
     assert (frozen.mean, frozen.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     for broken in ("[broken", "[" * 100_000):
         (tmp_path / "preprocessor_config.json").write_text(broken)
-        with pytest.raises(UserError, match=r"describes the weights: .*r_config.json\): repair it"):
+        with pytest.raises(UserError, match=r"the description of the weights: .*r_config.json\): repair it"):
             load_backbone(path)
     (tmp_path / "preprocessor_config.json").write_text("[]")
     assert load_backbone(path).description.endswith("patch 8, ImageNet's mean and deviation assumed")
@@ -570,15 +570,15 @@ def test_what_transformers_writes_beside_its_weights_is_read(tmp_path, capsys, m
     assert "4 heads assumed" in load_backbone(path).description and "beside" not in capsys.readouterr().out
     for wrong in ({"image_mean": [0.5] * 3, "image_std": [0.0] * 3}, {"image_mean": [0.5] * 3}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
-        with pytest.raises(UserError, match="normalization is"):
+        with pytest.raises(UserError, match="mean and deviation in the file are not valid"):
             load_backbone(path)
 
 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"num_attention_heads": 8}, "num_attention_heads 8, our ViT of this width 4"),
-        ({"hidden_act": "relu"}, "hidden_act relu, our ViT of this width gelu"),
+        ({"num_attention_heads": 8}, "num_attention_heads 8, our ViT of this width has 4"),
+        ({"hidden_act": "relu"}, "hidden_act relu, our ViT of this width has gelu"),
     ],
 )
 def test_a_network_of_transformers_that_ours_cannot_be_is_refused(option, words, tmp_path):
@@ -615,7 +615,8 @@ def test_what_timm_writes_beside_its_weights_is_read(tmp_path, capsys):
     assert (frozen.mean, frozen.std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
     assert frozen.arch == "vit_tiny_patch16_224"
     assert (
-        "by the files beside it, arch vit_tiny_patch16_224, mean [0.1, 0.2, 0.3]" in capsys.readouterr().out
+        "from the .json files beside it: arch vit_tiny_patch16_224, mean [0.1, 0.2, 0.3]"
+        in capsys.readouterr().out
     )
     (tmp_path / "config.json").write_text(json.dumps(settings | pretrained))  # as timm wrote it before
     assert load_backbone(path).mean == (0.1, 0.2, 0.3)
@@ -669,13 +670,13 @@ def test_dinov2s_training_file_is_read_as_timms_network_and_named_for_ours(arch,
 def test_timm_does_not_interpolate_what_does_not_fit(tmp_path):
     state = timm.create_model("vit_tiny_patch16_384", num_classes=0).state_dict()
     path = write(state, tmp_path / "large.pth")
-    with pytest.raises(UserError, match="misshapen .*pos_embed"):
+    with pytest.raises(UserError, match="of another shape .*pos_embed"):
         load_backbone(path, arch="vit_tiny_patch16_224")
     model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=224)
     state = model.state_dict() | {"mask_token": torch.zeros(1, 384)}
     state["register_tokens"] = state.pop("reg_token")  # timm converts this layout, and would interpolate
     state["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), state["pos_embed"]], dim=1)
-    with pytest.raises(UserError, match="1 misshapen .pos_embed.*reg4.pth"):
+    with pytest.raises(UserError, match="1 of another shape .pos_embed.*reg4.pth"):
         load_backbone(write(state, tmp_path / "reg4.pth"), arch="vit_small_patch14_reg4_dinov2")
 
 
@@ -683,7 +684,7 @@ def test_what_timm_cannot_convert_is_named(tmp_path):
     state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
     del state["norm.bias"]
     state["patch_embed.proj.weight"] = torch.ones(192, 7)
-    with pytest.raises(UserError, match=r"1 missing .norm.bias., 1 misshapen .patch_embed.proj.weight."):
+    with pytest.raises(UserError, match=r"1 missing .norm.bias., 1 of another shape .patch_embed.proj"):
         load_backbone(write(state, tmp_path / "odd.pth"), arch="vit_tiny_patch16_224")
 
 
@@ -691,13 +692,13 @@ def test_moco_v3s_small_vit_is_not_ours(tmp_path, capsys):
     weights = backbones.build_backbone("vit_small", 16, 32)[0].state_dict()
     for name in ("base_encoder", "momentum_encoder"):
         state = prefixed(weights, f"module.{name}.")
-        with pytest.raises(UserError, match="12 heads, ours 6"):
+        with pytest.raises(UserError, match="12 heads, ours has 6"):
             load_backbone(write({"state_dict": state}, tmp_path / "moco.pth"))
     load_backbone(write(weights, tmp_path / "ours.pth"))
     assert "12 heads" not in capsys.readouterr().out
     weights["pos_embed"][:, 0] = 0  # as in its files of linear classification
     load_backbone(write(weights, tmp_path / "linear.pth"))
-    assert "warning: " in (said := capsys.readouterr().out) and "12 heads, ours 6" in said
+    assert "warning: " in (said := capsys.readouterr().out) and "12 heads, ours has 6" in said
     del weights["pos_embed"]
     with pytest.raises(UserError, match=r"^weights do not fit: 1 missing \(pos_embed\) "):
         load_backbone(write(weights, tmp_path / "less.pth"))
@@ -732,11 +733,11 @@ def test_timms_weights_get_timms_normalization_and_ours_keep_ours(vits, tmp_path
         {"mean": [0.1]}, "ImageNet", {"mean": [1, 1, 1], "std": [1, 0, 1]},
         {"mean": [1, 1, 1], "std": [1, math.inf, 1]}, {"mean": [1, math.nan, 1], "std": [1, 1, 1]},
     ):  # fmt: skip
-        with pytest.raises(UserError, match="normalization is"):
+        with pytest.raises(UserError, match="mean and deviation in the file are not valid"):
             load_backbone(write(content | {"normalization": wrong}, tmp_path / "wrong.pth"))
     for wrong in ([], [[5, 5]], [[0, math.inf]], [[0, 1], [0, 1]]):
         path = write(content | {"normalization": recorded | {"value_range": wrong}}, tmp_path / "wrong.pth")
-        with pytest.raises(UserError, match=r"value_range is \[.*wrong.pth\): give pairs LOW HIGH"):
+        with pytest.raises(UserError, match=r"value_range in the file is not valid: \[.*: record pairs LOW"):
             load_backbone(path)
 
 
@@ -757,7 +758,7 @@ def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_rang
         frozen.transform(wide)
     assert frozen.transform(wide.convert("RGB")).shape == (3, 32, 32)  # as of 8 bits
     frozen.require_rgb("photographs")
-    assert "note: photographs have 8 bits: their values are not mapped" in capsys.readouterr().out
+    assert "note: photographs have 8 bits: taken as they are" in capsys.readouterr().out
 
 
 def test_a_range_that_contradicts_the_weights_is_refused(vits, tmp_path):
@@ -866,7 +867,7 @@ def test_torchvisions_weights_get_the_pixels_that_they_were_trained_with(arch, t
     theirs.fc = nn.Identity()
     images = torch.randn(2, 3, 96, 96)
     torch.testing.assert_close(load_backbone(path, arch=arch, image_size=96).network(images), theirs(images))
-    with pytest.raises(UserError, match=f"torchvision's weights of {arch} expect other pixels"):
+    with pytest.raises(UserError, match=f"torchvision's weights of {arch} expect another mean"):
         init_from(theirs, theirs, path, arch, 16, 96)
     trained = {"teacher": backbones.build_backbone(arch)[0].state_dict(), "args": {"arch": arch}}
     network = load_backbone(write(trained, tmp_path / "ours.pth"), image_size=96).network
@@ -941,5 +942,5 @@ def test_a_network_for_other_channels_is_not_evaluated_on_photographs(name, tmp_
     normalization = {"mean": [0.5], "std": [0.5]}
     path = write({"teacher": teacher, "normalization": normalization}, tmp_path / "grey.pth")
     device = [torch.device("cpu")] * (name == "video_segmentation")
-    with pytest.raises(UserError, match=r"takes 1 channels \(.*grey.pth\): the benchmark's .* have three"):
+    with pytest.raises(UserError, match=r"takes 1 channels, and .* have three \(.*grey.pth\)"):
         script.load_network(script.parse_args(["--pretrained_weights", path]), *device)
