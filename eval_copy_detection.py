@@ -29,7 +29,7 @@ from support import cli
 from support.cli import bool_flag
 from support.data import ImageFiles, JoinedFiles, describe, digest
 from support.distributed import agree, fix_random_seeds, is_main_process, same_error_on_all_ranks
-from support.errors import UserError
+from support.errors import UserError, counted
 from support.features import SAME, cls_and_patches, confirm_network, extract_features
 from support.files import Folder, by_number
 from support.logger import log
@@ -94,7 +94,8 @@ def open_blocks(data_path: str) -> dict[str, ImageFiles]:
             continue
         found = Folder(root / family).class_folders()
         if not found:
-            raise UserError(f"no folders in {family}/", f"--data_path {root}", "add one for each degree")
+            fix = f"put its images into folders such as {family}/75/"
+            raise UserError(f"no folders in {family}/", f"--data_path {root}", fix)
         names += [f"{family}/{name}" for name in sorted(found, key=by_number)]
     return {name: open_folder(root / name, f"--data_path {root}") for name in names}
 
@@ -106,8 +107,8 @@ def open_folder(folder: str | Path, flag: str, at_least: int = 1) -> ImageFiles:
         raise UserError("no such folder", flag, "check the path")
     images = ImageFiles(path)
     if len(images) < at_least:
-        what = f"only {len(images)} images in {path.name}" if len(images) else f"no images in {path}"
-        raise UserError(what, flag, f"put at least {at_least} there" if at_least > 1 else "put images there")
+        what = f"{counted(len(images), 'image')} in {path}" if len(images) else f"no images in {path}"
+        raise UserError(what, flag, f"put at least {counted(at_least, 'image')} there")
     return images
 
 

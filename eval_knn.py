@@ -246,17 +246,17 @@ class PeriodicKNN:
         begun = time.perf_counter()
         late = self.spent > self.share * (begun - self.run_begun)  # each rank has its own clock
         if all_gather_object(late)[0]:
-            log(f"epoch {epoch}  no k-NN: it takes more than --knn_share {self.share:g} of the time")
+            log(f"epoch {epoch}: no k-NN: it has taken more than --knn_share {self.share:g} of the time")
             return {}
         try:
             found = {f"knn_{name}": self.accuracy(network) for name, network in networks.items()}
         except self.Stopped:
-            log(f"epoch {epoch}: no k-NN accuracy: stopped by a signal")
+            log(f"epoch {epoch}: no k-NN: stopped by a signal")
             return {}
         except (ImageError, WrongFormat) as error:  # an image to evaluate with should not end a training
             if get_world_size() > 1:  # the other ranks wait for this one
                 raise
-            log(f"warning: no k-NN after epoch {epoch}: {error}")
+            log(f"warning: epoch {epoch}: no k-NN: {error}")
             return {}
         finally:
             self.spent += time.perf_counter() - begun
@@ -339,7 +339,7 @@ def load_features(folder: str, device: torch.device) -> Data:
     num_classes = len(labels[0].unique())
     log(f"features: {N} training and {M} test rows of {D} from {folder}, {num_classes} classes")
     if num_classes == 1:
-        log("warning: only one class, so all answers are right")
+        log("warning: only one class: every prediction is right")
     (x, test_x), (y, test_y) = ([tensor.to(device) for tensor in pair] for pair in (features, labels))
     return x, y, test_x, test_y
 

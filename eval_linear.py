@@ -56,7 +56,7 @@ from support.distributed import (
     only_one_in_process,
     same_error_on_all_ranks,
 )
-from support.errors import TrainingError, UserError, few
+from support.errors import TrainingError, UserError, counted, few
 from support.features import compute, concat_patches, extract_features, frozen_features, load_by_flags
 from support.layouts import is_state
 from support.loading import EpochBatches, make_loader
@@ -147,11 +147,12 @@ OLD_VALUES = {"concat_patchtokens": False, "few_shot": None}  # values in older 
 def check_args(args: argparse.Namespace) -> None:
     """Warn of flags without effect; raise UserError for flags that contradict each other."""
     if len(set(args.lr)) < len(args.lr):
-        raise UserError("named twice", f"--lr {' '.join(map(str, args.lr))}", "name each rate once")
+        raise UserError("a rate is given twice", f"--lr {' '.join(map(str, args.lr))}", "give each rate once")
     if args.linear_weights and not args.evaluate:
-        raise UserError("for --evaluate only", "--linear_weights", "add --evaluate or leave it out")
+        raise UserError("needs --evaluate", "--linear_weights", "add --evaluate, or leave it out")
     if args.evaluate and args.logistic:
-        raise UserError("saves no classifier for --evaluate", "--logistic", "leave out one of them")
+        what = "--logistic saves no classifier to evaluate"
+        raise UserError(what, "--evaluate, --logistic", "leave out one of the two")
     rules = [(name, args.evaluate, "--evaluate does not train") for name in TRAINING_FLAGS]
     rules += [(name, args.logistic, "--logistic ignores it") for name in TRAINING_FLAGS]
     rules += [
@@ -310,7 +311,7 @@ def to_classes(labels: Tensor, images: Images, classes: list[str] | None, num_la
     if classes and names:
         unknown = sorted(set(names) - set(classes))
         if unknown:
-            what = f"the classifier does not know {len(unknown)} classes: {few(unknown)}"
+            what = f"the classifier does not know {counted(len(unknown), 'class')}: {few(unknown)}"
             raise UserError(what, "--data_path", "remove their folders, or train with them")
         return torch.tensor([classes.index(name) for name in names], device=labels.device)[labels]
     found = len(names) if names else int(labels.max()) + 1
@@ -344,8 +345,9 @@ def build_features(args: argparse.Namespace, device: torch.device) -> Features:
         kind, why = "patch tokens", "it is not for --concat_patchtokens"
         features: Callable[[nn.Module, Tensor], Tensor] = concat_patches
     elif isinstance(network, VisionTransformer) and args.n_last_blocks > len(network.blocks):
-        what = f"the network has {len(network.blocks)} blocks"
-        raise UserError(what, f"--n_last_blocks {args.n_last_blocks}", "lower it")
+        depth = len(network.blocks)
+        where, fix = f"--n_last_blocks {args.n_last_blocks}", f"give at most {depth}"
+        raise UserError(f"the network has {depth} blocks", where, fix)
     else:
         kind, why = "CLS tokens" if is_vit else "the network's output", "it is for our ViTs only"
         n, mean = args.n_last_blocks, args.avgpool_patchtokens
@@ -378,17 +380,22 @@ def load_classifier(weights: str, features: Features) -> tuple[LinearClassifiers
     for name, flag in features.flags.items():
         value = trained.get(name, OLD_VALUES.get(name, flag))
         if value != flag:
-            what = f"classifier was trained with {value}"
+            what = f"the classifier was trained with --{name} {value}"
             raise UserError(what, f"--{name} {flag}", f"give --{name} {value}")
     frozen = features.frozen
-    seen = {"pixels": frozen.image_size, "mean": frozen.mean, "std": frozen.std, "values": frozen.value_range}
-    for name, value in seen.items():
+    seen = {
+        "pixels": ("size", frozen.image_size),
+        "mean": ("mean", frozen.mean),
+        "std": ("deviation", frozen.std),
+        "values": ("value range", frozen.value_range),
+    }
+    for name, (words, value) in seen.items():
         before = trained.get(name, value)
         if comparable({name: before}) != comparable({name: value}):
-            what = f"classifier was trained on images of other {name}: {before}, not {value}"
+            what = f"the classifier was trained on images of {words} {before}, not {value}"
             raise UserError(what, weights, "give the --image_size and --pretrained_weights of its training")
     if trained.get("backbone", features.digest) != features.digest:
-        what = "classifier was trained on the features of other weights"
+        what = "the classifier was trained on the features of other weights"
         raise UserError(what, weights, "give their --pretrained_weights")
     state = checkpoint.get("state_dict", checkpoint)
     if not is_state(state):
@@ -409,7 +416,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> list[dict[str, f
     trained = Path(args.output_dir, "checkpoint.pth.tar").expanduser()
     with same_error_on_all_ranks():
         if not args.linear_weights and not trained.exists():
-            fix = "give the folder of the probe, or --linear_weights"
+            fix = "give the folder of a trained classifier, or --linear_weights"
             raise UserError(f"folder has no {trained.name}", f"--output_dir {args.output_dir}", fix)
         classifier, classes = load_classifier(args.linear_weights or str(trained), features)
     num_labels = classifier.num_labels

@@ -148,7 +148,8 @@ class MaskedFiles(ImageFiles):
         for kind, files in found.items():
             if missing := [stem for stem in self.stems if stem not in files]:
                 what = f"{len(missing)} of {len(self.stems)} {kind} are missing: {few(missing)}"
-                raise UserError(what, str(listed), f"put them into {root / FOLDERS[kind]}, or off the list")
+                fix = f"add them to {root / FOLDERS[kind]}, or remove their names from the list"
+                raise UserError(what, str(listed), fix)
         super().__init__(*(found["images"][stem] for stem in self.stems), form=form)
         self.masks = [found["masks"][stem] for stem in self.stems]
         self.present = self._check()
@@ -202,7 +203,8 @@ def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:
         if extension.lower() not in extensions:
             continue
         if stem in found:
-            raise UserError(f"two files of one name: {os.path.basename(found[stem])}", path, "remove one")
+            what = f"two files with one name: {os.path.basename(found[stem])}"
+            raise UserError(what, path, "remove one")
         found[stem] = path
     return found
 
@@ -210,7 +212,7 @@ def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:
 def open_masked(data_path: str, demo: bool, form: ImageFormat = RGB) -> tuple[Masked, Masked]:
     """Open the training and validation images. Raises UserError."""
     if demo and data_path:
-        raise UserError("--demo draws its own images", f"--data_path {data_path}", "leave one out")
+        raise UserError("--demo draws its own images", f"--data_path {data_path}", "leave out one of the two")
     if demo:
         in_format(Shapes("val", 1), form, "--demo")  # checks it
         return MaskedShapes("train", 4_096), MaskedShapes("val", 1_000)

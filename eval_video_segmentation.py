@@ -139,7 +139,7 @@ def _files(folder: Path, kind: str) -> dict[str, Path]:
         if extension(path) != kind:
             raise UserError(f"extension is not {kind}", str(path), "rename or convert it, or remove it")
         if path.stem in found:
-            raise UserError(f"two files of one number: {found[path.stem].name}", str(path), "remove one")
+            raise UserError(f"two files with one number: {found[path.stem].name}", str(path), "remove one")
         found[path.stem] = path
     return found
 
@@ -471,7 +471,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     found = {clip.name: segment(frozen, clip, output_dir / clip.name, *flags, device) for clip in clips}
     if unscored := [name for name, scores in found.items() if not scores]:
         what = "without masks between the first and the last frame"
-        log(f"J and F were not computed for {len(unscored)} of {len(clips)} clips, {what}")
+        log(f"note: J and F were not computed for {len(unscored)} of {len(clips)} clips, {what}")
     scores = {name: both for scores in found.values() for name, both in scores.items()}
     return report(scores, paper_result(args.pretrained_weights, clips))
 

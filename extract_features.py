@@ -230,7 +230,8 @@ class Store:
             raise UserError(f"this differs from the features in it: {listed}", str(self.folder), fix)
         for path in (self.final, self.final_labels, self.names_file) if not record else ():
             if path.exists():
-                raise UserError("file is not ours", str(path), "give another --output_dir")
+                what = "would overwrite a file that this script did not write"
+                raise UserError(what, str(path), "give another --output_dir")
         self.done, self.unreadable = record.get("blocks", 0), record.get("unreadable", [])
         if self.final.exists():
             self._remove_partial()
@@ -340,7 +341,7 @@ def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
             array = np.lib.format.open_memmap(path, mode="r+")
             if (array.shape, array.dtype) == (shape, dtype):
                 return array
-    raise UserError("file is damaged", str(path), "remove it to begin anew")
+    raise UserError("file is damaged", str(path), "remove it to begin again")
 
 
 def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -497,7 +498,7 @@ def main(args: argparse.Namespace) -> Path:
             if is_main_process():
                 store.finish(names, class_names(images), frozen.description)
         if store.unreadable:
-            log(f"warning: {len(store.unreadable)} rows are NaN: features.json lists the images")
+            log(f"warning: rows that are NaN: {len(store.unreadable)}; features.json lists the images")
         log(f"written: {store.final}")
     return store.final
 

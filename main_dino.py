@@ -56,7 +56,7 @@ from support.distributed import (
     only_one_in_process,
     same_error_on_all_ranks,
 )
-from support.errors import UserError, reason_of
+from support.errors import UserError, counted, reason_of
 from support.estimates import SAMPLE, estimate_normalization, estimate_range, sample_values
 from support.files import replacing
 from support.formats import ImageFormat, pairs
@@ -340,7 +340,7 @@ def no_effect(a: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tu
         ("momentum_teacher", a.teacher_update != "ema", "--teacher_update is not ema"),
         ("local_crops_size", not a.local_crops_number, "--local_crops_number is 0"),
         ("local_crops_scale", not a.local_crops_number, "--local_crops_number is 0"),
-        ("patch_size", a.arch not in VITS, "it shapes our ViTs only"),
+        ("patch_size", a.arch not in VITS, "it is for our ViTs only"),
         ("jitter", not a.jitter_p, "--jitter_p is 0"),
         ("jitter_p", not any(a.jitter), "--jitter is 0 0 0 0"),
         ("blur_p", not any(a.blur_sigma), "--blur_sigma is 0 0"),
@@ -420,7 +420,9 @@ def check_args(args: argparse.Namespace) -> None:
         if not is_too_long(name, value, args.epochs):
             continue
         if value != parser.get_default(name):
-            raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", "shorten it")
+            bound = "less than" if name == "freeze_last_layer" else "at most"
+            fix = f"give {bound} {args.epochs}"
+            raise UserError(f"too long for --epochs {args.epochs}", f"--{name} {value:g}", fix)
         setattr(args, name, args.epochs / 10)  # as long as in the published recipe, or shorter
         log(f"warning: --{name} shortened from {value} to {args.epochs / 10:g}, as --epochs is {args.epochs}")
 
@@ -467,17 +469,18 @@ def check_format(args: argparse.Namespace) -> None:
             continue
         where = f"--{name} {' '.join(map(str, values))}"
         if "auto" in values:
-            raise UserError("mixes auto and numbers", where, "give one kind")
+            raise UserError("mixes auto and numbers", where, "give auto alone, or numbers only")
         if name == "value_range":
             pairs(values, count)
         elif len(values) != count:
-            raise UserError(f"{len(values)} numbers for {count} channels", where, "give one each")
+            what = f"{counted(len(values), 'number')} for {counted(count, 'channel')}"
+            raise UserError(what, where, "give one for each channel")
         elif name == "std" and min(values) <= 0:
             raise UserError("deviations must be above 0", where, "give numbers above 0")
         elif not (0 <= min(values) and max(values) <= 1):
             raise UserError("must be from 0 to 1", where, "divide by 255 if they are 8-bit levels")
     if count != 3:
-        log(f"images of {count} channel{'s' * (count > 1)}: hue, saturation and grey views are left out")
+        log(f"images of {counted(count, 'channel')}: hue, saturation and grey views are left out")
 
 
 def image_format(args: argparse.Namespace) -> ImageFormat:
@@ -952,7 +955,7 @@ def train_run(args: argparse.Namespace, run: Run, images: Images, steps: Steps, 
     purge_from = step + (step % steps.per_epoch == 0)  # drops the record of an epoch cut by --max_steps
     curves = Curves(run.folder, PANELS, args.tensorboard, purge_from) if is_main_process() else None
     log(
-        f"training {args.arch} on {len(images)} images, {get_world_size()} process(es) on {device.type}, "
+        f"training {args.arch} on {len(images):,} images, {get_world_size()} process(es) on {device.type}, "
         f"{training.dtype or torch.float32}, "
         + (f"from step {step} to {steps.last}" if step < steps.last else f"finished at step {step}")
     )
@@ -999,7 +1002,7 @@ def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> Non
     try:
         old = path.read_text("utf-8", "surrogateescape") if path.exists() else ARGS_TITLE
         if not old.startswith(ARGS_TITLE):
-            log(f"warning: {path} is kept, so this run's settings are in its checkpoint only")
+            log(f"warning: {path} is of another program and kept: the settings are in the checkpoint only")
             return
         lines = [f"{ARGS_TITLE}.", f"# Processes: {get_world_size()}"]
         lines += [line for line in old.splitlines() if step and line.startswith(CHANGED_AT)]
@@ -1036,7 +1039,7 @@ def first_step(found: dict, steps: Steps) -> int:
     seen = (found.get("sampler") or {}).get("seen", 0)
     step = found.get("epoch", 0) * steps.per_epoch + min(seen // steps.batch, steps.per_epoch - 1)
     if step != found.get("step", step):
-        log(f"note: counted in steps of {steps.batch} images, this is step {step}")
+        log(f"note: with {steps.batch} images a step, the run goes on at step {step}")
     return step
 
 
@@ -1174,7 +1177,7 @@ def draw_preview(args: argparse.Namespace) -> None:
     size = max(height_and_width(args.global_crops_size))
     side = size * max(1, 160 // size)  # a whole multiple: the picture has the views' own pixels
     save_picture(contact_sheet(rows, side), path, PREVIEW_MARK)
-    log(f"{len(rows)} of {describe(images)}, each with its views in epoch 0: {path}")
+    log(f"preview of {len(rows)} of {describe(images)}, each with its views in epoch 0: {path}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -156,7 +156,12 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
     further = sbatch_options(job.slurm_extra)
     if per_part := [name for name in further if name.startswith("mem_per_")]:  # sbatch refuses both
         if job.mem_gb is not None:
-            raise UserError(f"contradicts {per_part[0]}", f"--mem_gb {job.mem_gb:g}", "give one of the two")
+            where = f"--mem_gb {job.mem_gb:g}"
+            raise UserError(
+                f"contradicts --slurm_extra {per_part[0].replace('_', '-')}",
+                where,
+                "leave out one of the two",
+            )
         mem_gb = None
     executor.update_parameters(
         job_name="dino",
@@ -199,7 +204,7 @@ def main(flags: tuple[argparse.Namespace, argparse.Namespace]) -> None:
     """
     job, args = flags
     if job.local and job.dry_run:
-        raise UserError("a local job has no script", "--dry_run", "leave out one of --local, --dry_run")
+        raise UserError("a local job has no script", "--local, --dry_run", "leave out one of the two")
     main_dino.check_args(argparse.Namespace(**vars(args)))  # checked now, not after days in the queue
     args.output_dir = str(Path(args.output_dir).expanduser().absolute())
     folder = Path(job.shared_dir or f"{args.output_dir}_slurm").expanduser().absolute()

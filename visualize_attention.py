@@ -126,9 +126,9 @@ def check_args(args: argparse.Namespace) -> None:
         where = "--image_path" if args.image_path else "--video"
         raise UserError("the demo draws its own images", where, "leave out one of the two")
     if args.image_path and args.video:
-        raise UserError("not both at once", "--image_path, --video", "leave out one of the two")
+        raise UserError("images and a video at once", "--image_path, --video", "leave out one of the two")
     if not (args.demo or args.image_path or args.video):
-        raise UserError("no images given", "--image_path", "name images or folders, or try --demo")
+        raise UserError("no images given", "--image_path", "give images or folders, or try --demo")
     if args.pca and args.query:
         what = "components are the same for every query"
         raise UserError(what, "--pca, --query", "leave out one of the two")

@@ -178,7 +178,8 @@ def _check_range(images: Images, within: np.ndarray, levels: set[int], read: int
         log(f"warning: few values of {read} checked images lie within {where}: {shares}; others are clipped")
     elif read >= SEVERAL and max(levels) < DARK:
         what = f"the values of {read} checked images fill the lowest {100 * (max(levels) + 1) / 256:.2g} %"
-        log(f"warning: {what} of {where}: were they converted?")
+        advice = "train with a smaller HIGH, or convert them"
+        log(f"warning: {what} of {where}, so the network sees them dark: {advice}")
 
 
 def _faults_of_depth(depths: dict[int, list[int]], deepest: int) -> dict[str, list[int]]:

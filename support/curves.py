@@ -32,8 +32,8 @@ class Curves:
             self.can_draw = False
         self.picture = folder / "curves.png"
         if self.picture.is_file() and not has_mark(self.picture, MARK):
-            cause = "since no run of this version drew it"
-            log(f"warning: {self.picture} is kept, {cause}: move it to see the curves")
+            cause = "no run of this version drew it"
+            log(f"warning: {self.picture} is kept, as {cause}: move it away to get the curves")
             self.can_draw = False
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -51,7 +51,7 @@ class Curves:
                     self.writer.add_scalar(name, value, record["step"])
                 self.writer.flush()
             except OSError as error:  # the writer's thread has ended, and raises this again
-                log(f"warning: nothing more for TensorBoard: {reason_of(error)}")
+                log(f"warning: no more numbers for TensorBoard: {reason_of(error)}")
                 self.writer = None
 
 

@@ -31,6 +31,7 @@ from support.errors import (
     ImageError,
     UserError,
     WrongFormat,
+    counted,
     few,
     first_line,
     lacks_resources,
@@ -219,7 +220,7 @@ class ListedFiles(FilesWithClasses):
         for number, line in text_lines(path):
             name, label = _path_and_class(line, root)
             if not os.path.isfile(os.path.join(root, name)):
-                fix = "give one image file a line, relative to the list's folder"
+                fix = "give one image file per line, relative to the list's folder"
                 raise UserError(f"no such file: {name:.200}", f"{path}, line {number}", fix)
             if not label:
                 lacking.append(number)
@@ -231,9 +232,9 @@ class ListedFiles(FilesWithClasses):
             raise UserError("no class", f"{path}, line {lacking[0]}", fix)
         distinct = len(set(names))
         if distinct < len(names):
-            log(f"note: {path}: {len(names) - distinct} of {len(names)} lines name an image again")
+            log(f"note: {path}: {len(names) - distinct} of {len(names)} lines repeat an image")
             if several := len(set(zip(names, classes, strict=True))) - distinct:
-                log(f"warning: {path}: lines that give an image another class: {several}")
+                log(f"warning: {path}: lines that give an image a second class: {several}")
         self.paths = Paths(names, root)
         self.classes = sorted(set(classes) - {""})
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -267,9 +268,9 @@ def read_names(path: Path, fix: str) -> list[str]:
     """The names in a text file, one a line, each once. Raises UserError, with `fix` if there is no file."""
     names = [line for _, line in text_lines(path, fix)]
     if not names:
-        raise UserError("no name in the list", str(path), "write a name a line, without extension")
+        raise UserError("no name in the list", str(path), "write one name per line, without extension")
     if repeated := len(names) - len(set(names)):
-        log(f"note: {repeated} repeated lines were left out: {path}")
+        log(f"note: {path}: {counted(repeated, 'repeated line')} left out")
     return list(dict.fromkeys(names))
 
 
@@ -322,10 +323,10 @@ class Grey(Dataset[tuple[Tensor, Any]]):
 def in_format(images: Images, form: ImageFormat, flag: str) -> Images:
     """A dataset of 8-bit RGB images in a format; `flag` names it in messages. Raises UserError."""
     if form.value_range is not None:
-        raise UserError("its images have 8 bits", f"{flag} with --value_range", "leave the range out")
+        raise UserError("the images have 8 bits", f"{flag} with --value_range", "leave --value_range out")
     if form.channels not in (1, 3):
-        what = f"its images have three channels, not {form.channels}"
-        raise UserError(what, flag, "give files, or a network of 3 channels or 1")
+        what = f"the images have three channels, not {form.channels}"
+        raise UserError(what, flag, "give image files, or a network of 3 channels or 1")
     return images if form.channels == 3 else Grey(images)
 
 
@@ -351,7 +352,7 @@ class Source(NamedTuple):
         """Read the data flags, for images of a format. Raises UserError."""
         if getattr(args, "demo", False) and (args.data_path or args.dataset):
             given = "--data_path" if args.data_path else f"--dataset {args.dataset}"
-            raise UserError("--demo draws its own images", given, "leave one out")
+            raise UserError("--demo draws its own images", given, "leave out one of the two")
         if args.download and not args.dataset:
             log("warning: --download has no effect: only --dataset downloads")
         values = {name: value for name, value in vars(args).items() if name in cls._fields}
@@ -460,7 +461,7 @@ def _check_one_part(images: ImageFiles, place: Folder | Path) -> None:
     if len(lone) == 1 and not top and all(folder.split("/")[0] in lone for folder in images.folders):
         (name,) = lone
         if "train" not in name.lower():
-            log(f"warning: {place}: all images lie in {name}/")
+            log(f"warning: {place}: all images lie in {name}/: check that they are for training")
     if mixed:
         first, what = next(iter(mixed.items()))
         what += f"; {len(mixed) - 1} more like it" * (len(mixed) > 1)
@@ -613,18 +614,19 @@ def class_names(images: Images) -> list[str]:
 def describe(images: Images) -> str:
     """State the numbers of images and classes, e.g. "1,281,167 images, 1,000 classes"."""
     classes = class_names(images)
-    return f"{len(images):,} images" + (f", {len(classes):,} classes" if classes else "")
+    return counted(len(images), "image") + (f", {counted(len(classes), 'class')}" if classes else "")
 
 
 def _selection(images: "ImageFiles") -> str:
     """State also how many files were taken and left out, by extension."""
     left_out = []
     if images.left_out:
-        left_out.append(f"{sum(images.left_out.values()):,} files ({_by_extension(images.left_out)})")
+        count = counted(images.left_out.total(), "file")
+        left_out.append(f"{count} ({_by_extension(images.left_out)})")
     if images.hidden:
-        left_out.append(f"{images.hidden:,} hidden names")
+        left_out.append(counted(images.hidden, "hidden name"))
     archives = len(images.paths.files) if isinstance(images.paths, Members) else 0
-    place = f" in {archives:,} archive{'s' * (archives > 1)}" if archives else ""
+    place = f" in {counted(archives, 'archive')}" if archives else ""
     words = describe(images) + place + (f" ({_by_extension(images.taken)})" if images.taken else "")
     return words + "; left out " * bool(left_out) + " and ".join(left_out)
 
@@ -667,7 +669,7 @@ def _torchvision_dataset(source: Source, split: str, called: str = "training ima
     root = source.data_path and without_links(os.path.expanduser(source.data_path))
     if name in ("ImageFolder", "DatasetFolder"):
         fix = "leave it out: --data_path alone reads class folders"
-        raise UserError("is not one dataset", f"--dataset {name}", fix)
+        raise UserError("this is not the name of a dataset", f"--dataset {name}", fix)
     if name not in known:
         raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
     if not root:

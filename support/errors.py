@@ -99,6 +99,11 @@ def few(names: Sequence) -> str:
     return ", ".join(map(str, names[:3])) + ", ..." * (len(names) > 3)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, e.g. "1 image", "1,000 images" or "2 classes"."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def similar(name: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:
     """Up to three known names that begin with `name`, or are similar."""
     longer = sorted((each for each in known if name and each.startswith(name)), key=len)

@@ -57,7 +57,7 @@ def compare_palettes(masks: Sequence[str | Path]) -> None:
                 what = (
                     f"{number} has the colour {before or 'none'} in {where} and {colour or 'none'} in {path}"
                 )
-                log(f"warning: masks have several palettes, of which only the numbers count: {what}")
+                log(f"warning: masks have different palettes, but only the numbers count: {what}")
                 return
 
 

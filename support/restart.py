@@ -147,7 +147,7 @@ class Run:
         for stream in (1, 2):
             with contextlib.suppress(OSError):  # no log yet, or no output
                 if os.path.samestat(os.fstat(stream), os.stat(self.log_file)):
-                    what, fix = "the output goes to the run's log, which is replaced", "give it another name"
+                    what, fix = "the output is redirected to the run's own log", "redirect it to another file"
                     raise UserError(what, str(self.log_file), fix)
 
     def _check_unused(self) -> None:
@@ -179,7 +179,7 @@ class Run:
         lacking = [name for name in self.identity if name not in known]  # of an earlier version
         if lacking:
             what = ", ".join(lacking) if recorded else "settings"
-            log(f"warning: {path} does not record {what}: the run may have begun with others")
+            log(f"warning: {path} does not record {what}: the run may have begun with other values")
         for name, value in recorded.items() if checkpoint.get("identity") else ():
             if name not in self.identity | added:
                 log(f"warning: {path} records {name} {value}, which this version does not compare")

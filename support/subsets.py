@@ -25,7 +25,7 @@ def few_shot(text: str) -> str:
     try:
         value = float(text[:-1]) if share else int(text)
     except ValueError:
-        words = "neither a number of images nor a share as 1%"
+        words = "neither a number of images nor a share such as 1%"
         raise argparse.ArgumentTypeError(f"{text!r} is {words}") from None
     if not (0 < value <= 100 if share else value >= 1):
         raise argparse.ArgumentTypeError(f"must be at least 1, or above 0% and at most 100%, not {text}")

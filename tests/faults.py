@@ -781,7 +781,7 @@ def train_and_test(folder: Path) -> None:
 TRAINING_FOLDERS: list[tuple[str, Callable[[Path], None], int, str]] = [
     ("hidden files of a Mac and of Jupyter", with_hidden_names, 0, "20 images (.png 20); left out 21 hidden"),
     ("folders that link to each other", link_to_each_other, 0, "20 images (.png 20)"),
-    ("14 of 20 images are `.jfif`", with_jfif, 0, "(.jfif 14, .png 6); left out 1 files (.txt 1)"),
+    ("14 of 20 images are `.jfif`", with_jfif, 0, "(.jfif 14, .png 6); left out 1 file (.txt 1)"),
     ("16-bit images that use 12 bits", arrays(lambda rng: Image.fromarray(
         rng.integers(0, 4096, (40, 40), dtype=np.uint16)), "png"), 0, "have 16 bits but use 12 of them"),
     ("four-band images", arrays(lambda rng: Image.fromarray(
@@ -949,7 +949,7 @@ class SilentFaults(BadInputs):
         train[-1] = self.new("other")
         for what, program, argv, folder, code, words in [
             ("lacks a class", eval_linear, evaluate, part, 0, "top-1 100.00 %"),
-            ("has an unknown class", eval_linear, evaluate, more, 2, "classifier does not know 1 classes"),
+            ("has an unknown class", eval_linear, evaluate, more, 2, "classifier does not know 1 class"),
             ("lacks a class", eval_knn, knn, part, 0, "Top1: 100.0"),
             ("lacks a class", eval_linear, train, part, 0, "Best accuracy: top-1 100.00 %"),
             ("has an unknown class", eval_knn, knn, more, 2, "val has classes that train lacks: rouge"),

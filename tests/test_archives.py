@@ -195,8 +195,8 @@ def test_an_image_that_a_list_names_twice_is_said(own, tmp_path, capsys):
     path.write_text("\n".join([*lines, lines[1], f"{name}\tnot {label}"]))
     ListedFiles(path)
     said = capsys.readouterr().out
-    assert f"note: {path}: 2 of {len(lines) + 2} lines name an image again" in said
-    assert f"warning: {path}: lines that give an image another class: 1" in said
+    assert f"note: {path}: 2 of {len(lines) + 2} lines repeat an image" in said
+    assert f"warning: {path}: lines that give an image a second class: 1" in said
 
 
 def test_several_data_paths_are_one_set(own, tmp_path, capsys):
@@ -296,7 +296,7 @@ def test_containers_give_what_the_folder_gives(own, tmp_path, kind, capsys):
     capsys.readouterr()
     assert same(open_training_images(Source(str(part))), open_training_images(folder))
     said = capsys.readouterr().out
-    assert ".jpg 1); left out 1 files (.md 1)" in said and " archive" in said
+    assert ".jpg 1); left out 1 file (.md 1)" in said and " archive" in said
     assert same(open_any_images(Source(str(part))), open_any_images(folder))
     labelled = [open_labelled_images(Source(str(place)), "train") for place in (tmp_path / "in", own)]
     assert same(*labelled) and labelled[0].classes == labelled[1].classes

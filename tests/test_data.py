@@ -60,7 +60,7 @@ def test_a_folder_of_one_part_other_than_train_is_named(tmp_path, capsys):
         save_images(tmp_path / part / part / "a", 2)
         open_training_images(Source(str(tmp_path / part)))
         assert (
-            f"warning: {tmp_path}/{part}: all images lie in {part}/\n" in capsys.readouterr().out
+            f"warning: {tmp_path}/{part}: all images lie in {part}/: check" in capsys.readouterr().out
         ) == named
 
 
@@ -395,7 +395,7 @@ def test_training_takes_the_unlabelled_images_where_there_are_some(tmp_path, mon
 def test_a_folder_is_not_given_as_a_dataset(tmp_path, name):
     for part in ("train", "val"):
         save_images(tmp_path / part / "a", 2)
-    with pytest.raises(UserError, match=f"is not one dataset .--dataset {name}.: leave it out"):
+    with pytest.raises(UserError, match=f"not the name of a dataset .--dataset {name}.: leave it out"):
         open_training_images(Source(str(tmp_path), name))
 
 

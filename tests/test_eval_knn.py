@@ -332,7 +332,7 @@ def test_test_labels_that_training_lacks_are_named(tmp_path, capsys):
 
 def test_one_class_is_named_since_all_answers_are_right(tmp_path, capsys):
     saved_features(tmp_path, trainlabels=torch.zeros_like, testlabels=torch.zeros_like)
-    assert "warning: only one class, so all answers are right" in capsys.readouterr().out
+    assert "warning: only one class: every prediction is right" in capsys.readouterr().out
     y, test_y, num_classes = eval_knn.number_classes(torch.tensor([7, 3, 3]), torch.tensor([3, 5, 7, 9]))
     assert (y.tolist(), test_y.tolist(), num_classes) == ([1, 0, 0], [0, -1, 1, -1], 2)
     x = F.normalize(torch.randn(7, 4), dim=1)
@@ -406,7 +406,7 @@ def test_the_demos_images_are_evaluated_as_a_user_would(monkeypatch, weights):
 
 @pytest.mark.parametrize("flag", ["--data_path", "--dataset"])
 def test_other_data_beside_the_demo_is_refused(flag):
-    with pytest.raises(UserError, match=f"--demo draws its own images .{flag}.*: leave one out"):
+    with pytest.raises(UserError, match=f"--demo draws its own images .{flag}.*: leave out one of the two"):
         evaluate("--demo", "--pretrained_weights", "pixels", flag, "other")
 
 
@@ -469,7 +469,7 @@ def test_images_that_broke_or_changed_do_not_end_a_training(kind, capsys):
     network = MultiCropWrapper(nn.Linear(3, 3), nn.Identity())
     assert eval_knn.PeriodicKNN(evaluate, 1, 1.0, None, lambda: False)(2, {"teacher": network}) == {}
     said = capsys.readouterr().out
-    assert said == "warning: no k-NN after epoch 2: archive was changed (val.tar): run it again\n"
+    assert said == "warning: epoch 2: no k-NN: archive was changed (val.tar): run it again\n"
 
 
 def test_knn_takes_its_share_of_the_time_since_the_start(monkeypatch):

@@ -318,7 +318,7 @@ def test_a_name_counts_once_and_a_byte_order_mark_is_no_part_of_it(tmp_path, cap
     listed.write_text("\ufeff" + listed.read_text() + "val 1\nval 1\n", encoding="utf-8")
     (tmp_path / "JPEGImages" / "val 1.txt").write_text("not an image of this name")
     assert MaskedFiles(tmp_path, "val").stems == ["val 0", "val 1", "val 2", "val 3"]
-    assert f"note: 2 repeated lines were left out: {listed}" in capsys.readouterr().out.splitlines()
+    assert f"note: {listed}: 2 repeated lines left out" in capsys.readouterr().out.splitlines()
 
 
 def test_images_that_viewers_turn_are_named(tmp_path, capsys):
@@ -342,8 +342,8 @@ def test_likely_faults_of_lists_and_masks_are_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "training images too" not in said
     # The palettes of `write_voc` are random.
-    assert "warning: masks have several palettes, of which only the numbers count: 0 has the colour [" in said
-    assert said.count("several palettes") == 2  # for each part once
+    assert "warning: masks have different palettes, but only the numbers count: 0 has the colour [" in said
+    assert said.count("different palettes") == 2  # for each part once
     for path in (tmp_path / "SegmentationClass").iterdir():
         mask = Image.open(path)
         mask.putpalette(range(256))
@@ -431,7 +431,7 @@ def make_void(root) -> None:
         (lambda root: (root / "JPEGImages/val 0.png").write_bytes(b"x"), "cannot read image: .*val 0.png"),
         (
             lambda root: Image.new("RGB", (48, 32)).save(root / "JPEGImages/val 0.jpg"),
-            r"two files of one name: val 0.jpg \(.*val 0.png\): remove one",
+            r"two files with one name: val 0.jpg \(.*val 0.png\): remove one",
         ),
         (
             lambda root: Image.new("L", (48, 32)).save(root / "SegmentationClass/val 0.png", format="JPEG"),
@@ -464,7 +464,7 @@ def test_bad_data_is_one_clear_line_before_the_work(tmp_path, spoil, message):
             ["--demo", *RANDOM_VIT, "--image_size", "60"],
             r"not a multiple of --patch_size 8 \(--image_size 60\)",
         ),
-        (["--demo", *RANDOM_VIT, "--data_path", "/x"], r"own images \(--data_path /x\): leave one out"),
+        (["--demo", *RANDOM_VIT, "--data_path", "/x"], r"own images \(--data_path /x\): leave out"),
     ],
 )
 def test_bad_usage_is_one_clear_line(flags, message):

@@ -523,7 +523,7 @@ def no_object(data):
             a_frame_of_another_kind,
             r"^extension is not .jpg \(.*clip/00001.png\): rename or convert it, or remove it",
         ),
-        (a_frame_twice, r"^two files of one number: 00001.JPG \(.*clip/00001.jpg\): remove one"),
+        (a_frame_twice, r"^two files with one number: 00001.JPG \(.*clip/00001.jpg\): remove one"),
         (no_object, r"^the mask of the first frame has no object \(.*clip/00000.png\)"),
     ],
 )
@@ -590,12 +590,12 @@ def test_masks_numbered_anew_are_named(tmp_path, capsys):
     other.putpalette([0, 0, 0, 250, 60, 90, 10, 200, 30])  # the same colour has another number
     other.save(data / video.MASKS / "clip" / "00002.png")
     segment(data, tmp_path / "output")
-    assert "warning: masks have several palettes" not in capsys.readouterr().out  # 1 is in no other mask
+    assert "warning: masks have different palettes" not in capsys.readouterr().out  # 1 is in no other mask
     other = square(16)
     other.putpalette([*PALETTE[:5], 90])  # the blue of 1
     other.save(data / video.MASKS / "clip" / "00002.png")
     segment(data, tmp_path / "output")
-    assert "warning: masks have several palettes, of which only the numbers count" in capsys.readouterr().out
+    assert "warning: masks have different palettes, but only the numbers count" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

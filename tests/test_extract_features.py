@@ -100,7 +100,7 @@ def test_no_file_of_the_user_is_overwritten(labelled, images, tmp_path, name, fo
     path = tmp_path / (name if "." in name else f"{name}.{format}")
     path.write_text("the user's")
     for data in (labelled / "train", images):  # with classes and without
-        with pytest.raises(UserError, match=rf"^file is not ours .*{path.name}\): give another --output_dir"):
+        with pytest.raises(UserError, match=rf"would overwrite .*{path.name}\): give another --output_dir"):
             extract(tmp_path, "--data_path", data, "--format", format)
     assert path.read_text() == "the user's"
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
@@ -286,7 +286,7 @@ def test_a_stopped_run_continues_where_it_was(half_done, images, capsys):
     assert np.array_equal(rows[kept], whole[kept]) and (rows[3] == 7).all() and np.isnan(rows[10]).all()
     said = capsys.readouterr().out
     assert "resuming" in said and "at row 8 of 20" in said
-    assert "warning: row 10 is NaN: " in said and "warning: 2 rows are NaN" in said
+    assert "warning: row 10 is NaN: " in said and "warning: rows that are NaN: 2" in said
     record = json.loads((half_done / "features.json").read_text())
     assert record["unreadable"] == ["nested/000.png", "nested/002.png"] and record["blocks"] == 5
     (half_done / "labels.npy.partial").touch()  # as if the run had been stopped at the end
@@ -334,7 +334,7 @@ def test_lost_files_are_computed_again(half_done, capsys, lost):
         with pytest.raises(UserError, match="does not say what the features are"):
             extract(half_done, *flags)
     (half_done / "features.json").unlink()
-    with pytest.raises(UserError, match="file is not ours"):
+    with pytest.raises(UserError, match="would overwrite a file that this script did not write"):
         extract(half_done, *flags)
 
 

@@ -513,7 +513,7 @@ def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys
     file.write_text("# my own\n--seed 5\n")
     train(*flags, "--seed", 3, "--max_steps", 4)
     assert file.read_text() == "# my own\n--seed 5\n"
-    assert f"warning: {file} is kept" in capsys.readouterr().out
+    assert f"warning: {file} is of another program" in capsys.readouterr().out
     file.unlink()
     file.mkdir()
     train(*flags, "--seed", 3, "--max_steps", 5)
@@ -713,7 +713,7 @@ def test_changed_flags_are_listed_and_refused_until_allowed(images, tmp_path, ca
     train(*again, "--batch_size_per_gpu", 2, "--allow_changed_args", "--max_steps", 13)
     out = capsys.readouterr().out
     assert "warning: resuming with batch_size_per_gpu 4 -> 2: a new run would give another result" in out
-    assert "note: counted in steps of 2 images, this is step 12\n" in out and "from step 12 to 13" in out
+    assert "note: with 2 images a step, the run goes on at step 12\n" in out and "from step 12 to 13" in out
     assert "\nepoch 1 [ 3/10] loss" in out
     train(*again, "--batch_size_per_gpu", 2, "--num_workers", 1, "--max_steps", 14)  # no change of maths
 
@@ -943,7 +943,7 @@ def test_an_unreadable_image_of_knn_data_does_not_end_the_training(images, label
     train("--data_path", images, "--output_dir", tmp_path / "run", *knn)
     out = capsys.readouterr().out
     assert "1 of 9 checked images cannot be read" in out.partition("epoch 0")[0]  # at the start
-    assert out.count("warning: no k-NN after epoch") == 2 and out.count(str(broken)) == 3
+    assert out.count(": no k-NN: cannot read image") == 2 and out.count(str(broken)) == 3
     assert ["knn_teacher" in record for record in log_of(tmp_path / "run")] == [False, False]
 
 
@@ -1068,7 +1068,7 @@ def test_knn_takes_no_more_than_its_share_of_the_time(images, labelled, tmp_path
     train("--data_path", images, "--output_dir", tmp_path, *knn)
     taken = ["knn_teacher" in record for record in log_of(tmp_path)]
     assert taken == [True, False, False]  # the first takes some
-    assert capsys.readouterr().out.count("no k-NN: it takes more than --knn_share 0 of the time") == 2
+    assert capsys.readouterr().out.count("no k-NN: it has taken more than --knn_share 0 of the time") == 2
 
 
 def test_no_worker_outlives_the_training(images, tmp_path):

@@ -244,7 +244,7 @@ def test_output_that_goes_to_the_log_is_refused(tmp_path, logged, other):
         command = [sys.executable, "-c", code, str(tmp_path), other]
         streams = {logged: output, other: subprocess.PIPE}
         said = getattr(subprocess.run(command, cwd=ROOT, text=True, **streams), other)
-    assert "the output goes to the run's log, which is replaced" in said and "give it another name" in said
+    assert "the output is redirected to the run's own log" in said and "redirect it to another file" in said
 
 
 def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):

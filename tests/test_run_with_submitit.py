@@ -53,12 +53,12 @@ def test_published_flags_and_defaults():
         ("--nodes 0", "argument --nodes: must be at least 1, not 0: see --help"),
         ("--mem_gb nan", "argument --mem_gb: must be finite, not nan: see --help"),
         ("--epochs 0", "argument --epochs: must be at least 1, not 0: see --help"),
-        ("--local --dry_run", "a local job has no script (--dry_run): leave out one of --local, --dry_run"),
+        ("--local --dry_run", "a local job has no script (--local, --dry_run): leave out one of the two"),
         ("--shared_dir /proc/x", "No such file or directory (--shared_dir /proc/x): choose another"),
         ("--shared_dir ~/x", "No such file or directory (--shared_dir /proc/x): choose another"),
         (  # before anything is submitted
             "--shared_dir /proc/x --warmup_epochs 101",
-            "too long for --epochs 100 (--warmup_epochs 101): shorten it",
+            "too long for --epochs 100 (--warmup_epochs 101): give at most 100",
         ),
         ("--partition_ low", "unrecognized arguments: --partition_ low: did you mean --partition?"),
     ],
@@ -224,7 +224,7 @@ def test_dry_run_prints_the_script(tmp_path):
     both = run(
         "run_with_submitit.py", *"--mem_gb 1 --slurm_extra mem-per-gpu=4G --dry_run".split(), check=False
     )
-    assert both.returncode == 2 and "contradicts mem_per_gpu (--mem_gb 1)" in both.stderr
+    assert both.returncode == 2 and "contradicts --slurm_extra mem-per-gpu (--mem_gb 1)" in both.stderr
     for flags, memory in (
         (["--mem_gb", "0"], "#SBATCH --mem=0MB"),  # all of a node's
         (["--slurm_extra", "mem-per-cpu=4G"], "#SBATCH --mem-per-cpu=4G"),
