@@ -117,7 +117,7 @@ def open_clips(data_path: str) -> list[Clip]:
     """
     root = cli.data_folder(data_path, "give the folder of DAVIS 2017")
     names_file = root / CLIPS
-    names = read_names(names_file, "give the folder of DAVIS 2017, or list the clips in it, one a line")
+    names = read_names(names_file, "give the folder of DAVIS 2017, or list the clips in it, one per line")
     for name in names:
         if name != Path(name).name or name == "..":
             raise UserError(f"{name} is not the name of a folder", str(names_file), "write names only")

@@ -199,7 +199,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--warmup_epochs", default=10, type=number(float, at_least=0),
         help="epochs of linear warm-up of the learning rate, or a fraction of one")
     group.add_argument("--min_lr", default=1e-6, type=number(float, at_least=0),
-        help="last learning rate, reached along a cosine; seldom worth a change")
+        help="last learning rate, reached along a cosine; rarely needs a change")
     group.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
         help="adamw for ViTs, sgd or lars for convnets")
     group.add_argument("--drop_path_rate", default=0.1, type=number(float, at_least=0, at_most=1),

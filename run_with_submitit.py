@@ -142,8 +142,8 @@ def local_executor(job: argparse.Namespace, folder: Path) -> submitit.AutoExecut
 
 def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecutor:
     """submitit's executor for SLURM; it writes the job's script and logs to `folder`. Raises UserError."""
-    # A signal while Python starts, before submitit sets its handlers, would end the job for good. If it is
-    # ignored, SLURM requeues a preempted job that still runs after the grace period.
+    # A signal while Python starts, before submitit sets its handlers, would end the job without a requeue. If
+    # it is ignored, SLURM requeues a preempted job that still runs after the grace period.
     ignoring = f"""sh -c 'trap "" TERM {submitit.JobEnvironment.USR_SIG}; exec "$@"' sh"""
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=30, python=f"{ignoring} {python_command()}")

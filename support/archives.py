@@ -272,7 +272,7 @@ def _has_images(index: Index) -> bool:
 
 def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
     """The index of several archives, as if all were unpacked into one folder; or, if one has images at its
-    top level, each into a folder of its name (ImageNet's training set is one archive a class). Raises
+    top level, each into a folder of its name (ImageNet's training set is one archive per class). Raises
     UserError for a name that occurs twice.
     """
     own_folders = any(_has_images(index) for _, index in parts)

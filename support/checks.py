@@ -163,7 +163,7 @@ def _check_range(images: Images, within: np.ndarray, levels: set[int], read: int
     """Check how much of the values of the images that were read lies within the range of the format: a share
     for each channel.
 
-    Raises UserError if all values become one level, and warns of channels of which hardly anything is within.
+    Raises UserError if all values become one level, and warns of channels with few values within.
     """
     limits = images.form.value_range if isinstance(images, ImageFiles) else None
     if not limits or not read:

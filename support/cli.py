@@ -517,6 +517,7 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
         sys.stdout.reconfigure(errors="backslashreplace")
     start_helper()
     others = set(multiprocessing.active_children())  # of the notebook or program that runs the script
+    goes_on = ", which resumes if anything is saved" if resumable else " to begin again"
     try:
         main(args)
         logger.write()  # what is still to be flushed
@@ -525,12 +526,11 @@ def run_script(main: Callable[[T], object], args: T, resumable: bool = False) ->
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        goes_on = ", which resumes if anything is saved" if resumable else " to begin again"
         stop = Interrupted("at once, by Ctrl-C", "", f"run the same command{goes_on}")
         stop.exit_code = 130  # what a shell reports for SIGINT
         end_at_once(stop)
     except BrokenPipeError:  # the program that reads our output has ended, as `head` does
-        stop = Interrupted("the reader of the output has ended", "", "run the same command to resume")
+        stop = Interrupted("the reader of the output has ended", "", f"run the same command{goes_on}")
         stop.exit_code = 141  # what a shell reports for SIGPIPE
         end_at_once(stop)
     except Exception as error:

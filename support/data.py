@@ -206,7 +206,7 @@ class FolderFiles(FilesWithClasses):
 
 
 class ListedFiles(FilesWithClasses):
-    """The image files that a text file lists, one a line, in that order.
+    """The image files that a text file lists, one per line, in that order.
 
     A line is a path, or a path and a class, separated by a tab or comma; the classes are sorted by name, and
     without them `classes` is empty and labels are 0. Relative paths start at the list's folder. Empty lines
@@ -265,7 +265,7 @@ def text_lines(path: str | Path, fix: str = "make it readable") -> Iterator[tupl
 
 
 def read_names(path: Path, fix: str) -> list[str]:
-    """The names in a text file, one a line, each once. Raises UserError, with `fix` if there is no file."""
+    """The names in a text file, one per line, each once. Raises UserError, with `fix` if there is no file."""
     names = [line for _, line in text_lines(path, fix)]
     if not names:
         raise UserError("no name in the list", str(path), "write one name per line, without extension")
@@ -578,7 +578,8 @@ def _split_of(root: Path, split: str, flag: str) -> Folder | Path:
     files = [path for path in files if os.path.isfile(path)]
     if os.path.isdir(root / split):
         if files:
-            log(f"note: {root}: took {split}/, not {' and '.join(path.name for path in files)} beside it")
+            unused = " and ".join(path.name for path in files)
+            log(f"note: {root}: reads the folder {split}/, and not {unused}")
         return _open_place(root / split)
     if len(files) > 1:
         what = f"folder has both {files[0].name} and {files[1].name}"

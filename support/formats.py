@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from support.errors import UserError, WrongFormat
+from support.errors import UserError, WrongFormat, counted
 from support.files import ARRAYS, all_extensions, extension, open_file, readable_extensions
 from support.pixels import as_tensor, to_rgb
 
@@ -187,7 +187,7 @@ def load_values(path: str, content: bytes | None, channels: int) -> np.ndarray:
     if len(values) == 1 and channels == 3:
         return values.repeat(3, axis=0)
     if len(values) != channels and not (is_rgb and channels == 1):
-        fix = f"give images of {channels}, or train with another --in_chans"
+        fix = f"give images of {counted(channels, 'channel')}, or train with another --in_chans"
         raise WrongFormat(f"image has {len(values)} channels, not {channels}", path, fix)
     return values
 

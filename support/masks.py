@@ -45,7 +45,7 @@ def require_numbers(mask: Image.Image, path: str | Path) -> None:
 
 def compare_palettes(masks: Sequence[str | Path]) -> None:
     """Warn if a number has another colour in another of up to 200 masks: programs that reduce colours
-    number them anew for each image. Raises UserError for one that cannot be read.
+    number them differently in each image. Raises UserError for one that cannot be read.
     """
     first: dict[int, tuple[list[int], str | Path]] = {}
     for path in (masks[index] for index in evenly_spread(len(masks), 200)):

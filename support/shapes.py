@@ -28,7 +28,7 @@ class Scene(NamedTuple):
     contrast: Range = (0.35, 0.5)  # of the texture
     periods: tuple[float, float, float] = (0.25, 0.14, 0.085)  # of broad, usual and fine stripes and checks
     warps: tuple[float, float, float] = (0.4, 0.6, 1.2)  # of the same, in periods
-    blobs: tuple[int, int] = (8, 28)  # cells of noise a side, for blobs and fine blobs
+    blobs: tuple[int, int] = (8, 28)  # cells of noise per side, for blobs and fine blobs
     shades: tuple[float, float] = (0.05, 0.2)  # grey and coloured noise in the object
     ground: tuple[float, float] = (0.14, 0.08)  # and in the background
 

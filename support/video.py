@@ -33,7 +33,7 @@ def _av() -> Any:
 class Frames:
     """The frames of a video file, or of a folder of image files, as RGB images of one size.
 
-    Every iteration reads them anew, one at a time, turned as a player shows them. The numbers in the names
+    Every iteration reads them again, one at a time, turned as a player shows them. The numbers in the names
     of image files count: frame2.png comes before frame10.png. Opening reads all of them once; it raises
     UserError for a file that is no video, or cannot be decoded, and for frames of different sizes.
     """

@@ -526,7 +526,7 @@ def test_a_split_that_is_a_folder_and_a_file_is_named(tmp_path, capsys):
     save_images(tmp_path / "train" / "a", 2)
     (tmp_path / "train.csv").write_text("train/a/000.png,b\n")
     images = open_labelled_images(Source(str(tmp_path)), "train")
-    assert images.classes == ["a"] and "took train/, not train.csv" in capsys.readouterr().out
+    assert images.classes == ["a"] and "reads the folder train/, and not train.csv" in capsys.readouterr().out
 
 
 def test_a_folder_of_webdatasets_is_not_taken_for_a_class(tmp_path):
