@@ -17,7 +17,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -195,7 +194,8 @@ class Loader(DataLoader):
 
     def _next(self, batches: Iterator, workers: set[BaseProcess]):
         """Return the next batch; None at the end, and if this process is asked to stop while it waits."""
-        begun, warned, asked = time.monotonic(), 0, math.inf
+        # Adds up the polls: a clock also counts the time in which `scontrol` or Ctrl-Z suspends the process.
+        waited, warned, asked = 0.0, 0, math.inf
         while True:
             try:
                 with _explained():
@@ -208,14 +208,13 @@ class Loader(DataLoader):
                 what = "the thread that pins memory died, as its error above says"
                 fix = "raise ulimit -n, give /dev/shm more room, or lower --num_workers"
                 raise Interrupted(what, "", fix, alone=True)
-            now = time.monotonic()
-            waited = now - begun
+            waited += self.poll
             if self.stop_asked():
-                asked = min(asked, now)
+                asked = min(asked, waited)
                 if get_world_size() == 1 and waited > self.grace:
                     kill_workers(workers)  # at the end of a pass, torch would wait for each
                     return None
-            if now - asked > self.last_wait:
+            if waited - asked > self.last_wait:
                 what = f"asked to stop, and no batch of images for {waited:.0f} s, so nothing was saved"
                 raise Interrupted(
                     what, "", "run the same command to resume from the last checkpoint", alone=True

@@ -292,6 +292,36 @@ def test_a_batch_that_never_comes_ends_the_run_with_a_line(monkeypatch, capsys):
     assert 1 <= capsys.readouterr().out.count("warning: no batch of images for ") <= 3
 
 
+class Suspends(Waiting):
+    """Items that come after their reader was suspended for seconds."""
+
+    def __getitem__(self, index):
+        os.kill(os.getppid(), signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(os.getppid(), signal.SIGCONT)
+        time.sleep(0.5)
+        return index
+
+
+SUSPENDED = """
+import torch
+from support.loading import Loader, make_loader
+from tests.test_loading import Suspends
+Loader.patience, Loader.poll = 2.0, 0.2
+print(len(list(make_loader(Suspends(1), [[0]], 1, torch.device("cpu")))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows suspends otherwise")
+def test_a_process_that_was_suspended_waits_on_for_its_batch():
+    """As `scontrol suspend`, `docker pause` and Ctrl-Z do. Its clock has gone on meanwhile."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SUSPENDED], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout == "1\n", ended.stderr
+
+
 def test_a_dead_thread_of_pinned_memory_ends_the_run_with_the_reason(images):
     """torch's iterator with CUDA does not notice it: it only times out."""
 
