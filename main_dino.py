@@ -979,7 +979,7 @@ def train_run(args: argparse.Namespace, run: Run, images: Images, steps: Steps, 
                 record |= knn(epoch, {"student": training.student_without_ddp, "teacher": training.teacher})
                 run.write_records([record])
             if record and curves:
-                curves.update(record)
+                curves.update(record, last=stopped or step == steps.last)
     barrier()  # every rank can now read what was saved
     monitor.raise_if_stopped(step, steps.last, run.folder)
 

@@ -1,6 +1,7 @@
 """Draws a run's log and writes it for TensorBoard. Training needs neither matplotlib nor TensorBoard."""
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,11 @@ Panels = Sequence[tuple[str, Sequence[str]]]
 class Curves:
     """Draws curves.png from log.txt after each epoch; writes the same numbers for TensorBoard if asked to.
 
+    Leaves out a drawing where epochs are so short that all drawings would take more than `SHARE` of the time.
     Logs a note if matplotlib is missing.
     """
+
+    SHARE = 0.02  # a drawing takes 0.3 s, and 0.6 s after 10,000 epochs
 
     def __init__(self, folder: Path, panels: Panels, tensorboard: bool = False, first_step: int = 0):
         """`folder` is the run's; TensorBoard discards its earlier records from `first_step` on."""
@@ -30,7 +34,7 @@ class Curves:
         except ImportError as error:
             log(f"note: no curves.png without matplotlib ({error}): pip install matplotlib")
             self.can_draw = False
-        self.picture = folder / "curves.png"
+        self.picture, self.due = folder / "curves.png", 0.0  # when to draw again
         if self.picture.is_file() and not has_mark(self.picture, MARK):
             cause = "no run of this version drew it"
             log(f"warning: {self.picture} is kept, as {cause}: move it away to get the curves")
@@ -40,11 +44,13 @@ class Curves:
 
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
-    def update(self, record: dict) -> None:
-        """Redraw the curves, after `record` was added to log.txt."""
-        if self.can_draw:
+    def update(self, record: dict, last: bool = False) -> None:
+        """Redraw the curves, after `record` was added to log.txt; always if it is the `last` of the run."""
+        begun = time.monotonic()
+        if self.can_draw and (last or begun >= self.due):
             log_file = self.folder / "log.txt"
             try_to_write(self.picture, lambda path: draw_curves(log_file, path, self.panels))
+            self.due = begun + (time.monotonic() - begun) / self.SHARE
         if self.writer:
             try:
                 for name, value in record.items():

@@ -62,6 +62,20 @@ def test_lines_of_others_and_a_log_without_knn_are_drawn_as_well(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_short_epochs_are_not_all_drawn_but_the_last_one_is(tmp_path):
+    """In 10,000 epochs of a second, the drawings would take an hour."""
+    (tmp_path / "log.txt").write_text(json.dumps(RECORD))
+    curves, drawings = Curves(tmp_path, main_dino.PANELS), []
+    for last in (False, False, True):
+        curves.update(RECORD, last)
+        drawings.append((tmp_path / "curves.png").exists())
+        (tmp_path / "curves.png").unlink(missing_ok=True)
+    assert drawings == [True, False, True]
+    curves.due = 0.0  # the pause is over
+    curves.update(RECORD)
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_a_picture_of_others_is_kept(tmp_path, capsys):
     drawn(tmp_path, RECORD)
     Image.new("RGB", (9, 9)).save(tmp_path / "curves.png")
