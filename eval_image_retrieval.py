@@ -267,7 +267,7 @@ def check_takes_any_size(network: nn.Module, imsize: int, multiscale: bool) -> N
             raise
         except Exception as error:  # a network may raise anything for a size that it does not take
             what = f"{type(network).__name__} takes no images of {imsize}x{width} pixels: {first_line(error)}"
-            raise UserError(what, "--arch", fix) from None
+            raise UserError(what, fix=fix) from None
     if len(widths) > 1:
         what = "the width of the features depends on the size of the image"
         raise UserError(what, "--pretrained_weights", fix)

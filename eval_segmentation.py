@@ -429,7 +429,7 @@ def has_attention(frozen: Frozen, device: torch.device) -> bool:
     try:
         attention_map(frozen.network, image)
     except UserError as error:
-        log(f"note: no attention is measured: {str(error).partition(' (')[0]}")
+        log(f"note: no attention is measured: {str(error).partition(': ')[0]}")
         return False
     return True
 

@@ -38,7 +38,7 @@ def attention_map(
         what = "CLS attention" if patch is None else "attention of patches"
         where = f" in layer {layer} from the end" if layer > 1 else ""
         lacks = f"{type(backbone).__name__} has no {what} over patches{where}"
-        raise UserError(lacks, "--arch", "use a ViT" + ", or another --layer" * (layer > 1))
+        raise UserError(lacks, fix="use a ViT" + ", or another --layer" * (layer > 1))
     return attention[..., first:].unflatten(-1, (rows, cols))
 
 

@@ -212,9 +212,8 @@ def _timm_patches_and_cls(
     if has_cls(network):
         layers = _timm_layers(network, images, n, output_fmt=output_fmt, return_prefix_tokens=True)
     if not layers or not all(isinstance(layer, tuple) and layer[1].shape[1] for layer in layers):
-        raise UserError(
-            f"{type(network).__name__} has no CLS token in its blocks", "--arch", "use another ViT"
-        )
+        what = f"{type(network).__name__} has no CLS token in its blocks"
+        raise UserError(what, fix="use another ViT")
     return [(patches, prefix[:, 0]) for patches, prefix in layers]
 
 
@@ -222,12 +221,12 @@ def _timm_layers(network: Any, images: Tensor, n: int, **kwargs) -> list:
     """What timm's `forward_intermediates` gives for the last `n` blocks, normed. Raises UserError."""
     name = type(network).__name__
     if not hasattr(network, "forward_intermediates"):
-        raise UserError(f"{name} has no patch tokens", "--arch", "use one of our ViTs or a timm model")
+        raise UserError(f"{name} has no patch tokens", fix="use one of our ViTs or a timm model")
     try:
         return network.forward_intermediates(images, indices=n, norm=True, intermediates_only=True, **kwargs)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         fix = "choose another image size, layer or network"
-        raise UserError(f"{name}: {first_line(error)}", "--arch", fix) from None
+        raise UserError(f"{name}: {first_line(error)}", fix=fix) from None
 
 
 def _grid(network: VisionTransformer, images: Tensor, tokens: Tensor) -> Tensor:

@@ -601,8 +601,11 @@ def test_masks_numbered_anew_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pretrained_weights", "pixels"], "Pixels has no patch tokens"),
-        (["--pretrained_weights", "random", "--arch", "resnet18"], "ResNet has no patch tokens"),
+        (["--pretrained_weights", "pixels"], "Pixels has no patch tokens: use one of our ViTs"),
+        (
+            ["--pretrained_weights", "random", "--arch", "resnet18"],
+            "ResNet has no patch tokens: use one of our ViTs",
+        ),
         (["--data_path", "/nowhere"], r"no such folder \(--data_path /nowhere\)"),
         (["--output_dir", __file__], "File exists .*--output_dir"),
     ],

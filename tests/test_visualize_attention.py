@@ -417,7 +417,10 @@ def test_the_demo_draws_the_trained_network(tmp_path):
         (["--image_path", "{broken}"], "cannot read image: .*broken.png"),
         (["--image_path", "{good}", "--image_size", "4"], "smaller than a patch of 8"),
         (["--image_path", "{good}", "--image_size", "1", "2", "3"], "one or two lengths"),
-        (["--image_path", "{good}", "--pretrained_weights", "pixels"], "Pixels has no CLS attention"),
+        (
+            ["--image_path", "{good}", "--pretrained_weights", "pixels"],
+            "Pixels has no CLS attention over patches: use a ViT",
+        ),
         (["--image_path", "{good}", "--query", "40", "3"], r"outside of the 40 x 40 image \(--query 40 3\)"),
         (["--image_path", "{good}", "{good}", "--query", "3", "3"], "a place in one image, not in 2"),
         (["--image_path", "{good}", "--query", "3", "3", "--pca"], "leave out one of the two"),
