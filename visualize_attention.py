@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -74,9 +75,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     cli.add_weights_flags(parser, patch_size=PATCH_SIZE)
     group = parser.add_argument_group("images")
-    group.add_argument("--image_path", nargs="+", default=None, metavar="PATH",
+    group.add_argument("--image_path", nargs="+", default=None, type=os.path.expanduser, metavar="PATH",
         help="image files, and folders to search for images")
-    group.add_argument("--video", default=None, metavar="PATH",
+    group.add_argument("--video", default=None, type=os.path.expanduser, metavar="PATH",
         help="a video file, or a folder of frames as image files, to make a video of; needs PyAV")
     group.add_argument("--image_size", default=(480, 480), type=cli.number(int, at_least=1), nargs="+",
         metavar="PIXELS",

@@ -211,7 +211,7 @@ def test_folders_and_several_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "a", 2)
     save_images(tmp_path / "b", 1)
-    look(*RANDOM_VIT, "--image_path", tmp_path / "a", tmp_path / "b" / "000.png", "--image_size", 32,
+    look(*RANDOM_VIT, "--image_path", "~/a", tmp_path / "b" / "000.png", "--image_size", 32,
          "--output_dir", "~/out")  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"000", "001", "000-2", "sheet.png"}
     assert not list((tmp_path / "out").glob("*/mask*"))
@@ -348,8 +348,9 @@ def test_a_video_of_the_attention_has_one_scale(tmp_path, capsys):
 
 def test_a_video_of_the_components_from_a_folder_of_frames(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(visualize_attention, "FIT_ON", 2)
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ after = to us
     save_images(tmp_path / "frames", 5)
-    flags = *RANDOM_VIT, "--video", tmp_path / "frames", "--output_dir", tmp_path / "out", "--pca"
+    flags = *RANDOM_VIT, "--video=~/frames", "--output_dir", tmp_path / "out", "--pca"
     look(*flags, "--image_size", 64, "--video_format", "avi", "--fps", 5)
     said = capsys.readouterr().out
     assert "scale: one for all 5 frames, from 2 of them, evenly spread" in said
@@ -390,12 +391,13 @@ def test_no_video_of_the_user_is_overwritten(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_the_demo_draws_the_trained_network(tmp_path):
+def test_the_demo_draws_the_trained_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--num_workers", "0"
     run("-c", f"import main_dino as m; m.train_dino(m.parse_args({[*flags, '--output_dir', str(tmp_path)]}))")
     out = run("visualize_attention.py", "--demo", "--pretrained_weights", tmp_path / "checkpoint.pth",
               "--output_dir", tmp_path).stdout  # fmt: skip
-    demo = "--demo", "--pretrained_weights", tmp_path / "checkpoint.pth", "--output_dir", tmp_path
+    demo = "--demo", "--pretrained_weights", "~/checkpoint.pth", "--output_dir", tmp_path
     with pytest.raises(UserError, match="have arch vit_nano"):
         look(*demo, "--arch", "vit_small")
     with pytest.raises(UserError, match="--image_size 60"):
