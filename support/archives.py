@@ -284,7 +284,8 @@ def _merge(parts: list[tuple[str, Index]], where: str) -> Index:
     ]
     files = [name for name in names if not name.endswith("/")]
     if twice := [name for name, count in Counter(files).items() if count > 1 and not _in_hidden(name)]:
-        raise UserError(f"two archives contain {twice[0]}", where, "remove one of them")
+        fix = "give one of them as --data_path, or remove it"  # e.g. train.zip beside val.zip
+        raise UserError(f"two archives contain {twice[0]}", where, fix)
     folders = list(filter(None, prefixes))  # a class without images has a folder too
     places = [*(index.places for _, index in parts), np.zeros((len(folders), 6), np.int64)]
     return Index(names + folders, np.concatenate(places))

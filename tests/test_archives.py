@@ -728,7 +728,7 @@ def test_archives_that_cannot_be_a_dataset_are_refused(own, tmp_path):
         open_labelled_images(Source(str(tmp_path / "parts")), "train")
     for part in ("0", "1"):
         pack(tmp_path / "twice" / f"{part}.tar", own / "train")
-    with pytest.raises(UserError, match=r"two archives contain c/003.png \(.*twice\)"):
+    with pytest.raises(UserError, match=r"two archives contain c/003.png \(.*twice\): give one"):
         open_training_images(Source(str(tmp_path / "twice")))
     (tmp_path / "tars").mkdir()
     inner = pack(tmp_path / "tars" / "a.tar", own / "train" / "a")
