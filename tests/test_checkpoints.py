@@ -235,20 +235,20 @@ def test_the_published_models_are_known_networks():
 
 
 def entries(path: str, data: str, out: str) -> dict[str, tuple]:
-    """Each way by which a file gets into a script: the script and its flags."""
+    """Each way by which a file gets into a script: the script, its flags and the names of files in `out`."""
     evaluation = "--data_path", data, "--num_workers", "0"
     vit = "--pretrained_weights random --arch vit_nano --patch_size 8 --image_size 32".split()
     linear = (*evaluation, "--output_dir", out)
     training = (*TINY, "--data_path", data + "/train", "--output_dir", out)
     return {
-        "training resumes": (main_dino, training, "checkpoint.pth"),
-        "training begins": (main_dino, (*training, "--init_from", path), None),
-        "k-NN weights": (eval_knn, (*evaluation, "--pretrained_weights", path), None),
-        "k-NN features": (eval_knn, ("--load_features", out), "trainfeat.pth"),
-        "linear weights": (eval_linear, (*linear, "--pretrained_weights", path), None),
-        "linear resumes": (eval_linear, (*linear, *vit), "checkpoint.pth.tar"),
-        "linear classifier": (eval_linear, (*linear, *vit, "--evaluate", "--linear_weights", path), None),
-        "attention": (visualize_attention, ("--image_path", data, "--pretrained_weights", path), None),
+        "training resumes": (main_dino, training, ["checkpoint.pth"]),
+        "training begins": (main_dino, (*training, "--init_from", path), []),
+        "k-NN weights": (eval_knn, (*evaluation, "--pretrained_weights", path), []),
+        "k-NN features": (eval_knn, ("--load_features", out), eval_knn.FEATURE_FILES),
+        "linear weights": (eval_linear, (*linear, "--pretrained_weights", path), []),
+        "linear resumes": (eval_linear, (*linear, *vit), ["checkpoint.pth.tar"]),
+        "linear classifier": (eval_linear, (*linear, *vit, "--evaluate", "--linear_weights", path), []),
+        "attention": (visualize_attention, ("--image_path", data, "--pretrained_weights", path), []),
     }
 
 
@@ -258,8 +258,8 @@ def test_no_entry_runs_code_from_a_file(entry, labelled, tmp_path):
     out.mkdir()
     evil = dict.fromkeys(("student", "teacher", "state_dict"), Call(os.mkdir, str(owned)))
     torch.save(evil, tmp_path / "evil.pth")
-    script, flags, name = entries(str(tmp_path / "evil.pth"), str(labelled), str(out))[entry]
-    if name:
+    script, flags, names = entries(str(tmp_path / "evil.pth"), str(labelled), str(out))[entry]
+    for name in names:
         shutil.copy(tmp_path / "evil.pth", out / name)
     with pytest.raises(UserError, match="file contains .*mkdir, which may run code"):
         call(script, *flags)
