@@ -398,9 +398,7 @@ def segment(
 ) -> dict[str, Tensor]:
     """Write the masks of a clip; prints and returns J and F, (2,), of each object, CLIP_NUMBER.
 
-    Without true masks, there are none.
-
-    Raises UserError for a file that cannot be read.
+    Without true masks, there are none. Raises UserError for a file that cannot be read.
     """
     mask, palette = read_mask_and_palette(clip.masks[0])
     first = without_void(mask)
@@ -445,12 +443,10 @@ def paper_result(weights: str, clips: list[Clip]) -> tuple[float, ...] | None:
     return PAPER.get(weights) if is_davis else None
 
 
-def load_network(args: argparse.Namespace, device: torch.device) -> Frozen:
-    """Load the network of the weights' flags. ImageNet's deviation is replaced by `STD`. Raises UserError."""
-    fix_random_seeds(args.seed)
+def load_network(args: argparse.Namespace) -> Frozen:
+    """Load the network by the flags. ImageNet's deviation is replaced by `STD`. Raises UserError."""
     frozen = load_backbone(args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
     frozen.require_rgb("the benchmark's frames")
-    frozen.network.to(device)
     if frozen.std == IMAGENET_STD:
         frozen = frozen._replace(std=STD)
     confirm_network(frozen, "shorter side 480 pixels")
@@ -462,11 +458,13 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     if cli.leaves_work_to_first():
         return {}
     device = choose_device()
+    fix_random_seeds(args.seed)
     cli.warn_no_effect(args, get_args_parser(), [("bs", True, "frames are read one by one")])
     output_dir = cli.make_folder(args.output_dir)
     clips = open_clips(args.data_path)
     check_outputs(clips, output_dir)
-    frozen = load_network(args, device)
+    frozen = load_network(args)
+    frozen.network.to(device)
     flags = args.n_last_frames, args.size_mask_neighborhood, args.topk
     found = {clip.name: segment(frozen, clip, output_dir / clip.name, *flags, device) for clip in clips}
     if unscored := [name for name, scores in found.items() if not scores]:

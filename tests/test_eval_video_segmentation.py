@@ -125,7 +125,7 @@ def test_the_deviation_is_the_published_one_for_imagenets_and_a_models_own_other
     torch.save({"teacher": teacher}, tmp_path / "imagenet.pth")
     for name, std in (("own", (0.25, 0.25, 0.25)), ("imagenet", (0.228, 0.224, 0.225))):
         args = video.parse_args(["--pretrained_weights", str(tmp_path / f"{name}.pth")])
-        assert video.load_network(args, torch.device("cpu")).std == std
+        assert video.load_network(args).std == std
 
 
 def test_the_first_map_takes_the_pixel_nearest_to_the_centre_of_each_patch(capsys):
@@ -362,7 +362,7 @@ def test_frames_are_read_when_they_are_needed(tmp_path):
 
 def test_only_the_context_is_kept(tmp_path):
     args = video.parse_args([*RANDOM])
-    frozen = video.load_network(args, torch.device("cpu"))
+    frozen = video.load_network(args)
     clip = video.open_clips(str(make_clip(tmp_path)))[0]
     first = video.read_mask(clip.masks[0])
     masks = video.track(frozen, clip.frames, first, (96, 128), 1, 12, 5, torch.device("cpu"))
