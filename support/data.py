@@ -350,7 +350,7 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, args: argparse.Namespace, form: ImageFormat = RGB) -> "Source":
         """Read the data flags, for images of a format. Raises UserError."""
-        if getattr(args, "demo", False) and (args.data_path or args.dataset):
+        if args.demo and (args.data_path or args.dataset):
             given = "--data_path" if args.data_path else f"--dataset {args.dataset}"
             raise UserError("--demo draws its own images", given, "leave out one of the two")
         if args.download and not args.dataset:
@@ -518,11 +518,11 @@ def open_labelled_images(source: Source, split: str) -> Images:
         return _torchvision_dataset(source, split)
     sets: list[ImageFiles] = []
     for part in source.each():
-        place = _split_of(_existing_path(part), split, source.flag)
-        form, is_list = source.form, isinstance(place, Path)
-        sets.append(ListedFiles(str(place), True, form) if is_list else LabelledFiles(place, form))
-        _check_not_empty(sets[-1], place, source.flag)
-        log(f"{split} images: {place}: {_selection(sets[-1])}")
+        place, form = _split_of(_existing_path(part), split, source.flag), source.form
+        images = ListedFiles(place, True, form) if isinstance(place, Path) else LabelledFiles(place, form)
+        _check_not_empty(images, place, source.flag)
+        log(f"{split} images: {place}: {_selection(images)}")
+        sets.append(images)
     return _join(sets, f"{split} images")
 
 
@@ -618,7 +618,7 @@ def describe(images: Images) -> str:
     return counted(len(images), "image") + (f", {counted(len(classes), 'class')}" if classes else "")
 
 
-def _selection(images: "ImageFiles") -> str:
+def _selection(images: ImageFiles) -> str:
     """State also how many files were taken and left out, by extension."""
     left_out = []
     if images.left_out:
@@ -724,7 +724,7 @@ def _open_split(make: Any, source: Source, split: str) -> tuple[Images, str]:
     if "train" in takes:
         if own not in ("", "train", "test"):
             raise UserError("dataset has train and test", f"--split {own}", "name one of them")
-        choices = [{"train": own != "test" if own else part == "train"}]
+        choices = [{"train": part == "train" and own != "test"}]
     elif "split" in takes:
         choices = [{"split": n} for n in ([own] if own else SPLITS[split])]
     elif split == "unlabelled" and not own:
