@@ -386,7 +386,7 @@ def open_training_images(source: Source) -> Images:
             raise UserError("has no effect with --demo", f"--split {source.split}", "leave it out")
         return in_format(Shapes("train", 2_048), source.form, "--demo")  # minutes on 2 cores
     if source.dataset:
-        return _torchvision_dataset(source, "unlabelled")
+        return _torchvision_dataset(source, "unlabelled", "training images")
     return _join(
         [_open_part(part, ImageFiles, "training images") for part in source.each()], "training images"
     )
@@ -515,7 +515,7 @@ def open_labelled_images(source: Source, split: str) -> Images:
     if source.demo:  # few, so that an evaluation takes seconds
         return in_format(Shapes(split, {"train": 2_048, "val": 1_000}[split]), source.form, "--demo")
     if source.dataset:
-        return _torchvision_dataset(source, split)
+        return _torchvision_dataset(source, split, f"{split} images")
     sets: list[ImageFiles] = []
     for part in source.each():
         place, form = _split_of(_existing_path(part), split, source.flag), source.form
@@ -664,7 +664,7 @@ def digest(images: Images) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _torchvision_dataset(source: Source, split: str, called: str = "training images") -> Images:
+def _torchvision_dataset(source: Source, split: str, called: str) -> Images:
     """Open a torchvision dataset by class name, and try the usual names of its splits; log it as `called`."""
     name, known = source.dataset, _torchvision_names()
     root = source.data_path and without_links(os.path.expanduser(source.data_path))
@@ -681,7 +681,7 @@ def _torchvision_dataset(source: Source, split: str, called: str = "training ima
             if not archive.with_suffix("").exists():
                 _unpack(archive)
         images, taken = _open_split(make, source._replace(data_path=root), split)
-    log(f"{'val images' if split == 'val' else called}: {name}{taken}: {describe(images)}")
+    log(f"{called}: {name}{taken}: {describe(images)}")
     return in_format(images, source.form, f"--dataset {name}")
 
 

@@ -386,7 +386,10 @@ def test_training_takes_the_unlabelled_images_where_there_are_some(tmp_path, mon
     assert "training images: STL10, split unlabeled: 5 images" in capsys.readouterr().out
     assert len(open_training_images(stl10._replace(split="train+unlabeled"))) == 9
     assert [len(open_any_images(stl10._replace(split=split))) for split in ("unlabeled", "val")] == [5, 3]
+    capsys.readouterr()
     assert len(open_labelled_images(stl10, "train")) == 4 and len(open_labelled_images(stl10, "val")) == 3
+    named = [line.split(" images")[0] for line in capsys.readouterr().out.splitlines()]
+    assert named == ["train", "val"]
     with pytest.raises(UserError, match=r"Unknown value 'tset' .*--split tset"):
         open_training_images(stl10._replace(split="tset"))
 
