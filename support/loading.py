@@ -276,13 +276,9 @@ def _check_open_files(count: int) -> None:
     A worker sends tensors from another thread. An error there would lose the batch and not reach the
     training, as this one does.
     """
-    opened = []
-    try:
+    with contextlib.ExitStack() as opened:
         for _ in range(count):
-            opened.append(os.open(os.devnull, os.O_RDONLY))
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
+            opened.enter_context(open(os.devnull, "rb", buffering=0))
 
 
 def make_loader(
