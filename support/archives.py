@@ -304,11 +304,10 @@ def _indexed(path: str) -> tuple[File, Index]:
         key = f"11\0{os.path.realpath(path)}\0{status.st_size}\0{times}"
         cache = _cache_folder() / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
         opened = File.of(path, status)
-        with contextlib.suppress(Exception):  # a broken file can raise nearly anything
-            with np.load(cache) as kept:
-                names = os.fsdecode(kept["names"].tobytes()).split("\0")[:-1]
-                if kept["places"].shape == (len(names), 6):
-                    return opened, Index(names, kept["places"])
+        with contextlib.suppress(Exception), np.load(cache) as kept:  # a broken file may raise anything
+            names = os.fsdecode(kept["names"].tobytes()).split("\0")[:-1]
+            if kept["places"].shape == (len(names), 6):
+                return opened, Index(names, kept["places"])
         with open(path, "rb") as file:
             index = _index(file, path, status.st_size)
     except OSError as error:
@@ -415,9 +414,9 @@ def _resolve(links: dict[str, str], places: Places, path: str, fix: str) -> None
     folders = {posixpath.dirname(name) for name in places if name.lower().endswith(readable)}
     folders |= {str(above) for folder in folders for above in PurePosixPath(folder).parents}
     for name, target in links.items():
-        if target and target in folders and not name.startswith(f"{target}/"):  # which would be a loop
-            if not _in_hidden(name):
-                raise UserError(f"{name} is a link to a folder with images", path, fix)
+        is_loop = name.startswith(f"{target}/")
+        if target and target in folders and not is_loop and not _in_hidden(name):
+            raise UserError(f"{name} is a link to a folder with images", path, fix)
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:

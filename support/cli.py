@@ -349,7 +349,8 @@ def number(
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {NUMBER_WORDS[kind]}") from None
+            words = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be finite, not {text}")
         for words, bound in bounds.items():
@@ -365,7 +366,6 @@ def number_or_auto(text: str) -> float | str:
     return text if text == "auto" else number(float)(text)
 
 
-NUMBER_WORDS = {int: "a whole number", float: "a number"}
 seed = number(int, at_least=0, below=2**63)  # what torch takes
 
 
