@@ -82,7 +82,7 @@ def draw_view(width: int, height: int, kind: Kind, rng, recipe: Recipe = PAPER) 
         vflip=recipe.vflip_p > 0 and happens(recipe.vflip_p, rng),
         quarters=quarters,
         colour=Colour(
-            *draw_jitter(rng, recipe.jitter_p, recipe.jitter),
+            *draw_jitter(recipe.jitter_p, rng, recipe.jitter),
             grey=happens(recipe.gray_p, rng),
             blur=draw_radius(kind.blur_p, rng, *recipe.blur_sigma),
             solarize=happens(kind.solarize_p, rng),
@@ -114,7 +114,7 @@ def draw_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_jitter(rng, p: float, strengths: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
+def draw_jitter(p: float, rng, strengths: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
     """Draw `Colour.order` and `Colour.amounts`: with probability `p` all four, in random order; else none.
 
     As in torchvision, brightness, contrast and saturation change by a factor of 1 - strength to 1 + strength,

@@ -74,7 +74,7 @@ ADJUSTED = {  # the paper's ranges
 
 def test_amounts_cover_their_ranges_and_adjustments_come_in_any_order():
     rng = random.Random(0)
-    drawn = [utils.draw_jitter(rng, 1, PAPER.jitter) for _ in range(4000)]
+    drawn = [utils.draw_jitter(1, rng, PAPER.jitter) for _ in range(4000)]
     orders, amounts = map(np.array, zip(*drawn, strict=True))
     assert len(np.unique(orders, axis=0)) == 24
     for adjust, ends in ADJUSTED.items():
@@ -278,7 +278,7 @@ ADJUSTED_BY_TORCHVISION = (
 
 
 def test_a_jitter_above_one_does_not_invert():
-    amounts = [utils.draw_jitter(random.Random(i), 1, (2, 0, 0, 0)) for i in range(400)]
+    amounts = [utils.draw_jitter(1, random.Random(i), (2, 0, 0, 0)) for i in range(400)]
     factors = [given[order.index(0)] for order, given in amounts]
     assert (min(factors), max(factors)) == pytest.approx((0, 3), abs=0.05)
 
