@@ -36,7 +36,7 @@ from support import cli
 from support.attention import attention_map, keep_mass
 from support.backbones import canonical, check_divides
 from support.checks import check_images
-from support.data import ImageFiles, Images, describe, read_image
+from support.data import ImageFiles, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
 from support.features import confirm_network, patch_size_of, patch_tokens
@@ -351,7 +351,7 @@ def fit_components(viewer: Viewer, images: Callable[[], Iterable[AnyImage]], sid
 # ---------------------------------------------------------------------------------------------
 
 
-def readable(images: Images) -> Iterator[AnyImage]:
+def readable(images: ImageFiles) -> Iterator[AnyImage]:
     """Yield the images that can be read. Raises ImageError if none can."""
     broken = 0
     for i in range(len(images)):
@@ -439,14 +439,15 @@ def visualize_video(viewer: Viewer, frames: Frames, args: argparse.Namespace, pa
 def draw_demo(viewer: Viewer, args: argparse.Namespace, output_dir: Path) -> None:
     """Draw the demo's network on some of its images, with the true masks. Raises UserError."""
     shapes = Shapes("val", ON_SHEET if args.pca else 4)
-    size = viewer.prepare(shapes[0][0])[0].size
+    images = [shapes[i][0] for i in range(len(shapes))]
+    size = viewer.prepare(images[0])[0].size
     masks = [Image.fromarray(shapes.mask(i)).resize(size) for i in range(len(shapes))]
     if args.pca:
-        colours = fit_components(viewer, lambda: readable(shapes), args.foreground)
-        shown = [show_components(viewer, colours, image) for image in readable(shapes)]
+        colours = fit_components(viewer, lambda: images, args.foreground)
+        shown = [show_components(viewer, colours, image) for image in images]
         rows = bands([[*sheet_rows(each)[0], mask] for each, mask in zip(shown, masks, strict=True)])
     else:
-        shown = [show_attention(viewer, args.threshold, image) for image in readable(shapes)]
+        shown = [show_attention(viewer, args.threshold, image) for image in images]
         rows = [row for each, mask in zip(shown, masks, strict=True) for row in sheet_rows(each, mask)]
     save_picture(contact_sheet(rows, side=128), output_dir / "sheet.png", MARK)
     what = "image, components and true mask" if args.pca else "image and true mask, mean and heads"
