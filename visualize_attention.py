@@ -481,16 +481,13 @@ def main(args: argparse.Namespace) -> None:
         return
     device = choose_device()
     fix_random_seeds(args.seed)
-    output_dir = Path(args.output_dir).expanduser()
+    output_dir = cli.make_folder(args.output_dir)
     if args.demo:
-        viewer = load_viewer(args, device)
-        draw_demo(viewer, args, cli.make_folder(output_dir))
+        draw_demo(load_viewer(args, device), args, output_dir)
     elif args.video:
         frames, path = Frames(args.video), output_dir / f"video.{args.video_format}"
         check_free(path, MARK, {Path(args.video).resolve()})
-        viewer = load_viewer(args, device)
-        cli.make_folder(output_dir)
-        visualize_video(viewer, frames, args, path)
+        visualize_video(load_viewer(args, device), frames, args, path)
     else:
         viewer = load_viewer(args, device)
         images = open_images(args.image_path, viewer.frozen.form)
@@ -498,7 +495,6 @@ def main(args: argparse.Namespace) -> None:
             what = f"a query is a place in one image, not in {len(images)}"
             raise UserError(what, "--query", "give one image, or --video for frames of one size")
         check_images(images, alike=False)
-        cli.make_folder(output_dir)
         if lies_below(output_dir / "sheet.png", args.image_path):
             log(f"warning: {output_dir}/ lies in --image_path: other scripts would read its pictures")
         show: Show = functools.partial(show_attention, viewer, args.threshold)

@@ -206,6 +206,12 @@ def test_one_image_gives_the_published_files_and_a_sheet(tmp_path):
         assert (blocks == blocks[:, :1, :, :1]).all()  # one colour per patch
 
 
+def test_a_folder_that_cannot_be_made_is_named_before_all_work(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match=r"\(--output_dir .*out\)"):
+        look("--pretrained_weights", "none.pth", "--image_path", tmp_path, "--output_dir", tmp_path / "out")
+
+
 def test_folders_and_several_images(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
