@@ -467,8 +467,7 @@ def load_backbone(
     normalization = unknown_normalization(in_chans)
     if weights != "random":
         prefix = load_pretrained_weights(model, known)[1]
-        part = prefix.removesuffix(".") if prefix != "backbone." else ""
-        if part := ".".join(filter(None, (known.entry, part.removesuffix(".backbone")))):
+        if part := f"{known.entry}.{prefix}".removesuffix(".").removesuffix(".backbone").strip("."):
             words.insert(0, part)
         words += [] if known.epoch is None else [f"epoch {known.epoch}"]
         words += assumed_heads(model, known)
