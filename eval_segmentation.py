@@ -305,17 +305,16 @@ def report_attention(scores: AttentionScores, threshold: float, num_images: int)
         + f"; left out {left_out} without objects" * bool(left_out))  # fmt: skip
     one = int(scores.objects.mean(dim=0).argmax())
     found = {
-        "each class, its best head": scores.classes.mean(),
-        "all objects, the image's best head": scores.objects.amax(dim=1).mean(),
-        f"all objects, head {one} for all images": scores.objects[:, one].mean(),
-        "all objects, the whole image as mask": scores.area.mean(),
+        "jaccard": ("each class, its best head", scores.classes.mean()),
+        "jaccard_image": ("all objects, the image's best head", scores.objects.amax(dim=1).mean()),
+        "jaccard_one_head": (f"all objects, head {one} for all images", scores.objects[:, one].mean()),
+        "area": ("all objects, the whole image as mask", scores.area.mean()),
     }
-    for name, value in found.items():
-        log(f"  {name:38} Jaccard {100 * value.item():5.1f} %")
+    for words, value in found.values():
+        log(f"  {words:38} Jaccard {100 * value.item():5.1f} %")
     share = 100 * scores.on_objects[:, one].mean().item()
     log(f"  of head {one}'s attention, {share:.1f} % is on the objects")
-    names = ("jaccard", "jaccard_image", "jaccard_one_head", "area")
-    return {name: 100 * value.item() for name, value in zip(names, found.values(), strict=True)}
+    return {name: 100 * value.item() for name, (_, value) in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------
