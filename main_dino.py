@@ -974,7 +974,7 @@ def train_run(args: argparse.Namespace, run: Run, images: Images, steps: Steps, 
             if step in (steps.last, (epoch + 1) * steps.per_epoch):
                 record = {f"train_{name}": value for name, value in logger.averages().items()}
                 record |= {"epoch": epoch, "step": step, "unreadable": monitor.unreadable}
-            save(run, args, step, steps, record, last=stopped or step == steps.last)
+            save(args, run, step, steps, record, last=stopped or step == steps.last)
             if record and knn and not stopped:  # after the save, so that nothing can be lost
                 record |= knn(epoch, {"student": training.student_without_ddp, "teacher": training.teacher})
                 run.write_records([record])
@@ -1051,7 +1051,7 @@ def end_of_stretch(step: int, steps: Steps, save_every: int) -> int:
 
 
 def save(
-    run: Run, args: argparse.Namespace, step: int, steps: Steps, record: dict | None, last: bool
+    args: argparse.Namespace, run: Run, step: int, steps: Steps, record: dict | None, last: bool
 ) -> None:
     """Write the checkpoint; after an epoch also its `record` and, every few epochs, a numbered copy."""
     epochs, begun = divmod(step, steps.per_epoch)

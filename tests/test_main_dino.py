@@ -631,7 +631,7 @@ def test_images_of_all_ranks_are_counted():
     """Two processes of two images each, at step 8 of five an epoch."""
     steps, saved = main_dino.Steps(per_rank=2, batch=4, per_epoch=5, last=10), {}
     run = types.SimpleNamespace(save=lambda values, *_: saved.update(values))
-    main_dino.save(run, main_dino.parse_args(TINY), 8, steps, None, last=False)
+    main_dino.save(main_dino.parse_args(TINY), run, 8, steps, None, last=False)
     assert saved["sampler"] == {"seen": 12} and main_dino.first_step(saved, steps) == 8
 
 
@@ -747,7 +747,7 @@ def test_a_run_that_stops_before_its_first_step_keeps_no_numbered_copy(tmp_path)
     args = main_dino.parse_args(["--saveckp_freq", "1"])
     with Run(tmp_path, required=()) as run:
         run.resume({}, {})
-        main_dino.save(run, args, 0, main_dino.Steps(4, 4, 5, 10), None, last=True)
+        main_dino.save(args, run, 0, main_dino.Steps(4, 4, 5, 10), None, last=True)
     assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint.pth"]
 
 
