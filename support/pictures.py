@@ -85,13 +85,13 @@ def heat_map(values: Tensor, top: float | None = None) -> Image.Image:
     return Image.fromarray(_palette()[levels.cpu().numpy()])
 
 
-def glow(image: Image.Image, attention: Tensor, top: float = 8.0) -> Image.Image:
+def glow(image: Image.Image, attention: Tensor) -> Image.Image:
     """Lay attention (R, C) over an image, darkened and grey: smooth, and brighter where there is more of it.
 
-    The colours reach from 0 to `top` times the mean attention. They follow the square root, so that weak
+    The colours reach from 0 to eight times the mean attention. They follow the square root, so that weak
     attention is visible.
     """
-    shares = (attention / attention.mean() / top).float().clamp(0, 1).sqrt()[None, None]
+    shares = (attention / attention.mean() / 8).float().clamp(0, 1).sqrt()[None, None]
     smooth = F.interpolate(shares, image.size[::-1], mode="bicubic")[0].clamp(0, 1)
     grey = image.convert("L").point(lambda level: 0.6 * level).convert("RGB")
     return Image.composite(heat_map(smooth[0], 1.0), grey, to_pil_image(smooth))
