@@ -427,9 +427,8 @@ def normalized(features: Tensor, which: str) -> Tensor:
     """
     zeros = len(features) - int(features.any(dim=1).sum())
     if zeros == len(features):
-        raise UserError(
-            f"the {which} images' features are all zero", "--pretrained_weights", "give other weights"
-        )
+        what = f"the {which} images' features are all zero"
+        raise UserError(what, "--pretrained_weights", "give other weights")
     if zeros:
         log(f"warning: the features of {zeros} of {len(features)} {which} images are zero")
     return F.normalize(features, dim=1, out=features)

@@ -406,9 +406,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.knn_every and not (args.knn_data or args.dataset or args.demo):
         raise UserError("needs labelled images", "--knn_every", "give --knn_data, with train/ and val/")
     if args.demo and args.init_from:
-        raise UserError(
-            "the demo starts from random weights", f"--init_from {args.init_from}", "leave it out"
-        )
+        what = "the demo starts from random weights"
+        raise UserError(what, f"--init_from {args.init_from}", "leave it out")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("needs TensorBoard", "--tensorboard", "pip install tensorboard")
     check_format(args)

@@ -156,12 +156,8 @@ def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecu
     further = sbatch_options(job.slurm_extra)
     if per_part := [name for name in further if name.startswith("mem_per_")]:  # sbatch refuses both
         if job.mem_gb is not None:
-            where = f"--mem_gb {job.mem_gb:g}"
-            raise UserError(
-                f"contradicts --slurm_extra {per_part[0].replace('_', '-')}",
-                where,
-                "leave out one of the two",
-            )
+            what = f"contradicts --slurm_extra {per_part[0].replace('_', '-')}"
+            raise UserError(what, f"--mem_gb {job.mem_gb:g}", "leave out one of the two")
         mem_gb = None
     executor.update_parameters(
         job_name="dino",

@@ -207,7 +207,6 @@ def download(name: str, kind: str) -> Path:
                 path.unlink()
                 raise UserError("download is incomplete or of another kind", url, "try again") from None
             except (OSError, RuntimeError, http.client.HTTPException) as error:
-                raise UserError(
-                    f"cannot download: {error}", url, "check the network or give a file"
-                ) from None
+                fix = "check the network or give a file"
+                raise UserError(f"cannot download: {error}", url, fix) from None
     return path

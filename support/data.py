@@ -387,9 +387,8 @@ def open_training_images(source: Source) -> Images:
         return in_format(Shapes("train", 2_048), source.form, "--demo")  # minutes on 2 cores
     if source.dataset:
         return _torchvision_dataset(source, "unlabelled", "training images")
-    return _join(
-        [_open_part(part, ImageFiles, "training images") for part in source.each()], "training images"
-    )
+    sets = [_open_part(part, ImageFiles, "training images") for part in source.each()]
+    return _join(sets, "training images")
 
 
 def _open_part(source: Source, files: Callable[..., ImageFiles], called: str) -> ImageFiles:

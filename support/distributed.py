@@ -144,9 +144,8 @@ def _address(dist_url: str) -> tuple[str, int] | None:
     with contextlib.suppress(ValueError):  # a port that is not a number
         if url.scheme == "tcp" and url.hostname and url.port:
             return url.hostname, url.port
-    raise UserError(
-        "not an address", f"--dist_url {dist_url}", "write tcp://HOST:PORT, env:// or file:///PATH"
-    )
+    fix = "write tcp://HOST:PORT, env:// or file:///PATH"
+    raise UserError("not an address", f"--dist_url {dist_url}", fix)
 
 
 def _wait_until(
@@ -438,10 +437,8 @@ def agree(what: str, value: str) -> None:
     values = all_gather_object(value)
     for rank, other in enumerate(values):
         if other != values[0]:
-            raise UserError(
-                f"ranks have different {what}", f"rank 0: {values[0]}; rank {rank}: {other}",
-                "give every process the same",
-            )  # fmt: skip
+            where = f"rank 0: {values[0]}; rank {rank}: {other}"
+            raise UserError(f"ranks have different {what}", where, "give every process the same")
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:

@@ -73,7 +73,6 @@ def estimate_normalization(
     for channel, deviation in enumerate(std, 1):
         if deviation < 1e-4:
             what = f"channel {channel} is the same in all of the sample"
-            raise UserError(
-                what, "--std auto", "give numbers, another --value_range, or leave the channel out"
-            )
+            fix = "give numbers, another --value_range, or leave the channel out"
+            raise UserError(what, "--std auto", fix)
     return [float(f"{x:.4g}") for x in mean], [float(f"{x:.4g}") for x in std]

@@ -216,9 +216,8 @@ class Loader(DataLoader):
                     return None
             if waited - asked > self.last_wait:
                 what = f"asked to stop, and no batch of images for {waited:.0f} s, so nothing was saved"
-                raise Interrupted(
-                    what, "", "run the same command to resume from the last checkpoint", alone=True
-                )
+                fix = "run the same command to resume from the last checkpoint"
+                raise Interrupted(what, "", fix, alone=True)
             if waited > self.patience:
                 raise Interrupted(f"no batch of images for {waited:.0f} s", "", SLOW_ADVICE, alone=True)
             if waited > (warned + 1) * self.warn_every:

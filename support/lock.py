@@ -36,11 +36,8 @@ class FolderLock:
             is_first = self._make()
             holder = None if is_first else self._read(moment)
             if holder and not self._is_dead(holder):
-                raise UserError(
-                    f"another run writes to this folder: {_name(holder)}, since {holder['since']}",
-                    self.where,
-                    "wait for it, stop it, or give another folder",
-                )
+                what = f"another run writes to this folder: {_name(holder)}, since {holder['since']}"
+                raise UserError(what, self.where, "wait for it, stop it, or give another folder")
             self._write(0)
         except OSError as error:
             what = f"cannot lock {self.path.parent} ({reason_of(error)})"

@@ -441,9 +441,8 @@ def load_backbone(
     pixels. Raises UserError, also if an argument contradicts the file.
     """
     if not weights:
-        raise UserError(
-            "no weights given", "--pretrained_weights", "give a file, a published model, or random"
-        )
+        fix = "give a file, a published model, or random"
+        raise UserError("no weights given", "--pretrained_weights", fix)
     if isinstance(image_size, list):
         image_size = tuple(image_size)
     unused = {"random": ["checkpoint_key"], "pixels": ["checkpoint_key", "arch", "patch_size"]}
