@@ -48,8 +48,8 @@ class Curves:
         """Redraw the curves, after `record` was added to log.txt; always if it is the `last` of the run."""
         begun = time.monotonic()
         if self.can_draw and (last or begun >= self.due):
-            log_file = self.folder / "log.txt"
-            try_to_write(self.picture, lambda path: draw_curves(log_file, path, self.panels))
+            with try_to_write(self.picture):
+                draw_curves(self.folder / "log.txt", self.picture, self.panels)
             self.due = begun + (time.monotonic() - begun) / self.SHARE
         if self.writer:
             try:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -229,8 +229,10 @@ class Run:
         state = {name: piece.state_dict() for name, piece in self.pieces.items()}
         state |= values | {"identity": self.identity}
         if keep_as:
-            try_to_write(self.folder / keep_as, lambda path: save_checkpoint(state, path), last)
-        try_to_write(self.checkpoint, lambda path: save_checkpoint(state, path, self.previous), last)
+            with try_to_write(self.folder / keep_as, last):
+                save_checkpoint(state, self.folder / keep_as)
+        with try_to_write(self.checkpoint, last):
+            save_checkpoint(state, self.checkpoint, self.previous)
 
     def _ruined(self) -> str | None:
         """Describe weights that are not finite, or whose squares are not; None if there are none.
@@ -251,15 +253,12 @@ class Run:
 
     def write_records(self, records: Sequence[dict], last: bool = False) -> None:
         """Write an epoch's records to the log, after those that it lacks. Rank 0 writes."""
-
-        def write(path: Path) -> None:
-            add_records(self.unwritten, path)
-            self.unwritten = []
-
         if records and is_main_process():
             earlier = [record for record in self.unwritten if record["epoch"] < records[0]["epoch"]]
             self.unwritten = [*earlier, *records]
-            try_to_write(self.log_file, write, last)
+            with try_to_write(self.log_file, last):
+                add_records(self.unwritten, self.log_file)
+                self.unwritten = []
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -280,13 +279,14 @@ def comparable(identity: dict) -> dict:
     return json.loads(json.dumps(identity, default=str))
 
 
-def try_to_write(path: Path, write: Callable[[Path], None], last: bool = False) -> None:
-    """Call `write(path)`. A disk error is a warning, since the next save may succeed.
+@contextlib.contextmanager
+def try_to_write(path: Path, last: bool = False) -> Iterator[None]:
+    """Make a disk error of the block, which writes `path`, a warning, since the next save may succeed.
 
     On the `last` save it is a TrainingError.
     """
     try:
-        write(path)
+        yield
     except OSError as error:
         what = f"cannot save: {reason_of(error)}"
         if last:
