@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from support import cli
-from support.data import ImageFiles, read_labelled, read_names
+from support.data import ImageFiles, read_image, read_names
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import UserError, reading
 from support.features import confirm_network, patch_size_of, patch_tokens
@@ -242,7 +242,7 @@ def _neighbours(old: int, new: int, device: torch.device) -> tuple[Tensor, Tenso
 @torch.inference_mode()
 def unit_features(frozen: Frozen, frame: Path, size: tuple[int, int], device: torch.device) -> Tensor:
     """The last block's patch tokens of a frame, of length 1: (R, C, D). Raises ImageError."""
-    pixels = to_pixels(read_labelled(ImageFiles(frame), 0)[0])
+    pixels = to_pixels(read_image(ImageFiles(frame), 0)[0])
     images = normalize(resize(pixels.to(device), size)[None], frozen.mean, frozen.std)
     return F.normalize(patch_tokens(frozen.network, images)[0].float(), dim=-1)
 
