@@ -173,7 +173,7 @@ PAGE = 4096  # bytes
 RECORD = 1024  # rows of each process between two records of the progress
 
 
-class Store:
+class Store(contextlib.AbstractContextManager):
     """The files of a set of features: its progress and its completion.
 
     Blocks of rows are computed in rounds: a round gives each process one block. `features.json` records how
@@ -198,9 +198,6 @@ class Store:
         self.done, self.complete = 0, False  # blocks; whether the final files are there
         self.unreadable: list[str] = []
         self.lock = FolderLock(folder / ".features.lock")
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.lock.release()

@@ -28,7 +28,7 @@ from support.logger import log
 from support.weights import load_strictly
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """A run's folder: resumes from it and saves to it.
 
     `required` names the pieces that a checkpoint has to hold; a warning names others that it lacks. `advice`
@@ -64,9 +64,6 @@ class Run:
             with contextlib.suppress(UserError):  # `resume` says what is wrong with it
                 return load_checkpoint(path).get("args") or {}
         return {}
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.lock.release()
