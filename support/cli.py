@@ -373,9 +373,10 @@ def make_folder(path: str | Path, flag: str = "output_dir") -> Path:
     """Create the folder for a run's files if it does not exist; returns it without links, which could lead to
     the files of another run later. Raises UserError if it is not writable.
     """
-    folder = Path(without_links(os.path.expanduser(path)))
+    folder = Path(os.path.expanduser(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # fails for a link to a disk that is not mounted
+        folder = Path(without_links(folder))
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:

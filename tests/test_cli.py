@@ -177,6 +177,15 @@ def test_a_link_that_is_switched_to_another_run_does_not_move_the_output(tmp_pat
     assert folders == (tmp_path / "run1", tmp_path / "run1")
 
 
+def test_a_link_to_a_folder_that_is_not_there_is_refused(tmp_path):
+    """Its disk may not be mounted; a run in it would begin again, on another disk."""
+    (tmp_path / "runs").symlink_to("disk/runs")
+    for name in ("runs", "runs/vits16"):
+        with pytest.raises(UserError, match=rf"File exists \(--output_dir {tmp_path}/{name}\)"):
+            cli.make_folder(tmp_path / name)
+    assert not (tmp_path / "disk").exists()
+
+
 def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(permissions):
     os.mkdir("closed", 0o500)
     with pytest.raises(UserError, match=r"Permission denied \(--output_dir closed\): choose another"):
