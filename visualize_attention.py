@@ -40,7 +40,7 @@ from support.data import ImageFiles, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
 from support.errors import ImageError, TrainingError, UserError
 from support.features import confirm_network, patch_size_of, patch_tokens
-from support.files import lies_below
+from support.files import lies_below, without_links
 from support.formats import ImageFormat
 from support.logger import MetricLogger, log
 from support.pca import SIDES, PatchColours
@@ -229,7 +229,7 @@ def folder_names(paths: list[str], given: Sequence[str]) -> list[str]:
     form of Unicode, count as one, as they do in folders on a Mac.
     """
     names: dict[str, str] = {}  # by what has to differ
-    roots = {Path(root) for root in given}
+    roots = {Path(place) for root in given for place in (root, without_links(root))}
     for path in map(Path, paths):
         root = next((folder for folder in path.parents if folder in roots), path.parent)
         stem = name = str(path.relative_to(root).with_suffix(""))

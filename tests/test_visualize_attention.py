@@ -223,6 +223,14 @@ def test_folders_and_several_images(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*/mask*"))
 
 
+def test_pictures_of_a_linked_folder_lie_in_its_folders(tmp_path):
+    save_images(tmp_path / "photos" / "cat", 2)
+    (tmp_path / "link").symlink_to("photos")
+    flags = "--image_path", tmp_path / "link", "--image_size", 32, "--output_dir", tmp_path / "out"
+    look(*RANDOM_VIT, *flags)
+    assert (tmp_path / "out" / "cat" / "001" / "img.png").exists()
+
+
 # ---- queries and layers
 
 
