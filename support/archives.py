@@ -22,7 +22,16 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from support.errors import UserError, WrongFormat, reason_of
-from support.files import Folder, Found, Paths, all_extensions, appearing, is_hidden, select_images
+from support.files import (
+    Folder,
+    Found,
+    Paths,
+    all_extensions,
+    appearing,
+    is_hidden,
+    select_images,
+    without_links,
+)
 from support.logger import log
 
 ARCHIVES = (".tar", ".zip")
@@ -149,6 +158,7 @@ class Members(Paths):
     def __init__(self, names: Iterable[str], root: str, files: list[File], places: np.ndarray):
         super().__init__(names, root)
         self.files, self.places = files, places
+        self._real = [without_links(file.path) for file in files]
         self._open: dict[int, IO[bytes]] = {}
         self._process = os.getpid()
 
@@ -186,7 +196,7 @@ class Members(Paths):
         if file is None:
             if len(self._open) >= self.MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            file = self._open[archive] = open(self.files[archive].path, "rb", buffering=0)
+            file = self._open[archive] = open(self._real[archive], "rb", buffering=0)
         file.seek(offset)
         content = file.read(size)
         opened = self.files[archive]

@@ -245,12 +245,13 @@ def test_links_are_followed_but_not_in_a_circle(tmp_path):
     assert len(ImageFiles(tmp_path / "data")) == 3
 
 
-@pytest.mark.parametrize("name", ["current", "current/list.txt", "current/train"])
+@pytest.mark.parametrize("name", ["current", "current/list.txt", "current/train", "current/train.zip"])
 def test_a_link_that_is_switched_to_other_images_does_not_mix_them(name, tmp_path):
     """A link such as `current -> v1`, under which a new version appears while a run reads the old one."""
     for seed, version in enumerate(("v1", "v2")):
         save_images(tmp_path / version / "train", 2, seed=seed)
         (tmp_path / version / "list.txt").write_text("train/000.png\ntrain/001.png\n")
+        shutil.make_archive(str(tmp_path / version / "train"), "zip", tmp_path / version / "train")
     link = tmp_path / "current"
     link.symlink_to("v1")
     images = open_training_images(Source(str(tmp_path / name)))
