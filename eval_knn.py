@@ -128,8 +128,9 @@ def knn_votes(
     """
     for first, similarity, neighbour in neighbours(train_features, test_features, max(ks)):
         # Relative to the nearest neighbour, which avoids overflow for a small T and keeps the ranking.
-        # In float32, as the published code sums them, also for features of half precision.
-        vote, label = ((similarity - similarity[:, :1]).float() / T).exp(), train_labels[neighbour]
+        # As the published code does, features of half precision vote in float32.
+        dtype = torch.promote_types(similarity.dtype, torch.float32)
+        vote, label = ((similarity - similarity[:, :1]).to(dtype) / T).exp(), train_labels[neighbour]
         for k in ks:
             votes = vote.new_zeros(len(vote), num_classes)
             yield first, k, votes.scatter_add_(1, label[:, :k], vote[:, :k])

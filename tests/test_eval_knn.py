@@ -96,6 +96,12 @@ def test_votes_of_half_precision_features_are_counted_in_float32():
     assert eval_knn.knn_classifier(*data, sum(counts), 0.07, 2)[0] == 100
 
 
+def test_votes_of_double_precision_features_are_counted_in_float64():
+    features = torch.tensor([[1.0], [1 + 1e-9]], dtype=torch.float64)  # equal in float32
+    data = features, torch.arange(2), features[:1], torch.ones(1)
+    assert eval_knn.knn_classifier(*data, 2, 0.07, 2)[0] == 100
+
+
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float32, torch.bool])
 def test_class_numbers_of_any_type(dtype):
     assert eval_knn._class_numbers(torch.tensor([0, 1]).to(dtype), "").tolist() == [0, 1]
