@@ -651,13 +651,18 @@ def test_evaluation_needs_no_training_images(labelled, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "before"),
-    [("pixels", (24, 24)), ("mean", (0.1, 0.2, 0.3)), ("std", (0.1, 0.2, 0.3)), ("values", ((0.0, 9.0),))],
+    ("name", "before", "words"),
+    [
+        ("pixels", (24, 24), "size"),
+        ("mean", (0.1, 0.2, 0.3), "mean"),
+        ("std", (0.1, 0.2, 0.3), "deviation"),
+        ("values", ((0.0, 9.0),), "value range"),
+    ],
 )
-def test_a_classifier_of_other_pixels_is_refused(labelled, finished, name, before):
+def test_a_classifier_of_other_pixels_is_refused(labelled, finished, name, before, words):
     identity = load_checkpoint(finished / "checkpoint.pth.tar")["identity"]
     change_checkpoint(finished, identity=identity | {name: before})
-    with pytest.raises(UserError, match=r"trained on images of (size|mean|deviation|value range) .*, not "):
+    with pytest.raises(UserError, match=rf"trained on images of {words} \(.*, not "):
         probe(labelled, finished, "--evaluate")
 
 
