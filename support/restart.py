@@ -238,7 +238,7 @@ class Run(contextlib.AbstractContextManager):
         its scale: if it vanishes, no step is left.
         """
         for name, piece in self.pieces.items():
-            if isinstance(piece, torch.amp.GradScaler) and piece.is_enabled() and piece.get_scale() < 1e-3:
+            if isinstance(piece, torch.amp.GradScaler) and piece.get_scale() < 1e-3:  # 1 if off
                 return f"gradients were not finite at any scale ({name}: {piece.get_scale():.1e})"
             tensors = list(piece.state_dict().values()) if isinstance(piece, nn.Module) else []
             largest = [tensor.float().abs().max() for tensor in tensors if tensor.numel()]

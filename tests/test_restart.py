@@ -205,7 +205,7 @@ def test_a_link_to_a_checkpoint_that_is_away_is_not_a_new_run(tmp_path):
 
 def test_the_log_keeps_lines_of_any_bytes(tmp_path):
     path = tmp_path / "log.txt"
-    others = b'Versuch f\xfcr\n{"epoch": "one"}\n'
+    others = b'Versuch f\xfcr\n{"epoch": "one"}\n{"lr": 1}\n12\n' + b"[" * 100_000 + b"\n"
     path.write_bytes(others)
     add_records([{"epoch": 0}], path)
     assert path.read_bytes() == others + b'{"epoch": 0}\n'
@@ -312,8 +312,8 @@ def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_pa
     with Run(tmp_path, required=()) as run:
         assert run.resume(pieces, {"range": (0.4, 1), "gray": 0.2, "pair": [1, 2], "new": 3}, added=added)
         assert "does not compare" not in capsys.readouterr().out
-        with pytest.raises(UserError, match=r"differs from the run to resume: gray 0.2 -> 0.3 \("):
-            run.resume(pieces, {"range": (0.4, 1), "gray": 0.3, "pair": (1, 2)}, added=added)
+        with pytest.raises(UserError, match=r"to resume: range \[0.4, 1\] -> \[0.5, 1\], gray 0.2 -> 0.3 \("):
+            run.resume(pieces, {"range": (0.5, 1), "gray": 0.3, "pair": (1, 2)}, added=added)
 
 
 def test_what_this_version_does_not_compare_is_said(tmp_path, capsys):
@@ -366,9 +366,10 @@ def test_a_piece_that_the_checkpoint_lacks_is_said(tmp_path, capsys):
         pytest.raises(UserError, match="lacks teacher"),
     ):
         run.resume(pieces, {})
-    torch.save({"student": weights.state_dict(), "epoch": -1}, tmp_path / "checkpoint.pth")
-    with Run(tmp_path, required=()) as run, pytest.raises(UserError, match="checkpoint lacks epoch"):
-        run.resume(pieces, {})
+    for state, epoch, words in ((weights.state_dict(), -1, "checkpoint lacks epoch"), ({}, 2, "2 missing")):
+        torch.save({"student": state, "epoch": epoch}, tmp_path / "checkpoint.pth")
+        with Run(tmp_path, required=()) as run, pytest.raises(UserError, match=words):
+            run.resume(pieces, {})
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path):
@@ -511,9 +512,11 @@ def test_the_state_of_another_optimizer_is_refused(own):
             check_optimizer(optimizer, state)
 
 
-def test_a_run_in_full_precision_goes_on_with_loss_scaling(tmp_path):
+@pytest.mark.parametrize(("enabled", "scale"), [(False, 65_536), (True, 8)])  # full precision or float16
+def test_a_run_goes_on_with_the_scale_of_its_loss_or_begins_with_one(tmp_path, enabled, scale):
     run, scaler = Run(tmp_path, required=()), torch.amp.GradScaler("cpu")
-    torch.save({"epoch": 0, "fp16_scaler": {}}, run.checkpoint)
+    saved = torch.amp.GradScaler("cpu", init_scale=8, enabled=enabled)
+    torch.save({"epoch": 0, "fp16_scaler": saved.state_dict()}, run.checkpoint)
     with run:
         run.resume({"fp16_scaler": scaler}, {})
-    assert scaler.get_scale() == 65_536
+    assert scaler.get_scale() == scale
