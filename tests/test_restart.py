@@ -305,7 +305,7 @@ def test_a_failure_to_save_is_a_warning_but_for_the_last(tmp_path, capsys):
 
 
 def test_what_was_added_to_the_identity_has_a_value_for_older_checkpoints(tmp_path, capsys):
-    flags = {"range": (0.4, 1), "dist_url": "env://"}
+    flags = {"range": (0.4, 1), "output_dir": Path("out")}
     saved = {"student": torch.nn.Linear(1, 1).state_dict(), "epoch": 0, "args": flags}
     torch.save(saved, tmp_path / "checkpoint.pth")
     pieces, added = {"student": torch.nn.Linear(1, 1)}, {"gray": 0.2, "pair": (1, 2)}
