@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms.functional import get_dimensions, pil_to_tensor, resize
+from torchvision.transforms.functional import get_dimensions, pil_to_tensor, resize, to_pil_image
 
 T = TypeVar("T")
 
@@ -86,12 +86,14 @@ def as_tensor(image: AnyImage) -> Tensor:
 
 
 def in_channels(image: AnyImage, channels: int) -> AnyImage:
-    """An image of any mode as RGB, or as grey for one channel; a uint8 tensor (C, H, W) unchanged.
+    """An image of any mode as a PIL image: RGB, or grey for one channel.
 
-    Raises ValueError for a tensor of another type or number of channels.
+    For other numbers of channels, takes and returns a uint8 tensor (C, H, W). Raises ValueError for a tensor
+    of another type or number of channels.
     """
     if isinstance(image, Tensor) and len(image) == channels and image.dtype == torch.uint8:
-        return image
+        # torchvision would resize the tensor to other levels than the same pixels as a PIL image
+        return to_pil_image(image) if channels in (1, 3) else image
     if isinstance(image, Tensor) or channels not in (1, 3):
         has = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {image.mode} image"
         raise ValueError(f"the network takes uint8 ({channels}, H, W), not {has}")

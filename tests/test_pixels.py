@@ -32,6 +32,16 @@ def test_normalisation_and_evaluation_transform_equal_torchvisions():
     torch.testing.assert_close(px.eval_transform(224)(image), reference(image), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pixels_become_the_same_input_as_their_image(mode):
+    """torchvision resizes tensors to other levels, at hard edges by tens of them."""
+    bits = np.random.default_rng(0).integers(0, 2, (61, 97, 3), dtype=np.uint8)
+    image = Image.fromarray(255 * bits).convert(mode)
+    channels = len(image.getbands())
+    transform = px.eval_transform((24, 40), (0.5,) * channels, (0.25,) * channels)
+    assert torch.equal(transform(TF.pil_to_tensor(image)), transform(image))
+
+
 def test_the_transform_refuses_pixels_that_are_no_levels():
     """In [0, 1], all images would look black to the network."""
     with pytest.raises(ValueError, match=r"takes uint8 \(3, H, W\), not torch.float32 \(3, 8, 8\)"):
