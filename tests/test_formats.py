@@ -644,7 +644,7 @@ def test_knn_and_preview_of_a_training_normalise_by_the_flags(satellite):
         ("--value_range 0 1 0 1", "give LOW HIGH, or 13 pairs"),
         ("--value_range 0 auto", "mixes auto and numbers"),
         ("--mean 0.5 0.5 0.5", "3 numbers for 13 channels .*--mean"),
-        ("--mean " + "0.5 " * 13 + "--std " + "0 " * 13, "above 0 .*--std"),
+        ("--mean " + "0.5 " * 13 + "--std 0 " + "0.2 " * 12, "above 0 .*--std"),
     ],
 )
 def test_bad_flags_are_one_line(satellite, tmp_path, flags, message):

@@ -142,7 +142,7 @@ def test_help_is_whole_and_does_not_import_timm():
             "--data_path {images} --arch vit_tiny_patch16_224 --local_crops_size 20",
             "vit_tiny_patch16_224 takes no images of 20 pixels",
         ),
-        ("--data_path {images} --mean 124 116 104", r"must be from 0 to 1 \(--mean 124.*by 255"),
+        ("--data_path {images} --mean 0.5 116 104", r"must be from 0 to 1 \(--mean 0.5 116.*by 255"),
         ("--data_path {images} --mean -0.1 0 0", r"must be from 0 to 1 \(--mean -0.1"),
         ("--data_path {images} --mean 0 0 0 0", r"4 numbers for 3 channels \(--mean .*give one"),
         ("--data_path {images} --std 58 57 57", r"must be from 0 to 1 \(--std 58"),
@@ -843,8 +843,10 @@ def test_a_resumed_optimizer_keeps_its_own_settings(name, setting, value):
         group["d"] = 1.0  # state, as Prodigy and schedule-free optimizers keep it
     own.load_state_dict(saved.state_dict())
     assert [(group[setting], group["d"]) for group in own.param_groups] == [(value, 1.0)] * 2
-    with pytest.raises(ValueError, match="number of parameter groups"):
-        own.load_state_dict(torch.optim.SGD([torch.zeros(1)], lr=0.1).state_dict())
+    for count in (1, 3):
+        groups = [{"params": [torch.zeros(1)]} for _ in range(count)]
+        with pytest.raises(ValueError, match="number of parameter groups"):
+            own.load_state_dict(torch.optim.SGD(groups, lr=0.1).state_dict())
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
