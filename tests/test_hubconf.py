@@ -1,4 +1,5 @@
 import importlib
+import pickle
 import re
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_any_file_of_weights_loads(weights):
     pixels = network.transform(picture())
     assert torch.equal(pixels, eval_transform(32, (0.5, 0.4, 0.3), (0.2, 0.2, 0.3))(picture()))
     assert torch.equal(network(pixels[None]), expected(pixels[None]))
+    assert len(pickle.dumps(network.transform)) < 2000  # data-loading workers get it without the network
     with pytest.raises(UserError, match="no such file"):
         load("dino", weights="absent.pth")
 
