@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -84,11 +85,12 @@ def test_timms_own_names_are_used_where_the_sizes_are_the_same(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("arch", "size"), [("resnet18", "64"), ("vit_tiny_patch16_224", "64")])
-def test_other_networks_go_to_timm_and_back(tmp_path, arch, size):
+def test_other_networks_go_to_timm_and_back(tmp_path, capsys, arch, size):
     flags = "--arch", arch, "--image_size", size
     differences = write(tmp_path, "random", "--to", "timm", "backbone", *flags)
     assert differences["backbone"] == 0 and differences["timm"] < 1e-4
     assert load_backbone(str(tmp_path / "backbone.pth")).image_size == 64
+    assert re.search(r"^timm.create_model.*'mean': \(0.485, 0.456, 0.406\)", capsys.readouterr().out, re.M)
 
 
 def test_a_rectangle_goes_to_each_format_and_back(tmp_path, capsys, monkeypatch):
@@ -132,6 +134,7 @@ def test_hugging_face_reads_images_of_one_channel(tmp_path, capsys):
     pixels = processor(picture().convert("L"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 1, 32, 32) and model(pixels).last_hidden_state.shape == (1, 17, 128)
     write(tmp_path / "wide", "random", "--to", "hf", *flags, "--value_range", "0", "4095")
+    assert load_backbone(str(tmp_path / "wide" / "hf" / "model.safetensors")).value_range == ((0, 4095),)
     said = capsys.readouterr().out
     assert all(f"the image processor takes uint8 ({count}, H, W)" in said for count in (1, 3))
 
