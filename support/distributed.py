@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from support.errors import Interrupted, TrainingError, UserError
+from support.memory import keep_freed_memory
 
 # ---------------------------------------------------------------------------------------------
 # Launch
@@ -79,7 +80,7 @@ def check_launch() -> None:
 def choose_device() -> torch.device:
     """Choose this process's GPU; without CUDA, MPS for a single process, else the CPU. Raises UserError.
 
-    An empty CUDA_VISIBLE_DEVICES hides all GPUs, a Mac's too.
+    An empty CUDA_VISIBLE_DEVICES hides all GPUs, a Mac's too. On a CPU, the process keeps freed memory.
     """
     _, world_size, local_rank = launched_as()
     if torch.cuda.is_available():
@@ -92,8 +93,10 @@ def choose_device() -> torch.device:
         torch.cuda.set_device(device)
         return device
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    alone_on_a_mac = world_size == 1 and torch.backends.mps.is_available()
-    return torch.device("mps" if alone_on_a_mac and not hidden else "cpu")
+    if world_size == 1 and torch.backends.mps.is_available() and not hidden:
+        return torch.device("mps")
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
+from support.memory import keep_freed_memory
+
 # Windows lacks some of them. A closed terminal sends SIGHUP, Ctrl-C SIGINT.
 SCHEDULERS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, n)]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
@@ -16,14 +18,16 @@ SIGNALS = [*SCHEDULERS, signal.SIGINT]
 
 
 def begin_worker(*_) -> None:
-    """Prepare a data-loading worker: it ignores signals, and ends with its parent.
+    """Prepare a data-loading worker: it ignores signals, ends with its parent, and returns freed memory.
 
     Schedulers signal the whole job, but only the training stops. torch looks at a worker's parent process,
-    which for the start method "forkserver" outlives the training.
+    which for the start method "forkserver" outlives the training. Each worker would keep as much memory as
+    its largest image took.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory(False)  # a fork has its parent's setting
 
 
 def _end_with_parent() -> None:

@@ -11,6 +11,7 @@ processes, above what they held before.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import platform
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from support.data import ImageFiles
 from support.features import frozen_features
 from support.formats import load_pixels
 from support.loading import EpochBatches, TrainingViews, make_loader, to_device
+from support.memory import keep_freed_memory
 from support.pixels import to_pixels
 from tests.benchmarks import containers, device, textbook
 from tests.benchmarks.photographs import write_photographs
@@ -57,6 +59,31 @@ def seconds(side: Side, before: Side | None = None) -> float:
     begin = time.perf_counter()
     side()
     return time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def apart(name: str, *words: object) -> Iterator[Side]:
+    """A side of `SIDES` in a process of its own, since ours changes what a process does with freed memory."""
+    command = [sys.executable, "-m", "tests.benchmarks", "--side", name, *map(str, words)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+
+        def side() -> None:
+            process.stdin.write("go\n")
+            if "done\n" not in iter(process.stdout.readline, ""):
+                raise RuntimeError(f"{' '.join(command)} has ended")
+
+        yield side
+        process.stdin.close()
+
+
+def serve(name: str, *words: str) -> None:
+    """The process of `apart`."""
+    side = SIDES[name](*words)
+    for _ in sys.stdin:
+        side()
+        print("done", flush=True)
 
 
 def print_row(*cells: str) -> None:
@@ -89,17 +116,15 @@ def compare(
 def compare_peaks(name: str, benchmark: str, rounds: int = 3) -> None:
     """Peak memory of both sides, each in a process of its own."""
     peaks = {}
-    for side in ("ours", "textbook"):
-        command = [sys.executable, "-m", "tests.benchmarks", "--peak", benchmark, side]
+    for side in ("our", "textbook"):
+        command = [sys.executable, "-m", "tests.benchmarks", "--peak", f"{side}_{benchmark}"]
         runs = [
             subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
             for _ in range(rounds)
         ]
         peaks[side] = sorted(float(run.stdout.split()[-1]) for run in runs)
     a, b = (statistics.median(peak) for peak in peaks.values())
-    spread = (
-        f"{peaks['textbook'][0] / peaks['ours'][-1]:.2f} - {peaks['textbook'][-1] / peaks['ours'][0]:.2f}"
-    )
+    spread = f"{peaks['textbook'][0] / peaks['our'][-1]:.2f} - {peaks['textbook'][-1] / peaks['our'][0]:.2f}"
     print(f"| {name}, peak memory | {a:.0f} MiB | {b:.0f} MiB | **{b / a:.2f}x** | {spread} |", flush=True)
 
 
@@ -109,10 +134,12 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def print_peak(side: Side) -> None:
+def print_peak(name: str) -> None:
+    """How much more memory than before a side of `SIDES` needs."""
+    INPUTS[name.split("_")[1]]()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    side()
+    SIDES[name]()()
     print(resident("VmHWM") - before)
 
 
@@ -191,31 +218,38 @@ def step(rounds: int) -> None:
         compare_steps(arch, images, rounds)
 
 
+def our_step(arch: str, images: str, precision: str, *flags: str) -> Side:
+    batch, trainer = device.random_batch(int(images), CPU), device.OurTrainer(arch, precision, CPU, *flags)
+    return lambda: trainer.step(batch)
+
+
+def textbook_step(arch: str, images: str, precision: str) -> Side:
+    views = device.textbook_views(device.random_batch(int(images), CPU))
+    dtype = None if precision == "fp32" else device.DTYPES[precision]
+    return functools.partial(textbook.Trainer(arch, device.PROTOTYPES, dtype=dtype).step, views)
+
+
 def compare_steps(arch: str, images: int, rounds: int) -> None:
-    batch = device.random_batch(images, CPU)
-    views = device.textbook_views(batch)
-    theirs = functools.partial(textbook.Trainer(arch, device.PROTOTYPES).step, views)
+    with contextlib.ExitStack() as processes:
 
-    def our_step(precision: str, *flags: str) -> Side:
-        trainer = device.OurTrainer(arch, precision, CPU, *flags)
-        return lambda: trainer.step(batch)
+        def side(name: str, *words: str) -> Side:
+            return processes.enter_context(apart(name, arch, images, *words))
 
-    ours = our_step("fp32")
-    compare(f"step {arch}/16 fp32", ours, theirs, rounds, images, "img/s")
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    share = counter.get_total_flops() / min(seconds(ours) for _ in range(3)) / gemm_peak()
-    print_row("its share of the machine's fp32 GEMM peak", f"{share:.0%}")
-    if cpu_has_bf16():
-        ours = our_step("bf16")
-        compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
-        halved = textbook.Trainer(arch, device.PROTOTYPES, dtype=torch.bfloat16)
-        both = f"step {arch}/16, both bf16"
-        compare(both, ours, functools.partial(halved.step, views), rounds, images, "img/s")
-    else:
-        print_row(f"step {arch}/16 bf16", "this CPU has no bfloat16")
-    ours = our_step("fp32", "--compile")
-    compare(f"step {arch}/16 fp32 `--compile`", ours, theirs, rounds, images, "img/s")
+        ours, theirs = side("our_step", "fp32"), side("textbook_step", "fp32")
+        compare(f"step {arch}/16 fp32", ours, theirs, rounds, images, "img/s")
+        with FlopCounterMode(display=False) as counter:
+            our_step(arch, str(images), "fp32")()
+        share = counter.get_total_flops() / min(seconds(ours) for _ in range(3)) / gemm_peak()
+        print_row("its share of the machine's fp32 GEMM peak", f"{share:.0%}")
+        if cpu_has_bf16():
+            ours = side("our_step", "bf16")
+            compare(f"step {arch}/16 bf16 : textbook fp32", ours, theirs, rounds, images, "img/s")
+            both, halved = f"step {arch}/16, both bf16", side("textbook_step", "bf16")
+            compare(both, ours, halved, rounds, images, "img/s")
+        else:
+            print_row(f"step {arch}/16 bf16", "this CPU has no bfloat16")
+        ours = side("our_step", "fp32", "--compile")
+        compare(f"step {arch}/16 fp32 `--compile`", ours, theirs, rounds, images, "img/s")
 
 
 class PlainImages(Dataset):
@@ -232,28 +266,33 @@ class PlainImages(Dataset):
             return self.views(image.convert("RGB"))
 
 
+# A training uses one loading worker, which each turn starts and ends: else it would go on loading while the
+# other side computes.
+
+
+def our_training(arch: str, batch: str, steps: str, folder: str, precision: str) -> Side:
+    dataset = TrainingViews(ImageFiles(folder), recipe().views, 0)
+    batches = EpochBatches(len(dataset), int(batch), 0, last_step=int(steps))
+    loader, trainer = make_loader(dataset, batches, 1, CPU), device.OurTrainer(arch, precision, CPU)
+    return lambda: trainer.steps(to_device(loader, CPU))
+
+
+def textbook_training(arch: str, batch: str, folder: str) -> Side:
+    images = PlainImages(sorted(Path(folder).iterdir()))
+    loader = DataLoader(images, int(batch), shuffle=True, num_workers=1, drop_last=True)
+    trainer = textbook.Trainer(arch, device.PROTOTYPES)
+    return lambda: [trainer.step(views) for views in loader]
+
+
 def end_to_end(rounds: int, arch: str = "vit_tiny", batch: int = 8, steps: int = 10) -> None:
-    """Files to weights, one loading worker, which each turn starts and ends: else it would go on loading
-    while the other side computes.
-    """
+    """Files to weights."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_photographs(Path(folder), steps * batch)
-        dataset = TrainingViews(ImageFiles(folder), recipe().views, 0)
-        loaders = {
-            "ours": make_loader(dataset, EpochBatches(len(dataset), batch, 0, last_step=steps), 1, CPU),
-            "textbook": DataLoader(PlainImages(paths), batch, shuffle=True, num_workers=1, drop_last=True),
-        }
-        plain = textbook.Trainer(arch, device.PROTOTYPES)
-        for precision in ["fp32", *["bf16"] * cpu_has_bf16()]:
-            ours = device.OurTrainer(arch, precision, CPU)
-            compare(
-                f"files to weights, {arch}/16 {precision} : textbook fp32",
-                lambda ours=ours: ours.steps(to_device(loaders["ours"], CPU)),
-                lambda: [plain.step(views) for views in loaders["textbook"]],
-                rounds,
-                steps * batch,
-                "img/s",
-            )
+        write_photographs(Path(folder), steps * batch)
+        with apart("textbook_training", arch, batch, folder) as theirs:
+            for precision in ["fp32", *["bf16"] * cpu_has_bf16()]:
+                with apart("our_training", arch, batch, steps, folder, precision) as ours:
+                    name = f"files to weights, {arch}/16 {precision} : textbook fp32"
+                    compare(name, ours, theirs, rounds, steps * batch, "img/s")
 
 
 # ---- last layer and loss
@@ -288,7 +327,8 @@ def plain_loss() -> None:
 
 
 def loss(rounds: int) -> None:
-    compare("head and loss, B = 64, K = 65536", our_loss, plain_loss, rounds)
+    with apart("our_loss") as ours, apart("textbook_loss") as theirs:
+        compare("head and loss, B = 64, K = 65536", ours, theirs, rounds)
     compare_peaks("head and loss, B = 64, K = 65536", "loss")
 
 
@@ -315,7 +355,8 @@ def plain_knn() -> list[float]:
 
 def knn(rounds: int) -> None:
     assert our_knn() == plain_knn()
-    compare("k-NN, 50k x 5k x 384, four k", our_knn, plain_knn, rounds)
+    with apart("our_knn") as ours, apart("textbook_knn") as theirs:
+        compare("k-NN, 50k x 5k x 384, four k", ours, theirs, rounds)
     compare_peaks("k-NN, 50k x 5k x 384, four k", "knn")
 
 
@@ -357,10 +398,12 @@ BENCHMARKS = {
     "augmentation": [augmentation], "containers": [reading], "step": [step], "training": [end_to_end],
     "loss": [loss], "knn": [knn], "linear": [linear], "start": [start],
 }  # fmt: skip
-PEAKS = {
-    "loss": {"ours": our_loss, "textbook": plain_loss},
-    "knn": {"ours": our_knn, "textbook": plain_knn},
-}
+SIDES: dict[str, Callable[..., Side]] = {
+    "our_step": our_step, "textbook_step": textbook_step,
+    "our_training": our_training, "textbook_training": textbook_training,
+    "our_loss": lambda: our_loss, "textbook_loss": lambda: plain_loss,
+    "our_knn": lambda: our_knn, "textbook_knn": lambda: plain_knn,
+}  # fmt: skip
 INPUTS = {"loss": loss_inputs, "knn": knn_inputs}
 
 
@@ -373,7 +416,8 @@ def main() -> None:
         "--device", choices=["cpu", "cuda", "mps"], help="measure the training step on this device instead"
     )
     parser.add_argument("--images", type=count, default=64, help="images per step, with --device")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    for flag in "--peak", "--side":  # the processes of `compare_peaks` and `apart`
+        parser.add_argument(flag, nargs=argparse.REMAINDER, default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device and args.which != "all":
         parser.error("--device measures the step of all networks: leave the name out")
@@ -384,10 +428,13 @@ def main() -> None:
         return
     if not importlib.util.find_spec("skimage"):
         parser.error("needs photographs: pip install -r tests/benchmarks/requirements.txt")
+    if "".join(args.peak + args.side).startswith("our"):
+        keep_freed_memory()  # as our scripts do
     if args.peak:
-        benchmark, side = args.peak
-        INPUTS[benchmark]()
-        print_peak(PEAKS[benchmark][side])
+        print_peak(*args.peak)
+        return
+    if args.side:
+        serve(*args.side)
         return
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
     print("\n| work | ours | textbook | ratio | spread |\n|---|---|---|---|---|")
