@@ -908,7 +908,7 @@ def set_threads(count: int, device: torch.device) -> None:
     if count:
         torch.set_num_threads(count)
     elif device.type == "cpu" and (threads := torch.get_num_threads()) > (cores := num_cores()):
-        log(f"note: {threads} threads for {cores} core(s): --cpu_threads {cores} is faster")
+        log(f"note: {threads} threads for {counted(cores, 'core')}: --cpu_threads {cores} is faster")
 
 
 @only_one_in_process()
@@ -954,8 +954,8 @@ def train_run(args: argparse.Namespace, run: Run, images: Images, steps: Steps, 
     purge_from = step + (step % steps.per_epoch == 0)  # drops the record of an epoch cut by --max_steps
     curves = Curves(run.folder, PANELS, args.tensorboard, purge_from) if is_main_process() else None
     log(
-        f"training {args.arch} on {len(images):,} images, {get_world_size()} process(es) on {device.type}, "
-        f"{training.dtype or torch.float32}, "
+        f"training {args.arch} on {len(images):,} images, "
+        f"{counted(get_world_size(), 'process')} on {device.type}, {training.dtype or torch.float32}, "
         + (f"from step {step} to {steps.last}" if step < steps.last else f"finished at step {step}")
     )
     batches = to_device(iter(build_loader(args, images, steps, step, device, monitor.stop_asked)), device)

@@ -38,7 +38,7 @@ from support.backbones import canonical, check_divides
 from support.checks import check_images
 from support.data import ImageFiles, describe, read_image
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import ImageError, TrainingError, UserError
+from support.errors import ImageError, TrainingError, UserError, counted
 from support.features import confirm_network, patch_size_of, patch_tokens
 from support.files import lies_below, without_links
 from support.formats import ImageFormat
@@ -465,7 +465,7 @@ def load_viewer(args: argparse.Namespace, device: torch.device) -> Viewer:
     network = weights, args.checkpoint_key, args.arch, args.patch_size or by_default
     frozen = load_backbone(*network, in_chans=args.in_chans, value_range=args.value_range)
     if (args.demo or args.video) and frozen.form.channels not in (1, 3):
-        what = f"the network takes {frozen.form.channels} channels"
+        what = f"the network takes {counted(frozen.form.channels, 'channel')}"
         raise UserError(what, "--demo" if args.demo else "--video", "give --image_path")
     for size in args.image_size if args.demo else ():  # cropped images would not match the true masks
         check_divides("image_size", size, patch_size_of(frozen.network))

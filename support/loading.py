@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from support.data import Images, pixels_of, read_labelled, sample_name, transformed, why_unreadable
 from support.distributed import env_number, fix_cpu_seeds, get_rank, get_world_size
-from support.errors import ImageError, Interrupted, UserError, WrongFormat, lacks_resources
+from support.errors import ImageError, Interrupted, UserError, WrongFormat, counted, lacks_resources
 from support.logger import log, write
 from support.pixels import AnyImage, copy_to
 from support.signals import begin_worker, signals_held, start_helper
@@ -148,7 +148,8 @@ def _note_workers(num_workers: int) -> None:
     processes = env_number("LOCAL_WORLD_SIZE") or 1 if get_world_size() > 1 else 1
     if num_workers * processes > max(cores, processes):
         enough = max(cores // processes, 1)
-        log(f"note: {num_workers * processes} workers on {cores} core(s): --num_workers {enough} is enough")
+        what = f"{num_workers * processes} workers on {counted(cores, 'core')}"
+        log(f"note: {what}: --num_workers {enough} is enough")
 
 
 class Loader(DataLoader):

@@ -13,8 +13,8 @@ RETURN = {M_MMAP_MAX: 2**16, M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25}
 def keep_freed_memory(keep: bool = True) -> None:
     """Keep the memory that is freed for what this process allocates next; or return large blocks of it.
 
-    Linux returns it by default, and has to clear each page of the next tensor, which takes up to a quarter
-    of the time on a CPU (docs/speed.md). Has no effect where the C library is not glibc.
+    By default, the system gets it back and has to clear each page of the next tensor, which takes up to a
+    fifth of the time on a CPU (docs/speed.md). Has no effect where the C library is not glibc.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for parameter, value in (KEEP if keep else RETURN).items():

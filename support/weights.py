@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from support.backbones import build_backbone, canonical, check_crop_sizes, check_divides, is_known
 from support.checkpoints import PUBLISHED, SAVE, download, load_checkpoint
-from support.errors import UserError, few, first_line, reason_of
+from support.errors import UserError, counted, few, first_line, reason_of
 from support.formats import ImageFormat, Range, pairs, range_words
 from support.layouts import BESIDE, WITHIN, groups, is_state, select_network, to_timm_names, vit_shapes
 from support.logger import log
@@ -415,7 +415,7 @@ class Frozen(NamedTuple):
     def require_rgb(self, images: str) -> None:
         """Check that the network takes 8-bit RGB images; `images` names them. Raises UserError."""
         if len(self.mean) != 3:
-            what = f"the network takes {len(self.mean)} channels, and {images} have three"
+            what = f"the network takes {counted(len(self.mean), 'channel')}, and {images} have three"
             raise UserError(what, self.description.partition(":")[0], "use a network of three channels")
         if self.value_range is not None:
             log(f"note: {images} have 8 bits: taken as they are, without the training's --value_range")

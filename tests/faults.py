@@ -1093,7 +1093,7 @@ class SilentFaults(BadInputs):
             ("one of two processes has no images", 0, 0, 2, "error: rank 1: no such file or folder", None),
             ("one of two processes has fewer images", 20, 0, 2, differ, None),
             ("one of two processes has other images", 24, 1, 2, differ, None),
-            ("SLURM in a container, without scontrol and SLURM_LOCALID", 24, 0, 0, "2 process(es)", slurm),
+            ("SLURM in a container, without scontrol and SLURM_LOCALID", 24, 0, 0, "2 processes", slurm),
         )[: self.most]:
             shutil.rmtree(folder / "1", ignore_errors=True)
             if images:

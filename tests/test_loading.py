@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from support import loading
 from support.data import ImageFiles, why_unreadable
-from support.errors import Interrupted, UserError
+from support.errors import Interrupted, UserError, counted
 from support.loading import EpochBatches, EvalImages, Loader, TrainingViews, make_loader
 from support.pixels import eval_transform, normalized_views
 from support.signals import signals_held
@@ -172,7 +172,9 @@ def test_more_workers_than_cores_are_said_once(images, capsys):
         warnings.simplefilter("error")  # torch's own
         for _ in range(2):
             assert len(list(make_loader(evaluation, [[0], [1]], workers, torch.device("cpu")))) == 2
-    words = f"note: {workers} workers on {workers - 1} core(s): --num_workers {workers - 1} is enough\n"
+    words = (
+        f"note: {workers} workers on {counted(workers - 1, 'core')}: --num_workers {workers - 1} is enough\n"
+    )
     assert capsys.readouterr().out == words
 
 
@@ -184,7 +186,7 @@ def test_the_workers_of_all_processes_of_a_machine_share_its_cores(monkeypatch, 
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         loading._note_workers(workers)
     loading._note_workers.cache_clear()
-    assert capsys.readouterr().out == "note: 10 workers on 8 core(s): --num_workers 4 is enough\n"
+    assert capsys.readouterr().out == "note: 10 workers on 8 cores: --num_workers 4 is enough\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not a Linux")

@@ -1327,7 +1327,7 @@ def test_the_demo_runs_under_torchrun_and_without_matplotlib(tmp_path):
     )
     flags = "--demo", "--max_steps", "2", "--batch_size_per_gpu", "4", "--output_dir", tmp_path
     out = torchrun(2, tmp_path / "few.py", *flags, env={"PYTHONPATH": str(ROOT)}).stdout
-    assert out.count("trained teacher") == 2 and "2 process(es)" in out  # accuracy and attention
+    assert out.count("trained teacher") == 2 and "2 processes" in out  # accuracy and attention
     assert "note: no curves.png without matplotlib" in out and out.count("attention on the object") == 1
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > picture.height

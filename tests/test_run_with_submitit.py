@@ -91,7 +91,7 @@ def test_a_local_job_is_interrupted_and_goes_on(images, tmp_path):
         os.kill(int(task), signal.SIGUSR2)
     wait_for(lambda: "Job completed successfully" in text_of(out), "end of the training")
     stopped = int(re.search(r"by SIGUSR2, saved step (\d+) of 50 ", text_of(logs / f"{number}_0_log.err"))[1])
-    assert f"2 process(es) on cpu, torch.float32, from step {stopped} to 50" in text_of(out)
+    assert f"2 processes on cpu, torch.float32, from step {stopped} to 50" in text_of(out)
     torchrun(2, "main_dino.py", *TINY, *flags, "--output_dir", tmp_path / "whole")
     assert differences(tmp_path / number, tmp_path / "whole") == 0
 
@@ -285,7 +285,7 @@ def test_a_preempted_job_is_saved_requeued_resumed_and_ends_with_the_same_bits(
     job.wait_until("COMPLETED")
     saved = re.search(r"stopped: by .*, saved step (\d+) of 96 ", text_of(job.err))[1]
     assert int(saved) % 48  # in the middle of an epoch
-    assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
+    assert f"2 processes on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert "global_rank=1(2)" in text_of(job.out.with_name(f"{job.number}_1_log.out"))
     output = tmp_path / job.number
     assert differences(output, uninterrupted) == 0
@@ -326,7 +326,7 @@ def test_bare_srun_resumes_after_preemption(many_images, uninterrupted, tmp_path
     job.wait_until("COMPLETED")
     saved = re.search(r"stopped: by .*, saved step (\d+) of 96 ", text_of(job.err))[1]
     assert int(saved) % 48  # in the middle of an epoch
-    assert f"2 process(es) on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
+    assert f"2 processes on cpu, torch.float32, from step {saved} to 96" in text_of(job.out)
     assert differences(tmp_path, uninterrupted) == 0
 
 
@@ -338,7 +338,7 @@ def test_srun_torchrun(many_images, uninterrupted, tmp_path):
     launcher = f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc_per_node=1 {rendezvous}"
     job = submit_script(tmp_path, f"srun {launcher} main_dino.py {flags}")
     job.wait_until("COMPLETED")
-    assert "2 process(es)" in text_of(job.out)
+    assert "2 processes" in text_of(job.out)
     assert differences(tmp_path, uninterrupted) == 0
 
 

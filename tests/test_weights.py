@@ -941,5 +941,5 @@ def test_a_network_for_other_channels_is_not_evaluated_on_photographs(name, tmp_
     teacher = backbones.build_backbone("vit_nano", 8, 32, in_chans=1)[0].state_dict()
     normalization = {"mean": [0.5], "std": [0.5]}
     path = write({"teacher": teacher, "normalization": normalization}, tmp_path / "grey.pth")
-    with pytest.raises(UserError, match=r"takes 1 channels, and .* have three \(.*grey.pth\)"):
+    with pytest.raises(UserError, match=r"takes 1 channel, and .* have three \(.*grey.pth\)"):
         script.load_network(script.parse_args(["--pretrained_weights", path]))

@@ -1,6 +1,6 @@
 """How much faster and lighter than the textbook: both sides interleaved, in one run.
 
-    python -m tests.benchmarks [augmentation|containers|step|training|loss|knn|linear|start|all]
+    python -m tests.benchmarks [augmentation|containers|step|training|loss|knn|linear|memory|start|all]
     python -m tests.benchmarks --device cuda        # the training step on a GPU: device.py
 
 Run it in the repository's folder, with nothing else running. Needs the photographs of
@@ -381,6 +381,20 @@ def linear(rounds: int) -> None:
     )
 
 
+def features() -> Side:
+    network, _ = backbones.build_backbone("vit_small")
+    images = torch.randn(64, 3, 224, 224)
+    return torch.inference_mode()(functools.partial(network.eval(), images))
+
+
+def memory(rounds: int) -> None:
+    """Ours, and ours without `keep_freed_memory`."""
+    steps = [("step", "vit_tiny", 8, precision) for precision in ["fp32", *["bf16"] * cpu_has_bf16()]]
+    for words in [*steps, ("features",)]:
+        with apart(f"our_{words[0]}", *words[1:]) as kept, apart(f"default_{words[0]}", *words[1:]) as given:
+            compare(f"{' '.join(map(str, words))}: memory kept : returned", kept, given, rounds)
+
+
 def start(rounds: int) -> None:
     def process(*command: str) -> Side:
         return lambda: subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
@@ -396,13 +410,14 @@ def start(rounds: int) -> None:
 
 BENCHMARKS = {
     "augmentation": [augmentation], "containers": [reading], "step": [step], "training": [end_to_end],
-    "loss": [loss], "knn": [knn], "linear": [linear], "start": [start],
+    "loss": [loss], "knn": [knn], "linear": [linear], "memory": [memory], "start": [start],
 }  # fmt: skip
 SIDES: dict[str, Callable[..., Side]] = {
     "our_step": our_step, "textbook_step": textbook_step,
     "our_training": our_training, "textbook_training": textbook_training,
     "our_loss": lambda: our_loss, "textbook_loss": lambda: plain_loss,
     "our_knn": lambda: our_knn, "textbook_knn": lambda: plain_knn,
+    "our_features": features, "default_step": our_step, "default_features": features,
 }  # fmt: skip
 INPUTS = {"loss": loss_inputs, "knn": knn_inputs}
 
