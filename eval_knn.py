@@ -177,14 +177,22 @@ def knn_classifier(
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy in percent of the weighted k-NN classifier.
 
-    Features as in `knn_accuracies`. Raises ValueError if one is not finite: it would be the nearest of all.
-    Also raises it unless there is one label for each feature.
+    Features as in `knn_accuracies`; warns of other lengths. Raises ValueError if one is not finite, since it
+    would be the nearest of all; for whole numbers, which overflow; unless k and T are above 0; and unless
+    there is one label for each feature.
     """
+    if not (k > 0 and T > 0):
+        raise ValueError(f"k and T have to be above 0, not {k} and {T}")
     for features, labels in (train_features, train_labels), (test_features, test_labels):
         if len(features) != labels.numel():
             raise ValueError(f"{len(features)} features have {labels.numel()} labels")
+        if not features.is_floating_point():
+            raise ValueError(f"takes features of floating-point numbers, not {features.dtype}")
     if not (all_finite(train_features) and all_finite(test_features)):
         raise ValueError("features are not finite")
+    lengths = torch.cat([features.float().norm(dim=1) for features in (train_features, test_features)])
+    if ((lengths - 1).abs() > 0.01).any():
+        log("warning: features are not of length 1: the nearest are not those of the largest cosine")
     data = train_features, train_labels.flatten(), test_features, test_labels.flatten()
     return knn_accuracies(*data, [k], T, num_classes)[k]
 

@@ -1,4 +1,5 @@
 import itertools
+import math
 import os
 
 import numpy as np
@@ -88,6 +89,21 @@ def test_all_k_at_once_equal_one_k_at_a_time():
             ValueError, match=f"{len(data[place])} features have {2 * len(data[place])} labels"
         ):
             eval_knn.knn_classifier(*labels, 5, 0.07, 4)
+
+
+def test_what_would_be_another_accuracy_is_refused_or_said(capsys):
+    rows = F.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    labels = torch.arange(20) % 4
+    for k, T in (0, 0.07), (-1, 0.07), (5, 0.0), (5, -0.07), (5, math.nan):
+        with pytest.raises(ValueError, match=f"k and T have to be above 0, not {k} and {T}"):
+            eval_knn.knn_classifier(rows, labels, rows, labels, k, T, 4)
+    with pytest.raises(ValueError, match="features of floating-point numbers, not torch.uint8"):
+        levels = (255 * rows.abs()).byte()  # products would overflow
+        eval_knn.knn_classifier(levels, labels, levels, labels, 5, 0.07, 4)
+    assert eval_knn.knn_classifier(rows, labels, rows, labels, 1, 0.07, 4)[0] == 100
+    assert capsys.readouterr().out == ""
+    eval_knn.knn_classifier(rows, labels, 2 * rows, labels, 1, 0.07, 4)
+    assert "warning: features are not of length 1" in capsys.readouterr().out
 
 
 def test_votes_of_half_precision_features_are_counted_in_float32():
