@@ -343,9 +343,10 @@ class DINOLoss(nn.Module):
         adapt_teacher_temp: float = 0.0,
     ):
         super().__init__()
-        self.ncrops, self.accum_steps, self.student_temp = ncrops, accum_steps, student_temp
-        self.centering, self.center_momentum = centering, center_momentum
-        self.adapt_teacher_temp = adapt_teacher_temp
+        if centering not in ("ema", "none", "sinkhorn"):
+            raise ValueError(f"centering is {centering!r}, not 'ema', 'none' or 'sinkhorn'")
+        self.ncrops, self.student_temp, self.adapt_teacher_temp = ncrops, student_temp, adapt_teacher_temp
+        self.accum_steps, self.centering, self.center_momentum = accum_steps, centering, center_momentum
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.stats: dict[str, Tensor] = {}
@@ -374,6 +375,9 @@ class DINOLoss(nn.Module):
 
     def forward(self, student_output: Tensor | Prototypes, teacher_output: Tensor, epoch: float) -> Tensor:
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
+        rows = len(student_output[0] if isinstance(student_output, Prototypes) else student_output)
+        if 2 * rows != self.ncrops * len(teacher_output):
+            raise ValueError(f"not the rows of {self.ncrops} and 2 views: {rows} and {len(teacher_output)}")
         with torch.autocast(teacher_output.device.type, enabled=False):
             with torch.no_grad():
                 teacher_logits = teacher_output.float() - (0 if self.centering == "none" else self.center)

@@ -744,6 +744,23 @@ def test_outputs_in_half_precision_are_taken_as_float32(centering):
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(8, 8), (32, 32)])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_outputs_of_other_views_are_refused(student_rows, teacher_rows, deferred):
+    """Of 8 views, the student has the global ones alone, or the teacher has all."""
+    student = torch.randn(student_rows, 5)
+    if deferred:
+        student = utils.Prototypes(student, torch.randn(5, 5))
+    with pytest.raises(ValueError, match=f"not the rows of 8 and 2 views: {student_rows} and {teacher_rows}"):
+        DINOLoss(5, 8, 0.04, 0.04, 0, 1)(student, torch.randn(teacher_rows, 5), 0)
+
+
+def test_an_unknown_centering_is_refused():
+    """It would train without any."""
+    with pytest.raises(ValueError, match="centering is 'Sinkhorn', not 'ema', 'none' or 'sinkhorn'"):
+        DINOLoss(5, 2, 0.04, 0.04, 0, 1, centering="Sinkhorn")
+
+
 def test_loss_sends_no_gradient_to_the_teacher():
     teacher = torch.randn(4, 8, requires_grad=True)
     DINOLoss(8, 2, 0.04, 0.04, 0, 1)(torch.randn(4, 8, requires_grad=True), teacher, 0).backward()
