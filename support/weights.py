@@ -445,6 +445,10 @@ def load_backbone(
         raise UserError("no weights given", "--pretrained_weights", fix)
     if isinstance(image_size, list):
         image_size = tuple(image_size)
+    for name, value in ("patch_size", patch_size), ("image_size", image_size), ("in_chans", in_chans):
+        numbered = value if name == "image_size" and isinstance(value, Sequence) else [value]
+        if value is not None and not (numbered and all(map(_is_positive, numbered))):
+            raise UserError("not a positive whole number", f"{name}={value!r}", "give one, or leave it out")
     unused = {"random": ["checkpoint_key"], "pixels": ["checkpoint_key", "arch", "patch_size"]}
     given = {"checkpoint_key": checkpoint_key, "arch": arch, "patch_size": patch_size}
     for name in filter(given.get, unused.get(weights, [])):
@@ -696,6 +700,11 @@ def _recorded(record: dict, name: str):
     if name == "arch":
         return value if isinstance(value, str) and value else None
     values = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    if not all(isinstance(each, numbers.Integral) and int(each) > 0 for each in values):
+    if not all(map(_is_positive, values)):
         return None
     return tuple(map(int, values)) if values is value else int(value)
+
+
+def _is_positive(value) -> bool:
+    """Whether this is a positive whole number."""
+    return isinstance(value, numbers.Integral) and int(value) > 0

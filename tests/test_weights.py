@@ -214,6 +214,22 @@ def test_flags_that_contradict_the_checkpoint_are_an_error(vits, tmp_path):
         load_backbone("")
 
 
+@pytest.mark.parametrize("weights", ["ours.pth", "random", "pixels"])
+@pytest.mark.parametrize(
+    "argument",
+    [{"image_size": size} for size in (0, -32, 8.5, "32", (), (32, 0), np.array([32, 32]))]
+    + [{name: value} for name in ("patch_size", "in_chans") for value in (0, -1, "8", (8, 8), 2.0)],
+    ids=repr,
+)
+def test_sizes_that_are_none_are_refused(weights, argument, vits, tmp_path):
+    """An image size of 0 would be the default."""
+    if weights == "ours.pth":
+        weights = write(vit_files(*vits)[weights], tmp_path / weights)
+    ((name, value),) = argument.items()
+    with pytest.raises(UserError, match=re.escape(f"not a positive whole number ({name}={value!r})")):
+        load_backbone(weights, **argument)
+
+
 def test_random_weights_only_by_name():
     torch.manual_seed(1)
     model, size, *_ = load_backbone("random", None, "vit_nano", 8, 32)
