@@ -36,12 +36,22 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def _kind_of(image) -> str:
+    """What an image is, for a message."""
+    if isinstance(image, Tensor):
+        return f"{image.dtype} {tuple(image.shape)}"
+    return f"a {image.mode} image" if isinstance(image, Image.Image) else type(image).__name__
+
+
 def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     """Convert an image of any mode to RGB, 8 bits. Transparency is dropped; the pixels below it are kept.
 
     16-bit grey values that use `bits` bits keep the upper 8 of them; PIL would clip nearly all values to
-    white. Raises ValueError for values without an agreed range: floating point, or outside 0..65535.
+    white. Raises ValueError for values without an agreed range: floating point, or outside 0..65535; also for
+    what is no PIL image.
     """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"takes a PIL image or uint8 (C, H, W), not {_kind_of(image)}")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65_535:
@@ -76,7 +86,7 @@ def to_pixels(image: AnyImage) -> Tensor:
     if not isinstance(image, Tensor):
         return pil_to_tensor(to_rgb(image))
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) > MOST_CHANNELS:
-        raise ValueError(f"takes a PIL image or uint8 (C, H, W), not {image.dtype} {tuple(image.shape)}")
+        raise ValueError(f"takes a PIL image or uint8 (C, H, W), not {_kind_of(image)}")
     return image
 
 
@@ -91,12 +101,16 @@ def in_channels(image: AnyImage, channels: int) -> AnyImage:
     For other numbers of channels, takes and returns a uint8 tensor (C, H, W). Raises ValueError for a tensor
     of another type or number of channels.
     """
-    if isinstance(image, Tensor) and len(image) == channels and image.dtype == torch.uint8:
+    if (
+        isinstance(image, Tensor)
+        and image.ndim == 3
+        and len(image) == channels
+        and image.dtype == torch.uint8
+    ):
         # torchvision would resize the tensor to other levels than the same pixels as a PIL image
         return to_pil_image(image) if channels in (1, 3) else image
     if isinstance(image, Tensor) or channels not in (1, 3):
-        has = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {image.mode} image"
-        raise ValueError(f"the network takes uint8 ({channels}, H, W), not {has}")
+        raise ValueError(f"the network takes uint8 ({channels}, H, W), not {_kind_of(image)}")
     return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
 
 

@@ -1,4 +1,5 @@
 import random
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -46,6 +47,18 @@ def test_the_transform_refuses_pixels_that_are_no_levels():
     """In [0, 1], all images would look black to the network."""
     with pytest.raises(ValueError, match=r"takes uint8 \(3, H, W\), not torch.float32 \(3, 8, 8\)"):
         px.eval_transform(8)(torch.rand(3, 8, 8))
+
+
+def test_the_transform_names_what_it_does_not_take():
+    for channels, shape in (3, (3, 3, 8, 8)), (4, (4, 8)), (1, (1, 8)):
+        words = re.escape(f"takes uint8 ({channels}, H, W), not torch.uint8 {shape}")
+        with pytest.raises(ValueError, match=words):
+            px.eval_transform(8, (0.5,) * channels, (0.3,) * channels)(torch.zeros(shape, dtype=torch.uint8))
+    for transform in px.eval_transform(8), to_pixels:
+        with pytest.raises(ValueError, match="takes a PIL image or uint8 .C, H, W., not ndarray"):
+            transform(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="takes uint8 .4, H, W., not ndarray"):
+        px.eval_transform(8, (0.5,) * 4, (0.3,) * 4)(np.zeros((8, 8, 4), np.uint8))
 
 
 @pytest.mark.parametrize("shape", [(80, 60), (61, 97), (50, 50), (37, 200)])
