@@ -186,8 +186,9 @@ def knn_classifier(
     for features, labels in (train_features, train_labels), (test_features, test_labels):
         if len(features) != labels.numel():
             raise ValueError(f"{len(features)} features have {labels.numel()} labels")
-        if not features.is_floating_point():
-            raise ValueError(f"takes features of floating-point numbers, not {features.dtype}")
+        if not features.is_floating_point() or features.ndim != 2:
+            what = f"{features.dtype} {tuple(features.shape)}"
+            raise ValueError(f"takes floating-point features (N, D), not {what}")
     if not (all_finite(train_features) and all_finite(test_features)):
         raise ValueError("features are not finite")
     lengths = torch.cat([features.float().norm(dim=1) for features in (train_features, test_features)])

@@ -97,9 +97,10 @@ def test_what_would_be_another_accuracy_is_refused_or_said(capsys):
     for k, T in (0, 0.07), (-1, 0.07), (5, 0.0), (5, -0.07), (5, math.nan):
         with pytest.raises(ValueError, match=f"k and T have to be above 0, not {k} and {T}"):
             eval_knn.knn_classifier(rows, labels, rows, labels, k, T, 4)
-    with pytest.raises(ValueError, match="features of floating-point numbers, not torch.uint8"):
-        levels = (255 * rows.abs()).byte()  # products would overflow
-        eval_knn.knn_classifier(levels, labels, levels, labels, 5, 0.07, 4)
+    levels = (255 * rows.abs()).byte()  # products would overflow
+    for features, words in (levels, r"uint8 \(20, 6\)"), (rows[..., None, None], r"float32 \(20, 6, 1, 1\)"):
+        with pytest.raises(ValueError, match=rf"takes floating-point features \(N, D\), not torch.{words}"):
+            eval_knn.knn_classifier(features, labels, features, labels, 5, 0.07, 4)
     assert eval_knn.knn_classifier(rows, labels, rows, labels, 1, 0.07, 4)[0] == 100
     assert capsys.readouterr().out == ""
     eval_knn.knn_classifier(rows, labels, 2 * rows, labels, 1, 0.07, 4)
