@@ -377,7 +377,7 @@ class DINOLoss(nn.Module):
         """Mean loss over images and pairs; student (V*B, K), teacher (2*B, K). Moves the centre."""
         rows = len(student_output[0] if isinstance(student_output, Prototypes) else student_output)
         if 2 * rows != self.ncrops * len(teacher_output):
-            raise ValueError(f"not the rows of {self.ncrops} and 2 views: {rows} and {len(teacher_output)}")
+            raise ValueError(f"{rows} and {len(teacher_output)} rows are not {self.ncrops} and 2 views each")
         with torch.autocast(teacher_output.device.type, enabled=False):
             with torch.no_grad():
                 teacher_logits = teacher_output.float() - (0 if self.centering == "none" else self.center)

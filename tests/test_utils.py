@@ -751,7 +751,9 @@ def test_outputs_of_other_views_are_refused(student_rows, teacher_rows, deferred
     student = torch.randn(student_rows, 5)
     if deferred:
         student = utils.Prototypes(student, torch.randn(5, 5))
-    with pytest.raises(ValueError, match=f"not the rows of 8 and 2 views: {student_rows} and {teacher_rows}"):
+    with pytest.raises(
+        ValueError, match=f"{student_rows} and {teacher_rows} rows are not 8 and 2 views each"
+    ):
         DINOLoss(5, 8, 0.04, 0.04, 0, 1)(student, torch.randn(teacher_rows, 5), 0)
 
 
