@@ -31,6 +31,7 @@ from support.data import Images, pixels_of, read_labelled, sample_name, transfor
 from support.distributed import env_number, fix_cpu_seeds, get_rank, get_world_size
 from support.errors import ImageError, Interrupted, UserError, WrongFormat, counted, lacks_resources
 from support.logger import log, write
+from support.memory import return_freed_memory
 from support.pixels import AnyImage, copy_to
 from support.signals import begin_worker, signals_held, start_helper
 
@@ -174,6 +175,7 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Any:  # a generator; torch says that it is a private class
         others = set(multiprocessing.active_children())
+        return_freed_memory()  # forks would hold it: a page is copied before it is written to
         start_helper()
         with _explained(), signals_held():
             batches = super().__iter__()  # starts the workers now, not when the first batch is asked for

@@ -16,6 +16,15 @@ def keep_freed_memory(keep: bool = True) -> None:
     By default, the system gets it back and has to clear each page of the next tensor, which takes up to a
     fifth of the time on a CPU (docs/speed.md). Has no effect where the C library is not glibc.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        for parameter, value in (KEEP if keep else RETURN).items():
-            mallopt(parameter, value)
+    for parameter, value in (KEEP if keep else RETURN).items():
+        _glibc("mallopt", parameter, value)
+
+
+def return_freed_memory() -> None:
+    """Return what has been freed so far. Has no effect where the C library is not glibc."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    if sys.platform == "linux" and (call := getattr(ctypes.CDLL(None), function, None)):
+        call(*arguments)
