@@ -244,32 +244,38 @@ def cut(images: Tensor, patch_size: int) -> Tensor:
 
 
 def global_features(network: nn.Module, multiscale: bool) -> Callable[[Tensor], Tensor]:
-    """The function from images of any size (B, 3, H, W) to the L2-normalised output (B, D)."""
+    """The function from images of any size (B, 3, H, W) to the L2-normalised output (B, D).
+
+    Raises UserError for a size that the network does not take.
+    """
     patch_size = patch_size_of(network)
+
+    def output(images: Tensor) -> Tensor:
+        try:
+            return network(cut(images, patch_size))
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a network may raise anything for a size that it does not take
+            size = "{}x{}".format(*images.shape[-2:])
+            what = f"{type(network).__name__} takes no images of {size} pixels: {first_line(error)}"
+            raise UserError(what, fix="use one of our ViTs, or raise --imsize", alone=True) from None
 
     def features(images: Tensor) -> Tensor:
         sizes = [images]
         for scale in SMALLER if multiscale else ():
             sizes.append(F.interpolate(images, scale_factor=scale, mode="bilinear"))
-        return F.normalize(torch.stack([network(cut(size, patch_size)) for size in sizes]).mean(dim=0), dim=1)
+        return F.normalize(torch.stack([output(size) for size in sizes]).mean(dim=0), dim=1)
 
     return features
 
 
 def check_takes_any_size(network: nn.Module, imsize: int, multiscale: bool) -> None:
     """Raise UserError unless images of two shapes give features, and of the same width."""
-    features, widths = global_features(network, multiscale), set()
-    fix = "use one of our ViTs, timm's ViTs, or a convolutional network"
-    for width in (imsize, imsize + max(32, patch_size_of(network))):
-        try:
-            widths.add(features(torch.zeros(1, 3, imsize, width)).shape[1:])
-        except UserError:
-            raise
-        except Exception as error:  # a network may raise anything for a size that it does not take
-            what = f"{type(network).__name__} takes no images of {imsize}x{width} pixels: {first_line(error)}"
-            raise UserError(what, fix=fix) from None
-    if len(widths) > 1:
+    features = global_features(network, multiscale)
+    both = (imsize, imsize + max(32, patch_size_of(network)))
+    if len({features(torch.zeros(1, 3, imsize, width)).shape[1:] for width in both}) > 1:
         what = "the width of the features depends on the size of the image"
+        fix = "use one of our ViTs, timm's ViTs, or a convolutional network"
         raise UserError(what, "--pretrained_weights", fix)
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -134,6 +135,13 @@ def test_features_are_the_mean_over_three_scales_of_whole_patches():
     for shape in ((7, 40), (40, 7)):
         with pytest.raises(UserError, match="{}x{} pixels is smaller than a patch of 8".format(*shape)):
             eval_image_retrieval.cut(torch.zeros(1, 3, *shape), 8)
+
+
+def test_an_image_that_is_too_narrow_for_the_network_is_one_clear_line():
+    features = eval_image_retrieval.global_features(timm.create_model("convnext_atto", num_classes=0), True)
+    assert features(torch.zeros(1, 3, 224, 64)).shape == (1, 320)
+    with pytest.raises(UserError, match="ConvNeXt takes no images of 112x30 pixels: .*or raise --imsize"):
+        features(torch.zeros(1, 3, 224, 60))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])
