@@ -128,7 +128,7 @@ def frozen_features(
     layers = backbone.get_intermediate_layers(images, n_last_blocks)
     classes = [layer[:, 0].float() for layer in layers]
     if avgpool_patchtokens:
-        classes[-1] = with_mean(classes[-1], layers[-1][:, 1:])
+        classes[-1] = with_mean(classes[-1], _grid(backbone, images, layers[-1]))
     return torch.cat(classes, dim=-1)
 
 

@@ -362,7 +362,7 @@ def check_is_ours(model: VisionTransformer, state: dict[str, Tensor], prefix: st
             why = "the CLS token has the position zero"
             log(f"warning: {weights.source} may be MoCo v3's ({why}); then features are wrong: {what}")
     for part, words in NOT_OURS.items():
-        if any(part in name for name in state):
+        if any(part in name for name in state.keys() - model.state_dict().keys()):  # a subclass may have it
             fix = "give timm's name of the architecture, e.g. --arch vit_small_patch14_dinov2"
             raise UserError(f"weights have {words}, which our ViTs lack", weights.source, fix)
     ours: dict[str, list] = {"num_attention_heads": [model.num_heads], "hidden_act": ["gelu", "gelu_python"]}

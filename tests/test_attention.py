@@ -136,6 +136,15 @@ def test_ours_and_timms_give_the_same_row(layer, patch):
     torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-5)
 
 
+def test_the_row_of_a_patch_behind_registers_of_ones_own():
+    vit = backbones.build_backbone("vit_nano", 8, 32)[0].eval()
+    tokens = torch.randn(2, 1 + 4 + 10, 128)
+    vit.prepare_tokens = lambda x: tokens
+    images = torch.randn(2, 3, 16, 40)
+    row = attention_map(vit, images, patch=(1, 2))
+    torch.testing.assert_close(row.flatten(-2), vit.get_attention(images)[:, :, 5 + 5 + 2, 5:])
+
+
 def test_registers_are_not_taken_for_patches():
     backbone = backbones.build_backbone("vit_small_patch14_reg4_dinov2")[0].eval()
     images, maps = torch.randn(1, 3, 56, 56), []  # 4 x 4 patches, after CLS and 4 registers

@@ -124,6 +124,11 @@ def test_the_mean_of_the_patches_stands_beside_the_last_blocks_cls_token():
     before, last = network.get_intermediate_layers(images, 2)
     expected = torch.cat([before[:, 0], with_mean(last[:, 0], last[:, 1:])], dim=1)
     assert torch.equal(frozen_features(network, images, 2, avgpool_patchtokens=True), expected)
+    with_registers = torch.randn(2, 1 + 4 + 16, 128)
+    network.prepare_tokens = lambda x: with_registers
+    last = network.get_intermediate_layers(images, 1)[0]
+    both = frozen_features(network, images, 1, avgpool_patchtokens=True)
+    assert torch.equal(both, with_mean(last[:, 0], last[:, 5:]))
 
 
 def test_tokens_of_timms_networks_with_registers_and_the_order_of_their_mean():

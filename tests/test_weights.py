@@ -25,6 +25,7 @@ from support.weights import init_from, load_backbone
 from tests.conftest import call, picture
 from tests.test_eval_segmentation import write_voc
 from tests.test_eval_video_segmentation import make_clip
+from vision_transformer import VisionTransformer
 
 VIT_ARGS = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32}
 
@@ -681,6 +682,17 @@ def test_dinov2s_training_file_is_read_as_timms_network_and_named_for_ours(arch,
     assert loaded.image_size == 518 and "dino_head" in capsys.readouterr().out
     with pytest.raises(UserError, match="which our ViTs lack .*give timm's name .*vit_small_patch14_dinov2"):
         load_backbone(path)
+
+
+def test_a_vit_of_ones_own_may_call_its_registers_as_dinov2_does(tmp_path, monkeypatch):
+    class Registers(VisionTransformer):
+        def __init__(self, **settings):
+            super().__init__(embed_dim=32, depth=1, num_heads=2, **settings)
+            self.register_tokens = torch.nn.Parameter(torch.ones(1, 4, 32))
+
+    monkeypatch.setitem(backbones.VITS, "registers", Registers)
+    path = write(Registers(patch_size=8, img_size=32).state_dict(), tmp_path / "own.pth")
+    assert load_backbone(path, arch="registers", patch_size=8).network.register_tokens.all()
 
 
 def test_timm_does_not_interpolate_what_does_not_fit(tmp_path):
