@@ -598,10 +598,10 @@ def get_params_groups(model: nn.Module) -> list[dict]:
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Set this step's learning rate, and the weight decay of the first group, as `get_params_groups` has it.
 
-    Raises ValueError for an optimizer with other groups: timm's have first what does not decay.
+    Raises ValueError for other groups: timm's have first what does not decay; rates of layers would be lost.
     """
-    if any(param.ndim == 1 for param in optimizer.param_groups[0]["params"]):
-        raise ValueError("the first group has biases or norms, which do not decay: use get_params_groups")
+    if len(optimizer.param_groups) > 2 or any(p.ndim == 1 for p in optimizer.param_groups[0]["params"]):
+        raise ValueError("takes the groups of get_params_groups: use these, or change set_schedules")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay

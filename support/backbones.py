@@ -148,10 +148,14 @@ def check_crop_sizes(
     for size in sizes:
         fix = "choose another image size or --arch"
         try:
-            shape = tuple(features_of_blanks(backbone, size, in_chans).shape)
+            output = features_of_blanks(backbone, size, in_chans)
         except Exception as error:  # a model may raise anything for a size that it does not accept
             what = f"{arch} takes no images of {size_words(size)} pixels: {first_line(error)}"
             raise UserError(what, "--arch", fix) from None
+        if not isinstance(output, torch.Tensor):
+            what, fix = f"{arch} gives a {type(output).__name__}", "return features (B, D) in evaluation mode"
+            raise UserError(what, "--arch", fix)
+        shape = tuple(output.shape)
         if shape != (2, embed_dim):
             raise UserError(f"{arch} gives {shape[1:]} per image, not ({embed_dim},)", "--arch", fix)
 

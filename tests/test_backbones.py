@@ -77,6 +77,8 @@ def test_unknown_and_unfit_backbones_are_named():
         backbones.check_crop_sizes(model, "vit_b_32", dim, [(224, 96)])
     with pytest.raises(UserError, match=r"flat gives \(48,\) per image, not \(7,\) \(--arch\)"):
         backbones.check_crop_sizes(nn.Flatten(), "flat", 7, [4])
+    with pytest.raises(UserError, match="lstm gives a tuple .*return features .* in evaluation mode"):
+        backbones.check_crop_sizes(nn.Sequential(nn.Flatten(), nn.LSTM(48, 7)), "lstm", 7, [4])
 
 
 def test_a_network_of_ones_own_may_have_any_name(monkeypatch):
