@@ -485,7 +485,9 @@ def as_user_error(error: Exception, args: object = None) -> UserError | None:
     if message.startswith("Could not determine home directory"):
         return UserError("no home directory for a path that begins with ~", "", "write the path in full")
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return UserError(f"cannot compile the network: {message}", "--compile", "leave it out")
+        asked = getattr(args, "compile", False)  # else torch.export compiles
+        where, fix = ("--compile", "leave it out") if asked else ("", "use another network or format")
+        return UserError(f"cannot compile the network: {message}", where, fix)
     if isinstance(error, OSError):
         fix = "correct this, then run the same command"
         return TrainingError(error.strerror or message, str(error.filename or ""), fix, alone=True)

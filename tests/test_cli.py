@@ -114,6 +114,12 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written_is_what_is_said():
     assert cli.as_user_error(fault) is None
 
 
+def test_compile_is_blamed_only_where_it_was_asked_for():
+    error = torch._dynamo.exc.TorchDynamoException("no")
+    assert "--compile): leave it out" in str(cli.as_user_error(error, argparse.Namespace(compile=True)))
+    assert "--compile" not in str(cli.as_user_error(error, argparse.Namespace(to=["torch_export"])))
+
+
 def test_an_error_of_one_process_is_printed_by_it_and_a_shared_one_by_the_first(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
     cli.say(cli.as_user_error(MemoryError("no room"), argparse.Namespace(batch_size_per_gpu=4)))
