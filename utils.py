@@ -601,7 +601,7 @@ def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: flo
     Raises ValueError for other groups: timm's have first what does not decay; rates of layers would be lost.
     """
     if len(optimizer.param_groups) > 2 or any(p.ndim == 1 for p in optimizer.param_groups[0]["params"]):
-        raise ValueError("takes the groups of get_params_groups: use these, or change set_schedules")
+        raise ValueError("takes the two groups of get_params_groups, without biases and norms first")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay

@@ -236,11 +236,11 @@ class VisionTransformer(nn.Module):
     def get_attention(self, x: Tensor, layer: int = 1, token: int | None = None) -> Tensor:
         """Attention in a block, counted from the end: (B, h, N, N); of one token over all: (B, h, 1, N).
 
-        One token needs no memory for the rows of the others. Raises IndexError for a block or a token that is
-        not there.
+        One token, counted from the end if negative, needs no memory for the rows of the others. Raises
+        IndexError for a block or a token that is not there.
         """
         x = self.prepare_tokens(x)
-        if not (1 <= layer <= len(self.blocks) and 0 <= (token or 0) < x.shape[1]):
+        if not (1 <= layer <= len(self.blocks) and -x.shape[1] <= (token or 0) < x.shape[1]):
             raise IndexError(f"layer {layer} of {len(self.blocks)}, token {token} of {x.shape[1]}")
         block: Any = self.blocks[-layer]  # a Block
         for before in self.blocks[:-layer]:
@@ -248,7 +248,7 @@ class VisionTransformer(nn.Module):
         if token is None:
             return block(x, return_attention=True)
         q, k, _ = block.attn.project(block.norm1(x), cls_only=token == 0)
-        return block.attn.weights(q[:, :, token : token + 1], k)
+        return block.attn.weights(q[:, :, token, None], k)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Tokens after each of the last `n` blocks, normed: n times (B, N, D)."""

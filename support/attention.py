@@ -29,7 +29,7 @@ def attention_map(
     number = None if patch is None else patch[0] * cols + patch[1]
     if isinstance(backbone, VisionTransformer):
         check_layer(layer, len(backbone.blocks))
-        token = 0 if number is None else backbone.prepare_tokens(images).shape[1] - rows * cols + number
+        token = 0 if number is None else number - rows * cols  # from the end: registers may precede them
         attention = backbone.get_attention(images, layer, token)[:, :, 0]  # (B, h, N), CLS first
     else:
         attention = _timm_attention(backbone, images, layer, rows * cols, number)

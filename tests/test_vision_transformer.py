@@ -424,7 +424,7 @@ def test_a_trace_at_another_size_than_the_embeddings():
         traced(torch.zeros(2, 3, 32, 32))
 
 
-@pytest.mark.parametrize(("layer", "token"), [(0, None), (-1, 0), (7, None), (1, 17), (1, -1)])
+@pytest.mark.parametrize(("layer", "token"), [(0, None), (-1, 0), (7, None), (1, 17), (1, -18)])
 def test_attention_that_is_not_there_is_an_error(layer, token):
     with pytest.raises(IndexError, match=f"layer {layer} of 6, token {token} of 17"):
         vit_nano(8, img_size=32).get_attention(torch.randn(1, 3, 32, 32), layer, token)
