@@ -422,10 +422,11 @@ def test_leftovers_are_said_when_they_are_heads_and_else_an_error(vits, tmp_path
     with pytest.raises(UserError, match="unknown purpose in file: gate .*--checkpoint_key backbone"):
         load_backbone(path)
     torch.testing.assert_close(load_backbone(path, "backbone").network.state_dict(), vits[0])
-    for part in "prototypes linear_eval classifier predictor decoder fc center n_averaged".split():
-        path = write({"state_dict": state | {f"{part}.weight": torch.ones(1)}}, tmp_path / "d")
-        torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
-        assert f"{path}: not used: {part}" in capsys.readouterr().out
+    parts = "prototypes linear_eval classifier predictor decoder fc center n_averaged".split()
+    others = {f"{part}.weight": torch.ones(1) for part in parts}
+    path = write({"state_dict": state | others}, tmp_path / "d")
+    torch.testing.assert_close(load_backbone(path).network.state_dict(), vits[0], rtol=0, atol=0)
+    assert f"{path}: not used: {', '.join(parts)}\n" in capsys.readouterr().out
     path = write(vits[0] | {"head.weight": torch.ones(9, 128)}, tmp_path / "c")
     load_backbone(path)
     assert f"{path}: not used: head" in capsys.readouterr().out
