@@ -165,6 +165,11 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+def log_of(folder: Path, name: str = "log.txt") -> list[dict]:
+    """The records of a run."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
 def call(script: ModuleType, *flags):
     """What a script's `main` returns for these flags, of which paths and numbers become text."""
     return script.main(script.parse_args([*map(str, flags)]))
@@ -179,14 +184,17 @@ def train(*flags) -> None:
         call(main_dino, *TINY, *flags)
 
 
-def run(*command, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+def run(
+    *command, check: bool = True, env: dict | None = None, timeout: float = 1200, **options
+) -> subprocess.CompletedProcess:
     """A real process in the project's folder, with one thread and a bound on its time."""
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=timeout,
+        **options,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
     )
     assert not check or result.returncode == 0, result.stderr

@@ -24,11 +24,11 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from support import loading
 from support.data import ImageFiles, why_unreadable
-from support.errors import Interrupted, UserError, counted
+from support.errors import Interrupted, UserError
 from support.loading import EpochBatches, EvalImages, Loader, TrainingViews, make_loader
 from support.pixels import eval_transform, normalized_views
 from support.signals import signals_held
-from tests.conftest import ROOT, TINY, save_images, wait_for, wait_for_words
+from tests.conftest import ROOT, TINY, run, save_images, wait_for, wait_for_words
 from utils import DataAugmentationDINO
 
 
@@ -86,8 +86,9 @@ def test_views_are_the_same_wherever_their_colours_change(images):
         assert grey_levels.max() < 1.1 and grey_levels.mean() < 0.001  # a rounding here and there
 
 
-@pytest.mark.parametrize("num_images", [20, 21, 3])
-@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize(
+    ("num_images", "drop_last"), [(20, True), (20, False), (21, True), (21, False), (3, False)]
+)
 def test_batches_are_those_of_distributed_sampler(monkeypatch, num_images, drop_last):
     """Ranks, epochs, incomplete batches and images that come twice, from any step on."""
     world = 4
@@ -99,8 +100,6 @@ def test_batches_are_those_of_distributed_sampler(monkeypatch, num_images, drop_
         for epoch in range(3):
             sampler.set_epoch(epoch)
             expected += [[(epoch, i) for i in b] for b in BatchSampler(sampler, 2, drop_last=drop_last)]
-        if not expected:
-            continue
         batches = EpochBatches(num_images, 2, seed=5, last_step=len(expected), drop_last=drop_last)
         assert batches.steps_per_epoch == len(expected) / 3
         assert list(batches) == list(batches) == expected
@@ -164,18 +163,15 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
         dataset[0, 0]
 
 
-def test_more_workers_than_cores_are_said_once(images, capsys):
+def test_more_workers_than_cores_are_said_once(images, capsys, monkeypatch):
     loading._note_workers.cache_clear()
-    workers = loading.num_cores() + 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # for torch too
     evaluation = EvalImages(ImageFiles(images), eval_transform(16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's own
         for _ in range(2):
-            assert len(list(make_loader(evaluation, [[0], [1]], workers, torch.device("cpu")))) == 2
-    words = (
-        f"note: {workers} workers on {counted(workers - 1, 'core')}: --num_workers {workers - 1} is enough\n"
-    )
-    assert capsys.readouterr().out == words
+            assert len(list(make_loader(evaluation, [[0], [1]], 2, torch.device("cpu")))) == 2
+    assert capsys.readouterr().out == "note: 2 workers on 1 core: --num_workers 1 is enough\n"
 
 
 def test_the_workers_of_all_processes_of_a_machine_share_its_cores(monkeypatch, capsys):
@@ -318,10 +314,7 @@ print(len(list(make_loader(Suspends(1), [[0]], 1, torch.device("cpu")))))
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="Windows suspends otherwise")
 def test_a_process_that_was_suspended_waits_on_for_its_batch():
     """As `scontrol suspend`, `docker pause` and Ctrl-Z do. Its clock has gone on meanwhile."""
-    ended = subprocess.run(
-        [sys.executable, "-c", SUSPENDED], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert ended.stdout == "1\n", ended.stderr
+    assert run("-c", SUSPENDED).stdout == "1\n"
 
 
 def test_a_dead_thread_of_pinned_memory_ends_the_run_with_the_reason(images):
@@ -382,16 +375,22 @@ def test_a_batch_lost_for_lack_of_files_or_shared_memory_ends_with_the_fix(image
     assert ended.returncode == 75 and said, ended.stderr
 
 
+QUOTAS = """
+import pathlib
+from support.loading import num_cores
+for quota in ("50000 100000", "max 100000"):
+    pathlib.Path("/sys/fs/cgroup/cpu.max").write_text(quota)
+    print(num_cores())
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not a Linux")
-@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("max 100000", None)])
-def test_the_cores_of_a_container_are_those_of_its_quota(quota, cores):
-    box = f'mount -t tmpfs none /sys/fs/cgroup; echo {quota} > /sys/fs/cgroup/cpu.max; exec "$@"'
-    command = ["unshare", "-Urm", "sh", "-ec", box, "sh"]
-    if subprocess.run([*command, "true"], capture_output=True).returncode:
+def test_the_cores_of_a_container_are_those_of_its_quota():
+    box = ["unshare", "-Urm", "sh", "-ec", 'mount -t tmpfs none /sys/fs/cgroup; exec "$@"', "sh"]
+    if subprocess.run([*box, "true"], capture_output=True).returncode:
         pytest.skip("not allowed here")
-    code = "from support.loading import num_cores; print(num_cores())"
-    said = subprocess.run([*command, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert said.stdout == f"{cores or len(os.sched_getaffinity(0))}\n", said.stderr
+    said = subprocess.run([*box, sys.executable, "-c", QUOTAS], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout == f"1\n{len(os.sched_getaffinity(0))}\n", said.stderr
 
 
 def test_a_folder_for_sockets_whose_path_is_too_long_is_refused(images, monkeypatch):
@@ -439,13 +438,12 @@ def test_workers_end_with_a_training_that_is_killed(method, tmp_path):
     wait_for(lambda: not any(map(runs, workers)), "end of the workers")
 
 
-@pytest.mark.parametrize("begun", ["pass", "next(kept)"])
-def test_a_process_ends_with_a_pass_that_is_kept_open(begun):
+def test_a_process_ends_with_a_pass_that_is_kept_open():
     """As a notebook keeps it, in a variable or after an error. Python would wait for the workers for ever."""
     body = "import torch; from support.loading import make_loader; from tests.test_loading import Waiting; "
-    body += f"kept = iter(make_loader(Waiting(2), [[0], [1]], 1, torch.device('cpu'))); {begun}"
-    command = [sys.executable, "-c", body]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    body += "new, begun = (iter(make_loader(Waiting(2), [[0]], 1, torch.device('cpu'))) for _ in range(2)); "
+    body += "next(begun)"
+    run("-c", body, timeout=120)
 
 
 def test_nothing_is_kept_of_a_pass_that_has_ended():
@@ -504,10 +502,8 @@ def test_a_signal_that_another_thread_gets_waits_for_the_workers_too():
 def test_a_signal_to_the_whole_job_ends_no_process_of_the_loader(method, tmp_path):
     """As SLURM sends it, also to the processes that Python starts for "spawn" and "forkserver"."""
     (tmp_path / "signalled.py").write_text(SIGNALLED)
-    ended = subprocess.run(
-        [sys.executable, tmp_path / "signalled.py", method], start_new_session=True,
-        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    path = {"PYTHONPATH": str(ROOT)}
+    ended = run(tmp_path / "signalled.py", method, check=False, env=path, start_new_session=True)
     # Seldom, Python also names a semaphore that was being removed when the program ended.
     said = re.findall(r"^SIG\w+|Traceback|died unexpectedly", ended.stderr, re.M)
     assert (ended.stdout, said) == ("begun\n7\n", ["SIGUSR1", "SIGTERM", "SIGINT"]), ended.stderr
