@@ -3,8 +3,6 @@ import contextlib
 import copy
 import fcntl
 import functools
-import gc
-import json
 import math
 import multiprocessing
 import os
@@ -31,12 +29,12 @@ from support.checkpoints import load_checkpoint, save_checkpoint
 from support.data import ImageFiles, Source, open_training_images
 from support.distributed import fix_random_seeds, only_one_in_process
 from support.errors import TrainingError, UserError
-from support.loading import num_cores, to_device
+from support.loading import to_device
 from support.logger import MetricLogger
 from support.monitor import Monitor
 from support.pixels import normalize, normalized_views, to_pixels
 from support.restart import Run
-from tests.conftest import ROOT, TINY, call, run, save_images, torchrun, train
+from tests.conftest import ROOT, TINY, call, log_of, run, save_images, torchrun, train
 from utils import PAPER, CollapseWatch, DINOHead, Recipe
 from vision_transformer import VITS, VisionTransformer
 
@@ -65,8 +63,21 @@ NEW = {
 }  # fmt: skip
 
 
-def log_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+def as_lists(args) -> dict:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+
+
+def built(*flags) -> main_dino.Training:
+    """The smallest training on a CPU, for twenty images."""
+    args = main_dino.parse_args([*TINY, *flags])
+    return main_dino.build_training(args, torch.device("cpu"), main_dino.count_steps(args, 20), False)
+
+
+@pytest.fixture
+def threads():
+    """The number of threads, which a test may change."""
+    yield torch.get_num_threads()
+    torch.set_num_threads(1)  # as for all tests
 
 
 # ---- flags
@@ -81,10 +92,7 @@ def test_recorded_arguments_replay():
     for name, value in PUBLISHED.items():
         values = value if isinstance(value, tuple) else (value,)
         argv += [f"--{name}", *map(str, values)]
-    replayed = vars(main_dino.parse_args(argv))
-    assert {
-        n: tuple(v) if isinstance(v, list) else v for n, v in replayed.items() if n in PUBLISHED
-    } == PUBLISHED
+    assert as_lists(main_dino.parse_args(argv)) == as_lists(argparse.Namespace(**PUBLISHED | NEW))
     assert main_dino.parse_args(["--local-rank", "3"]).local_rank == 3
 
 
@@ -279,13 +287,6 @@ def test_what_has_no_effect_in_a_recipe_is_said(flags, named, capsys):
     assert re.findall(r"warning: --(\w+) has no effect", capsys.readouterr().out) == named
 
 
-def test_saving_more_rarely_than_each_epoch_is_said(capsys):
-    for every, count in (("4", 0), ("5", 1)):
-        main_dino.count_steps(main_dino.parse_args([*TINY, "--save_every_steps", every]), 20)
-        words = "warning: --save_every_steps has no effect: an epoch has 5 steps, the run 10\n"
-        assert capsys.readouterr().out == words * count
-
-
 def test_local_views_larger_than_global_ones_are_said(capsys):
     flags = (
         "--global_crops_size 32 --local_crops_size 96 --global_crops_scale 0.05 0.2 --local_crops_scale 0.5 1"
@@ -300,18 +301,25 @@ def test_local_views_larger_than_global_ones_are_said(capsys):
     assert "local views" not in capsys.readouterr().out
 
 
-def test_trials_shorter_than_a_freeze_or_a_save_are_said(capsys):
-    for steps, frozen, saved in ((4, 1, 1), (5, 1, 0), (6, 0, 0)):
-        args = main_dino.parse_args([*TINY, "--max_steps", str(steps), "--save_every_steps", "4"])
-        main_dino.count_steps(args, 20)
-        said = capsys.readouterr().out
-        assert said.count("keeps the prototypes frozen") == frozen
-        assert said.count("--save_every_steps has no effect") == saved
-    for part, frozen in ((0.8, 0), (0.9, 1)):  # of the five steps of an epoch
-        flags = "--epochs", "1", "--warmup_epochs", "0", "--freeze_last_layer", str(part)
-        main_dino.count_steps(main_dino.parse_args([*TINY, *flags]), 20)
-        assert capsys.readouterr().out.count("keeps the prototypes frozen for all 5 steps") == frozen
-    assert main_dino.count_steps(main_dino.parse_args([*TINY, "--max_steps", "99"]), 20).last == 10
+@pytest.mark.parametrize(
+    ("flags", "last", "frozen", "saved"),
+    [
+        ("--save_every_steps 4", 10, 0, 0),
+        ("--save_every_steps 5", 10, 0, 1),
+        ("--save_every_steps 4 --max_steps 4", 4, 1, 1),
+        ("--save_every_steps 4 --max_steps 5", 5, 1, 0),
+        ("--save_every_steps 4 --max_steps 6", 6, 0, 0),
+        ("--epochs 1 --warmup_epochs 0 --freeze_last_layer 0.8", 5, 0, 0),
+        ("--epochs 1 --warmup_epochs 0 --freeze_last_layer 0.9", 5, 1, 0),
+        ("--max_steps 99", 10, 0, 0),
+    ],
+)
+def test_a_run_shorter_than_a_freeze_or_the_next_save_is_said(capsys, flags, last, frozen, saved):
+    """An epoch has five steps."""
+    assert main_dino.count_steps(main_dino.parse_args([*TINY, *flags.split()]), 20).last == last
+    words = f"warning: --freeze_last_layer keeps the prototypes frozen for all {last} steps\n" * frozen
+    words += f"warning: --save_every_steps has no effect: an epoch has 5 steps, the run {last}\n" * saved
+    assert capsys.readouterr().out == words
 
 
 def test_a_run_does_not_resume_under_another_recipe(images, tmp_path):
@@ -394,16 +402,14 @@ def test_the_preview_shows_the_views_of_the_training(images, place):
 
 def test_the_preview_ends_without_a_run_and_keeps_files_of_others(images, tmp_path, capsys):
     file, out = tmp_path / "new" / "preview.png", tmp_path / "out"
-    flags = [*TINY, "--data_path", str(images), "--output_dir", str(out), "--preview", str(file)]
+    flags = [*TINY, "--data_path", images, "--output_dir", out, "--preview", file]
+    drawn = []
     for extra in ([], ["--hflip_p", "0"]):
         call(main_dino, *flags, *extra)
         assert "12 of 20 images" in capsys.readouterr().out
+        drawn.append(file.read_bytes())
+    assert drawn[0] != drawn[1]  # its own is replaced
     assert not out.exists() and [path.name for path in file.parent.iterdir()] == ["preview.png"]
-    rows = main_dino.preview_rows(main_dino.parse_args([*flags, "--hflip_p", "0"]), ImageFiles(images))
-    with Image.open(file) as sheet:
-        assert sheet.size == (4 + 5 * 164, 4 + 12 * 164)
-        first = sheet.crop((4 + 164, 4, 4 + 164 + 160, 4 + 160))  # 5 times as large
-        assert first.resize((32, 32), Image.Resampling.NEAREST).tobytes() == rows[0][1].tobytes()
     Image.new("RGB", (4, 4)).save(file)
     before = file.read_bytes()
     with pytest.raises(UserError, match="would overwrite .*preview.png.*give another file"):
@@ -412,7 +418,8 @@ def test_the_preview_ends_without_a_run_and_keeps_files_of_others(images, tmp_pa
 
 
 def test_flags_of_another_program_that_are_not_in_args_txt_are_named(images, tmp_path, capsys):
-    args = main_dino.parse_args([*TINY, "--data_path", str(images), "--output_dir", str(tmp_path)])
+    flags = "--data_path", str(images), "--output_dir", str(tmp_path), "--max_steps", "1"
+    args = main_dino.parse_args([*TINY, *flags])
     main_dino.train_dino(argparse.Namespace(**vars(args), max_lr=7, rank=0))  # and the launcher's
     assert "args.txt lacks flags that are not of main_dino.py: max_lr\n" in capsys.readouterr().out
 
@@ -436,10 +443,6 @@ def test_the_preview_names_an_image_that_cannot_be_read(tmp_path, monkeypatch, c
 
 
 # ---- settings in files
-
-
-def as_lists(args) -> dict:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
 
 def test_a_run_writes_its_settings_as_a_file_that_repeats_it(tmp_path, monkeypatch):
@@ -558,8 +561,7 @@ def test_recipes_are_those_of_the_readme():
 
 
 def test_teacher_is_a_frozen_copy_without_drop_path():
-    args = main_dino.parse_args([*TINY, "--drop_path_rate", "0.5", "--use_bn_in_head", "true"])
-    training = main_dino.build_training(args, torch.device("cpu"), main_dino.count_steps(args, 20), False)
+    training = built("--drop_path_rate", "0.5", "--use_bn_in_head", "true")
     student, teacher = training.student, training.teacher
     torch.testing.assert_close(teacher.state_dict(), student.state_dict())
     assert not any(p.requires_grad for p in teacher.parameters()) and teacher.training
@@ -612,18 +614,13 @@ def test_the_default_precision_of_each_device(precision, use_fp16, device, dtype
 
 @pytest.mark.parametrize(("precision", "scales"), [("fp16", True), ("bf16", False), ("fp32", False)])
 def test_only_fp16_scales_the_loss(precision, scales):
-    args = main_dino.parse_args([*TINY, "--precision", precision])
-    training = main_dino.build_training(
-        args, torch.device("cpu"), main_dino.count_steps(args, 20), resumes=False
-    )
-    assert training.scaler.is_enabled() == scales
+    assert built("--precision", precision).scaler.is_enabled() == scales
 
 
 def test_operations_without_a_fixed_order_are_off_on_a_gpu():
     torch.backends.cudnn.deterministic = False
     torch.backends.cuda.enable_cudnn_sdp(True)
-    args = main_dino.parse_args(TINY)
-    main_dino.build_training(args, torch.device("cpu"), main_dino.count_steps(args, 20), resumes=False)
+    built()
     assert torch.backends.cudnn.deterministic and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -691,10 +688,10 @@ def test_a_run_leaves_checkpoint_and_log(images, tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do(images, tmp_path, capsys):
-    for _ in range(2):
-        train("--data_path", images, "--output_dir", tmp_path)
-    assert len(log_of(tmp_path)) == 2
-    assert "resuming" in capsys.readouterr().out
+    for said in ("from step 0 to 2\n", "finished at step 2\n"):
+        train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 2)
+        assert said in capsys.readouterr().out
+    assert len(log_of(tmp_path)) == 1 and load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 2
 
 
 def test_changed_flags_are_listed_and_refused_until_allowed(images, tmp_path, capsys):
@@ -913,10 +910,18 @@ def test_colours_change_where_the_flag_says(images, place, fields):
     assert len(views) == 2 and len(colours) == fields
 
 
-def test_knn_is_measured_every_so_many_epochs(images, labelled, tmp_path):
-    knn = "--epochs", 3, "--knn_every", 2, "--knn_data", labelled, "--knn_share", 1
-    train("--data_path", images, "--output_dir", tmp_path, *knn)
-    assert ["knn_teacher" in record for record in log_of(tmp_path)] == [False, True, False]
+@pytest.mark.parametrize(
+    ("every", "share", "expected"),
+    [(2, 1, [False, True, False]), (1, 0, [True, False, False])],  # the first takes some of the time
+)
+def test_knn_is_measured_every_so_many_epochs_for_its_share_of_the_time(
+    images, labelled, tmp_path, capsys, every, share, expected
+):
+    knn = "--epochs", 3, "--knn_data", labelled, "--knn_every", every, "--knn_share", share
+    train("--data_path", images, "--output_dir", tmp_path, "--batch_size_per_gpu", 20, *knn)
+    assert ["knn_teacher" in record for record in log_of(tmp_path)] == expected
+    words = "no k-NN: it has taken more than --knn_share 0 of the time"
+    assert capsys.readouterr().out.count(words) == (2 if share == 0 else 0)
 
 
 def test_knn_is_of_student_and_teacher_in_the_precision_of_the_training(
@@ -973,34 +978,29 @@ def test_a_teacher_that_never_moves_is_named(images, tmp_path, capsys, flags):
     assert "teacher's momentum is 1 in all 1 steps, so it keeps its first weights" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop", [5, 7])  # at the end of an epoch, and within one
+@pytest.mark.parametrize("stop", [2, 3])  # at the end of an epoch, and within one
 def test_tensorboard_keeps_the_epochs_before_a_restart(images, tmp_path, stop):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for last in (stop, 10):
-        train("--data_path", images, "--output_dir", tmp_path, "--tensorboard", "--max_steps", last)
+    flags = "--tensorboard", "--batch_size_per_gpu", 10
+    for last in (stop, 4):
+        train("--data_path", images, "--output_dir", tmp_path, *flags, "--max_steps", last)
     shown = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in shown.Scalars("train_loss")] == [5, 10]
+    assert [event.step for event in shown.Scalars("train_loss")] == [2, 4]
 
 
-def test_threads_are_those_of_the_flag(images, tmp_path):
-    before = torch.get_num_threads()
-    try:
-        train("--data_path", images, "--output_dir", tmp_path, "--max_steps", 1, "--cpu_threads", before + 1)
-        assert torch.get_num_threads() == before + 1
-    finally:
-        torch.set_num_threads(before)
+def test_threads_are_those_of_the_flag(threads):
+    with pytest.raises(UserError, match="no data given"):
+        train("--cpu_threads", threads + 1)
+    assert torch.get_num_threads() == threads + 1
 
 
-def test_threads_beyond_the_cores_are_named(capsys):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(num_cores() + 1)
-        main_dino.set_threads(0, torch.device("cpu"))
-        assert f"--cpu_threads {num_cores()} is faster" in capsys.readouterr().out
-        main_dino.set_threads(num_cores(), torch.device("cpu"))
-        assert torch.get_num_threads() == num_cores() and not capsys.readouterr().out
-    finally:
-        torch.set_num_threads(before)
+def test_threads_beyond_the_cores_are_named(capsys, monkeypatch, threads):
+    monkeypatch.setattr(main_dino, "num_cores", lambda: threads)
+    torch.set_num_threads(threads + 1)
+    for given, said in ((0, f"--cpu_threads {threads} is faster\n"), (threads, ""), (0, "")):
+        main_dino.set_threads(given, torch.device("cpu"))
+        out = capsys.readouterr().out
+        assert out.endswith(said) and bool(out) == bool(said)
 
 
 def mean_gradient(images, precision: str, clip: str = "0.01") -> torch.Tensor:
@@ -1065,22 +1065,12 @@ def test_knn_is_logged_and_does_not_change_the_training(images, labelled, tmp_pa
     assert all({"knn_student", "knn_teacher"} <= set(record) for record in records)
 
 
-def test_knn_takes_no_more_than_its_share_of_the_time(images, labelled, tmp_path, capsys):
-    knn = ["--epochs", 3, "--knn_data", labelled, "--knn_every", 1, "--knn_share", 0]
-    train("--data_path", images, "--output_dir", tmp_path, *knn)
-    taken = ["knn_teacher" in record for record in log_of(tmp_path)]
-    assert taken == [True, False, False]  # the first takes some
-    assert capsys.readouterr().out.count("no k-NN: it has taken more than --knn_share 0 of the time") == 2
-
-
 def test_no_worker_outlives_the_training(images, tmp_path):
     """They ignore Python's signal at its exit, which would then wait for ever."""
-    gc.disable()  # what would end them now and then
-    try:
-        train("--data_path", images, "--output_dir", tmp_path, "--num_workers", 1, "--max_steps", 3)
-        assert multiprocessing.active_children() == []
-    finally:
-        gc.enable()
+    flags = "--output_dir", tmp_path, "--num_workers", 1, "--lr", 1e20, "--clip_grad", 0
+    with pytest.raises(TrainingError) as error:
+        train("--data_path", images, *flags)
+    assert error.tb and multiprocessing.active_children() == []  # its traceback keeps the frames
 
 
 @pytest.mark.slow
@@ -1187,15 +1177,15 @@ def test_what_cannot_be_compiled_is_one_clear_line(images, tmp_path):
     )
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_path):
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(images, tmp_path, capsys):
     flags = ["--data_path", images, "--output_dir", tmp_path]
     train(*flags, "--max_steps", "5")
     good = (tmp_path / "checkpoint.pth").read_bytes()
-    result = run(
-        "main_dino.py", *TINY, *flags, "--lr", "1e30", "--clip_grad", "0", "--allow_changed_args", check=False
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: loss is nan (step ") and "--lr" in result.stderr
+    broken = *map(str, flags), "--lr", "1e30", "--clip_grad", "0", "--allow_changed_args"
+    with pytest.raises(SystemExit) as end:
+        cli.run_script(main_dino.main, main_dino.parse_args([*TINY, *broken]))
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith("error: loss is nan (step ") and "--lr" in said
     assert (tmp_path / "checkpoint.pth").read_bytes() == good
 
 
@@ -1265,9 +1255,9 @@ def test_unreadable_images_do_not_end_a_run_until_they_are_many(tmp_path, capsys
     for broken, outcome in ((9, contextlib.nullcontext()), (10, ends)):
         for i in range(4, broken):
             (tmp_path / "data" / f"{i:03}.png").write_bytes(b"broken")
-        all_of_them = "--batch_size_per_gpu", 5  # no batch is incomplete
-        with outcome:
-            train("--data_path", tmp_path / "data", "--output_dir", tmp_path / f"{broken}", *all_of_them)
+        flags = "--output_dir", tmp_path / f"{broken}", "--batch_size_per_gpu", 10, "--max_steps", 3
+        with outcome:  # the three batches are all of the images
+            train("--data_path", tmp_path / "data", *flags)
 
 
 @pytest.mark.parametrize(
