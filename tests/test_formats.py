@@ -638,7 +638,7 @@ def test_knn_and_preview_of_a_training_normalise_by_the_flags(satellite):
     [
         ("--value_range 5 1", "LOW is not below HIGH .*--value_range 5 1"),
         ("--value_range 5 5", "LOW is not below HIGH .*--value_range 5 5"),
-        ("--value_range 0 1 2", "one pair for all channels, or one for each .*--value_range 0 1 2"),
+        ("--value_range 0 1 2", "one pair for all channels, or one for each"),
         ("--value_range 0 1 0 1", "give LOW HIGH, or 13 pairs"),
         ("--value_range 0 auto", "mixes auto and numbers"),
         ("--mean 0.5 0.5 0.5", "3 numbers for 13 channels .*--mean"),
@@ -779,6 +779,11 @@ def test_the_limits_of_a_range_lie_within_it():
     values = np.array([[[0, 5, 10, 11]], [[-1, 0, 3, 4]]])
     assert share_within(values, ((0.0, 10.0),)).tolist() == [0.75, 0.75]
     assert share_within(values, ((5.0, 11.0), (0.0, 3.0))).tolist() == [0.75, 0.5]
+
+
+def test_an_odd_number_of_limits_is_one_line():
+    with pytest.raises(UserError, match="one pair for all channels, or one for each .*--value_range 0 1 2"):
+        pairs([0, 1, 2])
 
 
 def test_a_hot_pixel_does_not_decide_the_range():
