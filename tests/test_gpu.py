@@ -35,6 +35,8 @@ ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 TRAINING = ["main_dino.py", *TINY, "--seed", "1"]
 # The devices round differently, which Adam enlarges in gradients that are zero, and draw other numbers.
 ALIKE = ["--optimizer", "sgd", "--lr", "0.3", "--drop_path_rate", "0", "--momentum_teacher", "0.9"]
+# The outputs of TINY's head are so small that in float16 gradients overflow, and all ten steps are skipped.
+PAPERS_HEAD = "--head_hidden_dim 2048 --head_bottleneck_dim 256".split()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def trained(images, folder, *flags: str, env: dict | None = None) -> dict:
 
 
 def skip_float16_without_scaler(device: torch.device, precision: str) -> None:
-    if precision == "fp16" and device.type != "cuda":
+    if precision == "fp16" and device.type == "mps":
         pytest.skip(f"no training in float16 on {device.type}")
 
 
@@ -67,6 +69,8 @@ def distance(a: dict, b: dict, part: str = "student") -> float:
 
 
 def assert_same_bits(a: dict, b: dict) -> None:
+    """Of two trained checkpoints: also those of runs whose steps were all skipped would have the same."""
+    assert max(state["step"] for state in a["optimizer"]["state"].values()) > 1
     for part in ("student", "teacher", "dino_loss"):
         for name, value in a[part].items():
             assert torch.equal(value, b[part][name]), f"{part}.{name}"
@@ -138,7 +142,7 @@ def test_weights_after_ten_steps_equal_the_cpus(gpu, images, tmp_path, flags, lr
 )
 def test_half_precision_follows_float32(gpu, images, tmp_path, precision, flags):
     skip_float16_without_scaler(gpu, precision)
-    flags = [*ALIKE, *flags]
+    flags = [*ALIKE, *PAPERS_HEAD, *flags]
     begun = trained(images, tmp_path / "begun", *flags, "--max_steps", "1")
     exact, half = (
         trained(images, tmp_path / name, *flags, "--precision", name) for name in ("fp32", precision)
@@ -237,7 +241,7 @@ NO_ORDER = pytest.mark.xfail(
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=NO_ORDER), "fp16", "bf16"])
 def test_a_killed_run_ends_with_the_same_bits(gpu, images, tmp_path, precision):
     skip_float16_without_scaler(gpu, precision)
-    flags = ["--precision", precision, "--save_every_steps", "2", "--num_workers", "2"]
+    flags = [*PAPERS_HEAD, "--precision", precision, "--save_every_steps", "2", "--num_workers", "2"]
     whole = trained(images, tmp_path / "whole", *flags)
     command = [*TRAINING, *flags, "--data_path", str(images), "--output_dir", str(tmp_path / "killed")]
     for step in (2, 4):
@@ -255,7 +259,7 @@ PAPERS = "--patch_size 16 --global_crops_size 224 --local_crops_size 96 --local_
 def test_a_run_in_two_parts_ends_with_the_same_bits(gpu, images, tmp_path, arch, precision):
     """With crops of the paper's sizes, whose sums need several blocks of a kernel, unlike those of TINY."""
     skip_float16_without_scaler(gpu, precision)
-    flags = [*PAPERS, "--arch", arch, "--precision", precision, "--batch_size_per_gpu", "8"]
+    flags = [*PAPERS, *PAPERS_HEAD, "--arch", arch, "--precision", precision, "--batch_size_per_gpu", "8"]
     whole = trained(images, tmp_path / "whole", *flags)
     trained(images, tmp_path / "parts", *flags, "--max_steps", "2")
     parts = trained(images, tmp_path / "parts", *flags)
