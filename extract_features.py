@@ -307,7 +307,8 @@ def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     begin = np.lib.format.magic(1, 0) + (PAGE - 10).to_bytes(2, "little") + repr(header).encode()
     size = _size(shape, dtype)
     try:
-        with open(path, "wb") as file:
+        path.unlink(missing_ok=True)
+        with open(path, "xb") as file:  # never through a link that another has put there
             file.write(begin.ljust(PAGE - 1) + b"\n")
             _lengthen(file, size)
             os.fsync(file.fileno())

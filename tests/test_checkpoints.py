@@ -120,6 +120,16 @@ def test_an_error_keeps_its_text_and_gets_a_name_where_it_has_none(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_is_not_written_through_a_link_that_another_put_there(tmp_path):
+    """As in an archive of a run that someone else has packed."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".x.tmp").symlink_to("mine")
+    with replacing(tmp_path / "x") as file:
+        file.write(b"new")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "x").read_bytes() == b"new" and not (tmp_path / "x").is_symlink()
+
+
 def test_a_file_that_processes_share_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # it may be on another disk
     with pytest.raises(ZeroDivisionError), appearing(tmp_path / "x") as file:

@@ -106,6 +106,14 @@ def test_no_file_of_the_user_is_overwritten(labelled, images, tmp_path, name, fo
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+def test_features_are_not_written_through_a_link_that_another_put_there(images, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in ("features", "labels"):
+        (tmp_path / f"{name}.npy.partial").symlink_to("mine")
+    assert not extract(tmp_path, "--data_path", images).is_symlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_dataset_whose_classes_have_no_names_has_labels():
     images = [(Image.new("RGB", (16, 16)), 3)]
     pixels, label, readable = extract_features.Rows(images, load_backbone("pixels"), False)[0]
