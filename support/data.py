@@ -670,6 +670,9 @@ def _torchvision_dataset(source: Source, split: str, called: str) -> Images:
     if name in ("ImageFolder", "DatasetFolder"):
         fix = "leave it out: --data_path alone reads class folders"
         raise UserError("this is not the name of a dataset", f"--dataset {name}", fix)
+    if name == "LSUN":
+        what = "torchvision reads a pickle of the working folder for it, which may run code"
+        raise UserError(what, f"--dataset {name}", "save its images as files, and leave --dataset out")
     if name not in known:
         raise UserError("unknown dataset", f"--dataset {name}", nearest(name, known))
     if not root:
