@@ -69,6 +69,7 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
     because the file does not record it. Raises an error, in one line, for weights that do not fit.
     """
     with _own_modules():
+        from support.logger import write
         from support.weights import load_backbone
 
         frozen = load_backbone(os.fspath(weights), checkpoint_key, arch, patch_size, image_size, in_chans)
@@ -77,7 +78,7 @@ def dino(weights, checkpoint_key=None, arch=None, patch_size=None, image_size=No
         network.transform, network.read = _portable("transform", fields), _portable("read", fields)
         network.description = frozen.description
         if "assumed" in frozen.description:
-            print(f"note: {frozen.description}")
+            write(f"note: {frozen.description}")
         return network.requires_grad_(True)
 
 

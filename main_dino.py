@@ -1206,7 +1206,8 @@ def report_demo(args: argparse.Namespace) -> None:
     if not is_main_process():  # only the first rank gets results
         return
     knn = {name: accuracies[20][0] for name, accuracies in found.items()}
-    log("\nk-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
+    log("")
+    log("k-NN accuracy on shapes, 20 neighbours, chance 12.5 %")
     for name, accuracy in knn.items():
         log(f"  {name:22} {accuracy:5.1f} %")
     try:

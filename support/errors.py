@@ -19,7 +19,7 @@ class UserError(Exception):
 
     def __init__(self, what: str, where: str = "", fix: str = "", alone: bool = False):
         self.alone = alone or type(self).alone
-        what, where, fix = (_printable(str(part)) for part in (_of_worker(what), where, fix))
+        what, where, fix = (printable(str(part)) for part in (_of_worker(what), where, fix))
         super().__init__(what + (f" ({where})" if where else "") + (f": {fix}" if fix else ""))
 
 
@@ -28,7 +28,7 @@ def _of_worker(text: str) -> str:
     return text.strip().rpartition("\n")[2].partition(": ")[2] if text.startswith("Caught ") else text
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text in one line: a file's name may hold line breaks and a terminal's control characters."""
     return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 

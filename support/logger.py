@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.distributed import is_first
+from support.errors import printable
 
 
 def log(message: str) -> None:
@@ -25,15 +26,16 @@ lost: list[OSError] = []
 
 
 def write(message: str | None = None) -> None:
-    """Print from this process, above a progress bar if there is one; flush what was printed before.
+    """Print a line from this process, above a progress bar if there is one; flush what was printed before.
 
-    Puts the first error of the disk into `lost`.
+    Control characters, as names in a file of others may have, are escaped. Puts the first error of the disk
+    into `lost`.
     """
     try:
         if sys.stdout is None:  # the shell has closed it; tqdm 4.66 would fail
             return
         if message is not None:
-            tqdm.write(message)
+            tqdm.write(printable(message))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended
         raise

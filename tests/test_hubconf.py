@@ -172,6 +172,9 @@ def test_what_was_assumed_is_said(tmp_path, capsys):
     loaded = load("dino", weights=tmp_path / "weights.pth", arch="vit_nano")
     assert "4 heads assumed" in loaded.description
     assert f"note: {loaded.description}\n" in capsys.readouterr().out
+    torch.save({"of\nothers": network.state_dict()}, tmp_path / "weights.pth")
+    load("dino", weights=tmp_path / "weights.pth", arch="vit_nano")
+    assert r"weights.pth: of\nothers, vit_nano" in capsys.readouterr().out
 
 
 @pytest.mark.slow

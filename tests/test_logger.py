@@ -17,6 +17,12 @@ def test_a_smoothed_value_has_a_mean_of_the_last_and_of_all():
     assert series.avg == 4 and series.global_avg == 3
 
 
+def test_names_neither_break_a_line_nor_control_the_terminal(capsys):
+    """A file, a class or a tensor of others may have any name."""
+    log("weights: a\nTop1: 99\x1b[2J\x9b\r\u2028")
+    assert capsys.readouterr().out == "weights: a\\nTop1: 99\\x1b[2J\\x9b\\r\\u2028\n"
+
+
 def test_a_line_every_ten_steps(capsys):
     logger = MetricLogger(images_per_step=4)
     for value in logger.log_every(range(25), header="epoch 0", steps_after=5):
