@@ -504,7 +504,9 @@ def settle_format(args: argparse.Namespace, images: Images, run: Run | None = No
 
 def find_format(args: argparse.Namespace, images: Images, run: Run | None, names: list[str]) -> dict:
     """Numbers for these flags, as `settle_format` says; logs them. Raises UserError."""
-    known = run.recorded_args() if run else {}
+    recorded = run.recorded_args() if run else {}
+    lists = {name: value for name, value in recorded.items() if isinstance(value, list | tuple)}
+    known = {name: value for name, value in lists.items() if all(isinstance(x, float) for x in value)}
     if all(known.get(name) for name in names):
         found, origin = {name: known[name] for name in names}, "from the run to resume"
     else:

@@ -92,9 +92,9 @@ class FolderLock:
         """Read the lock; None if it is missing or incomplete for `patience` seconds."""
         deadline = time.monotonic() + patience
         while True:
-            with contextlib.suppress(OSError, ValueError, TypeError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 holder = json.loads(self.path.read_text("utf-8"))
-                if {"token", "pid", "host", "since", "machine"} <= set(holder):
+                if {"token", "pid", "host", "since", "machine"} <= holder.keys():
                     return holder
             if time.monotonic() >= deadline:
                 return None

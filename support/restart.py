@@ -5,6 +5,7 @@ per epoch. The pieces of a run are objects with `state_dict` and `load_state_dic
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -62,7 +63,8 @@ class Run(contextlib.AbstractContextManager):
         """The flags in the newest checkpoint that can be read; {} for a new run."""
         for path in (self.checkpoint, self.previous):
             with contextlib.suppress(UserError):  # `resume` says what is wrong with it
-                return load_checkpoint(path).get("args") or {}
+                recorded = load_checkpoint(path).get("args")
+                return recorded if isinstance(recorded, dict) else {}  # else another program's
         return {}
 
     def __exit__(self, *_):
@@ -105,8 +107,10 @@ class Run(contextlib.AbstractContextManager):
         log(f"resuming {path} at {step}epoch {checkpoint['epoch']}")
         if is_main_process():
             logged = {record["epoch"] for record in read_log(self.log_file)}
-            if lost := [epoch for epoch in range(checkpoint["epoch"]) if epoch not in logged]:
-                count = f"{len(lost)} of {checkpoint['epoch']} epochs, e.g. epoch {lost[0]}"
+            ended = checkpoint["epoch"]  # any number, if the file is not ours
+            if lost := ended - sum(0 <= epoch < ended for epoch in logged):
+                first = next(epoch for epoch in itertools.count() if epoch not in logged)
+                count = f"{lost} of {ended} epochs, e.g. epoch {first}"
                 log(f"warning: {self.log_file} lacks {count}: was it changed?")
         return {name: value for name, value in checkpoint.items() if name not in pieces}
 

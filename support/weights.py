@@ -11,6 +11,7 @@ import numbers
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from support.logger import log
 from support.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MOST_CHANNELS,
     AnyImage,
     Size,
     eval_transform,
@@ -253,10 +255,11 @@ def _recorded_normalization(record, source: str):
     if record is None:
         return None, None
     try:
-        mean, std = (tuple(float(x) for x in record[name]) for name in ("mean", "std"))
+        # A file may repeat one number without end.
+        mean, std = (tuple(map(float, islice(record[name], MOST_CHANNELS))) for name in ("mean", "std"))
         value_range = record.get("value_range")
         if value_range is not None:
-            value_range = tuple((float(low), float(high)) for low, high in value_range)
+            value_range = tuple((float(low), float(high)) for low, high in islice(value_range, MOST_CHANNELS))
     except (TypeError, ValueError, KeyError, AttributeError):
         mean, std, value_range = (), (), None
     if not (0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0):

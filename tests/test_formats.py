@@ -493,6 +493,16 @@ def test_auto_is_resolved_and_a_restart_takes_the_same_numbers(satellite, run, t
     assert "from the run to resume: --value_range" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", [5, "auto", [0.0, "1"]])
+def test_numbers_of_the_run_to_resume_that_are_none_are_not_taken(satellite, tmp_path, value):
+    args = main_dino.parse_args([*TINY, "--in_chans", str(BANDS), "--value_range", "auto", *normalization()])
+    images = open_training_images(Source(str(satellite / "train"), form=main_dino.image_format(args)))
+    with Run(tmp_path, required=()) as run:
+        run.save({"args": {"value_range": value}})
+        main_dino.settle_format(args, images, run)
+    assert args.value_range == estimate_range(sample_values(images, BANDS), BANDS)
+
+
 @pytest.mark.parametrize("given", ["range", "mean and deviation", "deviation", "nothing"])
 def test_what_is_estimated_stands_beside_what_is_given(satellite, tmp_path, given):
     """What the run to resume has is not taken in part."""

@@ -201,7 +201,8 @@ def test_a_folder_that_became_read_only_does_not_hide_how_the_run_ended(tmp_path
 
 def test_a_file_that_is_no_lock_does_not_hold_the_folder(tmp_path):
     path = tmp_path / "lock"
-    for content in ("", "[1]", "{}", '{"pid": 1}', "3", "\x00"):
+    named = json.dumps(["token", "pid", "host", "since", "machine"])
+    for content in ("", "[1]", named, "{}", '{"pid": 1}', "3", "\x00"):
         path.write_text(content)
         lock = FolderLock(path, beat=0.1)
         lock.acquire()

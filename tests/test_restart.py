@@ -233,6 +233,16 @@ def test_a_log_that_lacks_epochs_is_said(tmp_path, capsys, text, lost):
     assert warnings == [lost] * bool(lost)
 
 
+def test_a_log_may_lack_any_number_of_epochs(tmp_path, capsys):
+    """A file of others may say so many that a list of them would fill the memory."""
+    pieces = {"student": torch.nn.Linear(1, 1)}
+    run = Run(tmp_path, required=())
+    run.save({"epoch": 10**30, "student": pieces["student"].state_dict()})
+    with Run(tmp_path, required=("student",)) as run:
+        run.resume(pieces, {})
+    assert f"lacks {10**30} of {10**30} epochs, e.g. epoch 0: was" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("logged", "other"), [("stdout", "stderr"), ("stderr", "stdout")])
 def test_output_that_goes_to_the_log_is_refused(tmp_path, logged, other):
     code = (
@@ -500,6 +510,8 @@ def test_a_run_of_which_only_the_checkpoint_before_is_left_exists_and_keeps_its_
     assert run.recorded_args() == {"mean": [1]}
     run.checkpoint.unlink()
     assert run.exists()
+    run.save({"step": 3, "args": [1]})  # another program's
+    assert run.recorded_args() == {}
 
 
 @pytest.mark.parametrize("own", [torch.optim.AdamW, torch.optim.SGD, LARS])

@@ -764,6 +764,9 @@ def test_timms_weights_get_timms_normalization_and_ours_keep_ours(vits, tmp_path
     ):  # fmt: skip
         with pytest.raises(UserError, match="mean and deviation in the file are not valid"):
             load_backbone(write(content | {"normalization": wrong}, tmp_path / "wrong.pth"))
+    endless = {name: torch.ones(1).expand(2**60) for name in ("mean", "std")}
+    with pytest.raises(UserError, match="weights for 3 channels without their means"):
+        load_backbone(write(content | {"normalization": endless}, tmp_path / "wrong.pth"))
     for wrong in ([], [[5, 5]], [[0, math.inf]], [[0, 1], [0, 1]]):
         path = write(content | {"normalization": recorded | {"value_range": wrong}}, tmp_path / "wrong.pth")
         with pytest.raises(UserError, match=r"value_range in the file is not valid: \[.*: record pairs LOW"):
