@@ -41,6 +41,7 @@ BLOCK = 512  # bytes of a tar's block
 
 # How a member is stored: bytes in a tar, or in a zip as they are or deflated, behind a local header.
 TAR, STORED, DEFLATED = range(3)
+LONGEST = 4096  # bytes of a link's target; a small archive may unpack to gigabytes
 UNKNOWN = -1  # the size of a link that leads out of its archive, and the checksum in a tar, which has none
 
 
@@ -383,7 +384,7 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
             tar.members.clear()  # type: ignore[attr-defined]  # about a kilobyte for each
             name = _clean(member.name)
             links.pop(name, None)  # the last member of a name counts
-            if member.offset_data + member.size * member.isreg() > end:
+            if member.size < 0 or member.offset_data + member.size * member.isreg() > end:
                 raise UserError(f"archive is cut short in {name}", path, fix)
             if member.isdir() and name:
                 places[f"{name}/"] = (0, 0, 0, TAR, UNKNOWN)
@@ -400,8 +401,9 @@ def _tar_places(file: IO[bytes], path: str, end: int, start: int = 0) -> Places:
         offset = tar.offset
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise UserError(f"archive is cut short or damaged after {name}: {error}", path, fix) from None
-    file.seek(offset)
-    if offset + BLOCK > end or file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
+    file.seek(max(offset, start))
+    # tarfile takes a damaged header for the end.
+    if not start <= offset <= end - BLOCK or file.read(BLOCK) != bytes(BLOCK):
         raise UserError(f"archive is cut short or damaged at byte {offset - start:,}", path, fix)
     while rest := file.read(min(1 << 20, end - file.tell())):  # usually some blocks of zeros
         if rest.strip(b"\0"):
@@ -454,7 +456,7 @@ def _zip_places(file: IO[bytes], path: str, size: int) -> Places:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
         targets = {
-            member.header_offset: os.fsdecode(archive.read(member))
+            member.header_offset: os.fsdecode(archive.open(member).read(LONGEST))
             for member in members
             if stat.S_ISLNK(member.external_attr >> 16) and not member.flag_bits & 1
         }

@@ -224,6 +224,8 @@ def _tiff_values(file: IO[bytes], channels: int, path: str) -> tuple[np.ndarray,
         if colours in NOT_VALUES or (colours == "YCBCR" and "JPEG" not in compression):
             what = f"TIFF stores colours as {colours}, not as brightness"
             raise WrongFormat(what, path, "save it as grey values, 0 for black, or as RGB")
+        if math.prod(series.shape) > max(channels, 3) * 2 * (Image.MAX_IMAGE_PIXELS or math.inf):  # as Pillow
+            raise ValueError(f"image of shape {series.shape} is larger than Pillow's limit")
         if not series.dataoffset:  # else tifffile reads one block, as a whole
             stored = [size for each in series.pages if each for size in each.databytecounts]
             if 0 in stored or len(stored) < len(series.pages) * math.prod(page.chunked):

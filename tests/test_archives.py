@@ -675,9 +675,23 @@ def make_sparse(path: Path) -> None:
         archive.addfile(member)
 
 
+def give_negative_size(path: Path, size: int, *before: str) -> None:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in (*before, "a.png"):
+            member = tarfile.TarInfo(name)
+            member.size = size if name == "a.png" else 0
+            archive.addfile(member)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
+        (
+            "x.tar",
+            lambda path: give_negative_size(path, -1024),
+            r"damaged at byte -512 \(.*x.tar\): download",
+        ),
+        ("x.tar", lambda path: give_negative_size(path, -512, "b.png"), r"cut short in a.png \(.*x.tar\)"),
         (
             "x.tar",
             lambda path: cut(path, last_end(path) - 1_200),
@@ -709,6 +723,18 @@ def test_a_bad_archive_is_one_clear_line(own, tmp_path, name, damage, message):
     damage(path)
     with pytest.raises(UserError, match=message):
         open_training_images(Source(str(path)))
+
+
+def test_a_link_in_a_zip_is_not_unpacked_to_gigabytes(own, tmp_path):
+    path = pack(tmp_path / "x.zip", own / "train")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        link = zipfile.ZipInfo("a/link.png")
+        link.external_attr, link.compress_type = (stat.S_IFLNK | 0o777) << 16, zipfile.ZIP_DEFLATED
+        archive.writestr(link, bytes(2**26))
+    tracemalloc.start()
+    open_training_images(Source(str(path)))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_archives_that_cannot_be_a_dataset_are_refused(own, tmp_path):

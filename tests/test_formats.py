@@ -298,6 +298,16 @@ def test_no_image_starts_ghostscript(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("imagecodecs")), reason="imagecodecs is installed")
+def test_a_tiff_that_would_fill_the_memory_is_refused_as_pillow_refuses_others(tmp_path, monkeypatch):
+    """A small file may unpack to gigabytes."""
+    path, form = tmp_path / "x.tif", ImageFormat(4, ((0.0, 10_000.0),))
+    tifffile.imwrite(path, scene(0, 0, 4), photometric="minisblack", planarconfig="separate")
+    assert load_levels(str(path), None, form).numel() > 800
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"image of shape \(4, .* is larger than Pillow's limit"):
+        load_levels(str(path), None, form)
+
+
 def test_a_compression_that_tifffile_lacks_names_the_package(tmp_path):
     picture().save(tmp_path / "x.tif", compression="tiff_lzw")
     with pytest.raises(WrongFormat, match=r"needs the package imagecodecs \(.*x.tif\): pip install"):
