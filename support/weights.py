@@ -11,7 +11,6 @@ import numbers
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,11 +255,11 @@ def _recorded_normalization(record, source: str):
         return None, None
     try:
         # A file may repeat one number without end.
-        mean, std = (tuple(map(float, islice(record[name], MOST_CHANNELS))) for name in ("mean", "std"))
+        mean, std = (tuple(map(float, record[name][:MOST_CHANNELS])) for name in ("mean", "std"))
         value_range = record.get("value_range")
         if value_range is not None:
-            value_range = tuple((float(low), float(high)) for low, high in islice(value_range, MOST_CHANNELS))
-    except (TypeError, ValueError, KeyError, AttributeError):
+            value_range = tuple((float(low), float(high)) for low, high in value_range[:MOST_CHANNELS])
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         mean, std, value_range = (), (), None
     if not (0 < len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0):
         what = f"mean and deviation in the file are not valid: {record}"

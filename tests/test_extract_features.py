@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -346,10 +347,13 @@ def test_lost_files_are_computed_again(half_done, capsys, lost):
         extract(half_done, *flags)
 
 
-def test_progress_is_forgotten_before_its_rows_are(half_done):
-    path = half_done / "labels.npy.partial"
-    path.unlink()
-    path.symlink_to(half_done / "absent" / "x")  # so that it cannot be created
+def test_progress_is_forgotten_before_its_rows_are(half_done, monkeypatch):
+    def lengthen(file, size):
+        if file.name.endswith("labels.npy.partial"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (half_done / "labels.npy.partial").unlink()
+    monkeypatch.setattr(extract_features, "_lengthen", lengthen)
     with pytest.raises(UserError, match="cannot reserve .*labels.npy.partial"):
         extract(half_done, "--data_path", half_done / "images", "--batch_size_per_gpu", "4")
     assert json.loads((half_done / "features.json").read_text())["blocks"] == 0
