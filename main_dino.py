@@ -502,13 +502,17 @@ def settle_format(args: argparse.Namespace, images: Images, run: Run | None = No
         images.form = image_format(args)
 
 
+def is_numbers(value: object) -> bool:
+    """Whether a recorded flag has numbers, not e.g. "auto" or what another program recorded."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(x, float) for x in value)
+
+
 def find_format(args: argparse.Namespace, images: Images, run: Run | None, names: list[str]) -> dict:
     """Numbers for these flags, as `settle_format` says; logs them. Raises UserError."""
     recorded = run.recorded_args() if run else {}
-    lists = {name: value for name, value in recorded.items() if isinstance(value, list | tuple)}
-    known = {name: value for name, value in lists.items() if all(isinstance(x, float) for x in value)}
-    if all(known.get(name) for name in names):
-        found, origin = {name: known[name] for name in names}, "from the run to resume"
+    known: dict = {name: recorded.get(name) for name in names}
+    if all(is_numbers(value) for value in known.values()):
+        found, origin = known, "from the run to resume"
     else:
         values = sample_values(images, args.in_chans)
         limits = estimate_range(values, args.in_chans) if "value_range" in names else args.value_range

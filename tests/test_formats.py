@@ -297,7 +297,6 @@ def test_no_image_starts_ghostscript(tmp_path, monkeypatch):
     assert not (tmp_path / "started").exists()
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("imagecodecs")), reason="imagecodecs is installed")
 def test_a_tiff_that_would_fill_the_memory_is_refused_as_pillow_refuses_others(tmp_path, monkeypatch):
     """A small file may unpack to gigabytes."""
     path, form = tmp_path / "x.tif", ImageFormat(4, ((0.0, 10_000.0),))
@@ -308,6 +307,7 @@ def test_a_tiff_that_would_fill_the_memory_is_refused_as_pillow_refuses_others(t
         load_levels(str(path), None, form)
 
 
+@pytest.mark.skipif(bool(importlib.util.find_spec("imagecodecs")), reason="imagecodecs is installed")
 def test_a_compression_that_tifffile_lacks_names_the_package(tmp_path):
     picture().save(tmp_path / "x.tif", compression="tiff_lzw")
     with pytest.raises(WrongFormat, match=r"needs the package imagecodecs \(.*x.tif\): pip install"):
