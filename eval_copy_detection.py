@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="",
-        help="folder with original/, strong/, jpegqual/*/ and crops/*/; those that are there are evaluated")
+        help="folder with original/, strong/, jpegqual/*/ and crops/*/; evaluates those that exist")
     group.add_argument("--distractors_path", default="",
         help="folder of other images to search; without it, only the originals are searched")
     group.add_argument("--whitening_path", default="",
@@ -137,7 +137,7 @@ def positives_of(block: str, images: ImageFiles, originals: ImageFiles) -> list[
     for name, start, path in zip(queries, starts, originals.paths, strict=False):
         if name[:4] != start if distinct else Path(name).stem != Path(path).stem:
             what = f"{block}/{name} does not match original/{Path(path).name}"
-            raise UserError(what, str(images.paths.root), "name each image as its original")
+            raise UserError(what, str(images.paths.root), "name each image like its original")
     return [np.array([index]) for index in range(len(queries))]
 
 

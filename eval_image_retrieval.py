@@ -203,7 +203,7 @@ def open_images(benchmark: Benchmark, crop_queries: bool) -> tuple[ImageFiles, I
         is_box = box.shape == (4,) and box.dtype.kind in "iuf" and np.isfinite(box).all()
         if not (is_box and (box[2:] - box[:2] >= 1).all()):
             fix = "correct the ground truth, or leave --crop_queries out"
-            raise UserError(f"query {query.name}: bbx is no box: {query.box!s:.60}", "--crop_queries", fix)
+            raise UserError(f"query {query.name}: bbx is not a box: {query.box!s:.60}", "--crop_queries", fix)
         boxes.append(box.tolist())
     if outside := [str(path) for path, box in zip(paths, boxes, strict=True) if _reaches_out(path, box)]:
         what = f"the boxes of {len(outside)} of {len(paths)} queries reach beyond their images"

@@ -193,7 +193,7 @@ def knn_classifier(
         raise ValueError("features are not finite")
     lengths = torch.cat([features.float().norm(dim=1) for features in (train_features, test_features)])
     if ((lengths - 1).abs() > 0.01).any():
-        log("warning: features are not of length 1: the nearest are not those of the largest cosine")
+        log("warning: features are not of length 1: the nearest may not have the largest cosine")
     data = train_features, train_labels.flatten(), test_features, test_labels.flatten()
     return knn_accuracies(*data, [k], T, num_classes)[k]
 

@@ -203,7 +203,7 @@ def folder_files(folder: Path, extensions: Set[str]) -> dict[str, str]:
         if extension.lower() not in extensions:
             continue
         if stem in found:
-            what = f"two files with one name: {os.path.basename(found[stem])}"
+            what = f"two files with the same name: {os.path.basename(found[stem])}"
             raise UserError(what, path, "remove one")
         found[stem] = path
     return found

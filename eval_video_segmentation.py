@@ -139,7 +139,9 @@ def _files(folder: Path, kind: str) -> dict[str, Path]:
         if extension(path) != kind:
             raise UserError(f"extension is not {kind}", str(path), "rename or convert it, or remove it")
         if path.stem in found:
-            raise UserError(f"two files with one number: {found[path.stem].name}", str(path), "remove one")
+            raise UserError(
+                f"two files with the same number: {found[path.stem].name}", str(path), "remove one"
+            )
         found[path.stem] = path
     return found
 

@@ -1,4 +1,4 @@
-"""Compute features of any images and save them, as many as the disk holds.
+"""Compute features of any images and save them to files, which may be larger than memory.
 
     python extract_features.py --pretrained_weights runs/vits16/checkpoint.pth --data_path photos \\
         --output_dir features

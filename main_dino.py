@@ -226,8 +226,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "and the local ones; --preview shows what the flags do to your images")
     group.add_argument("--jitter", default=PAPER.jitter, type=number(float, at_least=0), nargs=4,
         metavar=("B", "C", "S", "H"),
-        help="strength of the changes of brightness, contrast, saturation and hue, as torchvision's "
-             "ColorJitter has them; the hue's is at most 0.5; lower where colour tells the objects apart")
+        help="strengths for brightness, contrast, saturation and hue, as in torchvision's ColorJitter; "
+             "hue at most 0.5; lower where colour tells the objects apart")
     group.add_argument("--jitter_p", default=PAPER.jitter_p, type=share, help="probability of --jitter")
     group.add_argument("--gray_p", default=PAPER.gray_p, type=share,
         help="probability of a grey view; 0 for grey images and where colour matters most")
@@ -1007,7 +1007,7 @@ def record_args(args: argparse.Namespace, run: Run, step: int, last: int) -> Non
     try:
         old = path.read_text("utf-8", "surrogateescape") if path.exists() else ARGS_TITLE
         if not old.startswith(ARGS_TITLE):
-            log(f"warning: {path} is of another program and kept: the settings are in the checkpoint only")
+            log(f"warning: {path} is not a file of main_dino.py and is kept: the checkpoint has the settings")
             return
         lines = [f"{ARGS_TITLE}.", f"# Processes: {get_world_size()}"]
         lines += [line for line in old.splitlines() if step and line.startswith(CHANGED_AT)]

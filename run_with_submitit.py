@@ -44,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--qos", default="", help="quality of service, if the cluster has several")
     group.add_argument("--constraint", default="", help="features that nodes must have, e.g. 'a100|h100'")
     group.add_argument("--cpus_per_task", default=10, type=cli.number(int, at_least=1),
-        help="cores per process; --num_workers plus one is best: 11 with its default of 10")
+        help="cores per process; best is --num_workers plus one: 11 for 10 workers, its default")
     group.add_argument("--mem_gb", default=None, type=cli.number(float, at_least=0),
         help="memory per node in GB, 0 for all of it (default: 40 per GPU, and for a CPU job the cluster's "
              "default)")

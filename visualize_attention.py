@@ -81,8 +81,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="a video file, or a folder of frames as image files, to make a video of; needs PyAV")
     group.add_argument("--image_size", default=(480, 480), type=cli.number(int, at_least=1), nargs="+",
         metavar="PIXELS",
-        help="resize to this height and width, or to this length of the shorter side, for a video 480 by "
-             "default; then crop to whole patches")
+        help="resize to this height and width, or the shorter side to this length (for a video by default "
+             "480); then crop to whole patches")
     group.add_argument("--demo", action="store_true",
         help="show the network of main_dino.py --demo on the drawn shapes; eval_segmentation.py --demo "
              "measures its attention")
@@ -492,7 +492,7 @@ def main(args: argparse.Namespace) -> None:
         viewer = load_viewer(args, device)
         images = open_images(args.image_path, viewer.frozen.form)
         if args.query and len(images) > 1:
-            what = f"a query is a place in one image, not in {len(images)}"
+            what = f"there are {len(images)} images"
             raise UserError(what, "--query", "give one image, or --video for frames of one size")
         check_images(images, alike=False)
         if lies_below(output_dir / "sheet.png", args.image_path):

@@ -305,8 +305,8 @@ def add_concat_flag(group, instead_of: str) -> None:
     """Add `--concat_patchtokens`, whose features stand `instead_of` others."""
     # fmt: off
     group.add_argument("--concat_patchtokens", default=False, type=bool_flag,
-        help=f"use all patch tokens of the last block, one after another, instead of {instead_of}: they keep "
-             "what is where, so they suit small images that are aligned; for ViTs, and for timm's models")
+        help=f"concatenate all patch tokens of the last block, instead of {instead_of}: they keep positions, "
+             "which suits small aligned images; for our ViTs and timm's models")
     # fmt: on
 
 

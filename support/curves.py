@@ -57,7 +57,7 @@ class Curves:
                     self.writer.add_scalar(name, value, record["step"])
                 self.writer.flush()
             except OSError as error:  # the writer's thread has ended, and raises this again
-                log(f"warning: no more numbers for TensorBoard: {reason_of(error)}")
+                log(f"warning: stopped writing for TensorBoard: {reason_of(error)}")
                 self.writer = None
 
 

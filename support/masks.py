@@ -33,11 +33,11 @@ def read_mask_and_palette(path: str | Path) -> tuple[np.ndarray, list[int] | Non
 
 
 def require_numbers(mask: Image.Image, path: str | Path) -> None:
-    """Raise UserError if an opened mask, by its header, does not hold numbers of 8 bits."""
+    """Raise UserError if an opened mask, by its header, does not hold 8-bit numbers."""
     if mask.format == "JPEG":
         what = "mask is a JPEG, which changes numbers at edges"
     elif mask.mode not in ("P", "L", "1"):
-        what = f"mask has Pillow's mode {mask.mode}, not numbers of 8 bits"
+        what = f"mask has Pillow's mode {mask.mode}, not 8-bit numbers"
     else:
         return
     raise UserError(what, str(path), "save it as a palette or grey PNG")

@@ -117,7 +117,7 @@ def in_channels(image: AnyImage, channels: int) -> AnyImage:
 def require_levels(image: AnyImage) -> AnyImage:
     """Return an image of 8 bits, or a tensor, unchanged. Raises ValueError for wider values."""
     if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
-        what = f"the network maps a range of values to levels, which this image ({image.mode}) still needs"
+        what = f"the network needs 8-bit levels, and this image ({image.mode}) has other values"
         raise ValueError(f"{what}: read the file by load_pixels(path, form=frozen.form)")
     return image
 

@@ -665,7 +665,7 @@ def _size_of(patches: int, patch_size: int, recorded: Size | None, image_size: S
         if size and math.prod(side / patch_size for side in height_and_width(size)) == patches
     ]  # fmt: skip
     if fits[:1] == [square] and image_size in fits and len(set(height_and_width(image_size))) > 1:
-        words = f"{patches} positions taken as those of {square} x {square} pixels"
+        words = f"{patches} positions assumed to be those of {square} x {square} pixels"
         log(f"note: {words}, not of --image_size {size_words(image_size)}")
     return fits[0] if fits else square
 

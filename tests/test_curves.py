@@ -131,4 +131,4 @@ for step in range(1000):
 def test_a_full_disk_ends_tensorboard_and_not_the_training(tmp_path):
     pytest.importorskip("tensorboard")
     said = run("-c", FULL_DISK, tmp_path).stdout
-    assert said == "warning: no more numbers for TensorBoard: File too large\n"
+    assert said == "warning: stopped writing for TensorBoard: File too large\n"

@@ -261,11 +261,11 @@ def test_a_box_may_end_a_pixel_outside_on_either_side(tmp_path):
 def test_a_box_that_is_none_is_refused_if_queries_are_cropped(ground_truth):
     folder, rewrite = ground_truth
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[[1], [2, 3]]))
-    refused(folder, r"query query4: bbx is no box: \[\[1\], \[2, 3\]\]", "--crop_queries")
+    refused(folder, r"query query4: bbx is not a box: \[\[1\], \[2, 3\]\]", "--crop_queries")
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, 10, 30]))
-    refused(folder, r"query query4: bbx is no box: \[10, 10, 10, 30\]", "--crop_queries")
+    refused(folder, r"query query4: bbx is not a box: \[10, 10, 10, 30\]", "--crop_queries")
     rewrite(lambda gnd: gnd["gnd"][4].update(bbx=[10, 10, np.inf, 30]))
-    refused(folder, r"query query4: bbx is no box: \[10, 10, inf, 30\]", "--crop_queries")
+    refused(folder, r"query query4: bbx is not a box: \[10, 10, inf, 30\]", "--crop_queries")
     refused(folder, "no such file")  # of weights: the box does not matter
 
 

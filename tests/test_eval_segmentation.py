@@ -416,7 +416,7 @@ def make_void(root) -> None:
             lambda root: Image.fromarray(np.full((32, 48), 257, np.uint16)).save(
                 root / "SegmentationClass/val 0.png"
             ),
-            "mask has Pillow's mode I(;16)?, not numbers of 8 bits",
+            "mask has Pillow's mode I(;16)?, not 8-bit numbers",
         ),
         (spoil_classes, "no class in the masks, only 255"),
         (lambda root: spoil_classes(root, 0), "no class in the masks, only 0"),
@@ -431,7 +431,7 @@ def make_void(root) -> None:
         (lambda root: (root / "JPEGImages/val 0.png").write_bytes(b"x"), "cannot read image: .*val 0.png"),
         (
             lambda root: Image.new("RGB", (48, 32)).save(root / "JPEGImages/val 0.jpg"),
-            r"two files with one name: val 0.jpg \(.*val 0.png\): remove one",
+            r"two files with the same name: val 0.jpg \(.*val 0.png\): remove one",
         ),
         (
             lambda root: Image.new("L", (48, 32)).save(root / "SegmentationClass/val 0.png", format="JPEG"),

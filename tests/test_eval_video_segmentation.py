@@ -514,7 +514,7 @@ def no_object(data):
         (a_frame_of_another_size, r"^64 x 50 pixels, but .* 64 x 48 \(.*clip/00003.jpg\)"),
         (a_missing_mask, r"^clip clip lacks 1 of 4 masks \(.*clip/00002.png\)"),
         (a_mask_without_a_frame, r"^mask without a frame in clip clip \(.*clip/00004.png\)"),
-        (a_mask_in_colours, r"^mask has Pillow's mode RGB, not numbers of 8 bits \(.*clip/00001.png\)"),
+        (a_mask_in_colours, r"^mask has Pillow's mode RGB, not 8-bit numbers \(.*clip/00001.png\)"),
         (a_broken_mask, r"^cannot read image: .*\(.*clip/00001.png\): repair it"),
         (a_first_mask_cut_short, r"^cannot read (mask|image): .*\(.*clip/00000.png\): repair"),
         (a_later_mask_cut_short, r"^cannot read (mask|image): .*\(.*clip/00002.png\): repair"),
@@ -523,7 +523,7 @@ def no_object(data):
             a_frame_of_another_kind,
             r"^extension is not .jpg \(.*clip/00001.png\): rename or convert it, or remove it",
         ),
-        (a_frame_twice, r"^two files with one number: 00001.JPG \(.*clip/00001.jpg\): remove one"),
+        (a_frame_twice, r"^two files with the same number: 00001.JPG \(.*clip/00001.jpg\): remove one"),
         (no_object, r"^the mask of the first frame has no object \(.*clip/00000.png\)"),
     ],
 )

@@ -171,5 +171,5 @@ def test_a_datasets_wide_images_are_reduced_as_in_training():
     frozen = load_backbone("pixels", image_size=16, value_range=[0, 65_535])
     for mode, dtype in (("I;16", np.uint16), ("F", np.float32)):
         images = [(Image.fromarray(values[0].astype(dtype)), 0)]
-        with pytest.raises(UserError, match=f"values to levels, which this image .{mode}. .*.image 0."):
+        with pytest.raises(UserError, match=f"needs 8-bit levels, and this image .{mode}. .*.image 0."):
             extract_features(nn.Flatten(), images, frozen.transform, torch.device("cpu"))

@@ -516,7 +516,7 @@ def test_the_settings_follow_a_restart_with_other_flags(images, tmp_path, capsys
     file.write_text("# my own\n--seed 5\n")
     train(*flags, "--seed", 3, "--max_steps", 4)
     assert file.read_text() == "# my own\n--seed 5\n"
-    assert f"warning: {file} is of another program" in capsys.readouterr().out
+    assert f"warning: {file} is not a file of main_dino.py and is kept" in capsys.readouterr().out
     file.unlink()
     file.mkdir()
     train(*flags, "--seed", 3, "--max_steps", 5)

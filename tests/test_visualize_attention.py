@@ -438,7 +438,7 @@ def test_the_demo_draws_the_trained_network(tmp_path, monkeypatch):
             "Pixels has no CLS attention over patches: use a ViT",
         ),
         (["--image_path", "{good}", "--query", "40", "3"], r"outside of the 40 x 40 image \(--query 40 3\)"),
-        (["--image_path", "{good}", "{good}", "--query", "3", "3"], "a place in one image, not in 2"),
+        (["--image_path", "{good}", "{good}", "--query", "3", "3"], "there are 2 images"),
         (["--image_path", "{good}", "--query", "3", "3", "--pca"], "leave out one of the two"),
         (
             ["--image_path", "{good}", "--layer", "7"],

@@ -318,7 +318,7 @@ def test_the_grid_of_a_rectangle_is_the_recorded_one(tmp_path):
 def test_a_square_is_read_from_the_shapes_whatever_the_flag_says(vits, tmp_path, capsys):
     path = write(vits[0], tmp_path / "backbone.pth")
     assert load_backbone(path, image_size=[64, 16]).network.grid == (4, 4)
-    expected = "16 positions taken as those of 32 x 32 pixels, not of --image_size 64 x 16"
+    expected = "16 positions assumed to be those of 32 x 32 pixels, not of --image_size 64 x 16"
     assert expected in capsys.readouterr().out
     load_backbone(path, image_size=[64, 32])
     assert "taken as" not in capsys.readouterr().out
