@@ -59,7 +59,7 @@ from support.distributed import (
 from support.errors import TrainingError, UserError, counted, few
 from support.features import compute, concat_patches, extract_features, frozen_features, load_by_flags
 from support.layouts import is_state
-from support.loading import EpochBatches, make_loader
+from support.loading import EpochBatches, Loader
 from support.logger import MetricLogger, log
 from support.pixels import Size, as_tensor, copy_to, height_and_width, normalize, to_rgb
 from support.restart import Run, comparable, recorded_identity
@@ -483,7 +483,7 @@ def build_batches(
         cached = cached_batches(*extract(args, features, images, device), order)
         return Batches(cached, lambda *batch: batch, order.steps_per_epoch, len(images))
     augmented = AugmentedImages(images, features.frozen.image_size, args.seed)
-    loader = make_loader(augmented, order, args.num_workers, device)
+    loader = Loader(augmented, order, args.num_workers, device)
     prepare = functools.partial(features_of_images, features=features, device=device)
     return Batches(iter(loader), prepare, order.steps_per_epoch, len(images))
 

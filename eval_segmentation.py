@@ -49,7 +49,7 @@ from support.errors import UserError, few, reading, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.formats import RGB, ImageFormat, extensions_of
-from support.loading import EvalImages, make_loader
+from support.loading import EvalImages, Loader
 from support.logger import log
 from support.masks import VOID, compare_palettes, jaccard, read_mask, warn_of_turned
 from support.pictures import enlarge
@@ -245,7 +245,7 @@ def resized_batches(
     channels = functools.partial(in_channels, channels=frozen.form.channels)
     transform = transforms.Compose([channels, resize, as_tensor])
     order = BatchSampler(range(len(images)), batch_size, drop_last=False)
-    for pixels, _, indices in make_loader(EvalImages(images, transform), order, num_workers, device):
+    for pixels, _, indices in Loader(EvalImages(images, transform), order, num_workers, device):
         yield indices.tolist(), normalize(pixels.to(device), frozen.mean, frozen.std)
 
 

@@ -71,7 +71,7 @@ from support.features import (
     with_mean,
 )
 from support.files import replacing
-from support.loading import make_loader
+from support.loading import Loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
 from support.pixels import copy_to
@@ -400,7 +400,7 @@ def fill(store: Store, dataset: Rows, model: Callable[[Tensor], Tensor], num_wor
     ranks, batch_size, first = get_world_size(), store.identity["batch_size_per_gpu"], store.done
     rounds = math.ceil((store.blocks - first) / ranks)
     blocks = [store.rows(first + ranks * number + get_rank()) for number in range(rounds)]
-    loader = make_loader(dataset, [list(rows) for rows in blocks if rows], num_workers, device)
+    loader = Loader(dataset, [list(rows) for rows in blocks if rows], num_workers, device)
     images_left = store.shape[0] - first * store.block
     logger = MetricLogger(images_per_step=images_left / max(rounds, 1))
     every = max(1, RECORD // store.block)

@@ -60,7 +60,7 @@ from support.errors import UserError, counted, reason_of
 from support.estimates import SAMPLE, estimate_normalization, estimate_range, sample_values
 from support.files import replacing
 from support.formats import ImageFormat, pairs
-from support.loading import EpochBatches, TrainingViews, make_loader, num_cores, to_device
+from support.loading import EpochBatches, Loader, TrainingViews, num_cores, to_device
 from support.logger import MetricLogger, log
 from support.monitor import Monitor
 from support.pictures import as_picture, check_free, contact_sheet, glow, save_picture, titled_rows
@@ -597,7 +597,7 @@ def build_loader(
 ) -> DataLoader:
     """Build the loader of this rank's views, from `first_step` to the end of the run."""
     batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
-    return make_loader(build_views(args, images), batches, args.num_workers, device, stop_asked)
+    return Loader(build_views(args, images), batches, args.num_workers, device, stop_asked)
 
 
 def build_networks(args: argparse.Namespace) -> tuple[MultiCropWrapper, MultiCropWrapper]:

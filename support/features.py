@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 from support.data import Images
 from support.distributed import agree, all_gather, get_rank, get_world_size, same_error_on_all_ranks
 from support.errors import UserError, first_line
-from support.loading import EvalImages, make_loader
+from support.loading import EvalImages, Loader
 from support.logger import log
 from support.pixels import AnyImage, copy_to, size_words
 from support.weights import Frozen, digest_weights, load_backbone
@@ -75,7 +75,7 @@ def extract_features(
     keep_on = keep_on or device
     dataset = EvalImages(images, transform)
     sampler: Sampler[int] = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=False)
-    loader = make_loader(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers, device)
+    loader = Loader(dataset, BatchSampler(sampler, batch_size, drop_last=False), num_workers, device)
     labels = torch.zeros(len(dataset), dtype=torch.long, device=keep_on)
     features = torch.empty(0)  # until the first batch shows D
     with contextlib.closing(iter(loader)) as batches:  # also ends the workers after an error of the model

@@ -165,8 +165,31 @@ class Loader(DataLoader):
     # Seconds; torchrun kills 30 s after SIGTERM, as SLURM usually does.
     patience, warn_every, grace, last_wait, poll = 600.0, 60.0, 5.0, 25.0, 1.0
 
-    def __init__(self, dataset: Dataset, stop_asked: Callable[[], bool], **kwargs):
-        super().__init__(dataset, collate_fn=collate, **kwargs)
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: Iterable[list],
+        num_workers: int,
+        device: torch.device,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ):
+        """`batches` yields the items of each batch; `stop_asked()` returns whether this process was asked to
+        stop. Raises UserError if workers cannot send their batches.
+        """
+        # A worker sends them by TMPDIR/pymp-XXXXXXXX/listener-XXXXXXXX, a socket of up to 107 bytes.
+        if num_workers and os.name != "nt" and len(os.fsencode(tempfile.gettempdir())) > 75:
+            what, fix = "path is too long for sockets", "set TMPDIR to a shorter one, e.g. /tmp"
+            raise UserError(what, f"TMPDIR {tempfile.gettempdir()}", fix)
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=begin_worker,
+            generator=torch.Generator(),  # its own: loading does not change the global random stream
+            timeout=self.poll if num_workers else 0,
+        )
         self.stop_asked = stop_asked
 
     def check_worker_number_rationality(self) -> None:
@@ -266,49 +289,16 @@ def _explained():
 
 
 def collate(items: list):
-    """Collate as torch's default_collate does; in a worker, first check that the batch can be sent."""
+    """Collate as torch's default_collate does; a worker first checks that it can open enough files.
+
+    It sends tensors from another thread. An error there would lose the batch and not reach the training, as
+    an OSError here does.
+    """
     if get_worker_info():
-        _check_open_files(32)
+        with contextlib.ExitStack() as opened:
+            for _ in range(32):
+                opened.enter_context(open(os.devnull, "rb", buffering=0))
     return default_collate(items)
-
-
-def _check_open_files(count: int) -> None:
-    """Raise OSError if this worker cannot open `count` more files.
-
-    A worker sends tensors from another thread. An error there would lose the batch and not reach the
-    training, as this one does.
-    """
-    with contextlib.ExitStack() as opened:
-        for _ in range(count):
-            opened.enter_context(open(os.devnull, "rb", buffering=0))
-
-
-def make_loader(
-    dataset: Dataset,
-    batches: Iterable[list],
-    num_workers: int,
-    device: torch.device,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> Loader:
-    """Build the DataLoader of training and of evaluation; `batches` yields the items of each batch.
-
-    `stop_asked()` returns whether this process was asked to stop. Raises UserError if workers cannot send
-    their batches.
-    """
-    # A worker sends them by TMPDIR/pymp-XXXXXXXX/listener-XXXXXXXX, a socket of up to 107 bytes.
-    if num_workers and os.name != "nt" and len(os.fsencode(tempfile.gettempdir())) > 75:
-        what, fix = "path is too long for sockets", "set TMPDIR to a shorter one, e.g. /tmp"
-        raise UserError(what, f"TMPDIR {tempfile.gettempdir()}", fix)
-    return Loader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # its own: loading does not change the global random stream
-        timeout=Loader.poll if num_workers else 0,
-        stop_asked=stop_asked,
-    )
 
 
 def kill_workers(workers: Iterable[BaseProcess]) -> None:

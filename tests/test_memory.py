@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 PAGES = """
 import resource
 from support.distributed import choose_device
-from support.loading import make_loader
+from support.loading import Loader
 from support.signals import begin_worker
 
 def share_cleared():
@@ -26,7 +26,7 @@ def share_cleared_again():
 default = share_cleared_again()
 device = choose_device()
 kept = share_cleared_again()
-iter(make_loader([0], [[0]], 0, device))
+iter(Loader([0], [[0]], 0, device))
 at_pass = share_cleared()
 begin_worker()
 print(default, kept, at_pass, share_cleared_again())

@@ -38,7 +38,7 @@ from support.cli import number
 from support.data import ImageFiles
 from support.features import frozen_features
 from support.formats import load_pixels
-from support.loading import EpochBatches, TrainingViews, make_loader, to_device
+from support.loading import EpochBatches, Loader, TrainingViews, to_device
 from support.memory import keep_freed_memory
 from support.pixels import to_pixels
 from tests.benchmarks import containers, device, textbook
@@ -273,7 +273,7 @@ class PlainImages(Dataset):
 def our_training(arch: str, batch: str, steps: str, folder: str, precision: str) -> Side:
     dataset = TrainingViews(ImageFiles(folder), recipe().views, 0)
     batches = EpochBatches(len(dataset), int(batch), 0, last_step=int(steps))
-    loader, trainer = make_loader(dataset, batches, 1, CPU), device.OurTrainer(arch, precision, CPU)
+    loader, trainer = Loader(dataset, batches, 1, CPU), device.OurTrainer(arch, precision, CPU)
     return lambda: trainer.steps(to_device(loader, CPU))
 
 
