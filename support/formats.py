@@ -110,7 +110,7 @@ def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB
     of this format.
     """
     if not form.by_pillow or extension(path) in ARRAYS:
-        return load_levels(path, content, form)
+        return levels_of(load_values(path, content, form.channels), form, path)
     decode = getattr(torchvision.io, "decode_jpeg", None)
     if decode and form.channels == 3 and extension(path) in (".jpg", ".jpeg"):
         with open_file(path, content) as file:
@@ -120,15 +120,6 @@ def load_pixels(path: str, content: bytes | None = None, form: ImageFormat = RGB
         if is_colour_jpeg and content.endswith(b"\xff\xd9"):
             return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     return as_tensor(load_image(path, content, form.channels))
-
-
-def load_levels(path: str, content: bytes | None, form: ImageFormat) -> Tensor:
-    """An image file as uint8 (C, H, W). Raises WrongFormat if it is not of this format.
-
-    `content` is what the file contains, if it lies in an archive. A file that cannot be read may raise any
-    exception.
-    """
-    return levels_of(load_values(path, content, form.channels), form, path)
 
 
 def levels_of(values: np.ndarray, form: ImageFormat, path: str) -> Tensor:

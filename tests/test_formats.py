@@ -35,7 +35,7 @@ from support.estimates import estimate_normalization, estimate_range, sample_val
 from support.formats import (
     ImageFormat,
     load_image,
-    load_levels,
+    load_pixels,
     pairs,
     share_within,
     to_levels,
@@ -129,8 +129,8 @@ def test_every_layout_gives_the_same_bits(tmp_path, kind):
         "npy first": lambda: np.save(path, values),
     }[kind]()
     expected = torch.from_numpy(to_levels(values, RANGE, ""))
-    assert torch.equal(load_levels(str(path), None, FORM), expected)
-    assert torch.equal(load_levels(str(path), path.read_bytes(), FORM), expected)
+    assert torch.equal(load_pixels(str(path), None, FORM), expected)
+    assert torch.equal(load_pixels(str(path), path.read_bytes(), FORM), expected)
 
 
 def test_containers_give_the_same_bits(satellite, tmp_path):
@@ -223,8 +223,8 @@ def test_one_channel_is_taken_for_grey(tmp_path, name):
         path, values
     )
     levels = torch.from_numpy(to_levels(values[None], RANGE, ""))
-    assert torch.equal(load_levels(str(path), None, ImageFormat(1, RANGE)), levels)
-    assert torch.equal(load_levels(str(path), None, ImageFormat(3, RANGE)), levels.expand(3, -1, -1))
+    assert torch.equal(load_pixels(str(path), None, ImageFormat(1, RANGE)), levels)
+    assert torch.equal(load_pixels(str(path), None, ImageFormat(3, RANGE)), levels.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -260,7 +260,7 @@ def test_a_tiff_that_was_not_written_to_its_end_is_an_unreadable_image(tmp_path,
     path = tmp_path / "x.tif"
     tifffile.imwrite(path, scene(0, 0, 4), photometric="minisblack", planarconfig="separate", **parts)
     form = ImageFormat(4, RANGE)
-    load_levels(str(path), None, form)
+    load_pixels(str(path), None, form)
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tags = tiff.pages[0].tags
         sizes = tags.get("StripByteCounts") or tags["TileByteCounts"]
@@ -301,17 +301,17 @@ def test_a_tiff_that_would_fill_the_memory_is_refused_as_pillow_refuses_others(t
     """A small file may unpack to gigabytes."""
     path, form = tmp_path / "x.tif", ImageFormat(4, ((0.0, 10_000.0),))
     tifffile.imwrite(path, scene(0, 0, 4), photometric="minisblack", planarconfig="separate")
-    assert load_levels(str(path), None, form).numel() > 800
+    assert load_pixels(str(path), None, form).numel() > 800
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"image of shape \(4, .* is larger than Pillow's limit"):
-        load_levels(str(path), None, form)
+        load_pixels(str(path), None, form)
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("imagecodecs")), reason="imagecodecs is installed")
 def test_a_compression_that_tifffile_lacks_names_the_package(tmp_path):
     picture().save(tmp_path / "x.tif", compression="tiff_lzw")
     with pytest.raises(WrongFormat, match=r"needs the package imagecodecs \(.*x.tif\): pip install"):
-        load_levels(str(tmp_path / "x.tif"), None, ImageFormat(3, ((0.0, 255.0),)))
+        load_pixels(str(tmp_path / "x.tif"), None, ImageFormat(3, ((0.0, 255.0),)))
 
 
 def test_grey_images_rgb_and_the_demo_for_one_channel(tmp_path):
@@ -322,7 +322,7 @@ def test_grey_images_rgb_and_the_demo_for_one_channel(tmp_path):
     images = open_training_images(Source(str(tmp_path), form=ImageFormat(1)))
     assert all(torch.equal(images.pixels(i), grey) and torch.equal(images[i][0], grey) for i in (0, 1))
     ranged = ImageFormat(1, ((0.0, 255.0),))  # read by another path
-    assert all(torch.equal(load_levels(str(tmp_path / f"{x}.png"), None, ranged), grey) for x in "ab")
+    assert all(torch.equal(load_pixels(str(tmp_path / f"{x}.png"), None, ranged), grey) for x in "ab")
     shape = open_training_images(Source(demo=True, form=ImageFormat(1)))
     colour = open_training_images(Source(demo=True))[3]
     assert np.array_equal(shape[3][0][0], np.asarray(colour[0].convert("L"))) and shape[3][1] == colour[1]
@@ -338,10 +338,10 @@ def test_three_samples_are_colours_and_four_are_not(tmp_path, name):
     values = np.random.default_rng(0).integers(0, 256, (8, 9, 4), np.uint8)
     colour = Image.fromarray(values[..., :3])
     colour.save(path)
-    assert np.array_equal(load_levels(path, None, form)[0], np.asarray(colour.convert("L")))
+    assert np.array_equal(load_pixels(path, None, form)[0], np.asarray(colour.convert("L")))
     Image.fromarray(values).save(path)
     with pytest.raises(WrongFormat, match="image has 4 channels, not 1"):
-        load_levels(path, None, form)
+        load_pixels(path, None, form)
 
 
 def test_inks_are_four_channels_and_one_row_is_an_image(tmp_path):
@@ -349,10 +349,10 @@ def test_inks_are_four_channels_and_one_row_is_an_image(tmp_path):
     inks.save(tmp_path / "x.jpg")
     with Image.open(tmp_path / "x.jpg") as image:
         expected = np.asarray(image).transpose(2, 0, 1)
-    levels = load_levels(str(tmp_path / "x.jpg"), None, ImageFormat(4, ((0.0, 255.0),)))
+    levels = load_pixels(str(tmp_path / "x.jpg"), None, ImageFormat(4, ((0.0, 255.0),)))
     assert np.array_equal(levels, expected)
     tifffile.imwrite(tmp_path / "x.tif", np.arange(6, dtype=np.uint8)[None], photometric="minisblack")
-    levels = load_levels(str(tmp_path / "x.tif"), None, ImageFormat(1, ((0.0, 255.0),)))
+    levels = load_pixels(str(tmp_path / "x.tif"), None, ImageFormat(1, ((0.0, 255.0),)))
     assert levels.tolist() == [[[0, 1, 2, 3, 4, 5]]]
 
 
@@ -394,9 +394,9 @@ def test_16_bit_colour_pngs_are_refused_with_a_range(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     write_png16(tmp_path / "deep.png", np.zeros((8, 8, 3), ">u2"))
     form = ImageFormat(3, ((0.0, 4_000.0),))
-    load_levels(str(tmp_path / "x.png"), None, form)
+    load_pixels(str(tmp_path / "x.png"), None, form)
     with pytest.raises(WrongFormat, match="upper 8 of its 16 bits .*deep.png"):
-        load_levels(str(tmp_path / "deep.png"), None, form)
+        load_pixels(str(tmp_path / "deep.png"), None, form)
 
 
 def write_png16(path: Path, pixels: np.ndarray) -> None:
@@ -756,7 +756,7 @@ def test_without_tifffile_one_line_says_what_to_install(tmp_path, monkeypatch):
     save_tiff(tmp_path / "x.tif", scene(0, 0))
     monkeypatch.setitem(sys.modules, "tifffile", None)  # as if it were not installed
     with pytest.raises(WrongFormat, match=r"need tifffile \(.*x.tif\): pip install tifffile"):
-        load_levels(str(tmp_path / "x.tif"), None, FORM)
+        load_pixels(str(tmp_path / "x.tif"), None, FORM)
 
 
 @pytest.mark.slow
