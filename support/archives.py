@@ -109,13 +109,16 @@ class Archive(Folder):
         super().__init__(root)
         self.files, self.index, self.tree, self.inside = files, index, tree, inside
 
-    def _below(self) -> Iterator[str]:
-        """`inside` and the folders below it, from the archive's root, sorted; they end with "/"."""
+    def _below(self) -> Iterator[tuple[str, list[str], int]]:
+        """Yield the folder `inside` and those below it, sorted: the path relative to it, the names of the
+        files, and the number of hidden names.
+        """
         start = bisect.bisect_left(self.tree.folders, self.inside)
         for folder in self.tree.folders[start:]:
             if not folder.startswith(self.inside):
                 return
-            yield folder
+            names, hidden = self.tree.contents[folder]
+            yield folder[len(self.inside) : -1], names, len(hidden)
 
     def has(self, name: str) -> bool:
         return f"{self.inside}{name}/" in self.tree.contents
@@ -125,16 +128,10 @@ class Archive(Folder):
         return Archive(root, self.files, self.index, self.tree, f"{self.inside}{name}/")
 
     def find_images(self, readable: Set[str], entered: set | None = None) -> Found:
-        """Find all images, except hidden ones; `readable` are their extensions."""
-        contents = ((folder, *self.tree.contents[folder]) for folder in self._below())
-        skip = len(self.inside)
-        found = ((folder[skip:-1], names, len(hidden)) for folder, names, hidden in contents)
-        return select_images(found, readable)
+        return select_images(self._below(), readable)
 
     def class_folders(self) -> list[str]:
-        """List the names of its folders, sorted, except hidden ones."""
-        names = (folder[len(self.inside) : -1] for folder in self._below())
-        return sorted(name for name in names if name and "/" not in name)
+        return sorted(name for name, _, _ in self._below() if name and "/" not in name)
 
     def entered(self) -> set[tuple[int, int]]:
         """Nothing, since an archive has no links to folders."""
@@ -356,12 +353,10 @@ def _index(file: IO[bytes], path: str, size: int) -> Index:
     ]  # fmt: skip
     for name in inner_tars:
         start, stored, *_ = places.pop(name)
-        stem, inner = Path(name).stem, _tar_places(file, f"{path}, {name}", start + stored, start)
-        parts.append((stem, _as_index(inner)))
-    if not parts:
-        return _as_index(places)
-    inner_index, own = _merge(parts, path), _as_index(places)
-    return Index(own.names + inner_index.names, np.concatenate([own.places, inner_index.places]))
+        members = _tar_places(file, f"{path}, {name}", start + stored, start)
+        parts.append((Path(name).stem, _as_index(members)))
+    own, inner = _as_index(places), _merge(parts, path)
+    return Index(own.names + inner.names, np.concatenate([own.places, inner.places]))
 
 
 Places = dict[str, tuple[int, int, int, int, int]]
