@@ -58,10 +58,6 @@ from support.shapes import Shapes
 LABELS = ("labels", "targets", "_labels")  # the attributes in which datasets keep all labels
 
 
-def _folder(root: str | Path | Folder) -> Folder:
-    return root if isinstance(root, Folder) else Folder(root)
-
-
 # ---------------------------------------------------------------------------------------------
 # Sets of images
 # ---------------------------------------------------------------------------------------------
@@ -79,7 +75,7 @@ class Images(Protocol):
 
 
 class ImageFiles(Dataset):
-    """The given image files, and all those below the given folders, sorted; without labels.
+    """The given image files, and all those below the given folders, sorted; without classes.
 
     All are of the format `form`, which may be set later; its default leaves out `.npy` files in folders.
     """
@@ -87,12 +83,15 @@ class ImageFiles(Dataset):
     taken: Counter[str]
     left_out: Counter[str]
     folders: list[str]  # that hold images, relative to the root
+    classes: list[str]  # subclasses may have some
+    labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
 
     def __init__(self, *roots: str | Path | Folder, form: ImageFormat = RGB):
         self.form = form
         self.taken, self.left_out, self.hidden, self.folders = Counter(), Counter(), 0, []
+        self.classes, self.labels = [], np.zeros(0, int)
         if len(roots) == 1 and (isinstance(roots[0], Folder) or not os.path.isfile(roots[0])):
-            folder = _folder(roots[0])
+            folder = roots[0] if isinstance(roots[0], Folder) else Folder(roots[0])
             self.paths = folder.paths(self._found(folder))
         else:
             self.paths = Paths(path for root in roots for path in self._named(str(root)))
@@ -114,7 +113,7 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[AnyImage, int]:
-        return self.image(index), 0
+        return self.image(index), int(self.labels[index]) if self.classes else 0
 
     def image(self, index: int) -> AnyImage:
         """The image as RGB; for another number of channels, as uint8 (C, H, W)."""
@@ -128,23 +127,13 @@ class ImageFiles(Dataset):
         """The image as uint8 (C, H, W)."""
         return load_pixels(*self.paths.file(index), self.form)
 
-
-class FilesWithClasses(ImageFiles):
-    """Image files, each of a class if `classes` has any."""
-
-    classes: list[str]
-    labels: np.ndarray  # (N,) numbers of classes; has no effect without classes
-
-    def __getitem__(self, index: int) -> tuple[AnyImage, int]:
-        return self.image(index), int(self.labels[index]) if self.classes else 0
-
     def renumber(self, classes: list[str]) -> None:
         """Number the classes as `classes` does, which has to contain all of them."""
         self.labels = np.array([classes.index(name) for name in self.classes])[self.labels]
         self.classes = classes
 
 
-def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Iterable[str]) -> str:
+def _class_files(images: ImageFiles, folder: Folder, classes: Iterable[str]) -> str:
     """The extension of files beside the images that hold their classes, as in WebDataset's shards; "" if
     there are none. With such files, `classes`, the names of folders or archives, are not those of the images.
     """
@@ -157,55 +146,54 @@ def _class_files(images: ImageFiles, folder: str | Path | Folder, classes: Itera
     return next((name for name in (".json", ".txt") if 0 < count == images.left_out[name]), "")
 
 
-class LabelledFiles(FilesWithClasses):
+class LabelledFiles(ImageFiles):
     """Image files below class folders; the classes are the names of the folders, sorted.
 
     Raises UserError, also for a class without images.
     """
 
-    def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
+    def __init__(self, folder: Folder, form: ImageFormat = RGB):
         super().__init__(form=form)
-        folder = _folder(root)
         self.classes = folder.class_folders()
         if not self.classes:
-            raise UserError("no class folders", str(root), "put the images of each class into a folder")
+            raise UserError("no class folders", str(folder), "put the images of each class into a folder")
         entered = folder.entered()  # a link to it would give all images another class
         found = [self._found(folder.below(name), entered) for name in self.classes]
         beside = select_images([("", folder.file_names(), 0)], extensions_of(form))
         self.left_out += beside.left_out + Counter({"images beside class folders": len(beside.names)})
         if kind := _class_files(self, folder, self.classes):
             what = f"classes in {kind} files beside the images, as in WebDataset's shards, are not read"
-            raise UserError(what, str(root), "unpack the images into class folders")
+            raise UserError(what, str(folder), "unpack the images into class folders")
         if empty := [name for name, names in zip(self.classes, found, strict=True) if not names]:
-            raise UserError(f"no images in class folders {few(empty)}", str(root), "give each class images")
+            raise UserError(f"no images in class folders {few(empty)}", str(folder), "give each class images")
         names = (f"{name}/{path}" for name, paths in zip(self.classes, found, strict=True) for path in paths)
         self.paths = folder.paths(names)
         self.labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
 
 
-class FolderFiles(FilesWithClasses):
+class FolderFiles(ImageFiles):
     """All image files below a folder. If all of them lie in folders of it, these folders are the classes.
 
     `classes` is empty, and labels are 0, if there are images beside the folders, or files of classes
     beside the images.
     """
 
-    def __init__(self, root: str | Path | Folder, form: ImageFormat = RGB):
-        super().__init__(root, form=form)
+    def __init__(self, folder: Folder, form: ImageFormat = RGB):
+        super().__init__(folder, form=form)
         folders = [name.partition("/") for name in self.paths.names()]
-        self.classes, self.labels = [], np.zeros(len(self), int)
+        self.labels = np.zeros(len(self), int)
         beside = [name for name, separator, _ in folders if not separator]
         if 0 < len(beside) < len(folders):
-            log(f"note: {root}: no classes, because images lie beside folders, e.g. {beside[0]}")
+            log(f"note: {folder}: no classes, because images lie beside folders, e.g. {beside[0]}")
         if folders and not beside:
             names, labels = np.unique([first for first, _, _ in folders], return_inverse=True)
-            if kind := _class_files(self, root, names):
-                log(f"note: {root}: no classes, because {kind} files lie beside the images, as in shards")
+            if kind := _class_files(self, folder, names):
+                log(f"note: {folder}: no classes, because {kind} files lie beside the images, as in shards")
             else:
                 self.classes, self.labels = names.tolist(), labels
 
 
-class ListedFiles(FilesWithClasses):
+class ListedFiles(ImageFiles):
     """The image files that a text file lists, one per line, in that order.
 
     A line is a path, or a path and a class, separated by a tab or comma; the classes are sorted by name, and
@@ -285,7 +273,7 @@ def _path_and_class(line: str, root: str) -> tuple[str, str]:
     return name.strip(), label.strip()
 
 
-class JoinedFiles(FilesWithClasses):
+class JoinedFiles(ImageFiles):
     """Several sets of image files, one after the other, with the classes of all, sorted.
 
     `classes` is empty, and labels are 0, if one of the sets has no classes.
@@ -294,13 +282,11 @@ class JoinedFiles(FilesWithClasses):
     def __init__(self, sets: list[ImageFiles]):
         super().__init__(form=sets[0].form)
         self.paths = JoinedPaths([images.paths for images in sets])
-        self.classes, self.labels = [], np.zeros(0, int)
-        named = [images for images in sets if isinstance(images, FilesWithClasses) and images.classes]
-        if len(named) == len(sets):
-            classes = sorted({name for images in named for name in images.classes})
-            for images in named:
-                images.renumber(classes)
-            self.classes, self.labels = classes, np.concatenate([images.labels for images in named])
+        if all(images.classes for images in sets):
+            self.classes = sorted({name for images in sets for name in images.classes})
+            for images in sets:
+                images.renumber(self.classes)
+            self.labels = np.concatenate([images.labels for images in sets])
 
 
 class Grey(Dataset[tuple[Tensor, Any]]):
@@ -538,7 +524,7 @@ def open_train_and_val(source: Source) -> tuple[Images, Images]:
     match_classes(known, seen, where)
     if known == seen:
         return train, val
-    if not isinstance(val, FilesWithClasses):
+    if not isinstance(val, ImageFiles):
         raise UserError("train and val number their classes differently", where, "use a folder instead")
     val.renumber(known)
     return train, val
