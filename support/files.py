@@ -138,6 +138,32 @@ class Paths:
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
+class JoinedPaths(Paths):
+    """Several sets of paths, one after the other."""
+
+    def __init__(self, parts: Sequence[Paths]):
+        super().__init__(path for part in parts for path in part)
+        self.parts, self.starts = parts, np.cumsum([0] + [len(part) for part in parts])
+
+    def _part(self, index: int) -> tuple[Paths, int]:
+        """The set of a path, and its number there."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part], index - int(self.starts[part])
+
+    def size(self, index: int) -> int:
+        part, number = self._part(index)
+        return part.size(number)
+
+    def file(self, index: int) -> tuple[str, bytes | None]:
+        part, number = self._part(index)
+        return part.file(number)
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Hash of the digests of the sets: moving one does not change it, their order does."""
+        return hashlib.sha256(b"".join(part.digest for part in self.parts)).digest()
+
+
 ARRAYS = (".npy",)  # extensions of NumPy's files, which are images only where a run says so
 
 
@@ -225,32 +251,6 @@ def _folders(root: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, li
             fix = "make it readable, or give another folder"
             raise UserError(reason_of(error), error.filename or path, fix) from None
         yield folder, names, hidden
-
-
-class JoinedPaths(Paths):
-    """Several sets of paths, one after the other."""
-
-    def __init__(self, parts: Sequence[Paths]):
-        super().__init__(path for part in parts for path in part)
-        self.parts, self.starts = parts, np.cumsum([0] + [len(part) for part in parts])
-
-    def _part(self, index: int) -> tuple[Paths, int]:
-        """The set of a path, and its number there."""
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.parts[part], index - int(self.starts[part])
-
-    def size(self, index: int) -> int:
-        part, number = self._part(index)
-        return part.size(number)
-
-    def file(self, index: int) -> tuple[str, bytes | None]:
-        part, number = self._part(index)
-        return part.file(number)
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """Hash of the digests of the sets: moving one does not change it, their order does."""
-        return hashlib.sha256(b"".join(part.digest for part in self.parts)).digest()
 
 
 class Folder:
