@@ -66,10 +66,6 @@ def _is_floating_point(value) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _is_plain(value: Tensor) -> bool:
-    return value.layout == torch.strided and not (value.is_quantized or value.is_nested)
-
-
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError if a weight is infinite or NaN, since its output could still look like a result.
 
@@ -78,7 +74,7 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     empty = [name for name, value in state.items() if value.is_meta]
     if empty:
         raise UserError(f"weights without values: {few(empty)}", source, f"save with {SAVE}")
-    odd = [name for name, value in state.items() if not _is_plain(value)]
+    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_quantized or v.is_nested]
     if odd:
         what = f"weights are sparse, quantized or nested: {few(odd)}"
         raise UserError(what, source, "save dense tensors of floating-point numbers")
@@ -611,12 +607,10 @@ def in_more_channels(state: dict[str, Tensor], own: dict[str, Tensor], source: s
     They are repeated over the channels, and scaled so that their sum stays about the same; one channel takes
     their sum.
     """
-
-    def grown(name: str, value: Tensor) -> bool:
-        shape = own[name].shape if name in own else value.shape
-        return value.ndim == 4 and value.shape[1] == 3 and shape[1] != 3
-
-    names = [name for name, value in state.items() if grown(name, value)]
+    names = [
+        name for name, value in state.items()
+        if name in own and value.ndim == 4 and value.shape[1] == 3 and own[name].shape[1] != 3
+    ]  # fmt: skip
     if not names:
         return state
     from timm.models import adapt_input_conv
