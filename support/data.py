@@ -486,12 +486,12 @@ def open_any_images(source: Source) -> Images:
     that evaluations take. Logs what was taken. Raises UserError.
     """
     split = source.split or "train"
-    if source.demo and split not in ("train", "val"):
-        raise UserError("the demo has train and val", f"--split {split}", "name one of them")
     if source.demo or source.dataset:
-        if split not in ("train", "val"):
-            return _torchvision_dataset(source, "unlabelled", "images")
-        return open_labelled_images(source, split)
+        if split in ("train", "val"):
+            return open_labelled_images(source, split)
+        if source.demo:
+            raise UserError("the demo has train and val", f"--split {split}", "name one of them")
+        return _torchvision_dataset(source, "unlabelled", "images")
     return _join([_open_part(part, FolderFiles, "images") for part in source.each()], "images")
 
 

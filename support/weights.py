@@ -488,8 +488,8 @@ def load_backbone(
 
 def assumed_heads(model: nn.Module, weights: Weights) -> list[str]:
     """["N heads assumed"] for a ViT whose file does not record its architecture; else []."""
-    is_known = weights.named or _recorded(weights.trained, "arch") or "num_attention_heads" in weights.trained
-    if is_known or not isinstance(model, VisionTransformer):
+    is_said = weights.named or _recorded(weights.trained, "arch") or "num_attention_heads" in weights.trained
+    if is_said or not isinstance(model, VisionTransformer):
         return []
     return [f"{model.num_heads} heads assumed"]
 
