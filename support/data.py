@@ -224,9 +224,8 @@ class ListedFiles(ImageFiles):
             if several := len(set(zip(names, classes, strict=True))) - distinct:
                 log(f"warning: {path}: lines that give an image a second class: {several}")
         self.paths = Paths(names, root)
-        self.classes = sorted(set(classes) - {""})
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.labels = np.array([numbers[name] for name in classes if name], int)
+        found, self.labels = np.unique([name for name in classes if name], return_inverse=True)
+        self.classes = found.tolist()
 
     @property
     def kind(self) -> str:
