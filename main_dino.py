@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 import eval_knn
 import utils
@@ -594,7 +594,7 @@ def build_loader(
     first_step: int,
     device: torch.device,
     stop_asked: Callable[[], bool],
-) -> DataLoader:
+) -> Loader:
     """Build the loader of this rank's views, from `first_step` to the end of the run."""
     batches = EpochBatches(len(images), steps.per_rank, args.seed, first_step, steps.last)
     return Loader(build_views(args, images), batches, args.num_workers, device, stop_asked)
