@@ -138,7 +138,7 @@ def test_wide_values_and_other_channels_never_become_wrong_levels():
     values = Image.fromarray(np.array([[0, 4095, 5000]], np.uint16))  # a checked sample used 12 bits
     assert to_pixels(px.to_rgb(values, bits=12))[0].tolist() == [[0, 255, 255]]
     for image in (values, Image.new("F", (4, 4), 0.5)):
-        with pytest.raises(ValueError, match="maps a range of values to levels"):
+        with pytest.raises(ValueError, match="the network needs 8-bit levels"):
             px.require_levels(image)
     with pytest.raises(ValueError, match=r"takes uint8 \(4, H, W\), not a RGB image"):
         px.in_channels(picture(), 4)

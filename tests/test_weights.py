@@ -786,7 +786,7 @@ def test_a_checkpoint_reduced_to_weights_and_flags_keeps_mean_deviation_and_rang
         path = write({"teacher": whole["teacher"], "args": flags | other}, tmp_path / "other.pth")
         assert load_backbone(path).mean == IMAGENET_MEAN
     wide = Image.fromarray(np.full((40, 40), 4000, np.uint16))
-    with pytest.raises(ValueError, match="range of values.*this image .I;16.*load_pixels"):
+    with pytest.raises(ValueError, match="needs 8-bit levels, and this image .I;16.*load_pixels"):
         frozen.transform(wide)
     assert frozen.transform(wide.convert("RGB")).shape == (3, 32, 32)  # as of 8 bits
     frozen.require_rgb("photographs")
