@@ -66,6 +66,11 @@ def _is_floating_point(value) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is neither sparse nor quantized nor nested."""
+    return value.layout == torch.strided and not (value.is_quantized or value.is_nested)
+
+
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError if a weight is infinite or NaN, since its output could still look like a result.
 
@@ -74,7 +79,7 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     empty = [name for name, value in state.items() if value.is_meta]
     if empty:
         raise UserError(f"weights without values: {few(empty)}", source, f"save with {SAVE}")
-    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_quantized or v.is_nested]
+    odd = [name for name, value in state.items() if not is_plain(value)]
     if odd:
         what = f"weights are sparse, quantized or nested: {few(odd)}"
         raise UserError(what, source, "save dense tensors of floating-point numbers")
