@@ -30,7 +30,7 @@ from support import cli
 from support.cli import bool_flag
 from support.data import ImageFiles, on_all_ranks
 from support.distributed import fix_random_seeds, is_main_process, same_error_on_all_ranks
-from support.errors import UserError, few, first_line
+from support.errors import UserError, counted, few, first_line
 from support.features import confirm_network, extract_features, patch_size_of
 from support.formats import load_image
 from support.logger import log
@@ -121,7 +121,7 @@ def read_benchmark(data_path: str, dataset: str) -> Benchmark:
         raise UserError("no lists imlist, qimlist and gnd", str(path), "use the benchmark's own file")
     names, queries, truth = parts
     if len(queries) != len(truth):
-        what = f"{len(queries)} queries, but ground truth for {len(truth)}"
+        what = f"{counted(len(queries), 'query')}, but ground truth for {len(truth)}"
         raise UserError(what, str(path), "use the benchmark's own file")
     for names_of, kind in ((names, "database image"), (queries, "query image")):
         check_files(root / "jpg", names_of, kind)
@@ -138,10 +138,11 @@ def warn_of_labels(benchmark: Benchmark) -> None:
     place = {name: number for number, name in enumerate(benchmark.images)}
     labels = {query.name: np.concatenate([query.easy, query.hard, query.junk]) for query in benchmark.queries}
     if double := [name for name, images in labels.items() if len(np.unique(images)) < len(images)]:
-        what = f"for {len(double)} queries, an image has two of the labels easy, hard and junk"
+        what = f"for {counted(len(double), 'query')}, an image has two of the labels easy, hard and junk"
         log(f"warning: {what}; e.g. {double[0]}")
     if found := [name for name, images in labels.items() if name in place and place[name] not in images]:
-        log(f"warning: {len(found)} queries are in the database, where they count as wrong; e.g. {found[0]}")
+        what = f"{counted(len(found), 'query')} found in the database too, and counted as wrong there"
+        log(f"warning: {what}; e.g. {found[0]}")
 
 
 def check_files(folder: Path, names: Sequence[str], kind: str) -> None:
@@ -206,7 +207,7 @@ def open_images(benchmark: Benchmark, crop_queries: bool) -> tuple[ImageFiles, I
             raise UserError(f"query {query.name}: bbx is not a box: {query.box!s:.60}", "--crop_queries", fix)
         boxes.append(box.tolist())
     if outside := [str(path) for path, box in zip(paths, boxes, strict=True) if _reaches_out(path, box)]:
-        what = f"the boxes of {len(outside)} of {len(paths)} queries reach beyond their images"
+        what = f"the boxes of {len(outside)} of {counted(len(paths), 'query')} reach beyond their images"
         log(f"warning: {what}, where they are black: were the images resized? e.g. {outside[0]}")
     return database, CroppedFiles(paths, boxes)
 
@@ -342,7 +343,8 @@ def measure(rankings: np.ndarray, queries: Sequence[Query], protocol: str, ks: S
     scored = scores[~np.isnan(scores[:, 0])]
     if len(scored) < len(scores):
         left_out = len(scores) - len(scored)
-        log(f"note: {left_out} of {len(scores)} queries have no positive image in {protocol}: left out")
+        share = f"{left_out} of {counted(len(scores), 'query')}"
+        log(f"note: {protocol}: {share} left out, without a positive image")
     return 100 * scored.mean(axis=0) if len(scored) else np.full(1 + len(ks), np.nan)
 
 
@@ -368,7 +370,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         benchmark = read_benchmark(args.data_path, args.dataset)
     database, queries = on_all_ranks(open_images, benchmark, args.crop_queries)
     cropped = ", cropped to their boxes" * args.crop_queries
-    log(f"{args.dataset}: {len(database):,} images, {len(queries):,} queries{cropped}")
+    log(f"{args.dataset}: {counted(len(database), 'image')}, {counted(len(queries), 'query')}{cropped}")
     frozen = load_network(args)
     model = global_features(frozen.network.to(device), args.multiscale)
     transform = rgb_transform(functools.partial(reduce, longest=args.imsize), frozen.mean, frozen.std)

@@ -36,12 +36,13 @@ from support.distributed import (
     is_main_process,
     same_error_on_all_ranks,
 )
-from support.errors import ImageError, UserError, WrongFormat
+from support.errors import ImageError, UserError, WrongFormat, counted
 from support.features import SAME, all_finite, compute, concat_patches, extract_features, load_by_flags
 from support.files import evenly_spread, replacing
 from support.lock import FolderLock
 from support.logger import log
 from support.pixels import AnyImage
+from support.weights import is_plain
 from utils import MultiCropWrapper
 
 
@@ -332,6 +333,10 @@ def load_features(folder: str, device: torch.device) -> Data:
         if before != list(map(_version, paths)):
             what, fix = "features were replaced while they were read", "run the same command again"
             raise UserError(what, f"--load_features {folder}", fix)
+    for name, tensor in zip(names, tensors, strict=True):
+        if isinstance(tensor, Tensor) and (tensor.is_meta or not is_plain(tensor)):
+            what = "tensor is sparse, quantized, nested or without values"
+            raise UserError(what, f"{folder}/{name}", "save a dense tensor")
     shapes = [tuple(tensor.shape) if isinstance(tensor, Tensor) else () for tensor in tensors]
     x_shape, y_shape, test_x_shape, test_y_shape = shapes
     fit = len(x_shape) == len(test_x_shape) == 2 and x_shape[1] == test_x_shape[1]
@@ -347,7 +352,7 @@ def load_features(folder: str, device: torch.device) -> Data:
     if unknown:
         log(f"warning: {unknown} of {M} test labels are not among the training labels: counted as wrong")
     num_classes = len(labels[0].unique())
-    log(f"features: {N} training and {M} test rows of {D} from {folder}, {num_classes} classes")
+    log(f"features: {N} training and {M} test rows of {D} from {folder}, {counted(num_classes, 'class')}")
     if num_classes == 1:
         log("warning: only one class: every prediction is right")
     (x, test_x), (y, test_y) = ([tensor.to(device) for tensor in pair] for pair in (features, labels))

@@ -295,7 +295,8 @@ def count_classes(images: Images, num_labels: int | None) -> int:
             raise UserError("dataset does not name its classes", "--num_labels", "give their number")
         return len(names)
     if num_labels < len(names):
-        raise UserError(f"the data has {len(names)} classes", f"--num_labels {num_labels}", "leave it out")
+        what = f"the data has {counted(len(names), 'class')}"
+        raise UserError(what, f"--num_labels {num_labels}", "leave it out")
     return num_labels
 
 

@@ -45,7 +45,7 @@ from support.attention import attention_map, keep_mass
 from support.checks import check_images
 from support.data import ImageFiles, Images, in_format, read_names
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import UserError, few, reading, reason_of
+from support.errors import UserError, counted, few, reading, reason_of
 from support.features import load_by_flags, patch_tokens
 from support.files import readable_extensions
 from support.formats import RGB, ImageFormat, extensions_of
@@ -153,7 +153,7 @@ class MaskedFiles(ImageFiles):
         super().__init__(*(found["images"][stem] for stem in self.stems), form=form)
         self.masks = [found["masks"][stem] for stem in self.stems]
         self.present = self._check()
-        log(f"{split} images: {root}: {len(self):,} images, {len(self.present)} classes")
+        log(f"{split} images: {root}: {counted(len(self), 'image')}, {counted(len(self.present), 'class')}")
         if split == "val" and 0 not in self.present:  # attention is measured on val
             log("warning: no mask has the background 0: all pixels count as objects")
         compare_palettes(self.masks)

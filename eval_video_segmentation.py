@@ -27,7 +27,7 @@ from torch import Tensor
 from support import cli
 from support.data import ImageFiles, read_image, read_names
 from support.distributed import choose_device, fix_random_seeds
-from support.errors import UserError, reading
+from support.errors import UserError, counted, reading
 from support.features import confirm_network, patch_size_of, patch_tokens
 from support.files import extension, file_id, readable_extensions, replacing
 from support.logger import log
@@ -416,8 +416,8 @@ def segment(
         save_mask(labels, palette, folder / path.name)
     if unknown:
         log(f"note: {clip.name}: not in the first mask, so not scored: objects {sorted(unknown)}")
-    facts = f"{len(clip.frames)} frames, seen at {size_words(seen)} pixels, {len(objects)} objects"
-    log(f"{clip.name}: {facts}, in {folder}")
+    facts = f"{counted(len(objects), 'object')} in {counted(len(clip.frames), 'frame')}"
+    log(f"{clip.name}: {facts}, seen at {size_words(seen)} pixels: {folder}")
     if not found:
         return {}
     scores = zip(objects, torch.stack(found).mean(dim=0), strict=True)
@@ -433,7 +433,7 @@ def report(scores: dict[str, Tensor], paper: tuple[float, ...] | None) -> dict[s
     if result:
         J, F_ = torch.stack(list(scores.values())).mean(dim=0).tolist()
         result["mean"] = {"J&F": (J + F_) / 2, "J": J, "F": F_}
-        log(f"mean of {len(result) - 1} objects: J&F {(J + F_) / 2:.4f}, J {J:.4f}, F {F_:.4f}")
+        log(f"mean of {counted(len(result) - 1, 'object')}: J&F {(J + F_) / 2:.4f}, J {J:.4f}, F {F_:.4f}")
     if result and paper:
         log("paper, Table 5: J&F {:.3f}, J {:.3f}, F {:.3f}".format(*paper))
     return result

@@ -142,6 +142,9 @@ def local_executor(job: argparse.Namespace, folder: Path) -> submitit.AutoExecut
 
 def slurm_executor(job: argparse.Namespace, folder: Path) -> submitit.SlurmExecutor:
     """submitit's executor for SLURM; it writes the job's script and logs to `folder`. Raises UserError."""
+    for name in ("partition", "comment", "account", "qos", "constraint", "slurm_extra"):
+        if "\n" in "".join(getattr(job, name)):  # it would end the option in the job's script
+            raise UserError("line break in an option of sbatch", f"--{name}", "write it in one line")
     # A signal while Python starts, before submitit sets its handlers, would end the job without a requeue. If
     # it is ignored, SLURM requeues a preempted job that still runs after the grace period.
     ignoring = f"""sh -c 'trap "" TERM {submitit.JobEnvironment.USR_SIG}; exec "$@"' sh"""

@@ -153,6 +153,8 @@ class DataAugmentationDINO:
         chances = zip(recipe.blur_p, recipe.solarize_p, strict=True)
         first, second, local = (Kind(*crop, *p) for crop, p in zip(crops, chances, strict=True))
         self.recipe, self.kinds = recipe, [first, second, *[local] * local_crops_number]
+        if not all(0 < min(kind.scale) and max(kind.scale) <= 1 for kind in self.kinds):
+            raise ValueError("scales are shares of the image's area, above 0 and at most 1")
 
     def __setattr__(self, name: str, value):
         if name in ("global_transfo1", "global_transfo2", "local_transfo", "local_crops_number"):
@@ -216,12 +218,10 @@ class MultiCropWrapper(nn.Module):
                 shape = f"{layer.in_features} to {layer.out_features}"
                 log(f"note: MultiCropWrapper leaves out the backbone's {classifier}, from {shape}")
                 setattr(backbone, classifier, nn.Identity())
-        self.backbone = backbone
-        self.head = head
+        self.backbone, self.head = backbone, head
 
     def forward(self, views: Tensor | Sequence[Tensor]) -> Tensor:
-        if isinstance(views, Tensor):
-            views = [views]
+        views = [views] if isinstance(views, Tensor) else views
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         features = [self.backbone(torch.cat(list(group))) for _, group in sizes]
         return self.head(torch.cat([each[0] if isinstance(each, tuple) else each for each in features]))

@@ -134,7 +134,11 @@ def check_args(args: argparse.Namespace) -> None:
         what = "components are the same for every query"
         raise UserError(what, "--pca, --query", "leave out one of the two")
     rules = [
-        ("threshold", args.pca and not args.demo, "--pca draws no masks"),
+        (
+            "threshold",
+            args.pca and not (args.demo and args.threshold == DEMO["threshold"]),
+            "--pca draws no masks",
+        ),
         ("foreground", not args.pca, "add --pca"),
         ("fps", not args.video, "it is for --video"),
         ("video_format", not args.video, "it is for --video"),
@@ -216,7 +220,7 @@ def open_images(paths: list[str], form: ImageFormat) -> ImageFiles:
     found = list(images.paths)
     kept = [path for path in found if path in paths or not has_mark(path, MARK)]
     if len(kept) < len(found):
-        log(f"left out {len(found) - len(kept)} pictures of an earlier run")
+        log(f"left out {counted(len(found) - len(kept), 'picture')} of an earlier run")
     if not kept:
         raise UserError("no images found", f"--image_path {' '.join(paths)}", "give image files")
     return ImageFiles(*kept, form=form)
@@ -421,7 +425,7 @@ def visualize_video(viewer: Viewer, frames: Frames, args: argparse.Namespace, pa
         return itertools.islice(frames, 0, None, every)
 
     used = len(range(0, len(frames), every))
-    log(f"scale: one for all {len(frames)} frames, from {used} of them, evenly spread")
+    log(f"scale: one for all {counted(len(frames), 'frame')}, from {used} of them, evenly spread")
     show: Show
     if args.pca:
         show = functools.partial(show_components, viewer, fit_components(viewer, sample, args.foreground))
@@ -433,7 +437,7 @@ def visualize_video(viewer: Viewer, frames: Frames, args: argparse.Namespace, pa
         for frame in MetricLogger().log_every(frames, 50, "frame"):
             first, *masked = sheet_rows(show(frame))
             append(side_by_side([*first, *(picture for row in masked for picture in row[1:])]))
-    log(f"video: {path}, {len(frames)} frames, {float(rate):.4g} a second")
+    log(f"video: {path}, {counted(len(frames), 'frame')}, {float(rate):.4g} a second")
 
 
 def draw_demo(viewer: Viewer, args: argparse.Namespace, output_dir: Path) -> None:

@@ -100,8 +100,9 @@ def few(names: Sequence) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun, e.g. "1 image", "1,000 images" or "2 classes"."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+    """A number with its noun, e.g. "1 image", "1,000 images", "2 classes" or "2 queries"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def similar(name: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:

@@ -23,6 +23,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.functional import get_dimensions, pil_to_tensor, resize, to_pil_image
 
+from support.errors import UserError, counted
+
 T = TypeVar("T")
 
 AnyImage = Image.Image | Tensor  # a tensor is uint8 (C, H, W)
@@ -270,6 +272,9 @@ def normalized_views(
     done: list[Tensor] = []
     for part in views:
         count, first = part.shape[1], len(done)
+        if part.shape[2] not in (1, len(mean)):  # images of one's own Dataset
+            what = f"images have {counted(part.shape[2], 'channel')}, the network takes {len(mean)}"
+            raise UserError(what, "--in_chans", "change the images or the flag")
         part = part.transpose(0, 1).flatten(0, 1)  # (V * B, C, H, W)
         if colours:
             fields = (field[:, first : first + count].transpose(0, 1).flatten(0, 1) for field in colours)

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 from support.data import LABELS, Images, read_labelled
-from support.errors import UserError
+from support.errors import UserError, counted
 from support.logger import log
 
 
@@ -56,7 +56,7 @@ def draw_few(labels: np.ndarray, wanted: str, seed: int, classes: Sequence[str] 
     smallest = int(sizes.argmin())
     if counts[smallest] > sizes[smallest]:
         name = classes[numbers[smallest]] if classes else numbers[smallest]
-        what = f"class {name} has only {sizes[smallest]} images"
+        what = f"class {name} has only {counted(sizes[smallest], 'image')}"
         raise UserError(what, f"--few_shot {wanted}", f"give at most {sizes[smallest]}")
     chosen = []
     of_classes = np.split(np.argsort(labels, kind="stable"), sizes.cumsum()[:-1])  # the images of each class

@@ -33,6 +33,16 @@ TINY = (
 ).split()
 
 
+@pytest.fixture
+def must_end():
+    """Fail a test that hangs for a minute, instead of the whole suite."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs", pytrace=False))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--gpu-device", default="cuda", help="the device of `-m gpu`: cuda, mps, or cpu for a trial"

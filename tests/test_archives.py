@@ -718,7 +718,7 @@ def give_negative_size(path: Path, size: int, *before: str) -> None:
         ("x.zip", lambda path: change_entry(path, 23, 1), r"cut short in c/003.png \(.*x.zip\): download"),
     ],
 )
-def test_a_bad_archive_is_one_clear_line(own, tmp_path, name, damage, message):
+def test_a_bad_archive_is_one_clear_line(own, tmp_path, must_end, name, damage, message):
     path = pack(tmp_path / name, own / "train")
     damage(path)
     with pytest.raises(UserError, match=message):

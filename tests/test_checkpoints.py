@@ -391,6 +391,9 @@ def test_what_may_run_code_is_named(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pth")
     with pytest.raises(UserError, match="is a TorchScript program"):
         load_checkpoint(tmp_path / "script.pth")
+    torch.save({"model": Call(os.mkdir, "x")}, tmp_path / "newer.pth", pickle_protocol=4)
+    with pytest.raises(UserError, match=r"may run code, and was not loaded \(.*newer.pth\): save weights"):
+        load_checkpoint(tmp_path / "newer.pth")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_parts_of_several_datasets_are_all_named(tmp_path):
         open_training_images(Source(str(tmp_path)))
 
 
-def test_files_that_are_pipes_do_not_block(tmp_path):
+def test_files_that_are_pipes_do_not_block(tmp_path, must_end):
     save_images(tmp_path, 2)
     os.mkfifo(tmp_path / "zz.png")
     assert data.digest(open_training_images(Source(str(tmp_path))))

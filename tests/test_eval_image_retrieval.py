@@ -104,7 +104,7 @@ def test_protocols_and_queries_without_positives(capsys):
     assert "left out" not in capsys.readouterr().out
     hard = measure(rankings, queries, "H", (1,))
     assert hard.tolist() == pytest.approx([100 * (0 + 1 / 2) / 2, 0])  # without 2 and 0: 3, then 1
-    assert "1 of 2 queries have no positive image in H: left out" in capsys.readouterr().out
+    assert "H: 1 of 2 queries left out, without a positive image" in capsys.readouterr().out
     assert np.isnan(measure(rankings[1:], queries[1:], "H", (1,))).all()
 
 
@@ -227,12 +227,12 @@ def test_likely_mistakes_in_the_ground_truth_are_named(ground_truth, capsys):
     assert "warning" not in capsys.readouterr().out
     rewrite(lambda gnd: gnd["gnd"][1].update(easy=[3, 4], hard=[5], junk=[4]))
     refused(folder, "no such file")
-    said = "warning: for 1 queries, an image has two of the labels easy, hard and junk; e.g. query1"
+    said = "warning: for 1 query, an image has two of the labels easy, hard and junk; e.g. query1"
     assert said in capsys.readouterr().out.splitlines()
     rewrite(lambda gnd: gnd["imlist"].extend(gnd["qimlist"][:2]))
     rewrite(lambda gnd: gnd["gnd"][0].update(junk=[len(gnd["imlist"]) - 2]))
     refused(folder, "no such file")
-    said = "warning: 1 queries are in the database, where they count as wrong; e.g. query1"
+    said = "warning: 1 query found in the database too, and counted as wrong there; e.g. query1"
     assert said in capsys.readouterr().out.splitlines()
 
 

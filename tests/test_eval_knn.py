@@ -287,6 +287,8 @@ def test_features_that_are_replaced_while_they_are_read_are_refused(
         ("trainlabels", [0, 1], r"do not fit together: \(15, 768\), \(\), \(9, 768\), \(9,\)"),
         ("testlabels", torch.tensor(1), r"do not fit together: .* \(\)"),
         ("trainfeat", torch.full((15, 768), torch.nan), r"features are not finite numbers \(.*trainfeat"),
+        ("trainfeat", torch.ones(15, 768).to_sparse(), r"tensor is sparse, .*\(.*/trainfeat.pth\)"),
+        ("testlabels", torch.ones(9, device="meta"), r"or without values \(.*/testlabels.pth\)"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(labelled, tmp_path, name, tensor, message):

@@ -283,7 +283,7 @@ def test_masks_are_indexed_images_in_the_colours_of_the_first_one(tmp_path, caps
     J, F_ = result["clip_1"]["J"], result["clip_1"]["F"]
     assert said[-2:] == [
         f"clip_1: J {J:.4f}, F {F_:.4f}",
-        f"mean of 1 objects: J&F {(J + F_) / 2:.4f}, J {J:.4f}, F {F_:.4f}",
+        f"mean of 1 object: J&F {(J + F_) / 2:.4f}, J {J:.4f}, F {F_:.4f}",
     ]
     assert (output / "clip" / "notes.txt").read_text() == "kept"
     assert len(list((output / "clip").glob("*.png"))) == 4
@@ -328,7 +328,7 @@ def test_only_numbers_in_the_first_mask_are_objects(tmp_path, capsys):
         Image.fromarray(200 * video.read_mask(path)).save(path)
     renumbered = segment(tmp_path / "data", tmp_path / "output")
     assert list(renumbered) == ["clip_200", "mean"] and renumbered["mean"] == result["mean"]
-    assert " 1 objects" in capsys.readouterr().out
+    assert " 1 object" in capsys.readouterr().out
 
 
 def test_objects_that_come_later_are_not_scored(tmp_path, capsys):
@@ -406,7 +406,7 @@ def test_the_papers_result_stands_beside_its_own_weights_and_data_only():
 def test_the_papers_result_is_printed(capsys):
     video.report({"clip_1": torch.tensor([0.5, 0.7])}, (0.618, 0.602, 0.634))
     assert capsys.readouterr().out.splitlines() == [
-        "mean of 1 objects: J&F 0.6000, J 0.5000, F 0.7000",
+        "mean of 1 object: J&F 0.6000, J 0.5000, F 0.7000",
         "paper, Table 5: J&F 0.618, J 0.602, F 0.634",
     ]
 

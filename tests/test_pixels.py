@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 
 from support import pixels as px
+from support.errors import UserError
 from support.pixels import to_pixels
 from tests.conftest import picture, ramps, slopes
 from utils import DataAugmentationDINO
@@ -270,3 +271,9 @@ def test_gradients_flow_through_a_normalisation_that_inference_used_first():
     pixels = torch.zeros(3, 1, 1, requires_grad=True)
     px.normalize(pixels, *scale).square().sum().backward()
     assert pixels.grad is not None
+
+
+def test_views_of_other_channels_than_the_networks_are_refused():
+    views = [torch.zeros(2, 1, 3, 8, 8, dtype=torch.uint8)]
+    with pytest.raises(UserError, match="images have 3 channels, the network takes 4 .--in_chans"):
+        px.normalized_views(views, (), [0.5] * 4, [0.2] * 4)

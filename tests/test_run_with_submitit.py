@@ -397,6 +397,15 @@ def test_an_array_is_refused():
         run_with_submitit.sbatch_options(["array=1-3"])
 
 
+@pytest.mark.parametrize("flags", [["--comment", "a\nb"], ["--slurm_extra", "exclusive", "nodelist=a\nb"]])
+def test_a_line_break_in_an_option_is_refused(flags, tmp_path):
+    """It would end the option's line in the job's script."""
+    with pytest.raises(
+        UserError, match=rf"line break in an option of sbatch \({flags[0]}\): write it in one"
+    ):
+        run_with_submitit.slurm_executor(run_with_submitit.parse_args(flags)[0], tmp_path)
+
+
 def test_a_job_is_requeued_while_slurm_does_not_answer(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -302,6 +302,13 @@ def test_only_what_is_on_draws():
     assert colours(vflip_p=0.01) != paper and colours(quarter_turns=True) != paper
 
 
+@pytest.mark.parametrize("scales", [((40, 100), (0.05, 0.4)), ((0.4, 1), (0, 0.4)), ((-1, 1), (0.05, 0.4))])
+def test_scales_that_are_no_shares_are_refused(scales):
+    """A scale in percent gave views of the whole image."""
+    with pytest.raises(ValueError, match="scales are shares of the image's area, above 0 and at most 1"):
+        DataAugmentationDINO(*scales, 8)
+
+
 def test_a_published_attribute_that_has_no_effect_cannot_be_set():
     class Own(DataAugmentationDINO):
         pass

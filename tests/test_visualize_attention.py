@@ -320,6 +320,8 @@ def test_flags_without_effect_are_named(tmp_path, capsys):
     flags = *RANDOM_VIT, "--image_path", tmp_path, "--image_size", 64, "--output_dir", tmp_path / "out"
     look(*flags, "--pca", "--threshold", 0.5)
     assert "warning: --threshold has no effect: --pca draws no masks" in capsys.readouterr().out
+    visualize_attention.check_args(visualize_attention.parse_args("--demo --pca --threshold 0.5".split()))
+    assert "warning: --threshold has no effect: --pca draws no masks" in capsys.readouterr().out
     look(*flags, "--foreground", "all", "--fps", 3, "--video_format", "avi")
     said = capsys.readouterr().out
     for flag in ("foreground", "fps", "video_format"):
