@@ -145,10 +145,12 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
                 deepest = max(deepest, stored.largest)
         within = within + stored.within
         levels |= {int(image.min()), int(image.max())}
-        if image.float().std(dim=(1, 2), correction=0).max() < CONSTANT:
+        channels = [channel[None] for channel in image]  # one at a time: floats take four times the memory
+        if max(float(channel.float().std(correction=0)) for channel in channels) < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
         else:
-            thumbnails[index] = F.adaptive_avg_pool2d(image.float(), 16).flatten()
+            pooled = [F.adaptive_avg_pool2d(channel.float(), 16) for channel in channels]
+            thumbnails[index] = torch.cat(pooled).flatten()
     read = checked - len(reasons)
     _check_range(images, within / max(read, 1), levels, read)
     faults |= _faults_of_depth(depths, deepest)

@@ -1,6 +1,8 @@
 import itertools
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from support.checks import check_images, copied_files, open_checked
 from support.data import ImageFiles, Source, open_any_images
 from support.formats import ImageFormat
 from support.shapes import Shapes
-from tests.conftest import save_images
+from tests.conftest import ROOT, save_images
 
 
 def noise(seed: int, *shape: int, most: int = 255) -> np.ndarray:
@@ -271,3 +273,30 @@ def test_files_without_content_are_not_copies(tmp_path):
         paths.append(ImageFiles(tmp_path / part).paths)
         (tmp_path / part / "gone.png").unlink()
     assert copied_files(*paths) == []
+
+
+PEAK = """
+import sys
+from support.checks import check_images
+from support.data import ImageFiles
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+small, large = map(ImageFiles, sys.argv[1:])
+check_images(small)
+before = peak()
+check_images(large)
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+def test_a_photograph_is_not_checked_as_floats_of_all_channels(tmp_path):
+    picture = Image.fromarray(noise(0, 32, 32, 3).astype(np.uint8))
+    for name, side in (("small", 32), ("large", 4000)):
+        (tmp_path / name).mkdir()
+        picture.resize((side, side)).save(tmp_path / name / "0.jpg")
+    command = [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 15 * 4000**2  # the pixels take 3 of these bytes, all channels as floats 12
