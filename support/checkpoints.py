@@ -136,10 +136,9 @@ def load_file(name: str | Path):
     except Exception as error:  # a damaged file can raise nearly anything
         if lacks_memory(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise  # the file may be sound
+        refused = _refused(error)
         if begin.startswith(b"PK") and "Unsupported operand" in str(error):  # its sums are right
-            refused = "a pickle that torch.save does not write, which may run code"
-        else:
-            refused = _refused(error)
+            refused = "a pickle that may run code"
         if refused:
             what, fix = f"file contains {refused}, and was not loaded", f"save weights only, with {SAVE}"
             raise UserError(what, str(name), fix) from None
