@@ -339,13 +339,10 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Callable[[str], float]:
-    """Build an argparse type for a finite int or float within these bounds.
-
-    An int is also below 2**31, a float at most 1e30, unless another upper bound is given.
-    """
+    """Build an argparse type for a finite int or float within these bounds; an int is also below 2**31."""
     bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
-    if at_most is None and below is None:  # torch takes no larger sizes, and computes in float32
-        bounds |= {"below": 2**31} if kind is int else {"at most": 1e30}
+    if kind is int and at_most is None and below is None:
+        bounds["below"] = 2**31  # torch takes no larger sizes
     holds = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
 
     def parse(text: str) -> float:

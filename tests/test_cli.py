@@ -343,10 +343,6 @@ def test_a_number_out_of_its_range_is_refused_where_the_flag_is_declared(number,
         (eval_knn, "--temperature nan", "must be finite, not nan"),
         (eval_knn, "--batch_size_per_gpu 0", "must be at least 1, not 0"),
         (eval_knn, "--num_workers -1", "must be at least 0, not -1"),
-        *(
-            (main_dino, f"--{name} 1e300", "must be at most 1e+30, not 1e300")
-            for name in ("lr", "min_lr", "weight_decay", "weight_decay_end")
-        ),
         (eval_knn, "--seed -1", "must be at least 0, not -1"),
         (eval_knn, "--image_size 0", "must be at least 1, not 0"),
         (eval_knn, "--patch_size 0", "must be at least 1, not 0"),
@@ -612,7 +608,7 @@ def every_kind_of_flag() -> cli.ArgumentParser:
 TEXT = st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"]))
 
 
-NUMBERS = st.floats(-1e30, 1e30)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @settings(max_examples=60, deadline=None)
