@@ -110,12 +110,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `--demo` and `--video` change the defaults of other flags."""
+def parser_for(args: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser with its defaults, of which `--demo` and `--video` change some."""
     parser = get_args_parser()
-    known = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**(DEMO if known.demo else VIDEO if known.video else {}))
-    return parser.parse_args(argv)
+    parser.set_defaults(**(DEMO if args.demo else VIDEO if args.video else {}))
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return parser_for(get_args_parser().parse_known_args(argv)[0]).parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -134,16 +138,12 @@ def check_args(args: argparse.Namespace) -> None:
         what = "components are the same for every query"
         raise UserError(what, "--pca, --query", "leave out one of the two")
     rules = [
-        (
-            "threshold",
-            args.pca and not (args.demo and args.threshold == DEMO["threshold"]),
-            "--pca draws no masks",
-        ),
+        ("threshold", args.pca, "--pca draws no masks"),
         ("foreground", not args.pca, "add --pca"),
         ("fps", not args.video, "it is for --video"),
         ("video_format", not args.video, "it is for --video"),
     ]
-    cli.warn_no_effect(args, get_args_parser(), rules)
+    cli.warn_no_effect(args, parser_for(args), rules)
 
 
 # ---------------------------------------------------------------------------------------------
