@@ -145,11 +145,14 @@ def check_images(images: Images, most: int = 200, seconds: float = 5.0, alike: b
                 deepest = max(deepest, stored.largest)
         within = within + stored.within
         levels |= {int(image.min()), int(image.max())}
-        channels = [channel[None] for channel in image]  # one at a time: floats take four times the memory
-        if max(float(channel.float().std(correction=0)) for channel in channels) < CONSTANT:
+        deviation, pooled = 0.0, []
+        for channel in image:  # one at a time: floats take four times the memory
+            values = channel[None].float()
+            deviation = max(deviation, float(values.std(correction=0)))
+            pooled.append(F.adaptive_avg_pool2d(values, 16))
+        if deviation < CONSTANT:
             faults.setdefault("are nearly constant: check how they were converted", []).append(index)
         else:
-            pooled = [F.adaptive_avg_pool2d(channel.float(), 16) for channel in channels]
             thumbnails[index] = torch.cat(pooled).flatten()
     read = checked - len(reasons)
     _check_range(images, within / max(read, 1), levels, read)
