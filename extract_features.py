@@ -70,7 +70,7 @@ from support.features import (
     patch_tokens,
     with_mean,
 )
-from support.files import replacing
+from support.files import open_new, replacing
 from support.loading import Loader
 from support.lock import FolderLock
 from support.logger import MetricLogger, log
@@ -307,8 +307,7 @@ def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     begin = np.lib.format.magic(1, 0) + (PAGE - 10).to_bytes(2, "little") + repr(header).encode()
     size = _size(shape, dtype)
     try:
-        path.unlink(missing_ok=True)
-        with open(path, "xb") as file:  # never through a link that another has put there
+        with open_new(path) as file:
             file.write(begin.ljust(PAGE - 1) + b"\n")
             _lengthen(file, size)
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import EpsImagePlugin, Image, ImageFile
@@ -305,6 +305,12 @@ class Folder:
 # ---------------------------------------------------------------------------------------------
 
 
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file for writing in the place of an old one, never through a link. Raises OSError."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file that replaces `path` when the block ends without an error.
@@ -317,8 +323,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # never through a link that another has put there
+        with open_new(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
