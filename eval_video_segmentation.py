@@ -139,9 +139,8 @@ def _files(folder: Path, kind: str) -> dict[str, Path]:
         if extension(path) != kind:
             raise UserError(f"extension is not {kind}", str(path), "rename or convert it, or remove it")
         if path.stem in found:
-            raise UserError(
-                f"two files with the same number: {found[path.stem].name}", str(path), "remove one"
-            )
+            what = f"two files with the same number: {found[path.stem].name}"
+            raise UserError(what, str(path), "remove one")
         found[path.stem] = path
     return found
 

@@ -1,7 +1,6 @@
 import itertools
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from support.checks import check_images, copied_files, open_checked
 from support.data import ImageFiles, Source, open_any_images
 from support.formats import ImageFormat
 from support.shapes import Shapes
-from tests.conftest import ROOT, save_images
+from tests.conftest import run, save_images
 
 
 def noise(seed: int, *shape: int, most: int = 255) -> np.ndarray:
@@ -297,6 +296,5 @@ def test_a_photograph_is_not_checked_as_floats_of_all_channels(tmp_path):
     for name, side in (("small", 32), ("large", 4000)):
         (tmp_path / name).mkdir()
         picture.resize((side, side)).save(tmp_path / name / "0.jpg")
-    command = [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 15 * 4000**2  # the pixels take 3 of these bytes, all channels as floats 12
+    peak = int(run("-c", PEAK, tmp_path / "small", tmp_path / "large").stdout)
+    assert peak < 15 * 4000**2  # the pixels take 3 of these bytes, all channels as floats 12

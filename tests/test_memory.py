@@ -1,11 +1,10 @@
 """Freed memory is kept where it saves time, and returned where it would add up."""
 
-import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import run
 
 PAGES = """
 import resource
@@ -35,8 +34,7 @@ print(default, kept, at_pass, share_cleared_again())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can keep it")
 def test_a_process_on_a_cpu_keeps_the_memory_it_frees_until_workers_start_and_they_do_not():
-    run = subprocess.run([sys.executable, "-c", PAGES], cwd=ROOT, capture_output=True, text=True, check=True)
-    default, kept, at_pass, in_worker = map(float, run.stdout.split())
+    default, kept, at_pass, in_worker = map(float, run("-c", PAGES).stdout.split())
     if default < 0.5:
         pytest.skip("this system's pages are large, or it keeps memory by itself")
     assert kept < 0.01 and at_pass > 0.5 and in_worker > 0.5
